@@ -1,0 +1,1 @@
+"""Configuration: schema, loader, and the DeepSpeed dictionary that is derived from it."""

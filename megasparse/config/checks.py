@@ -1,0 +1,128 @@
+"""Checks that look at several sections, or at the world size, and the list of settings that a run does not use.
+
+``check_run(config, world_size)`` runs before any process group starts; ``unused_settings(config)`` returns one
+sentence per setting that was given in vain, for the plan to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig, divisors
+
+# What shapes the density of each algorithm; everything else of the schedule is unused by it.
+SCHEDULE_FIELDS = {
+    "mst": {"warmup_end", "restoration_start", "restoration_end", "warmup_shape", "restoration_shape"},
+    "gradual": {"warmup_end", "warmup_shape"},
+    "spdf": {"restoration_start"},
+    "static": set(),
+    "set": set(),
+    "rigl": set(),
+}
+ALL_SCHEDULE_FIELDS = SCHEDULE_FIELDS["mst"]
+FIXED_TOPOLOGY = ("static", "spdf")
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError where sections contradict each other or the world size."""
+    _check_world(config, world_size)
+    _check_precision(config)
+    _check_attention(config)
+    if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
+        raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
+    if config.model.vocab_size is None and config.data.tokenizer is None:
+        raise ConfigError("model.vocab_size: unset, and no data.tokenizer to take it from; set one of the two")
+    if config.optimizer.warmup_steps > config.train.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds train.steps {config.train.steps}; "
+            f"legal values: 0 to {config.train.steps}"
+        )
+
+
+def _check_world(config: RunConfig, world_size: int) -> None:
+    train, tensor_parallel_size = config.train, config.parallel.tensor_parallel_size
+    if world_size < 1 or world_size % tensor_parallel_size:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size: {tensor_parallel_size} does not divide the world size {world_size}; "
+            f"legal values: {divisors(max(world_size, 1))}"
+        )
+    data_parallel_size = world_size // tensor_parallel_size
+    samples = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % samples:
+        raise ConfigError(
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; legal values: multiples of {samples}"
+        )
+
+
+def _check_precision(config: RunConfig) -> None:
+    # DeepSpeed's stage-0 wrapper for low precision makes a hidden first step with zero gradients, which moves the
+    # bias correction and the decay off by one step.
+    if config.deepspeed.zero_stage == 0 and config.train.precision != "fp32":
+        raise ConfigError(
+            f"deepspeed.zero_stage: 0 does not support train.precision {config.train.precision}; legal values: 1"
+        )
+
+
+def _check_attention(config: RunConfig) -> None:
+    model = config.model
+    for index, override in enumerate(config.attention.overrides):
+        for field, limit in (("layers", model.num_layers), ("heads", model.num_attention_heads)):
+            for value in getattr(override, field) or ():
+                if value >= limit:
+                    raise ConfigError(
+                        f"attention.overrides.{index}.{field}: {value} does not exist; legal values: 0 to {limit - 1}"
+                    )
+
+
+def unused_settings(config: RunConfig) -> list[str]:
+    """Settings that were given and have no effect in this run, one sentence each."""
+    return [*_unused_sparsity(config), *_unused_elsewhere(config)]
+
+
+def _unused_sparsity(config: RunConfig) -> Iterator[str]:
+    sparsity = config.sparsity
+    given = set(sparsity.model_fields_set) - {"algorithm"}
+    if sparsity.algorithm == "dense":
+        if given:
+            yield f"not used by sparsity.algorithm dense: {_names('sparsity', given)}"
+        return
+    if sparsity.points is not None:
+        ignored = given & (ALL_SCHEDULE_FIELDS | {"density"})
+        reason = "sparsity.points replaces"
+    else:
+        ignored = given & (ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[sparsity.algorithm])
+        reason = f"not used by sparsity.algorithm {sparsity.algorithm}:"
+    if ignored:
+        yield f"{reason} {_names('sparsity', ignored)}"
+    if sparsity.algorithm in FIXED_TOPOLOGY:
+        evolving = {"growth", "growth_ratio", "drop_score", "drop_anneal", "drop_score_lambda", "regrowth_warmup_steps"}
+        if given & evolving:
+            yield f"not used by sparsity.algorithm {sparsity.algorithm}: {_names('sparsity', given & evolving)}"
+        return
+    growths = {sparsity.growth, *(group.growth for group in sparsity.groups)} - {None}
+    if "growth_ratio" in given and "mixed" not in growths and (growths or sparsity.algorithm in ("set", "rigl")):
+        yield "sparsity.growth_ratio is used by sparsity.growth mixed only"
+    scores = {sparsity.drop_score, *(group.drop_score for group in sparsity.groups)}
+    if "drop_score_lambda" in given and "magnitude_gradient" not in scores:
+        yield "sparsity.drop_score_lambda is used by sparsity.drop_score magnitude_gradient only"
+    if "shape_steps" in given and "steps" not in (sparsity.warmup_shape, sparsity.restoration_shape):
+        yield "sparsity.shape_steps is used by the shape `steps` only"
+
+
+def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
+    if config.attention.windows is not None and "phases" in config.attention.model_fields_set:
+        yield "attention.windows replaces attention.phases"
+    if config.data.valid is not None and "valid_fraction" in config.data.model_fields_set:
+        yield "data.valid replaces data.valid_fraction"
+    if "decay_fraction" in config.optimizer.model_fields_set and config.optimizer.schedule != "wsd":
+        yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
+    if "rope_theta" in config.model.model_fields_set and config.model.position_embedding != "rope":
+        yield "model.rope_theta is used by model.position_embedding rope only"
+    if config.train.resume == "auto" and config.data.train is None:
+        yield "data.train is unset: the run can be planned, not trained"
+
+
+def _names(section: str, fields: set[str]) -> str:
+    return ", ".join(f"{section}.{field}" for field in sorted(fields))

@@ -1,0 +1,65 @@
+"""The DeepSpeed dictionary of a run, derived from its ``RunConfig``. Nothing else in the package writes such keys.
+
+Expert keys pass through ``deepspeed.extra``; those that are derived here are refused, so that there is one truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+
+# Keys of DeepSpeed that another setting of ours decides, and which one.
+DERIVED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section optimizer",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "zero_allow_untested_optimizer": "MegaSparse's own optimizer",
+    "tensorboard": "train.tensorboard",
+    "steps_per_print": "train.log_interval",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "data_types.grad_accum_dtype": "train.precision",
+}
+
+
+def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``. Raises ConfigError for an expert key that is derived."""
+    check_extra(config.deepspeed.extra)
+    train = config.train
+    derived: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own line per n steps would stand beside ours.
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+    }
+    if train.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+    if train.precision == "fp16":
+        derived["fp16"] = {"enabled": True}
+    return _merge(derived, config.deepspeed.extra)
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Raise ConfigError where an expert key is one that MegaSparse derives."""
+    for name, owner in DERIVED_KEYS.items():
+        section, _, key = name.partition(".")
+        if section in extra and (not key or (isinstance(extra[section], dict) and key in extra[section])):
+            raise ConfigError(f"deepspeed.extra.{name}: derived from {owner}; set it there")
+
+
+def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_sections else value
+    return merged

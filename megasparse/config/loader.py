@@ -1,0 +1,157 @@
+"""From files and command-line words to one checked ``RunConfig``.
+
+    config = load_config(["configs/quickstart.yaml"], ["train.steps=200", "sparsity.algorithm=set"])
+
+Precedence, lowest first: defaults of the schema, the file named by ``base`` in a YAML file (relative to that file, or a
+list of them), the file itself, later files, dotted overrides from left to right. Lists and values replace; sections
+merge. OmegaConf reads and merges (it reads ``1e-4`` as a number, which plain YAML does not); pydantic checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megasparse.config.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or impossible; the message names field, value and legal values."""
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge and check. Raises ConfigError naming the field, its value and the legal values."""
+    merged = OmegaConf.create({})
+    for path in paths:
+        merged = _merge(merged, _read_with_bases(Path(path), seen=()))
+    for word in overrides:
+        merged = _merge(merged, _parse_override(word))
+    try:
+        # Values may name others: run.name: quickstart-${sparsity.algorithm}.
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a value that names another: {error}") from None
+    assert isinstance(plain, dict)
+    return check_config(plain)
+
+
+def check_config(values: dict[str, Any]) -> RunConfig:
+    """A ``RunConfig`` from nested plain values, as found in YAML. Raises ConfigError."""
+    try:
+        # JSON mode reads lists as tuples and whole numbers as floats, yet takes no string for a number.
+        return RunConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [_describe(details) for details in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, every field included, as YAML that ``load_config`` reads back."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explicit_fields(model: BaseModel) -> set[str]:
+    """Names of the fields that the user set, as opposed to defaults."""
+    return set(model.model_fields_set)
+
+
+def describe_fields() -> Iterator[tuple[str, str, str, str]]:
+    """Dotted name, type, default and help of every field, in the order of the schema."""
+    for section_name, section in RunConfig.model_fields.items():
+        section_type = section.annotation
+        assert isinstance(section_type, type) and issubclass(section_type, BaseModel)
+        for name, field in section_type.model_fields.items():
+            default = json.dumps(field.get_default(call_default_factory=True))
+            yield f"{section_name}.{name}", _type_name(field.annotation), default, " ".join(field.description.split())
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"base: {path} builds on itself, by way of {' -> '.join(p.name for p in seen)}")
+    if not path.is_file():
+        raise ConfigError(f"--config: no such file: {path}")
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: must hold sections such as `train:`, found a {type(content).__name__}")
+    bases = content.pop("base", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _read_with_bases(path.parent / base, (*seen, path)))
+    return _merge(merged, content)
+
+
+def _parse_override(word: str) -> DictConfig:
+    name, separator, _ = word.partition("=")
+    if not separator or not name or name.startswith("-"):
+        raise ConfigError(f"{word!r}: an override must read section.field=value, for example train.steps=200")
+    try:
+        return OmegaConf.from_dotlist([word])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{word!r}: the value is not readable as YAML: {error}") from None
+
+
+def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(lower, upper)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"settings that cannot be merged: {error}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _describe(details: ErrorDetails) -> str:
+    """One line for one pydantic error: field, value, and what would be legal."""
+    location = ".".join(str(part) for part in details["loc"])
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{location}: unknown setting; {_suggest(details['loc'])}"
+    if kind == "value_error":
+        return f"{location}.{context['error']}" if location else str(context["error"])
+    value = json.dumps(details["input"], default=str)
+    if kind == "literal_error":
+        return f"{location}: {value} is not legal; legal values: {context['expected']}"
+    return f"{location}: {value} is not legal; {details['msg'].replace('Input should', 'it should')}"
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    """The legal names at the place of an unknown one, the likeliest first."""
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        nested = _models_inside(model.model_fields[part].annotation)
+        if nested:
+            model = nested[0]
+    names = sorted(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}legal values: {', '.join(names)}"
+
+
+def _models_inside(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_inside(argument)]
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("megasparse.config.schema.", "").replace("NoneType", "None")

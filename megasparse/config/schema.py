@@ -1,0 +1,377 @@
+"""The configuration of a run: one strict, typed, immutable schema.
+
+Every field has a default, a type, a range and a sentence of help. Values that contradict each other are refused
+here, before anything is started. ``megasparse.config.loader`` builds a ``RunConfig`` from YAML files and dotted
+overrides; nothing else in the package parses settings.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
+Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
+Algorithm = Literal["mst", "dense", "static", "set", "rigl", "gradual", "spdf"]
+
+DENSITY_TOLERANCE = 1e-9
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, values are not coerced across types, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run; its folder is `<folder>/<name>`."""
+    folder: str = "runs"
+    """Folder that holds the run folders."""
+    seed: NonNegativeInt = 1234
+    """Seed of the initial weights, of the order of the data and of random growth."""
+
+
+class ModelConfig(Section):
+    num_layers: PositiveInt = 12
+    """Transformer blocks."""
+    hidden_size: PositiveInt = 768
+    """Width of the residual stream."""
+    num_attention_heads: PositiveInt = 12
+    """Query heads."""
+    num_key_value_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); unset: as many as query heads."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Width inside the MLP; unset: 4 x hidden_size for gelu, 8/3 x hidden_size rounded up to 128 for swiglu."""
+    seq_length: PositiveInt = 1024
+    """Tokens per sample."""
+    vocab_size: PositiveInt | None = None
+    """Entries of the vocabulary; unset: the tokenizer's."""
+    vocab_size_multiple: PositiveInt = 64
+    """The embedding is padded to a multiple of this many rows."""
+    position_embedding: Literal["learned", "rope"] = "learned"
+    """learned: GPT-2; rope: rotary (Llama)."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies."""
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the MLP and before the head."""
+    normalization_epsilon: PositiveFloat = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """gelu is the tanh approximation of GPT-2; swiglu has a fused gate and up projection."""
+    bias: bool = True
+    """Biases in linear layers and in layernorm."""
+    tie_embeddings: bool = True
+    """The head shares the weight of the token embedding."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; residual projections get init_std / sqrt(2 num_layers)."""
+
+    @model_validator(mode="after")
+    def _shapes_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                f"legal values: {divisors(self.hidden_size)}"
+            )
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; legal values: {divisors(self.num_attention_heads)}"
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size: rope needs an even head dimension, {self.hidden_size} / {self.num_attention_heads} = "
+                f"{self.head_dim}; legal values: multiples of {2 * self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside the MLP after the default is filled in."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        if self.activation == "gelu":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 128)) * 128
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding for a tokenizer of `vocab_size` entries."""
+        return -(-vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+
+class PatternWindow(Section):
+    start: Fraction
+    """Training progress at which the window opens."""
+    end: Fraction
+    """Training progress at which it closes (exclusive)."""
+    pattern: Pattern
+    """Pattern that holds inside."""
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> PatternWindow:
+        if self.start >= self.end:
+            raise ValueError(f"start: {self.start} must be below end {self.end}")
+        return self
+
+
+class PatternOverride(Section):
+    layers: list[NonNegativeInt] | None = None
+    """Layers it applies to; unset: all."""
+    heads: list[NonNegativeInt] | None = None
+    """Query heads it applies to; unset: all."""
+    pattern: Pattern
+    """Pattern of these heads whenever the schedule asks for anything but `full`."""
+
+
+class AttentionConfig(Section):
+    stride: PositiveInt = 128
+    """Stride s of the hybrid sparse attention patterns, in tokens."""
+    phases: dict[Phase, Pattern] = {"ultra_sparse": "sparse"}
+    """Pattern of each phase of the sparsity schedule; a phase left out is `full`."""
+    windows: list[PatternWindow] | None = None
+    """Pattern by training progress; replaces `phases`. Outside every window the pattern is `full`."""
+    overrides: list[PatternOverride] = []
+    """Exceptions by layer and head; the last that matches wins."""
+
+
+class DataSource(Section):
+    path: str
+    """Prefix of an indexed data set: `<path>.bin` and `<path>.idx`."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples, relative to the other sources."""
+
+
+class DataConfig(Section):
+    train: Annotated[list[DataSource], Field(min_length=1)] | None = None
+    """Indexed data sets to train on, blended by weight."""
+    valid: list[DataSource] | None = None
+    """Indexed data sets for validation; unset: `valid_fraction` of each training set, cut off at its end."""
+    valid_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
+    """Share of each training set kept for validation where `valid` is unset."""
+    tokenizer: Literal["sentencepiece", "huggingface", "bytes"] | None = None
+    """Kind of the tokenizer (for samples and the vocabulary size)."""
+    tokenizer_path: str | None = None
+    """File of the tokenizer."""
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate over the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay after the warm-up; wsd: constant, then a linear decay over `decay_fraction` of the steps."""
+    decay_fraction: Fraction = 0.2
+    """Share of the steps in which wsd decays."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW: decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW: added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW: decoupled weight decay of matrices; vectors have none."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: PositiveInt = 32
+    """Samples per optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: PositiveInt = 4
+    """Samples per forward pass of a rank."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the model; master weights and moments are always float32."""
+    activation_recomputation: bool = False
+    """Keep only the input of each block and recompute it in the backward pass."""
+    log_interval: PositiveInt = 10
+    """Steps between lines of metrics."""
+    valid_interval: NonNegativeInt = 100
+    """Steps between validations; 0: only at the end."""
+    valid_samples: PositiveInt = 64
+    """Samples per validation (fewer where the set is smaller)."""
+    save_interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    resume: Literal["auto", "never"] = "never"
+    """auto: go on from the newest good checkpoint of the run folder where there is one."""
+    stop_after: PositiveInt | None = None
+    """Leave cleanly, with a checkpoint, after this step, as if the time were up; schedules keep to `steps`."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    sample_tokens: NonNegativeInt = 200
+    """Tokens of the text sampled at the end; 0: none."""
+    sample_prompt: str = "\n"
+    """Text that the sample continues."""
+    distributed_timeout_seconds: PositiveInt = 1800
+    """A collective that waits longer than this fails."""
+
+
+class SparsityGroup(Section):
+    pattern: str
+    """Shell-style pattern of weight names, such as `layers.*.mlp.*`; the first group that matches a weight wins."""
+    dense: bool = False
+    """Keep these weights dense."""
+    unit: PositiveInt | None = None
+    """Unit of these weights; unset: `sparsity.unit`."""
+    density: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Lowest density of these weights; unset: from `sparsity.density` and the distribution."""
+    drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] | None = None
+    """Drop score of these weights; unset: `sparsity.drop_score`."""
+    growth: Literal["mixed", "gradient", "random"] | None = None
+    """Growth of these weights; unset: `sparsity.growth`."""
+
+
+class SparsityConfig(Section):
+    algorithm: Algorithm = "mst"
+    """mst: falls, stays, rises; dense: off; static, set, rigl: constant density; gradual: falls and stays; spdf:
+    static, then dense. All but `dense` are settings of one machine."""
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Lowest density over the sparse weights (d_min)."""
+    unit: PositiveInt = 64
+    """Side of the square blocks that live and die together; 1: single weights."""
+    warmup_end: Fraction = 0.1
+    """Progress at which the density has fallen to `density` (a)."""
+    restoration_start: Fraction = 0.7
+    """Progress at which the density begins to rise (b)."""
+    restoration_end: Fraction = 0.85
+    """Progress from which the model is dense again (c)."""
+    warmup_shape: Literal["cubic", "linear", "steps"] = "cubic"
+    """How the density falls."""
+    restoration_shape: Literal["cubic", "linear", "steps"] = "linear"
+    """How the density rises."""
+    shape_steps: PositiveInt = 4
+    """Number of equal steps where a shape is `steps`."""
+    points: list[tuple[float, float]] | None = None
+    """Free schedule as [progress, density] points joined by lines; replaces the phase boundaries and shapes."""
+    distribution: Literal["uniform", "erdos_renyi"] = "uniform"
+    """How the global density is shared between layers."""
+    depth_boost: NonNegativeFloat = 0.0
+    """First and last layer are up to (1 + depth_boost) times as dense as the middle, at equal total."""
+    update_interval: PositiveInt = 100
+    """Optimizer steps between topology steps (dT)."""
+    drop_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share zeta of the live units that are replaced at a topology step; unset: the algorithm's (0.3, static 0)."""
+    drop_anneal: Literal["run", "phase", "none"] = "run"
+    """The cosine decay of the drop fraction runs over the whole run, over each phase, or not at all."""
+    drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] = "magnitude"
+    """magnitude: |w|; magnitude_gradient: |w| + lambda |g|; sensitivity: |w / g|. The lowest are dropped."""
+    drop_score_lambda: NonNegativeFloat = 1.0
+    """Lambda of `magnitude_gradient`."""
+    growth: Literal["mixed", "gradient", "random"] | None = None
+    """Which dead units come to life; unset: the algorithm's (mst mixed, set random, rigl gradient)."""
+    growth_ratio: NonNegativeFloat = 3.0
+    """r of mixed growth: r / (r + 1) of the new units by gradient, the rest at random."""
+    row_floor: bool = False
+    """Keep at least one live block in every row of blocks."""
+    skip_optimizer_on_update: bool = False
+    """The optimizer makes no step on a topology step (paper preset)."""
+    lr_density_power: NonNegativeFloat = 0.5
+    """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap)."""
+    lr_density_cap: Annotated[float, Field(ge=1.0)] = 4.0
+    """Largest multiplier; the weight decay is divided by the multiplier."""
+    regrowth_warmup_steps: NonNegativeInt = 0
+    """The update of a new weight grows linearly over this many steps."""
+    unit_step_counts: bool = False
+    """AdamW corrects the bias of its moments by the age of each weight instead of by the global step."""
+    low_rank: NonNegativeInt = 0
+    """Rank of a thin dense side path beside each sparse matrix; 0: none."""
+    head: bool = False
+    """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
+    groups: list[SparsityGroup] = []
+    """Exceptions by weight name."""
+
+    @model_validator(mode="after")
+    def _boundaries_are_ordered(self) -> SparsityConfig:
+        order = (self.warmup_end, self.restoration_start, self.restoration_end)
+        if self.algorithm == "mst" and self.points is None and list(order) != sorted(order):
+            raise ValueError(
+                "warmup_end, restoration_start, restoration_end: must not decrease, got "
+                f"{self.warmup_end}, {self.restoration_start}, {self.restoration_end}"
+            )
+        if self.points is not None:
+            check_points(self.points)
+        return self
+
+    @model_validator(mode="after")
+    def _topology_rules_fit_the_algorithm(self) -> SparsityConfig:
+        if self.algorithm in ("static", "spdf") and self.drop_fraction:
+            raise ValueError(
+                f"drop_fraction: {self.drop_fraction} contradicts algorithm {self.algorithm}, whose topology does not "
+                "evolve; legal values: unset, 0"
+            )
+        if self.row_floor and self.unit == 1:
+            raise ValueError("row_floor: true needs blocks, but unit is 1; legal values: false, or a unit above 1")
+        return self
+
+
+class KernelsConfig(Section):
+    block_sparse: Literal["auto", "reference"] = "auto"
+    """Kernel of the sparse linear layers; auto takes the fastest one that this machine supports."""
+    hybrid_attention: Literal["auto", "reference"] = "auto"
+    """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
+
+
+class ParallelConfig(Section):
+    tensor_parallel_size: Literal[1] = 1
+    """Ranks that share each layer."""
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1] = 1
+    """0: every rank holds the optimizer state; 1: it is divided over the data-parallel ranks."""
+    extra: dict[str, Any] = {}
+    """Further keys of DeepSpeed's own configuration, passed on as they are; keys that MegaSparse derives are
+    refused."""
+
+
+class RunConfig(Section):
+    """Everything that defines a run. See the sections for the fields."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    attention: AttentionConfig = AttentionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def check_points(points: list[tuple[float, float]]) -> None:
+    """Raise ValueError unless `points` are [progress, density] with progress rising from 0 to at most 1."""
+    if len(points) < 2:
+        raise ValueError(f"points: need at least two [progress, density] pairs, got {points}")
+    progress = [u for u, _ in points]
+    if progress[0] != 0.0 or progress[-1] > 1.0 or any(b <= a for a, b in pairwise(progress)):
+        raise ValueError(f"points: progress must rise strictly from 0 to at most 1, got {progress}")
+    for _, density in points:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"points: density {density} is outside (0, 1]")
