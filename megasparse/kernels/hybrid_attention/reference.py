@@ -1,0 +1,39 @@
+"""Reference kernel of hybrid sparse attention: exact, any device and dtype, saves no work on masked patterns.
+
+Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from megasparse.kernels.hybrid_attention.patterns import live_entries, pattern_mask
+
+
+def attend(
+    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, pattern: str, stride: int, scale: float | None
+) -> torch.Tensor:
+    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
+    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
+    seq_length = q_BHTD.shape[2]
+    if pattern == "full":
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=grouped)
+    mask_TT = cached_mask(pattern, seq_length, stride, q_BHTD.device)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask_TT, scale=scale, enable_gqa=grouped)
+
+
+def executed_entries(pattern: str, seq_length: int, stride: int) -> int:
+    """Scores computed per head: the causal kernel skips the upper half, a boolean mask skips nothing."""
+    return live_entries(pattern, seq_length, stride) if pattern == "full" else seq_length * seq_length
+
+
+# A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
+@lru_cache(maxsize=8)
+def cached_mask(pattern: str, seq_length: int, stride: int, device: torch.device) -> torch.Tensor:
+    """`pattern_mask`, built once per shape and device."""
+    # A mask first built under inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return pattern_mask(pattern, seq_length, stride, device)

@@ -1,0 +1,29 @@
+"""Layers: what models are made of. They import kernels and the types of the configuration.
+
+Linear layers come from a ``LayerFactory``, which knows which of them are sparse; everything else is built directly.
+"""
+
+from megasparse.kernels.hybrid_attention import live_entries
+from megasparse.layers.attention import Attention
+from megasparse.layers.embedding import Embedding, InputEmbedding
+from megasparse.layers.factory import LayerFactory, SparseSpec
+from megasparse.layers.linear import Linear, SparseLinear
+from megasparse.layers.loss import cross_entropy
+from megasparse.layers.mlp import mlp
+from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
+
+__all__ = [
+    "Attention",
+    "Embedding",
+    "InputEmbedding",
+    "LayerFactory",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "SparseLinear",
+    "SparseSpec",
+    "cross_entropy",
+    "live_entries",
+    "mlp",
+    "normalization",
+]

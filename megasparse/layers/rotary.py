@@ -1,0 +1,35 @@
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864) in the half-split layout of Llama.
+
+Dimension i of a head is paired with dimension i + D/2; the pair at position t is turned by t * theta^(-2i / D).
+The angles are no buffers: ``model.bfloat16()`` (which DeepSpeed calls) would round them to 8 significant bits, and a
+frequency rounded so turns position 512 by up to two radians too much. They are made from integer positions in float64
+and kept as float32 cosines and sines in a small cache outside of the module.
+Tensor names: B samples, H heads, T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(seq_length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Cosine and sine of all angles, two float32 tensors [seq_length, head_dim / 2] on `device`."""
+    # Tensors made under inference mode could not be saved for a backward pass later; float64 is made on the CPU
+    # because not every accelerator has it.
+    with torch.inference_mode(False), torch.no_grad():
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+        angle = torch.outer(torch.arange(seq_length, dtype=torch.float64, device="cpu"), frequency)
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x_BHTD: torch.Tensor, theta: float) -> torch.Tensor:
+    """Turn queries or keys by their positions 0 .. T - 1; returned in the dtype of the input."""
+    T, D = x_BHTD.shape[-2:]
+    cos_TD, sin_TD = rotary_tables(T, D, theta, x_BHTD.device)
+    # The float32 tables promote lower types, so the arithmetic is float32 at least.
+    first, second = x_BHTD.chunk(2, dim=-1)
+    turned = torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD), dim=-1)
+    return turned.to(x_BHTD.dtype)

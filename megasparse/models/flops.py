@@ -1,0 +1,110 @@
+"""Exact FLOPs of a model's training step, counted from the model that was built (also on the meta device).
+
+A multiply-add is 2 FLOPs. Only matrix products count; norms, activations, softmax and embedding look-ups are below
+one percent and count as 0. Algorithmic work by default: density times the dense work for a sparse layer, live
+entries for an attention pattern. For the work that kernels really execute, pass their own counts
+(``executed_entries``, ``executed_density``). Work done twice is not algorithmic and not counted: neither activation
+recomputation nor the fifth product of fused attention kernels, which recompute the scores in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megasparse.layers import Attention, Linear, SparseLinear, live_entries
+from megasparse.models.gpt import GPT
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one forward and backward pass."""
+
+    forward: int
+    """Linear layers, head and side paths included."""
+    input_gradient: int
+    """Gradients of the linear layers' inputs; the first layer's is needed too, for the embedding."""
+    weight_gradient: int
+    """Gradients of the linear layers' weights."""
+    attention_forward: int
+    """Scores and weighted sums."""
+    attention_backward: int
+    """Gradients of queries, keys, values and probabilities: four products, twice the forward pass."""
+
+    @property
+    def total(self) -> int:
+        linear = self.forward + self.input_gradient + self.weight_gradient
+        return linear + self.attention_forward + self.attention_backward
+
+
+def count_flops(
+    model: GPT,
+    num_sequences: int,
+    seq_length: int,
+    *,
+    densities: Mapping[str, float] | None = None,
+    patterns: Sequence[Sequence[str]] | None = None,
+    dense_weight_gradient: bool = False,
+    attention_entries: Callable[[str, int, int], int] | None = None,
+    linear_density: Callable[[float], float] | None = None,
+) -> FlopCount:
+    """FLOPs of a forward and backward pass over `num_sequences` sequences of `seq_length` tokens.
+
+    Args:
+        model: any device; its masks and patterns are not looked at.
+        densities: share of live weights by name of the sparse layer; layers left out are dense.
+        patterns: one tuple of pattern names per layer, one name per query head; None: all `full`.
+        dense_weight_gradient: the weight gradients of sparse layers are computed in full (topology steps).
+        attention_entries: (pattern, seq_length, stride) -> scores per head and sequence; None: `live_entries`.
+        linear_density: density of a layer -> share of the dense work that is done; None: the density itself.
+
+    Raises:
+        ValueError: a density for a layer that is not sparse, or out of [0, 1], or a wrong number of patterns.
+    """
+    densities = densities or {}
+    _check_densities(densities, model)
+    tokens = num_sequences * seq_length
+    forward = weight_gradient = 0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear):
+            continue
+        dense = 2 * tokens * layer.in_features * layer.out_features
+        density = densities.get(name, 1.0)
+        executed = round(dense * (density if linear_density is None else linear_density(density)))
+        side = 2 * tokens * layer.low_rank * (layer.in_features + layer.out_features)
+        forward += executed + side
+        weight_gradient += (dense if dense_weight_gradient else executed) + side
+    attention = _attention_forward(model, num_sequences, seq_length, patterns, attention_entries or live_entries)
+    return FlopCount(forward, forward, weight_gradient, attention, 2 * attention)
+
+
+def _attention_forward(
+    model: GPT,
+    num_sequences: int,
+    seq_length: int,
+    patterns: Sequence[Sequence[str]] | None,
+    entries: Callable[[str, int, int], int],
+) -> int:
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if patterns is None:
+        patterns = [("full",) * layer.num_heads for layer in layers]
+    if [len(heads) for heads in patterns] != [layer.num_heads for layer in layers]:
+        raise ValueError(
+            f"attention patterns: need {len(layers)} layers of {layers[0].num_heads} heads, got "
+            f"{[len(heads) for heads in patterns]}"
+        )
+    total = 0
+    for layer, heads in zip(layers, patterns, strict=True):
+        live = sum(entries(pattern, seq_length, layer.stride) for pattern in heads)
+        # Two products (scores, weighted sum), 2 FLOPs per entry and dimension each.
+        total += 4 * num_sequences * live * layer.head_dim
+    return total
+
+
+def _check_densities(densities: Mapping[str, float], model: GPT) -> None:
+    sparse = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, density in densities.items():
+        if name not in sparse:
+            raise ValueError(f"densities: {name!r} is no sparse layer; legal values: {', '.join(sorted(sparse))}")
+        if not 0.0 <= density <= 1.0:
+            raise ValueError(f"densities: {density} of {name} is out of range; legal values: 0 to 1")

@@ -1,0 +1,140 @@
+"""The GPT family: GPT-2 and Llama style decoders, told apart by the configuration.
+
+    x = tokens + positions
+    x = x + attention(norm(x))        for each block
+    x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+Which layers are sparse is the factory's business; nothing here depends on it.
+Tensor names: B samples, T tokens, C hidden size, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.layers import (
+    Attention,
+    InputEmbedding,
+    LayerFactory,
+    LayerNorm,
+    RMSNorm,
+    SparseLinear,
+    cross_entropy,
+    mlp,
+    normalization,
+)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP, each normalised before and added to the residual stream."""
+
+    def __init__(
+        self, name: str, config: ModelConfig, attention: AttentionConfig, factory: LayerFactory, attention_kernel: str
+    ) -> None:
+        super().__init__()
+        # GPT-2: 2 L projections add to the residual stream, so each is scaled down by sqrt(2 L).
+        output_std = config.init_std / sqrt(2 * config.num_layers)
+        self.attention_norm = _norm(config)
+        self.attention = Attention(
+            f"{name}.attention", config, attention, factory, output_std=output_std, kernel=attention_kernel
+        )
+        self.mlp_norm = _norm(config)
+        self.mlp = mlp(f"{name}.mlp", config, factory, output_std=output_std)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: shapes and kinds of the layers.
+        attention: stride of the attention patterns; the patterns themselves are set by `set_attention_patterns`.
+        vocab_size: entries of the tokenizer; the table is padded to `config.padded_vocab_size(vocab_size)` rows.
+        factory: makes the linear layers and embeddings, dense or sparse.
+        recompute: keep only the input of each block and recompute the block in the backward pass.
+        attention_kernel: kernel of `hybrid_attention`.
+
+    Raises:
+        ValueError: a sparse layer's widths are not multiples of its unit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionConfig,
+        vocab_size: int,
+        factory: LayerFactory,
+        *,
+        recompute: bool = False,
+        attention_kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.recompute = config, vocab_size, recompute
+        rows, C, std = config.padded_vocab_size(vocab_size), config.hidden_size, config.init_std
+        tokens = factory.embedding("embedding.tokens", rows, C, std)
+        positions = None
+        if config.position_embedding == "learned":
+            positions = factory.embedding("embedding.positions", config.seq_length, C, std)
+        self.embedding = InputEmbedding(tokens, positions)
+        self.layers = nn.ModuleList(
+            Block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
+        )
+        self.final_norm = _norm(config)
+        shared = tokens.weight if config.tie_embeddings else None
+        self.head = factory.linear("head", C, rows, bias=False, init_std=std, weight=shared)
+        if config.tie_embeddings:
+            tokens.tie(self.head)
+
+    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, T, V] for int64 tokens, or the mean cross entropy (float32 scalar) where targets are given.
+
+        Raises ValueError where T exceeds a table of learned positions.
+        """
+        x_BTC = self.embedding(tokens_BT)
+        for block in self.layers:
+            x_BTC = self._run(block, x_BTC)
+        # The slice drops the rows that pad the vocabulary.
+        logits_BTV = self.head(self.final_norm(x_BTC))[..., : self.vocab_size]
+        if targets_BT is None:
+            return logits_BTV
+        return cross_entropy(logits_BTV, targets_BT)
+
+    def set_attention_patterns(self, patterns: Sequence[Sequence[str]]) -> None:
+        """Set the pattern of every query head: one tuple of names per layer.
+
+        Raises ValueError for a wrong number of layers or heads, or an unknown pattern.
+        """
+        if len(patterns) != len(self.layers):
+            raise ValueError(f"attention patterns: got {len(patterns)} layers, the model has {len(self.layers)}")
+        for block, heads in zip(self.layers, patterns, strict=True):
+            block.attention.set_patterns(heads)
+
+    def sparse_layers(self) -> dict[str, SparseLinear]:
+        """The sparse linear layers by name, in the order of the forward pass."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, SparseLinear)}
+
+    def num_parameters(self) -> int:
+        """Number of parameters, dead ones included; shared ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _run(self, block: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # There is no dropout, so no random state needs to be kept.
+            return checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
+        return block(x_BTC)
+
+
+def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    return normalization(
+        config.normalization, config.hidden_size, epsilon=config.normalization_epsilon, bias=config.bias
+    )

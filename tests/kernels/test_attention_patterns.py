@@ -1,0 +1,62 @@
+"""The pattern definitions against a definition one pair at a time, and the closed-form counts against the masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.kernels.hybrid_attention import PATTERNS, executed_entries, live_entries, pattern_mask
+
+
+def sees(pattern: str, q: int, k: int, s: int) -> bool:
+    """The definition of the design, one pair at a time."""
+    if k > q:
+        return False
+    if pattern == "full":
+        return True
+    if pattern == "local":
+        return q - k < s
+    if pattern == "strided":
+        return (q - k) % s == 0
+    if pattern == "sparse":
+        return q - k < s or (q - k) % s == 0
+    own_block = range(q // s * s, q // s * s + s)
+    return k in own_block or (k + 1) % s == 0
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("seq_length", "stride"), [(1, 1), (7, 1), (12, 3), (13, 4), (5, 8), (16, 16), (17, 16)])
+def test_mask_is_the_definition(pattern: str, seq_length: int, stride: int) -> None:
+    mask = pattern_mask(pattern, seq_length, stride, "cpu")
+    assert mask.dtype == torch.bool
+    expected = [[sees(pattern, q, k, stride) for k in range(seq_length)] for q in range(seq_length)]
+    assert mask.tolist() == expected
+
+
+def test_patterns_differ() -> None:
+    masks = {pattern: pattern_mask(pattern, 24, 4) for pattern in PATTERNS}
+    assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == len(PATTERNS)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_live_entries_is_the_sum_of_the_mask(pattern: str) -> None:
+    for seq_length in [*range(1, 35), 64, 100, 127]:
+        for stride in [*range(1, 12), 16, 31, 64, 128]:
+            expected = int(pattern_mask(pattern, seq_length, stride).sum())
+            assert live_entries(pattern, seq_length, stride) == expected, (seq_length, stride)
+
+
+def test_reference_executes_half_of_full_and_all_of_a_mask() -> None:
+    assert executed_entries("reference", "full", 10, 4) == 55
+    assert {executed_entries("auto", pattern, 10, 4) for pattern in PATTERNS if pattern != "full"} == {100}
+
+
+@pytest.mark.parametrize("call", [lambda: live_entries("lokal", 8, 2), lambda: pattern_mask("lokal", 8, 2)])
+def test_unknown_pattern_names_the_legal_ones(call) -> None:
+    with pytest.raises(ValueError, match="'lokal'.*full, local, strided, sparse, fixed"):
+        call()
+
+
+def test_stride_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="stride: 0"):
+        live_entries("local", 8, 0)

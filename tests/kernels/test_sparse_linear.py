@@ -1,0 +1,176 @@
+"""sparse_linear and sparse_embedding against plain float64 autograd on W * mask, and numerically."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megasparse.kernels.block_sparse import apply_mask_, executed_density, sparse_embedding, sparse_linear
+
+OUT, IN = 24, 16
+
+
+def expand(mask: torch.Tensor, unit: int) -> torch.Tensor:
+    return mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+
+
+def case(unit: int, lead: tuple[int, ...] = (3, 5), dtype: torch.dtype = torch.float64):
+    mask = torch.rand(OUT // unit, IN // unit) < 0.5
+    mask[0, 0], mask[-1, -1] = True, False
+    x = torch.randn(*lead, IN, dtype=dtype)
+    weight = torch.randn(OUT, IN, dtype=dtype) * expand(mask, unit)
+    bias = torch.randn(OUT, dtype=dtype)
+    return x, weight, bias, mask
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("lead", [(), (7,), (3, 5), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("unit", [1, 4, 8])
+@pytest.mark.parametrize("dense_gradient", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matches_plain_autograd(unit, lead, dense_gradient, with_bias) -> None:
+    x0, weight0, bias0, mask = case(unit, lead)
+    x, weight, bias = leaves(x0, weight0, bias0)
+    y = sparse_linear(x, weight, bias if with_bias else None, mask, unit, dense_gradient)
+
+    x_ref, weight_ref, bias_ref = leaves(x0, weight0, bias0)
+    # With the mask inside the graph plain autograd gives the masked gradient, without it the dense one.
+    used = weight_ref if dense_gradient else weight_ref * expand(mask, unit)
+    y_ref = x_ref @ used.t() + (bias_ref if with_bias else 0)
+    torch.testing.assert_close(y, y_ref)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    y_ref.backward(dy)
+    torch.testing.assert_close(x.grad, x_ref.grad)
+    torch.testing.assert_close(weight.grad, weight_ref.grad)
+    if with_bias:
+        torch.testing.assert_close(bias.grad, bias_ref.grad)
+    dead = weight.grad[~expand(mask, unit)]
+    assert (dead != 0).all() if dense_gradient else (dead == 0).all()
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_gradcheck(unit) -> None:
+    x, weight, bias, mask = case(unit, (3,))
+    keep = expand(mask, unit)
+    x, weight, bias = leaves(x, weight, bias)
+    # The product with the mask keeps finite differences inside the live weights.
+    assert torch.autograd.gradcheck(lambda x, w, b: sparse_linear(x, w * keep, b, mask, unit, False), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda x, w, b: sparse_linear(x, w, b, mask, unit, True), (x, weight, bias))
+
+
+def test_bfloat16_against_float64() -> None:
+    x0, weight0, bias0, mask = case(8, (2048,), torch.bfloat16)
+    x, weight, bias = leaves(x0, weight0, bias0)
+    y = sparse_linear(x, weight, bias, mask, 8, False)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    x_ref, weight_ref, bias_ref = leaves(x0.double(), weight0.double(), bias0.double())
+    y_ref = F.linear(x_ref, weight_ref * expand(mask, 8), bias_ref)
+    y_ref.backward(dy.double())
+    # Products are accumulated in float32 and rounded to bfloat16 once (relative 2^-8), or twice where the library
+    # adds the bias to a rounded product; 2^-6 of the largest value leaves room for cancellation between the two.
+    for got, expected in ((y, y_ref), (x.grad, x_ref.grad), (weight.grad, weight_ref.grad), (bias.grad, bias_ref.grad)):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - expected).abs().max() <= 2**-6 * expected.abs().max()
+    assert (weight.grad[~expand(mask, 8)] == 0).all()
+    # One rounding of a float32 sum. Summed in bfloat16, 2,048 terms of order 1 reach partial sums near 45, whose
+    # last place is 0.25, and end up wrong by several units.
+    torch.testing.assert_close(bias.grad.double(), dy.double().sum(0), rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes(dtype) -> None:
+    x0, weight0, bias0, mask = case(4, (6,), dtype)
+    x, weight, bias = leaves(x0, weight0, bias0)
+    sparse_linear(x, weight, bias, mask, 4, False).sum().backward()
+    expected = (torch.ones(OUT, 6, dtype=torch.float64) @ x0.double()) * expand(mask, 4)
+    # Six terms of order 1.
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_saves_only_input_weight_and_mask() -> None:
+    x0, weight0, bias0, mask = case(4)
+    x, weight, bias = leaves(x0, weight0, bias0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sparse_linear(x, weight, bias, mask, 4, False)
+    assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr(), mask.data_ptr()}
+
+
+def test_only_needed_gradients_are_computed() -> None:
+    x, weight, bias, mask = case(4)
+    (weight,) = leaves(weight)
+    y = sparse_linear(x, weight, bias, mask, 4, False)
+    y.sum().backward()
+    assert weight.grad is not None and x.grad is None
+
+
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_checkpoint_gives_identical_gradients(dense_gradient) -> None:
+    x0, weight0, bias0, mask = case(4, (6,), torch.float32)
+    grads = []
+    for recompute in (False, True):
+        x, weight, bias = leaves(x0, weight0, bias0)
+
+        def run(x, weight=weight, bias=bias):
+            return sparse_linear(x, weight, bias, mask, 4, dense_gradient).tanh()
+
+        y = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
+        y.square().sum().backward()
+        grads.append((x.grad, weight.grad, bias.grad))
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_embedding_matches_plain_autograd(unit, dense_gradient) -> None:
+    _, weight0, _, mask = case(unit)
+    ids = torch.randint(OUT, (3, 40))  # 120 draws of 24 rows: repeated rows must add up
+    (weight,), (weight_ref,) = leaves(weight0), leaves(weight0)
+    y = sparse_embedding(ids, weight, mask, unit, dense_gradient)
+    y_ref = (weight_ref if dense_gradient else weight_ref * expand(mask, unit))[ids]
+    assert torch.equal(y, y_ref)
+    dy = torch.randn_like(y)
+    # A gradient that is not contiguous, as a slice upstream would give.
+    y.backward(dy.transpose(0, 1).contiguous().transpose(0, 1))
+    y_ref.backward(dy)
+    torch.testing.assert_close(weight.grad, weight_ref.grad)
+    if not dense_gradient:
+        assert (weight.grad[~expand(mask, unit)] == 0).all()
+
+
+def test_no_mask_is_the_plain_layer() -> None:
+    x, weight, bias, _ = case(4)
+    assert torch.equal(sparse_linear(x, weight, bias, None, 4, False), F.linear(x, weight, bias))
+    ids = torch.randint(OUT, (5,))
+    assert torch.equal(sparse_embedding(ids, weight, None, 4, False), weight[ids])
+
+
+@pytest.mark.parametrize("unit", [1, 4, 8])
+def test_apply_mask_clears_dead_units_in_place(unit) -> None:
+    mask = torch.rand(OUT // unit, IN // unit) < 0.5
+    keep = expand(mask, unit)
+    for tensor in (torch.randn(OUT, IN), torch.randn(IN, OUT).t(), torch.full((OUT, IN), float("nan"))):
+        before = tensor.clone()
+        assert apply_mask_(tensor, mask, unit) is tensor
+        assert (tensor[~keep] == 0).all() and not torch.signbit(tensor[~keep]).any()
+        torch.testing.assert_close(tensor[keep], before[keep], equal_nan=True, rtol=0, atol=0)
+
+
+def test_unknown_kernel_names_the_legal_ones() -> None:
+    x, weight, bias, mask = case(4)
+    for call in (
+        lambda: sparse_linear(x, weight, bias, mask, 4, False, kernel="fst"),
+        lambda: sparse_linear(x, weight, bias, None, 4, False, kernel="fst"),
+        lambda: executed_density("fst", 0.1),
+    ):
+        with pytest.raises(ValueError, match="'fst'.*auto, reference"):
+            call()
+    assert executed_density("reference", 0.1) == executed_density("auto", 0.5) == 1.0
