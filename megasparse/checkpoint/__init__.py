@@ -1,0 +1,1 @@
+"""Checkpoints as transactions: a folder with a manifest exists whole or not at all."""

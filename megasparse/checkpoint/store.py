@@ -1,0 +1,159 @@
+"""Checkpoint folders of a run: written under a temporary name, verified, renamed; found, checked and pruned.
+
+    checkpoints/
+      latest                      name of the newest folder, for DeepSpeed's own tools
+      step-00000100/
+        manifest.json             step, layout, model, size of every file, checksum of the topology
+        topology.safetensors      mask bits of every layer, 1 bit per unit, independent of the layout
+        random.safetensors        states of the random generators, one row per rank
+        mp_rank_00_model_states.pt, ...   DeepSpeed's files
+
+A folder without a manifest, or with a file that is missing or of another size, is not a checkpoint and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOPOLOGY = "topology.safetensors"
+RANDOM = "random.safetensors"
+PREFIX = "step-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the folder and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, readable without loading it."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    model: dict[str, Any]
+    """Section `model` of the configuration."""
+    format: int = FORMAT
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes by file name."""
+    topology_sha256: str = ""
+
+
+class CheckpointStore:
+    """The checkpoints below one folder. Only rank 0 calls the methods that write or delete."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def begin(self, step: int) -> str:
+        """Name of an empty temporary folder to write into; left-overs of interrupted saves are removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"partial-{PREFIX}*"):
+            shutil.rmtree(leftover)
+        (self.folder / self.partial_name(step)).mkdir()
+        return self.partial_name(step)
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Turn the temporary folder of `manifest.step` into a checkpoint and drop the oldest ones beyond `keep`."""
+        partial = self.folder / self.partial_name(manifest.step)
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()}
+        complete = {**asdict(manifest), "files": files, "topology_sha256": _sha256(partial / TOPOLOGY)}
+        _write_synced(partial / MANIFEST, json.dumps(complete, indent=1))
+        final = self.folder / self.name(manifest.step)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _write_synced(self.folder / "latest.new", final.name)
+        os.replace(self.folder / "latest.new", self.folder / "latest")
+        for old in list(self._folders())[self.keep :]:
+            shutil.rmtree(old)
+        return final
+
+    def newest_good(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint that is whole, or None."""
+        for folder in self._folders():
+            try:
+                return folder, read_manifest(folder)
+            except CheckpointError:
+                continue
+        return None
+
+    def damaged(self) -> list[str]:
+        """Why each folder newer than the newest good one is no checkpoint."""
+        reasons = []
+        for folder in self._folders():
+            try:
+                read_manifest(folder)
+                break
+            except CheckpointError as error:
+                reasons.append(str(error))
+        return reasons
+
+    @staticmethod
+    def name(step: int) -> str:
+        return f"{PREFIX}{step:08d}"
+
+    @classmethod
+    def partial_name(cls, step: int) -> str:
+        return f"partial-{cls.name(step)}"
+
+    def _folders(self) -> Iterator[Path]:
+        """Newest first."""
+        return iter(sorted(self.folder.glob(f"{PREFIX}*"), reverse=True))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder. Raises CheckpointError naming what is missing, cut off or altered."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text())
+        manifest = Manifest(**values)
+    except OSError:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is missing, so it was never finished") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is not readable: {error}") from None
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: format {manifest.format}; legal values: {FORMAT}")
+    for name, size in manifest.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"checkpoint {folder}: {name} {state}")
+    if _sha256(folder / TOPOLOGY) != manifest.topology_sha256:
+        raise CheckpointError(f"checkpoint {folder}: {TOPOLOGY} does not have the checksum of the manifest")
+    return manifest
+
+
+def check_fits(folder: Path, manifest: Manifest, model: dict[str, Any], world_size: int, zero_stage: int) -> None:
+    """Raise CheckpointError unless the checkpoint is of this model and layout, naming every field that differs."""
+    differences = [
+        f"model.{name} is {manifest.model.get(name)!r} there and {value!r} here"
+        for name, value in model.items()
+        if manifest.model.get(name) != value
+    ]
+    if manifest.world_size != world_size:
+        differences.append(f"it was saved by {manifest.world_size} ranks, this run has {world_size}")
+    if manifest.zero_stage != zero_stage:
+        differences.append(f"deepspeed.zero_stage is {manifest.zero_stage} there and {zero_stage} here")
+    if differences:
+        raise CheckpointError(f"checkpoint {folder} does not fit: {'; '.join(differences)}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

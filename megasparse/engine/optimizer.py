@@ -1,0 +1,125 @@
+"""AdamW for matrices whose density changes, and the parameter groups it works on.
+
+    optimizer = SparseAdamW(parameter_groups(model, controller, config.optimizer), config)
+    set_learning_rates(optimizer, lr, controller, config.optimizer)
+
+Sparse matrices of one density share a group, whose learning rate is multiplied and whose weight decay is divided by
+min(density^-p, cap). DeepSpeed may replace the parameters of a group by flat pieces of them; names and options stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megasparse.config.schema import OptimizerConfig, SparsityConfig
+from megasparse.sparsity.controller import Controller
+
+MAX_AGE = 2**15 - 1
+
+
+def parameter_groups(model: nn.Module, controller: Controller, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups `sparse.<n>` (one per density class), `matrices` (decayed), `vectors` (biases, norms: not decayed)."""
+    taken: set[int] = set()
+    groups: list[dict[str, Any]] = []
+
+    def add(name: str, parameters: Iterable[nn.Parameter], weight_decay: float, layer: str | None = None) -> None:
+        fresh = [parameter for parameter in parameters if id(parameter) not in taken]
+        taken.update(id(parameter) for parameter in fresh)
+        if fresh:
+            groups.append({"name": name, "params": fresh, "weight_decay": weight_decay, "sparse_layer": layer})
+
+    for number, names in enumerate(controller.density_classes().values()):
+        weights = [controller.layers[name].weight for name in names]
+        add(f"sparse.{number}", weights, optimizer.weight_decay, layer=names[0])
+    add("matrices", (p for p in model.parameters() if p.ndim >= 2), optimizer.weight_decay)
+    add("vectors", (p for p in model.parameters() if p.ndim < 2), 0.0)
+    return groups
+
+
+def set_learning_rates(
+    optimizer: SparseAdamW, lr: float, controller: Controller, weight_decay: float
+) -> dict[str, float]:
+    """Put the step's learning rate into every group, scaled by density for sparse ones; returns it by group name."""
+    rates = {}
+    for group in optimizer.param_groups:
+        multiplier = 1.0
+        if group["sparse_layer"] is not None:
+            multiplier = controller.lr_multiplier(group["sparse_layer"])
+            group["weight_decay"] = weight_decay / multiplier
+        group["lr"] = rates[group["name"]] = lr * multiplier
+    return rates
+
+
+class SparseAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019) with what topology steps ask for.
+
+    ``skip_updates``: while True a step passes without an update of anything (paper preset). ZeRO calls ``step`` once
+    for each group, so it is the caller who sets and clears it.
+    With `unit_step_counts` or `regrowth_warmup_steps` each weight of a sparse group has an age, the number of updates
+    since it was last born: moments are corrected by 1 - beta^age instead of 1 - beta^step, and the update of a reborn
+    weight is scaled by min(1, age / regrowth_warmup_steps).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig, sparsity: SparsityConfig) -> None:
+        super().__init__(
+            groups,
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.skip_updates = False
+        self.unit_step_counts = sparsity.unit_step_counts
+        self.regrowth_warmup_steps = sparsity.regrowth_warmup_steps
+
+    @property
+    def keeps_ages(self) -> bool:
+        return self.unit_step_counts or self.regrowth_warmup_steps > 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        assert closure is None, "gradients come from the engine"
+        if self.skip_updates:
+            return None
+        if not self.keeps_ages:
+            return super().step()
+        everything = self.param_groups
+        # The library's step works on the groups it is shown; ours takes the groups with ages.
+        self.param_groups = [group for group in everything if group["sparse_layer"] is None]
+        super().step()
+        self.param_groups = everything
+        for group in everything:
+            if group["sparse_layer"] is not None:
+                for parameter in group["params"]:
+                    self._step_with_ages(parameter, group)
+        return None
+
+    def _step_with_ages(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["age"] = torch.zeros_like(parameter, dtype=torch.int16)
+        first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        age.add_(1).clamp_(max=MAX_AGE)
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        count = age.to(torch.float32) if self.unit_step_counts else state["step"].to(parameter.device)
+        update = first / (1 - beta1**count)
+        update /= (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
+        if self.regrowth_warmup_steps:
+            reborn = age < min(int(state["step"]), MAX_AGE)
+            ramp = (age.to(torch.float32) / self.regrowth_warmup_steps).clamp_(max=1)
+            update = torch.where(reborn, update * ramp, update)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

@@ -1,0 +1,128 @@
+"""A model, its optimizer and DeepSpeed behind a handful of methods: the loop knows no more of DeepSpeed than these.
+
+engine = TrainingEngine(model, controller, config, mesh)
+for inputs, targets in micro_batches:
+    loss = engine.forward(inputs, targets)
+    engine.backward(loss)
+report = controller.update_topology(engine.state)      # on topology steps
+gradient_norm = engine.step(lr)
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+
+from megasparse.config.deepspeed import deepspeed_dict
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.engine.fragments import state_access
+from megasparse.engine.optimizer import SparseAdamW, parameter_groups, set_learning_rates
+from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Mesh
+from megasparse.sparsity.controller import Controller
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingEngine:
+    """One rank's share of the training state. The mesh's process group must exist."""
+
+    def __init__(self, model: GPT, controller: Controller, config: RunConfig, mesh: Mesh) -> None:
+        check_precision(config, mesh.device)
+        self.config, self.controller, self.mesh = config, controller, mesh
+        self.model = model.to(mesh.device)
+        _prepare_deepspeed()
+        groups = parameter_groups(self.model, controller, config.optimizer)
+        self.optimizer = SparseAdamW(groups, config.optimizer, config.sparsity)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=self.optimizer,
+            config=deepspeed_dict(config, mesh.data_parallel_size),
+            dist_init_required=False,
+        )
+        self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
+        weights = {name: layer.weight for name, layer in controller.layers.items()}
+        self.state = state_access(self._engine, self.optimizer, weights, mesh)
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self._engine.gradient_accumulation_steps()
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a micro-batch, float32 scalar with graph. inputs, targets: int64 [micro_batch_size, T]."""
+        return self._engine(inputs, targets)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients; the last micro-batch of a step also averages them over the ranks."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def gradients_are_finite(self) -> bool:
+        """Whether every rank's pieces of the sparse matrices have finite gradients (float16 may overflow)."""
+        wrong = sum(int((~fragment.gradient.isfinite()).sum()) for fragment in self.state.fragments().values())
+        return not self.mesh.agree_any(wrong > 0)
+
+    def step(self, lr: float, *, skip_update: bool = False) -> float:
+        """One optimizer step at a base learning rate. Returns the global gradient norm before clipping.
+
+        skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
+        """
+        set_learning_rates(self.optimizer, lr, self.controller, self.config.optimizer.weight_decay)
+        self.optimizer.skip_updates = skip_update
+        norm = None
+        if self._engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+        self.optimizer.skip_updates = False
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss without a graph."""
+        self.model.eval()
+        loss = self.model(inputs, targets)
+        self.model.train()
+        return loss
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write weights and optimizer state into `folder/tag`; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Read what ``save`` wrote; returns the client state. Raises ValueError where files do not fit the model."""
+        try:
+            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=True)
+        except (RuntimeError, KeyError, AssertionError) as error:
+            raise ValueError(f"checkpoint {folder / tag} does not fit this model or layout: {error}") from error
+        if path is None:
+            raise ValueError(f"checkpoint {folder / tag}: not found or incomplete")
+        return client_state
+
+
+def check_precision(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError for a precision that the device does not train in."""
+    if config.train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision: fp16 needs a GPU; legal values on this machine: fp32, bf16")
+
+
+def _prepare_deepspeed() -> None:
+    """Let DeepSpeed adopt the process group that exists, quietly and without a compiler.
+
+    On CPUs it would otherwise compile a shared-memory all-reduce at its first start; gloo does the work as well.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(verbose=False, auto_mpi_discovery=False)

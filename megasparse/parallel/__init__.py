@@ -1,0 +1,5 @@
+"""Processes and their groups: one immutable ``Mesh``, passed to whoever needs it."""
+
+from megasparse.parallel.mesh import LaunchEnvironment, Mesh, open_mesh
+
+__all__ = ["LaunchEnvironment", "Mesh", "open_mesh"]

@@ -1,0 +1,44 @@
+"""Telling a lost peer from every other error.
+
+When a rank dies, the collectives of the others fail with whatever their transport saw: a closed connection, a
+time-out. ``is_lost_peer`` recognises these, so that the entry script can say what happened in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+SIGNS = ("connection closed by peer", "connection reset", "timed out", "socket timeout", "broken pipe", "gloo", "nccl")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error is a collective that failed because another rank is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+@contextlib.contextmanager
+def leave_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
+    """Turn the error of a collective whose peer is gone into one clear line, and end this process at once.
+
+    An ordinary exit would wait for the peers again, in the destructors of the process group.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_lost_peer(error):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        print(
+            f"error: rank {rank} lost contact with another rank, which has died or does not answer; {advice}. "
+            f"({first_line})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(3)

@@ -1,0 +1,136 @@
+"""One topology step, as a pure function: scores and targets in, kept and grown units out.
+
+    results = evolve(layers, step_key, sum_over_shards)
+
+Of each layer the `num_keep` best live units stay; then `num_target - num_keep` of all others (those just dropped
+included) come to life: `num_by_gradient` by growth score, the rest at random. Every layer may lie in pieces on several
+ranks; all ranks call with the same counts and get the pieces of one global decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megasparse.sparsity.random import random_uniform, random_words
+from megasparse.sparsity.selection import INELIGIBLE, SumOverShards, keep_local, select_top_k
+
+# Streams of the counter-based generator.
+TIE_STREAM, GROWTH_STREAM, INITIAL_STREAM = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Units of one layer in one topology step, over all ranks."""
+
+    live: int
+    keep: int
+    by_gradient: int
+    at_random: int
+
+    @property
+    def target(self) -> int:
+        return self.keep + self.by_gradient + self.at_random
+
+
+def step_counts(
+    num_live: int, num_target: int, num_units: int, drop_fraction: float, gradient_share: float
+) -> StepCounts:
+    """Counts of a step: n_drop = max(floor(drop_fraction n_live), n_live - n_target), then growth up to the target.
+
+    gradient_share: r / (r + 1) of the grown units are chosen by gradient. A layer whose target is full drops nothing:
+    there is nothing to explore, and dropping would only erase weights.
+    """
+    num_drop = 0 if num_target == num_units else math.floor(drop_fraction * num_live)
+    num_drop = max(num_drop, num_live - num_target)
+    num_keep = num_live - num_drop
+    num_grow = num_target - num_keep
+    by_gradient = math.floor(gradient_share * num_grow + 0.5)
+    return StepCounts(num_live, num_keep, by_gradient, num_grow - by_gradient)
+
+
+@dataclass(frozen=True)
+class LayerPiece:
+    """This rank's piece of one layer; all tensors [n] for the n units of the piece."""
+
+    stream: int
+    """Number of the layer, the same on all ranks: its stream of random numbers."""
+    indices: Tensor
+    """int64, global index of each unit in the layer."""
+    live: Tensor
+    """bool."""
+    drop_score: Tensor
+    """float32, 0 or more."""
+    growth_score: Tensor
+    """float32, 0 or more."""
+    counts: StepCounts
+    row_length: int | None = None
+    """Units per row where every row is to keep at least one (then the piece is the whole layer)."""
+
+
+@dataclass(frozen=True)
+class Evolved:
+    """Disjoint bool masks over the units of a piece; the new topology is their union."""
+
+    kept: Tensor
+    grown: Tensor
+
+
+def evolve(
+    layers: Sequence[LayerPiece], seed: int, step: int, sum_over_shards: SumOverShards = keep_local
+) -> list[Evolved]:
+    """Decide the new topology of all layers at once. See the module for the rule."""
+    ties = [random_words(layer.indices, seed, step, layer.stream, TIE_STREAM) for layer in layers]
+
+    def best(scores: list[Tensor], counts: list[int]) -> list[Tensor]:
+        return select_top_k(scores, ties, counts, sum_over_shards)
+
+    drop = [_eligible(layer.drop_score, layer.live) for layer in layers]
+    drop = [_prefer_best_of_rows(layer, score, None) for layer, score in zip(layers, drop, strict=True)]
+    kept = best(drop, [layer.counts.keep for layer in layers])
+
+    growth = [_eligible(layer.growth_score, ~keep) for layer, keep in zip(layers, kept, strict=True)]
+    growth = [_prefer_best_of_rows(*each) for each in zip(layers, growth, kept, strict=True)]
+    by_gradient = best(growth, [layer.counts.by_gradient for layer in layers])
+
+    taken = [keep | grown for keep, grown in zip(kept, by_gradient, strict=True)]
+    chance = [random_uniform(layer.indices, seed, step, layer.stream, GROWTH_STREAM) for layer in layers]
+    chance = [_eligible(score, ~live) for score, live in zip(chance, taken, strict=True)]
+    chance = [_prefer_best_of_rows(*each) for each in zip(layers, chance, taken, strict=True)]
+    at_random = best(chance, [layer.counts.at_random for layer in layers])
+
+    return [
+        Evolved(keep, gradient | random) for keep, gradient, random in zip(kept, by_gradient, at_random, strict=True)
+    ]
+
+
+def random_topology(num_units: int, num_target: int, stream: int, seed: int, row_length: int | None = None) -> Tensor:
+    """A random start: bool [num_units] with exactly `num_target` live units."""
+    indices = torch.arange(num_units)
+    nothing = torch.zeros(num_units, dtype=torch.bool)
+    chance = random_uniform(indices, seed, stream, INITIAL_STREAM)
+    piece = LayerPiece(stream, indices, nothing, chance, chance, StepCounts(0, 0, 0, num_target), row_length)
+    chance = _prefer_best_of_rows(piece, chance, nothing)
+    return select_top_k([chance], [random_words(indices, seed, stream, TIE_STREAM)], [num_target])[0]
+
+
+def _eligible(score: Tensor, allowed: Tensor) -> Tensor:
+    return torch.where(allowed, score, torch.full_like(score, INELIGIBLE))
+
+
+def _prefer_best_of_rows(layer: LayerPiece, score: Tensor, served: Tensor | None) -> Tensor:
+    """Raise the best eligible unit of each row without a `served` one above all others."""
+    if layer.row_length is None:
+        return score
+    rows = score.view(-1, layer.row_length)
+    value, column = rows.max(dim=1)
+    needy = value >= 0
+    if served is not None:
+        needy &= ~served.view_as(rows).any(dim=1)
+    preferred = rows.clone()
+    preferred[needy, column[needy]] = torch.inf
+    return preferred.reshape(-1)

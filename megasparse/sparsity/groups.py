@@ -1,0 +1,68 @@
+"""The settings of each sparse matrix: the section `sparsity`, refined by the first group that matches its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from megasparse.config.schema import SparsityConfig, SparsityGroup
+
+DEFAULT_GROWTH = {"set": "random", "rigl": "gradient"}
+DEFAULT_DROP_FRACTION = {"mst": 0.3, "set": 0.3, "rigl": 0.3}
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one matrix is thinned."""
+
+    unit: int
+    min_density: float | None
+    """Own lowest density; None: a share of the global one."""
+    drop_score: str
+    gradient_share: float
+    """Share of grown units that are chosen by gradient: 1 gradient, 0 random, r / (r + 1) mixed."""
+
+
+def layer_settings(sparsity: SparsityConfig, name: str) -> LayerSettings | None:
+    """Settings of the linear layer `name`, or None where it stays dense."""
+    if sparsity.algorithm == "dense" or (name == "head" and not sparsity.head):
+        return None
+    group = next((group for group in sparsity.groups if _matches(group, name)), None)
+    if group is None:
+        return LayerSettings(sparsity.unit, None, sparsity.drop_score, _gradient_share(sparsity, None))
+    if group.dense:
+        return None
+    return LayerSettings(
+        unit=group.unit or sparsity.unit,
+        min_density=group.density,
+        drop_score=group.drop_score or sparsity.drop_score,
+        gradient_share=_gradient_share(sparsity, group.growth),
+    )
+
+
+def drop_fraction(sparsity: SparsityConfig) -> float:
+    """zeta: the share of live units that a topology step replaces, before its decay."""
+    if sparsity.drop_fraction is not None:
+        return sparsity.drop_fraction
+    return DEFAULT_DROP_FRACTION.get(sparsity.algorithm, 0.0)
+
+
+def unmatched_groups(sparsity: SparsityConfig, names: Iterable[str]) -> list[str]:
+    """Patterns of groups that no layer falls to: a misspelt name, or one behind a wider pattern."""
+    names = list(names)
+    first = {next((group.pattern for group in sparsity.groups if _matches(group, name)), None) for name in names}
+    return [group.pattern for group in sparsity.groups if group.pattern not in first]
+
+
+def _matches(group: SparsityGroup, name: str) -> bool:
+    return fnmatchcase(name, group.pattern) or fnmatchcase(f"{name}.weight", group.pattern)
+
+
+def _gradient_share(sparsity: SparsityConfig, own: str | None) -> float:
+    growth = own or sparsity.growth or DEFAULT_GROWTH.get(sparsity.algorithm, "mixed")
+    if growth == "gradient":
+        return 1.0
+    if growth == "random":
+        return 0.0
+    return sparsity.growth_ratio / (sparsity.growth_ratio + 1.0)
