@@ -1,0 +1,31 @@
+# make quickstart   sets up and pretrains a small model on this machine's Python source, offline, in minutes
+# make test         sets up and runs the tests
+#
+# Without an active virtual environment both make and use .venv. ARGS="train.steps=100" goes to the run or to pytest.
+
+PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,.venv/bin/python)
+STAMP := $(dir $(PYTHON))../.megasparse-installed
+
+.PHONY: quickstart test lint setup
+
+quickstart: setup
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" sh launch/quickstart.sh $(ARGS)
+
+test: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	# A torch that is there already (a GPU build, say) is kept, with the ranges of setup.py instead of the pins.
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		$(PYTHON) -m pip install --quiet -e ".[dev,hf,monitor]"; \
+	else \
+		$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev,hf,monitor]"; \
+	fi
+	touch $(STAMP)

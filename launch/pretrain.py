@@ -1,0 +1,75 @@
+"""Pretrain a model.
+
+    deepspeed launch/pretrain.py --config configs/quickstart.yaml [section.field=value ...]
+    python launch/pretrain.py --config configs/gpt2-124m.yaml --dry-run --world-size 40 [--json]
+
+Settings come from the YAML file (later files win, each may name a `base`), then from the dotted words. Configuration,
+data and plan are checked before any process group starts; what the run writes is described in launch/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
+from megasparse.parallel import LaunchEnvironment
+from megasparse.parallel.failures import leave_after_lost_peer
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        environment = LaunchEnvironment.from_variables(os.environ)
+        if arguments.dry_run:
+            return dry_run(config, arguments.world_size or environment.world_size, arguments.json)
+        if arguments.json or arguments.world_size:
+            raise ConfigError("--json, --world-size: only used with --dry-run")
+        from megasparse.training.run import pretrain
+
+        with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
+            pretrain(config, environment)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def dry_run(config, world_size: int, as_json: bool) -> int:
+    """Print the plan for a world size; nothing is started."""
+    from megasparse.training.console import make_console, print_plan
+    from megasparse.training.plan import make_plan
+
+    plan = make_plan(config, world_size)
+    if as_json:
+        print(json.dumps(plan, indent=1))
+    else:
+        print_plan(plan, make_console())
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    fields = "\n".join(f"  {name} = {default}\n      {text}" for name, _, default, text in describe_fields())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings and defaults:\n{fields}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
+    parser.add_argument("--json", action="store_true", help="plan as JSON, with --dry-run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The training loop.
+
+``Trainer.run`` goes through the steps: train, record, and now and then validate, save, or leave. ``Trainer.train_step``
+is one optimizer step and nothing else. Everything the loop works with is passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megasparse.config.schema import RunConfig
+from megasparse.data import BatchLoader
+from megasparse.engine.training_engine import TrainingEngine
+from megasparse.parallel import Mesh
+from megasparse.sparsity.controller import Controller, StepDecision, TopologyReport
+from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.console import Progress, QuietProgress
+from megasparse.training.evaluation import validation_loss
+from megasparse.training.ledger import FlopCounter
+from megasparse.training.lr_schedule import learning_rate
+from megasparse.training.records import RunRecords
+from megasparse.training.signals import StopSignal
+from megasparse.training.state import TrainState, Window
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    decision: StepDecision
+    lr: float
+    gradient_norm: float
+    topology: TopologyReport | None
+
+
+@dataclass
+class Trainer:
+    """All that takes part in training, on one rank. records is None on ranks other than 0."""
+
+    config: RunConfig
+    mesh: Mesh
+    engine: TrainingEngine
+    controller: Controller
+    train_data: Any
+    valid_data: Any
+    checkpointer: Checkpointer
+    records: RunRecords | None
+    progress: Progress | QuietProgress
+    state: TrainState
+
+    def __post_init__(self) -> None:
+        self._flops = FlopCounter(self.config, self.engine.model)
+        self._pictures = _picture_steps(self.config)
+
+    def run(self, stop: StopSignal) -> str:
+        """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary."""
+        train = self.config.train
+        reason, saved_step = "finished", self.state.step
+        self._draw_topologies(self.state.step)
+        with self._loader() as loader:
+            while self.state.step < train.steps:
+                result = self.train_step(loader)
+                self._record(result)
+                if stop.agreed():
+                    reason = f"stopped by {stop.received or 'a signal to another rank'}"
+                elif self.state.step == train.stop_after and self.state.step < train.steps:
+                    reason = f"stopped after step {train.stop_after} (train.stop_after)"
+                if reason != "finished":
+                    break
+                if train.save_interval and self.state.step % train.save_interval == 0:
+                    self.checkpointer.save(self.state)
+                    saved_step = self.state.step
+        if saved_step != self.state.step:
+            folder = self.checkpointer.save(self.state)
+            self.progress.message(f"checkpoint {folder.name} saved")
+        return reason
+
+    def train_step(self, loader: BatchLoader) -> StepResult:
+        """One optimizer step over the global batch."""
+        state, engine, seconds = self.state, self.engine, self.state.ledger.seconds
+        with seconds.step():
+            decision = self.controller.begin_step(state.step)
+            engine.model.set_attention_patterns(decision.patterns)
+            flops = self._flops.step(decision, self.controller.live_densities())
+            losses = []
+            for _ in range(engine.accumulation_steps):
+                with seconds.part("data"):
+                    tokens = next(loader).to(self.mesh.device)
+                with seconds.part("forward"):
+                    loss = engine.forward(tokens[:, :-1], tokens[:, 1:])
+                with seconds.part("backward"):
+                    engine.backward(loss)
+                losses.append(loss.detach())
+            topology = self._update_topology(decision)
+            lr = learning_rate(state.step, self.config.train.steps, self.config.optimizer)
+            skip = topology is not None and self.config.sparsity.skip_optimizer_on_update
+            with seconds.part("optimizer"):
+                norm = engine.step(lr, skip_update=skip)
+        state.ledger.flops.add(flops)
+        self._advance(losses, loader.consumed_samples)
+        return StepResult(decision, lr, norm, topology)
+
+    def _update_topology(self, decision: StepDecision) -> TopologyReport | None:
+        if not decision.changes_topology:
+            return None
+        with self.state.ledger.seconds.part("topology"):
+            # A float16 gradient that overflowed ranks nothing, and its optimizer step will be skipped.
+            if self.config.train.precision == "fp16" and not self.engine.gradients_are_finite():
+                return None
+            return self.controller.update_topology(self.engine.state)
+
+    def _advance(self, losses: list[torch.Tensor], consumed_samples: int) -> None:
+        state = self.state
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        state.step += 1
+        state.consumed_samples = consumed_samples
+        state.tokens += tokens
+        state.window.loss += float(torch.stack(losses).double().mean())
+        state.window.steps += 1
+        state.window.tokens += tokens
+
+    def _record(self, result: StepResult) -> None:
+        """Validate where it is due, and write a line of metrics where one is due."""
+        train, step = self.config.train, self.state.step
+        last = step == train.steps
+        if result.topology is not None and self.records is not None:
+            self.records.topology(result.topology)
+        if step in self._pictures or last:
+            self._draw_topologies(step)
+        validates = self.valid_data is not None and (
+            last or (train.valid_interval and step % train.valid_interval == 0)
+        )
+        if validates:
+            self.state.last_val_loss = self._validate()
+        if validates or last or step % train.log_interval == 0:
+            self._write_metrics(result, self.state.last_val_loss if validates else None)
+
+    def _validate(self) -> float:
+        train = self.config.train
+        loss = validation_loss(self.engine, self.valid_data, train.valid_samples, train.micro_batch_size, self.mesh)
+        best = self.state.best_val_loss
+        self.state.best_val_loss = loss if best is None else min(best, loss)
+        return loss
+
+    def _write_metrics(self, result: StepResult, val_loss: float | None) -> None:
+        state, ledger = self.state, self.state.ledger
+        window = state.window
+        loss = float(self.mesh.sum_(torch.tensor(window.loss, dtype=torch.float64, device=self.mesh.device)))
+        loss /= window.steps * self.mesh.data_parallel_size
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {state.step}; the newest checkpoint is from before it. Lower optimizer.lr "
+                "or raise optimizer.warmup_steps"
+            )
+        tokens_per_s = window.tokens / max(ledger.seconds.total - window.seconds, 1e-9)
+        state.last_loss = loss
+        state.window = Window(seconds=ledger.seconds.total)
+        decision = result.decision
+        if self.records is not None:
+            line = {
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss,
+                **({} if val_loss is None else {"val_loss": val_loss}),
+                "density": self.controller.density(),
+                "phase": decision.phase,
+                "pattern": decision.pattern,
+                "lr": result.lr,
+                "grad_norm": result.gradient_norm,
+                "tokens_per_s": tokens_per_s,
+                "flops_dense": ledger.flops.dense,
+                "flops_algorithmic": ledger.flops.algorithmic,
+                "flops_executed": ledger.flops.executed,
+                "seconds": ledger.seconds.total,
+                **{f"seconds_{name}": value for name, value in ledger.by_part().items()},
+            }
+            self.records.metrics(line)
+        self.progress.update(
+            state.step,
+            loss=loss,
+            density=self.controller.density(),
+            phase=decision.phase,
+            pattern=decision.pattern,
+            tokens_per_s=tokens_per_s,
+            val_loss=val_loss,
+        )
+
+    def _draw_topologies(self, step: int) -> None:
+        if self.records is None:
+            return
+        for name in _drawn_layers(list(self.controller.topologies)):
+            self.records.picture(name, self.controller.topologies[name].mask, step)
+
+    def _loader(self) -> BatchLoader:
+        train = self.config.train
+        return BatchLoader(
+            self.train_data,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=self.mesh.data_parallel_rank,
+            data_parallel_size=self.mesh.data_parallel_size,
+            consumed_samples=self.state.consumed_samples,
+            num_steps=train.steps - self.state.step,
+        )
+
+
+def _picture_steps(config: RunConfig) -> set[int]:
+    """About eight steps, each just after a topology step, spread over the run."""
+    interval = config.sparsity.update_interval
+    updates = range(interval, config.train.steps, interval)
+    stride = max(len(updates) // 8, 1)
+    return {step + 1 for step in updates[::stride]}
+
+
+def _drawn_layers(names: list[str]) -> list[str]:
+    """First, middle and last sparse layer."""
+    return list(dict.fromkeys(names[index] for index in (0, len(names) // 2, -1))) if names else []

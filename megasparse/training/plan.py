@@ -1,0 +1,183 @@
+"""The plan of a run: every derived number, before anything is started, at any world size, on one process.
+
+    plan = make_plan(config, world_size=16)
+
+The model is built on the meta device (shapes only) and the schedule is walked through step by step, so that the plan
+and the run share their arithmetic. Raises ConfigError for what cannot be trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megasparse.config.checks import check_run, unused_settings
+from megasparse.config.deepspeed import check_extra
+from megasparse.config.schema import RunConfig
+from megasparse.kernels import block_sparse, hybrid_attention
+from megasparse.models.gpt import GPT
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.distribution import unit_target
+from megasparse.sparsity.schedule import is_update_due
+from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.ledger import FlopCounter, Flops
+
+CURVE_POINTS = 60
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Plain numbers and strings, as printed, saved as ``plan.json`` and shown in the report."""
+    check_run(config, world_size)
+    check_extra(config.deepspeed.extra)
+    vocab_size = vocabulary_size(config, open_tokenizer(config))
+    with torch.device("meta"):
+        model = build_model(config, vocab_size)
+    controller = Controller(config, model.sparse_layers())
+    train = config.train
+    tokens_per_step = train.global_batch_size * config.model.seq_length
+    flops, mean_density = walk_schedule(config, model, controller)
+    return {
+        "run": config.run.name,
+        "parameters": _parameters(model, controller),
+        "tokens": {"total": tokens_per_step * train.steps, "per_step": tokens_per_step},
+        "steps": train.steps,
+        "schedule": {
+            "phases": _phases(config, controller),
+            "mean_density": mean_density,
+            "min_density": controller.schedule.min_density,
+            "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
+        },
+        "flops": {
+            "dense": flops.dense,
+            "algorithmic": flops.algorithmic,
+            "executed": flops.executed,
+            "ratio": flops.algorithmic / flops.dense,
+        },
+        "memory": memory_per_rank(config, model, world_size),
+        "parallel": {
+            "world_size": world_size,
+            "data_parallel_size": world_size // config.parallel.tensor_parallel_size,
+            "tensor_parallel_size": config.parallel.tensor_parallel_size,
+            "zero_stage": config.deepspeed.zero_stage,
+            "micro_batch_size": train.micro_batch_size,
+            "accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        },
+        "kernels": {
+            "block_sparse": block_sparse.select_kernel(config.kernels.block_sparse),
+            "hybrid_attention": hybrid_attention.select_kernel(config.kernels.hybrid_attention),
+        },
+        "warnings": unused_settings(config),
+    }
+
+
+def walk_schedule(config: RunConfig, model: GPT, controller: Controller) -> tuple[Flops, float]:
+    """FLOPs of the whole run and the mean density of the sparse weights over the steps.
+
+    Steps between two topology steps of one phase cost the same, so only the steps where something changes are counted.
+    """
+    steps, interval = config.train.steps, config.sparsity.update_interval
+    counter, total, density_sum = FlopCounter(config, model), Flops(), 0.0
+    units = {name: topology.num_units for name, topology in controller.topologies.items()}
+    sizes = {name: topology.numel for name, topology in controller.topologies.items()}
+    set_live(controller, 0.0)
+    step = 0
+    while step < steps:
+        decision = controller.begin_step(step)
+        densities = controller.live_densities()
+        run = 1 if decision.changes_topology else _steps_alike(config, controller, step)
+        cost = counter.step(decision, densities)
+        total.add(Flops(run * cost.dense, run * cost.algorithmic, run * cost.executed))
+        if is_update_due(step, interval):
+            for name, count in decision.counts.items():
+                controller.num_live[name] = count.target
+        live = sum(controller.num_live[name] / units[name] * sizes[name] for name in units)
+        density_sum += run * (live / sum(sizes.values()) if units else 1.0)
+        step += run
+    return total, density_sum / steps
+
+
+def set_live(controller: Controller, progress: float) -> None:
+    """Let the controller count live units as the schedule asks for at a progress, without any mask."""
+    for name, density in controller.densities_at(progress).items():
+        controller.num_live[name] = unit_target(density, controller.topologies[name].num_units)
+
+
+def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
+    """Steps from `step` on with the same densities and attention pattern."""
+    steps, interval = config.train.steps, config.sparsity.update_interval
+    last = min(steps, (step // interval + 1) * interval)
+
+    def pattern(at: int) -> str:
+        phase = controller.schedule.phase(at / steps)
+        return controller.pattern_schedule.pattern(at / steps, phase)
+
+    here = pattern(step)
+    return next((at for at in range(step + 1, last) if pattern(at) != here), last) - step
+
+
+def _parameters(model: GPT, controller: Controller) -> dict[str, int]:
+    total = model.num_parameters()
+    sparsifiable = sum(topology.numel for topology in controller.topologies.values())
+    densities = controller.densities_for(controller.schedule.min_density)
+    live = sum(
+        unit_target(densities[name], topology.num_units) * topology.unit**2
+        for name, topology in controller.topologies.items()
+    )
+    return {"total": total, "sparsifiable": sparsifiable, "live_at_min_density": total - sparsifiable + live}
+
+
+def _phases(config: RunConfig, controller: Controller) -> list[dict[str, Any]]:
+    """Stretches of equal phase and attention pattern, in steps."""
+    steps = config.train.steps
+    edges = {0.0, 1.0}
+    for segment in controller.schedule.segments:
+        edges |= {segment.start, segment.end}
+    for window in config.attention.windows or ():
+        edges |= {window.start, window.end}
+    # A step belongs to the stretch that holds at its progress step / steps.
+    bounds = sorted({min(steps, -(-round(edge * steps * 1e6) // 10**6)) for edge in edges})
+    phases = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        phase = controller.schedule.phase(start / steps)
+        phases.append(
+            {
+                "name": phase,
+                "start_step": start,
+                "end_step": end,
+                "start_density": controller.schedule.density(start / steps),
+                "end_density": controller.schedule.segment(start / steps).density(end / steps),
+                "pattern": controller.pattern_schedule.pattern(start / steps, phase),
+            }
+        )
+    return phases
+
+
+def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str, int]:
+    """Bytes by kind: what training holds at its peak, DeepSpeed's communication buffers aside."""
+    parameters, size = model.num_parameters(), BYTES[config.train.precision]
+    shards = world_size if config.deepspeed.zero_stage >= 1 else 1
+    separate_master = config.deepspeed.zero_stage >= 1 or size < 4
+    parts = {
+        "weights": parameters * size,
+        "masks": sum(layer.mask.numel() for layer in model.sparse_layers().values()),
+        "gradients": parameters * size,
+        "optimizer": parameters * (4 * separate_master + 8) // shards,
+        "activations": activation_bytes(config, model.vocab_size),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def activation_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Tensors that the backward pass of one micro-batch needs, per layer and at the head."""
+    model, size = config.model, BYTES[config.train.precision]
+    tokens = config.train.micro_batch_size * model.seq_length
+    key_value = 2 * model.key_value_heads * model.head_dim
+    mlp = model.mlp_width * (2 if model.activation == "gelu" else 3)
+    # Per block and token: input and output of both norms, query, key, value, attention output, inside of the MLP.
+    block = 4 * model.hidden_size + 2 * model.hidden_size + key_value + mlp
+    layers = model.num_layers
+    blocks = layers * model.hidden_size + block if config.train.activation_recomputation else layers * block
+    # Logits in the model's precision and their float32 log-probabilities with gradient.
+    return tokens * (blocks * size + vocab_size * (size + 8))

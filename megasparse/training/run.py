@@ -1,0 +1,198 @@
+"""A whole run, from a checked configuration to the report in its folder.
+
+summary = pretrain(config, LaunchEnvironment.from_variables(os.environ))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.config.loader import ConfigError, save_config
+from megasparse.config.schema import RunConfig
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.engine.training_engine import TrainingEngine, check_precision
+from megasparse.models.generate import generate
+from megasparse.models.gpt import GPT
+from megasparse.parallel import LaunchEnvironment, Mesh, open_mesh
+from megasparse.sparsity.controller import Controller
+from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
+from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.console import Progress, QuietProgress, make_console, print_plan, print_summary, quiet
+from megasparse.training.loop import Trainer
+from megasparse.training.plan import make_plan
+from megasparse.training.records import RunRecords
+from megasparse.training.report import write_report
+from megasparse.training.signals import StopSignal
+from megasparse.training.state import TrainState
+
+PACKAGES = ("megasparse", "torch", "deepspeed", "numpy", "sentencepiece")
+
+
+def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any]:
+    """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts."""
+    plan = make_plan(config, environment.world_size)
+    tokenizer = open_tokenizer(config)
+    vocab_size = vocabulary_size(config, tokenizer)
+    train_data, valid_data = build_data(config, vocab_size)
+    check_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_monitor(config)
+    folder = Path(config.run.folder) / config.run.name
+    check_folder(folder, config)
+    if environment.rank == 0:
+        print_plan(plan, make_console())
+    with ExitStack() as stack:
+        mesh = stack.enter_context(open_mesh(environment, config.train.distributed_timeout_seconds))
+        if mesh.is_first:
+            _write_start(folder, config, plan)
+        model = build_model(config, vocab_size)
+        controller = Controller(config, model.sparse_layers())
+        controller.start_topologies()
+        engine = TrainingEngine(model, controller, config, mesh)
+        checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
+        state, notes = _restore(checkpointer, config)
+        progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
+        trainer = Trainer(
+            config=config,
+            mesh=mesh,
+            engine=engine,
+            controller=controller,
+            train_data=train_data,
+            valid_data=valid_data,
+            checkpointer=checkpointer,
+            records=_open_records(folder, config, mesh, state, stack),
+            progress=progress,
+            state=state,
+        )
+        with progress, StopSignal(mesh) as stop:
+            for note in notes:
+                progress.message(note)
+            reason = trainer.run(stop)
+        summary = summarise(config, plan, trainer, reason)
+        if mesh.is_first:
+            _write_end(folder, config, model, tokenizer, summary, mesh)
+            stack.callback(_report, folder, summary, progress)
+        mesh.barrier()
+    return summary
+
+
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError where the run would overwrite another one."""
+    if config.train.resume == "never" and (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run.name: {folder} holds a run already; legal values: another run.name, or train.resume=auto to go on"
+        )
+
+
+def check_monitor(config: RunConfig) -> None:
+    """Raise ConfigError where event files are asked for and the library that writes them is not installed."""
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "train.tensorboard: true needs the package tensorboard (extra `monitor`); legal values here: false"
+        )
+
+
+def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
+    """The final numbers of a run, as written to ``summary.json``."""
+    state = trainer.state
+    return {
+        "run": config.run.name,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "loss": state.last_loss,
+        "val_loss": state.last_val_loss,
+        "best_val_loss": state.best_val_loss,
+        "final_density": trainer.controller.density(),
+        "flops_dense": state.ledger.flops.dense,
+        "flops_algorithmic": state.ledger.flops.algorithmic,
+        "flops_executed": state.ledger.flops.executed,
+        "seconds": state.ledger.seconds.total,
+        "seconds_by_part": state.ledger.by_part(),
+        "parameters": plan["parameters"]["total"],
+        "hardware": describe_hardware(trainer.mesh.device, trainer.mesh.world_size),
+        "versions": package_versions(),
+        "finished": state.step == config.train.steps,
+        "reason": reason,
+    }
+
+
+def describe_hardware(device: torch.device, world_size: int) -> str:
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{world_size} x {name}, {os.cpu_count()} cores"
+
+
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
+
+
+def _restore(checkpointer: Checkpointer, config: RunConfig) -> tuple[TrainState, list[str]]:
+    """Where the run goes on, and what to tell the user about it."""
+    if config.train.resume != "auto":
+        return TrainState(), []
+    notes = [f"warning: passed over: {reason}" for reason in checkpointer.store.damaged()]
+    state = checkpointer.restore()
+    if state is None:
+        return TrainState(), notes
+    return state, [*notes, f"going on from step {state.step}"]
+
+
+def _open_records(
+    folder: Path, config: RunConfig, mesh: Mesh, state: TrainState, stack: ExitStack
+) -> RunRecords | None:
+    if not mesh.is_first:
+        return None
+    records = RunRecords(folder, resume_step=state.step, tensorboard=config.train.tensorboard)
+    stack.callback(records.close)
+    return records
+
+
+def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1))
+
+
+def _write_end(
+    folder: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer | None, summary: dict[str, Any], mesh: Mesh
+) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    if tokenizer is not None and config.train.sample_tokens:
+        text = sample_text(model, tokenizer, config.train.sample_prompt, config.train.sample_tokens, config.run.seed)
+        (folder / "sample.txt").write_text(text)
+
+
+def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, seed: int) -> str:
+    """Prompt and continuation, sampled at temperature 0.8 among the 50 likeliest tokens."""
+    device = next(model.parameters()).device
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_document_id]
+    tokens = torch.tensor([prompt_ids], device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    out = generate(model, tokens, num_tokens, temperature=0.8, top_k=50, top_p=None, generator=generator)
+    return tokenizer.decode(out[0].tolist())
+
+
+def _report(folder: Path, summary: dict[str, Any], progress: Progress | QuietProgress) -> None:
+    """After the process group has ended: drawing takes seconds, and no rank need wait for it."""
+    page = write_report(folder)
+    print_summary(summary)
+    progress.message(f"report: {page}")

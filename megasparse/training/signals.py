@@ -1,0 +1,44 @@
+"""Leaving cleanly: a signal is noted here, agreed on by all ranks, and acted on at the end of a step.
+
+with StopSignal(mesh) as stop:
+    while ...:
+        train_step()
+        if stop.agreed():
+            save(); break
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from megasparse.parallel import Mesh
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 while it is open."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._previous: dict[int, object] = {}
+        self.received: str | None = None
+        self.received_at: float | None = None
+
+    def __enter__(self) -> StopSignal:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must call it at the same step."""
+        return self._mesh.agree_any(self.received is not None)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received, self.received_at = signal.Signals(number).name, time.monotonic()

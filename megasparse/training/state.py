@@ -1,0 +1,43 @@
+"""What a run remembers besides weights: position, totals, and the window since the last line of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megasparse.training.ledger import Ledger
+
+
+@dataclass
+class Window:
+    """Sums since the last logged step, on this rank."""
+
+    loss: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """Saved with every checkpoint; all ranks hold the same but for the loss in the window and the seconds."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    consumed_samples: int = 0
+    """Position in the data: samples of all finished steps over all ranks."""
+    tokens: int = 0
+    best_val_loss: float | None = None
+    last_loss: float | None = None
+    last_val_loss: float | None = None
+    window: Window = field(default_factory=Window)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        plain = {key: value for key, value in values.items() if key not in ("window", "ledger")}
+        return cls(**plain, window=Window(**values["window"]), ledger=Ledger.from_state(values["ledger"]))
