@@ -1,0 +1,75 @@
+"""Builds the training and validation datasets of a run from prefixes of indexed data.
+
+train, valid = build_datasets(train_sources=[("data/web", 0.9), ("data/code", 0.1)], valid_sources=None,
+                              split_fractions=(0.99, 0.01), seq_length=1024, vocab_size=50257, seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+
+from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
+from megasparse.data.index_format import DatasetError
+from megasparse.data.indexed import IndexedDataset
+from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
+
+Source = tuple[str, float]
+
+
+def build_datasets(
+    *,
+    train_sources: Sequence[Source],
+    valid_sources: Sequence[Source | str] | None,
+    split_fractions: Sequence[float] | None,
+    seq_length: int,
+    vocab_size: int,
+    seed: int,
+) -> tuple[ShuffledDataset | BlendedDataset, ConcatenatedDataset | PackedDataset | None]:
+    """Returns (train, valid): train takes any global sample number, valid has a length and a fixed order.
+
+    With `valid_sources`, these are the validation set, whole and one after the other (weights, where given, play no
+    part), and the training sources are used whole. Without, each training source is cut by `split_fractions`
+    (train, valid and, optionally, a test share that neither uses), and valid joins the validation parts; valid is
+    None where there is no validation share. ValueError or `DatasetError` for what cannot be used.
+    """
+    if not train_sources:
+        raise ValueError("train_sources is empty; give at least one (prefix, weight)")
+    if valid_sources is not None and not valid_sources:
+        raise ValueError("valid_sources is empty; give at least one prefix, or None to split the training sources")
+    if valid_sources is None and split_fractions is None:
+        raise ValueError("neither valid_sources nor split_fractions is given; (1, 0) trains without validation")
+    if split_fractions is not None and not 2 <= len(split_fractions) <= 3:
+        raise ValueError(f"split_fractions {list(split_fractions)}: give (train, valid) or (train, valid, test)")
+    if valid_sources is None and split_fractions[0] <= 0:
+        raise ValueError(f"split_fractions {list(split_fractions)}: the training share must be greater than 0")
+
+    train_parts, valid_parts = [], []
+    for prefix, _ in train_sources:
+        indexed = IndexedDataset(prefix)
+        if valid_sources is not None:
+            train_parts.append(PackedDataset(indexed, 0, len(indexed), seq_length, vocab_size=vocab_size))
+            continue
+        train_range, valid_range = split_documents(indexed, split_fractions)[:2]
+        for name, piece, parts in (("training", train_range, train_parts), ("validation", valid_range, valid_parts)):
+            if len(piece):
+                parts.append(_packed(indexed, piece, seq_length, vocab_size, name))
+    for source in valid_sources or ():
+        prefix = source if isinstance(source, str | PathLike) else source[0]
+        indexed = IndexedDataset(prefix)
+        valid_parts.append(PackedDataset(indexed, 0, len(indexed), seq_length, vocab_size=vocab_size))
+
+    shuffled = [ShuffledDataset(part, derive_seed(seed, number)) for number, part in enumerate(train_parts)]
+    weights = [weight for _, weight in train_sources]
+    # The blend also checks the weights, so it is built even where a single source needs no mixing.
+    blend = BlendedDataset(shuffled, weights, derive_seed(seed, len(shuffled)))
+    train = blend if len(shuffled) > 1 else shuffled[0]
+    valid = ConcatenatedDataset(valid_parts) if valid_parts else None
+    return train, valid
+
+
+def _packed(indexed: IndexedDataset, piece, seq_length: int, vocab_size: int, name: str) -> PackedDataset:
+    try:
+        return PackedDataset.from_tokens(indexed, piece.start, piece.stop, seq_length, vocab_size=vocab_size)
+    except DatasetError as error:
+        raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error

@@ -1,0 +1,73 @@
+"""What the data tools share on their command lines: the options that describe a corpus, and how errors are told."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from megasparse.data.corpus import DOCUMENT_RULES, CorpusOptions, CorpusReader
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the input paths and the options of `CorpusOptions`."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text files, .jsonl files (either also .gz or .xz), or folders",
+    )
+    group.add_argument(
+        "--document-rule",
+        choices=DOCUMENT_RULES,
+        help="what a document is in a text file (default: the whole file)",
+    )
+    group.add_argument("--document-separator", metavar="LINE", help="a line equal to LINE ends a document")
+    group.add_argument("--jsonl-key", default="text", metavar="KEY", help="key of the text in JSONL (default: text)")
+    group.add_argument(
+        "--glob", default="*.txt", help="files to take below a folder, one document each (default: *.txt)"
+    )
+    group.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="folders and files below a folder to pass over"
+    )
+
+
+def reader_from_arguments(arguments: argparse.Namespace) -> CorpusReader:
+    """The reader that `add_corpus_arguments` describes. ValueError for what does not fit together."""
+    rule = arguments.document_rule or ("file" if arguments.document_separator is None else "separator")
+    exclude = tuple(arguments.exclude)
+    options = CorpusOptions(rule, arguments.document_separator, arguments.jsonl_key, arguments.glob, exclude)
+    return CorpusReader(arguments.input, options)
+
+
+def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:
+    """Runs `main`; user errors become one line on standard error and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if report_errors:
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def progress_bar(description: str, total_bytes: int, *, enabled: bool = True):
+    """A progress bar on standard error, where that is a terminal; yields a function that takes the bytes done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task(description, total=total_bytes)
+        yield lambda done: bar.update(task, completed=done)

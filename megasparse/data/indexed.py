@@ -1,0 +1,309 @@
+"""Reader and writer of token datasets in the Megatron `.bin`/`.idx` format (see `index_format`).
+
+    with IndexedDatasetWriter("corpus", smallest_dtype(vocab_size), vocab_size=vocab_size) as writer:
+        writer.add_document(token_ids)
+    dataset = IndexedDataset("corpus")
+    dataset.document(0)            # read-only array, a view of the memory-mapped file
+    dataset.tokens(1000, 2000)     # any slice of the token stream
+
+The writer works in temporary files beside the target and renames them at the end, so a prefix never names
+half-written data. The reader checks everything that can be checked without reading the tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from megasparse.data.files import sync_and_close, sync_folder, temporary_beside
+from megasparse.data.index_format import (
+    HEADER,
+    MAGIC,
+    MAX_SEQUENCE_LENGTH,
+    VERSION,
+    DatasetError,
+    dataset_paths,
+    dtype_code,
+    dtype_from_code,
+    smallest_dtype,
+)
+
+__all__ = ["DatasetError", "IndexedDataset", "IndexedDatasetWriter", "dataset_paths", "smallest_dtype"]
+
+# Entries of an index, or tokens of a file, that are handled at once: bounds the temporary memory to tens of MB.
+CHUNK = 2**20
+
+
+class IndexedDataset:
+    """Memory-mapped reader of one dataset. Opening validates the pair of files; violations raise `DatasetError`.
+
+    Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, and `document_offsets`: int64
+    [num_documents + 1], the token offset of each document and the total at the end.
+    """
+
+    def __init__(self, prefix: str | PathLike[str]):
+        self.prefix = os.fspath(prefix)
+        self.bin_path, self.idx_path = dataset_paths(prefix)
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise DatasetError(f"{path}: no such file; a dataset prefix names a pair of .bin and .idx files")
+        self.dtype, lengths, pointers, document_indices = _read_index(self.idx_path)
+        self.num_tokens = _check_sequences(self.idx_path, lengths, pointers, self.dtype.itemsize)
+        _check_documents(self.idx_path, document_indices, len(lengths))
+        expected, found = self.num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
+        if found != expected:
+            raise DatasetError(
+                f"{self.bin_path}: the file has {found} bytes; {self.idx_path.name} says {self.num_tokens} tokens "
+                f"of {self.dtype.name}, {expected} bytes"
+            )
+        self.num_documents = len(document_indices) - 1
+        ends = np.append(pointers, expected) // self.dtype.itemsize
+        self.document_offsets: np.ndarray = ends[document_indices]
+        # An empty file cannot be memory-mapped.
+        self._tokens = np.memmap(self.bin_path, self.dtype, "r") if found else np.empty(0, self.dtype)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document, a read-only view [document length] in the dtype of the file."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} is outside the {self.num_documents} documents of {self.prefix}")
+        return self.tokens(int(self.document_offsets[index]), int(self.document_offsets[index + 1]))
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the token stream, a read-only view in the dtype of the file."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) are outside the {self.num_tokens} tokens of {self.prefix}")
+        return self._tokens[start:stop]
+
+    def document_at(self, token_offset: int) -> int:
+        """The document that holds the token at `token_offset`."""
+        return int(np.searchsorted(self.document_offsets, token_offset, side="right")) - 1
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Reads dtype, lengths int32 [S], pointers int64 [S] and document indices int64 [E] (memory-mapped)."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if header[: len(MAGIC)] != MAGIC:
+        raise DatasetError(f"{path}: begins with {header[: len(MAGIC)]!r}; an index file begins with {MAGIC!r}")
+    if len(header) < HEADER.size:
+        raise DatasetError(f"{path}: the file has {size} bytes; the header alone has {HEADER.size}")
+    _, version, code, sequences, indices = HEADER.unpack(header)
+    if version != VERSION:
+        raise DatasetError(f"{path}: format version {version}; this reader knows version {VERSION}")
+    dtype = dtype_from_code(code, path)
+    expected = HEADER.size + sequences * 12 + indices * 8
+    if size not in (expected, expected + sequences):
+        raise DatasetError(
+            f"{path}: the file has {size} bytes; {sequences} sequences and {indices} document indices need {expected}"
+        )
+    if indices < 1:
+        raise DatasetError(f"{path}: no document indices; even an empty dataset has one")
+    content = np.memmap(path, np.uint8, "r")
+    parts = np.split(content[HEADER.size : expected], [4 * sequences, 12 * sequences])
+    lengths, pointers, document_indices = (
+        part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"), strict=True)
+    )
+    return dtype, lengths, pointers, document_indices
+
+
+def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+    """Checks that sequences follow each other without gaps. Returns the number of tokens."""
+    total = 0
+    for start in range(0, len(lengths), CHUNK):
+        chunk = lengths[start : start + CHUNK].astype(np.int64)
+        if chunk.min() < 0:
+            bad = start + int(np.argmin(chunk))
+            raise DatasetError(f"{path}: sequence {bad} has length {lengths[bad]}; lengths are not negative")
+        ends = total + np.cumsum(chunk)
+        expected = (ends - chunk) * itemsize
+        wrong = np.flatnonzero(pointers[start : start + CHUNK] != expected)
+        if wrong.size:
+            bad = int(wrong[0])
+            raise DatasetError(
+                f"{path}: sequence {start + bad} points to byte {pointers[start + bad]}; "
+                f"the sequences before it end at byte {expected[bad]}"
+            )
+        total = int(ends[-1])
+    return total
+
+
+def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -> None:
+    first, last = int(document_indices[0]), int(document_indices[-1])
+    if first != 0 or last != sequences:
+        raise DatasetError(
+            f"{path}: documents run from sequence {first} to {last}; they must run from 0 to {sequences}"
+        )
+    wrong = np.flatnonzero(document_indices[1:] < document_indices[:-1])
+    if wrong.size:
+        bad = int(wrong[0])
+        raise DatasetError(
+            f"{path}: document {bad} runs from sequence {document_indices[bad]} to {document_indices[bad + 1]}; "
+            "document indices must not decrease"
+        )
+
+
+class IndexedDatasetWriter:
+    """Writes one dataset; a context manager that finalizes on success and leaves nothing behind on an exception.
+
+    `vocab_size`, where given, bounds the ids that are accepted; the dtype always does. Only `finalize` makes the
+    dataset appear under `prefix`, replacing one that is there. The folder is made where missing.
+    """
+
+    def __init__(
+        self,
+        prefix: str | PathLike[str],
+        dtype: np.dtype | type | str,
+        *,
+        vocab_size: int | None = None,
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+    ):
+        self.code = dtype_code(dtype)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        largest = int(np.iinfo(self.dtype).max) + 1
+        self.id_limit = largest if vocab_size is None else min(vocab_size, largest)
+        if not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
+            raise ValueError(f"max_sequence_length is {max_sequence_length}; legal: 1 to {MAX_SEQUENCE_LENGTH}")
+        self.max_sequence_length = max_sequence_length
+        self.prefix = os.fspath(prefix)
+        self.bin_path, self.idx_path = dataset_paths(prefix)
+        self._lengths = array("i")
+        self._document_indices = array("q", [0])
+        self._open_tokens = 0
+        self.num_tokens = 0
+        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._bin_temporary = temporary_beside(self.bin_path)
+        self._file = open(self._bin_temporary, "wb")
+        self._open = True
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._document_indices) - 1
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(self, exc_type, exc, traceback) -> None:
+        if exc_type is None:
+            self.finalize()
+        else:
+            self.abort()
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Appends one document. ValueError for ids that are no integers, negative, or beyond dtype or vocabulary."""
+        tokens = np.asarray(tokens)
+        self.add_fragments(tokens, np.array([tokens.size]), np.array([True]))
+
+    def add_fragments(
+        self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, ends: Sequence[bool] | np.ndarray
+    ) -> None:
+        """Appends many pieces of documents at once.
+
+        `tokens` [sum of lengths] holds the pieces one after the other; piece i has lengths[i] tokens and closes its
+        document if ends[i], so a document may arrive over several pieces and calls.
+        """
+        assert self._open, "the writer is closed"
+        tokens = np.asarray(tokens)
+        lengths, ends = np.asarray(lengths, np.int64), np.asarray(ends, bool)
+        assert tokens.ndim == 1 and lengths.shape == ends.shape and lengths.sum() == tokens.size
+        self._check_ids(tokens)
+        self._file.write(np.ascontiguousarray(tokens, self.dtype).data)
+        self.num_tokens += tokens.size
+        closed_at = np.cumsum(lengths)[ends]
+        document_lengths = np.diff(closed_at, prepend=0)
+        if document_lengths.size:
+            document_lengths[0] += self._open_tokens
+            self._open_tokens = 0
+        for length in document_lengths.tolist():
+            self._close_document(length)
+        self._open_tokens += tokens.size - (int(closed_at[-1]) if closed_at.size else 0)
+
+    def merge_from(self, other_prefix: str | PathLike[str]) -> None:
+        """Appends the documents of another dataset of the same dtype (DatasetError otherwise), copying in chunks."""
+        assert self._open, "the writer is closed"
+        assert self._open_tokens == 0, "finish the open document before merging"
+        other = IndexedDataset(other_prefix)
+        if other.dtype != self.dtype:
+            raise DatasetError(f"{other.idx_path}: dtype {other.dtype.name}; {self.idx_path} holds {self.dtype.name}")
+        with open(other.bin_path, "rb") as file:
+            for start in range(0, other.num_tokens, CHUNK):
+                tokens = np.fromfile(file, self.dtype, min(CHUNK, other.num_tokens - start))
+                self._check_ids(tokens)
+                self._file.write(tokens.data)
+        self.num_tokens += other.num_tokens
+        for start in range(0, other.num_documents, CHUNK):
+            for length in np.diff(other.document_offsets[start : start + CHUNK + 1]).tolist():
+                self._close_document(length)
+
+    def finalize(self) -> None:
+        """Writes the index and makes the dataset visible: .bin first, .idx last. Further calls do nothing."""
+        if not self._open:
+            return
+        if self._open_tokens:
+            self._close_document(self._open_tokens)
+            self._open_tokens = 0
+        idx_temporary = None
+        try:
+            sync_and_close(self._file)
+            idx_temporary = temporary_beside(self.idx_path)
+            with open(idx_temporary, "wb") as file:
+                self._write_index(file)
+                sync_and_close(file)
+            # Without this an old .idx could pair with the new .bin if the machine stops between the two renames.
+            self.idx_path.unlink(missing_ok=True)
+            os.replace(self._bin_temporary, self.bin_path)
+            os.replace(idx_temporary, self.idx_path)
+        except BaseException:
+            if idx_temporary is not None:
+                idx_temporary.unlink(missing_ok=True)
+            self.abort()
+            raise
+        self._open = False
+        sync_folder(self.bin_path.parent)
+
+    def abort(self) -> None:
+        """Drops everything written so far; an existing dataset of the same prefix stays as it was."""
+        if self._open:
+            self._open = False
+            self._file.close()
+            self._bin_temporary.unlink(missing_ok=True)
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        if tokens.size == 0:
+            return
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"{self.prefix}: token ids of dtype {tokens.dtype.name}; they must be integers")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.id_limit:
+            raise ValueError(
+                f"{self.prefix}: token id {low if low < 0 else high}; legal ids are 0 to {self.id_limit - 1} "
+                f"(dtype {self.dtype.name} and vocabulary size)"
+            )
+
+    def _close_document(self, length: int) -> None:
+        while length > self.max_sequence_length:
+            self._lengths.append(self.max_sequence_length)
+            length -= self.max_sequence_length
+        self._lengths.append(length)
+        self._document_indices.append(len(self._lengths))
+
+    def _write_index(self, file) -> None:
+        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        document_indices = np.frombuffer(self._document_indices, np.int64)
+        file.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(document_indices)))
+        file.write(lengths.astype("<i4", copy=False).data)
+        position = 0
+        for start in range(0, len(lengths), CHUNK):
+            sizes = lengths[start : start + CHUNK].astype(np.int64) * self.dtype.itemsize
+            ends = position + np.cumsum(sizes)
+            file.write((ends - sizes).astype("<i8", copy=False).data)
+            position = int(ends[-1])
+        file.write(document_indices.astype("<i8", copy=False).data)

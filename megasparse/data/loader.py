@@ -1,0 +1,153 @@
+"""Batches of one data-parallel rank, prefetched by a background thread. See `sampler` for the order of samples.
+
+Optimizer step s uses global samples [s G, (s + 1) G). In accumulation micro-step m, rank r of D takes the B samples
+that begin at s G + (m D + r) B. So the samples of a step never depend on the layout, only G, B and D's division of
+them do. torch is imported on use, because the tools that only write data do not need it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BatchLoader:
+    """Iterator over micro-batches, torch int64 [micro_batch_size, seq_length + 1]; a context manager.
+
+    `dataset[n]` gives global sample n as an int64 array. The first step begins at sample `consumed_samples`; the
+    property of that name grows by `global_batch_size` when the last micro-batch of a step has been handed out, and
+    is what a checkpoint saves. The iterator is endless, or ends after `num_steps` steps. An exception of the dataset
+    is raised by the `next` that would have returned the failed batch, and the loader is then closed.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+        num_steps: int | None = None,
+        prefetch: int = 4,
+    ):
+        _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(f"data_parallel_rank is {data_parallel_rank}; legal: 0 to {data_parallel_size - 1}")
+        for name, value, least in (("consumed_samples", consumed_samples, 0), ("prefetch", prefetch, 1)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        self.dataset = dataset
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
+        self.accumulation_steps = global_batch_size // (micro_batch_size * data_parallel_size)
+        self.num_steps = num_steps
+        self._start = self._consumed = consumed_samples
+        self._micro_step = 0
+        self._queue: queue.Queue = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def consumed_samples(self) -> int:
+        """Global samples of all finished steps, over all ranks."""
+        return self._consumed
+
+    def sample_numbers(self, step_start: int, micro_step: int) -> range:
+        """Global samples of this rank in one micro-step of the step that begins at global sample `step_start`."""
+        slot = micro_step * self.data_parallel_size + self.data_parallel_rank
+        first = step_start + slot * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._stop.is_set():
+            raise StopIteration
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._produce, name="batch-prefetch", daemon=True)
+            self._thread.start()
+        item = self._take()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._micro_step += 1
+        if self._micro_step == self.accumulation_steps:
+            self._micro_step = 0
+            self._consumed += self.global_batch_size
+        return item
+
+    def _produce(self) -> None:
+        try:
+            step_start, steps = self._start, 0
+            while self.num_steps is None or steps < self.num_steps:
+                for micro_step in range(self.accumulation_steps):
+                    if not self._put(self._load(self.sample_numbers(step_start, micro_step))):
+                        return
+                step_start += self.global_batch_size
+                steps += 1
+            self._put(StopIteration())
+        except Exception as error:
+            self._put(error)
+
+    def _load(self, numbers: range) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.stack([self.dataset[number] for number in numbers]))
+
+    def _take(self):
+        """The next item; StopIteration if the loader is closed from elsewhere while waiting."""
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        return StopIteration()
+
+    def _put(self, item) -> bool:
+        """Queues an item; False if the loader was closed meanwhile."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def close(self) -> None:
+        """Ends the prefetch thread; the iterator then ends. May be called more than once."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, exc_type, exc, traceback) -> None:
+        self.close()
+
+
+def _check_sizes(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+    for name, value in (
+        ("global_batch_size", global_batch_size),
+        ("micro_batch_size", micro_batch_size),
+        ("data_parallel_size", data_parallel_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    group = micro_batch_size * data_parallel_size
+    if global_batch_size % group:
+        below, above = global_batch_size // group * group, (global_batch_size // group + 1) * group
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ValueError(
+            f"global_batch_size is {global_batch_size}; it must be a multiple of micro_batch_size * "
+            f"data_parallel_size = {micro_batch_size} * {data_parallel_size} = {group}, for example {nearest}"
+        )
