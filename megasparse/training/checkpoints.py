@@ -72,7 +72,8 @@ class Checkpointer:
             self._controller.load_state(_load(folder / TOPOLOGY))
         except ValueError as error:
             raise CheckpointError(f"checkpoint {folder}: {error}") from error
-        torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank])
+        # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
+        torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
         check_invariant(list(self._controller.topologies.values()), self._engine.state)
         return TrainState.from_dict(client_state["train_state"])
 

@@ -44,13 +44,17 @@ REFRESH_SECONDS = 0.1
 WIDE_TERMINAL = 130
 """Columns from which the live bar is shown with all its words; eighty columns still hold the numbers."""
 
+LOG_WIDTH = 110
+"""Columns of a table that goes to a file."""
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LETTERS = ".:-=+*#@"
 
 
 def make_console() -> Console:
     """A console on standard output that writes control codes to a terminal only, whatever the environment asks for."""
-    return Console(force_terminal=sys.stdout.isatty(), highlight=False)
+    terminal = sys.stdout.isatty()
+    return Console(force_terminal=terminal, width=None if terminal else LOG_WIDTH, highlight=False)
 
 
 class Progress:
@@ -207,14 +211,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             " fewer",
         ),
         ("Memory per rank", _memory(memory)),
-        (
-            "Parallel",
-            f"{format_integer(parallel.get('world_size'))} ranks: {format_integer(parallel.get('data_parallel_size'))} "
-            f"data x {format_integer(parallel.get('tensor_parallel_size'))} tensor, ZeRO stage "
-            f"{format_integer(parallel.get('zero_stage'))}; micro-batch "
-            f"{format_integer(parallel.get('micro_batch_size'))} x "
-            f"{format_integer(parallel.get('accumulation_steps'))} accumulation steps",
-        ),
+        ("Parallel", _parallel(parallel)),
         ("Kernels", "\n".join(f"{name}: {_words(value)}" for name, value in kernels.items())),
     ]
     _print_table(f"Plan of {plan.get('run', 'the run')}", rows, console)
@@ -227,14 +224,13 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     dense, algorithmic, executed = (summary.get(f"flops_{kind}") for kind in ("dense", "algorithmic", "executed"))
     seconds = summary.get("seconds")
     parts = _part(summary, "seconds_by_part")
-    reason = summary.get("reason")
+    finished, reason = summary.get("finished") is True, summary.get("reason")
     best = finite(summary.get("best_val_loss"))
     rows = [
         (
             "Outcome",
-            ("finished" if summary.get("finished") is True else "stopped early")
-            + f" after {format_integer(summary.get('steps'))} steps"
-            + (f": {reason}" if reason else ""),
+            f"{'finished' if finished else 'stopped early'} after {format_integer(summary.get('steps'))} steps"
+            + (f": {reason}" if reason and not finished else ""),
         ),
         (
             "Loss",
@@ -309,6 +305,18 @@ def _phases(schedule: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 def _memory(memory: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory.items() if name != "total")
     return f"{format_bytes(memory.get('total'))}: {parts}" if parts else ""
+
+
+def _parallel(parallel: Mapping[str, Any]) -> str:
+    count = {name: format_integer(value) for name, value in parallel.items()}
+    if not count:
+        return ""
+    return (
+        f"{count.get('world_size')} {'rank' if count.get('world_size') == '1' else 'ranks'}: "
+        f"{count.get('data_parallel_size')} data x {count.get('tensor_parallel_size')} tensor, "
+        f"ZeRO stage {count.get('zero_stage')}; micro-batch {count.get('micro_batch_size')} x "
+        f"{count.get('accumulation_steps')} accumulation steps"
+    )
 
 
 def _print_table(title: str, rows: list[tuple[str, str]], console: Console) -> None:

@@ -79,9 +79,13 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
             reason = trainer.run(stop)
         summary = summarise(config, plan, trainer, reason)
         if mesh.is_first:
-            _write_end(folder, config, model, tokenizer, summary, mesh)
-            stack.callback(_report, folder, summary, progress)
+            _write_end(folder, config, model, tokenizer, summary)
         mesh.barrier()
+    if environment.rank == 0:
+        # The process group has ended: drawing takes seconds, and no rank need wait for it.
+        page = write_report(folder)
+        print_summary(summary)
+        progress.message(f"report: {page}")
     return summary
 
 
@@ -173,7 +177,7 @@ def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
 
 
 def _write_end(
-    folder: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer | None, summary: dict[str, Any], mesh: Mesh
+    folder: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer | None, summary: dict[str, Any]
 ) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     if tokenizer is not None and config.train.sample_tokens:
@@ -190,9 +194,3 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, 
     out = generate(model, tokens, num_tokens, temperature=0.8, top_k=50, top_p=None, generator=generator)
     return tokenizer.decode(out[0].tolist())
 
-
-def _report(folder: Path, summary: dict[str, Any], progress: Progress | QuietProgress) -> None:
-    """After the process group has ended: drawing takes seconds, and no rank need wait for it."""
-    page = write_report(folder)
-    print_summary(summary)
-    progress.message(f"report: {page}")

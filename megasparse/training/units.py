@@ -81,6 +81,8 @@ def format_seconds(value: Any) -> str:
     number = finite(value)
     if number is None:
         return MISSING
+    if number == 0.0:
+        return "0 s"
     if number < 1.0:
         return f"{1000.0 * number:.3g} ms"
     if number < 59.95:
