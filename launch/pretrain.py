@@ -21,6 +21,7 @@ from megasparse.parallel.failures import leave_after_lost_peer
 
 def main() -> int:
     arguments = parse_arguments()
+    rank = os.environ.get("RANK", "0")
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
@@ -36,7 +37,9 @@ def main() -> int:
         with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
             pretrain(config, environment)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Settings and files are wrong on all ranks alike: one of them says so.
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

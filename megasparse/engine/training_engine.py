@@ -11,6 +11,7 @@ gradient_norm = engine.step(lr)
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ def _prepare_deepspeed() -> None:
 
     On CPUs it would otherwise compile a shared-memory all-reduce at its first start; gloo does the work as well.
     """
-    deepspeed_logger.setLevel(logging.WARNING)
+    # Besides start-up chatter this silences a warning that our optimizer is not on DeepSpeed's own list.
+    deepspeed_logger.setLevel(logging.ERROR)
+    # DeepSpeed 0.19 still gathers by a name that torch 2.13 has replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.comm.init_distributed(verbose=False, auto_mpi_discovery=False)
