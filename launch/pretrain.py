@@ -16,7 +16,7 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.parallel import LaunchEnvironment
-from megasparse.parallel.failures import leave_after_lost_peer
+from megasparse.parallel.failures import leave, leave_after_lost_peer
 
 
 def main() -> int:
@@ -36,6 +36,7 @@ def main() -> int:
 
         with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
             pretrain(config, environment)
+            leave(0)
     except ValueError as error:
         # Settings and files are wrong on all ranks alike: one of them says so.
         if rank == "0":

@@ -74,9 +74,16 @@ class CheckpointStore:
         os.replace(partial, final)
         _write_synced(self.folder / "latest.new", final.name)
         os.replace(self.folder / "latest.new", self.folder / "latest")
-        for old in list(self._folders())[self.keep :]:
-            shutil.rmtree(old)
+        self._prune(final)
         return final
+
+    def _prune(self, newest: Path) -> None:
+        """Delete what is older than the `keep` newest good checkpoints; damaged ones do not count as kept."""
+        good = 0
+        for folder in self._folders():
+            if good >= self.keep and folder != newest:
+                shutil.rmtree(folder)
+            good += _is_good(folder)
 
     def newest_good(self) -> tuple[Path, Manifest] | None:
         """The newest checkpoint that is whole, or None."""
@@ -111,6 +118,14 @@ class CheckpointStore:
         return iter(sorted(self.folder.glob(f"{PREFIX}*"), reverse=True))
 
 
+def _is_good(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder. Raises CheckpointError naming what is missing, cut off or altered."""
     try:
@@ -120,6 +135,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is missing, so it was never finished") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is not readable: {error}") from None
+    if not isinstance(manifest.files, dict) or not isinstance(manifest.model, dict):
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is not readable: files and model must be objects")
     if manifest.format != FORMAT:
         raise CheckpointError(f"checkpoint {folder}: format {manifest.format}; legal values: {FORMAT}")
     for name, size in manifest.files.items():

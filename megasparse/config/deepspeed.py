@@ -53,7 +53,11 @@ def check_extra(extra: dict[str, Any]) -> None:
     """Raise ConfigError where an expert key is one that MegaSparse derives."""
     for name, owner in DERIVED_KEYS.items():
         section, _, key = name.partition(".")
-        if section in extra and (not key or (isinstance(extra[section], dict) and key in extra[section])):
+        if section not in extra:
+            continue
+        if key and not isinstance(extra[section], dict):
+            raise ConfigError(f"deepspeed.extra.{section}: {extra[section]!r} is not legal; legal values: a section")
+        if not key or key in extra[section]:
             raise ConfigError(f"deepspeed.extra.{name}: derived from {owner}; set it there")
 
 

@@ -48,19 +48,27 @@ def check_config(values: dict[str, Any]) -> RunConfig:
     """A ``RunConfig`` from nested plain values, as found in YAML. Raises ConfigError."""
     try:
         # JSON mode reads lists as tuples and whole numbers as floats, yet takes no string for a number.
-        return RunConfig.model_validate_json(json.dumps(values))
+        return RunConfig.model_validate_json(_to_json(values))
     except ValidationError as error:
         lines = [_describe(details) for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
+def _to_json(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values)
+    except TypeError as error:
+        raise ConfigError(f"settings must be text, numbers, true, false, null, lists and sections: {error}") from None
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every field included, as YAML that ``load_config`` reads back."""
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # OmegaConf quotes a name like 1e5, which it reads as a number and plain YAML does not.
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def explicit_fields(model: BaseModel) -> set[str]:
@@ -90,9 +98,12 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: must hold sections such as `train:`, found a {type(content).__name__}")
-    bases = content.pop("base", [])
+    found = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)["base"]
+    bases = [found] if isinstance(found, str) else found
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"base: {found!r} in {path}; legal values: a file name or a list of file names")
     merged = OmegaConf.create({})
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = _merge(merged, _read_with_bases(path.parent / base, (*seen, path)))
     return _merge(merged, content)
 

@@ -28,7 +28,9 @@ DENSITY_TOLERANCE = 1e-9
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, values are not coerced across types, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):

@@ -112,7 +112,8 @@ class SparseAdamW(torch.optim.AdamW):
         first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        age.add_(1).clamp_(max=MAX_AGE)
+        # The bound comes first: one more than MAX_AGE would wrap around to a negative age.
+        age.clamp_(max=MAX_AGE - 1).add_(1)
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         count = age.to(torch.float32) if self.unit_step_counts else state["step"].to(parameter.device)

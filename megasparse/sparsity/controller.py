@@ -207,6 +207,7 @@ class Controller:
         for name, topology in self.topologies.items():
             try:
                 live = unpack_bits(state[f"live/{name}"], topology.num_units)
+                unpack_bits(state[f"ever/{name}"], topology.num_units)
             except ValueError as error:
                 raise ValueError(f"saved topology of layer {name}: {error}") from None
             self._adopt(name, live.to(topology.mask.device))
@@ -274,7 +275,7 @@ class Controller:
             densities=self.live_densities(),
             dropped=dropped,
             grown=grown,
-            flip_rate=grown / live,
+            flip_rate=min(dropped, grown) / live,
             ever_active=ever / sum(topology.numel for topology in self.topologies.values()),
             dead_rows=sum(topology.dead_rows() for topology in self.topologies.values()),
             seconds=seconds,
@@ -292,12 +293,18 @@ class Controller:
                 f"{', '.join(list(self.layers)[:6])}, ... before an earlier group does"
             )
         last_update = (steps - 1) // sparsity.update_interval * sparsity.update_interval
+        if self.layers and last_update == 0 and self.schedule.min_density < self.schedule.density(0.0):
+            raise ConfigError(
+                f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step in train.steps {steps}, "
+                f"so the model would stay dense; legal values: below {steps}, or sparsity.algorithm dense"
+            )
         ends_dense = self.schedule.density(1.0) >= 1.0
         if ends_dense and self.layers and self.schedule.density(last_update / steps) < 1.0:
+            largest = self._largest_interval(steps)
+            legal = f"such as {largest}" if largest else "none, unless the restoration ends before the last step"
             raise ConfigError(
                 f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step between the end of the "
-                f"restoration and train.steps {steps}, so the model would not become dense again; legal values: at "
-                f"most {self._largest_interval(steps)}"
+                f"restoration and train.steps {steps}, so the model would not become dense again; legal values: {legal}"
             )
         if sparsity.row_floor:
             self._check_row_floor()

@@ -41,7 +41,8 @@ class Segment:
         if self.shape == "linear":
             return x
         if self.shape == "steps":
-            return math.floor(x * self.shape_steps) / self.shape_steps
+            # A little more, so that a step that rounding puts just below its boundary is not lost.
+            return math.floor(x * self.shape_steps + 1e-9) / self.shape_steps
         return 1 - (1 - x) ** 3 if self.last < self.first else x**3
 
 

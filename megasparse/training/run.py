@@ -27,7 +27,7 @@ from megasparse.parallel import LaunchEnvironment, Mesh, open_mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import Progress, QuietProgress, make_console, print_plan, print_summary, quiet
+from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords

@@ -1,0 +1,131 @@
+"""Small runs through the real entry script, as a user starts them: bytes of generated text, a tiny model, two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from megasparse.data import IndexedDatasetWriter
+from megasparse.data.tokenizer import load_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 150
+
+TINY = [
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.seq_length=32",
+    "data.tokenizer=bytes",
+    "data.valid_fraction=0.1",
+    "optimizer.lr=5e-3",
+    "train.steps=24",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    "train.precision=fp32",
+    "train.log_interval=1",
+    "train.valid_interval=8",
+    "train.valid_samples=8",
+    "train.sample_tokens=10",
+    "train.tensorboard=false",
+    "sparsity.unit=16",
+    "sparsity.density=0.2",
+    "sparsity.update_interval=2",
+    "sparsity.warmup_end=0.25",
+    "attention.stride=8",
+]
+
+
+def write_corpus(folder: Path, num_documents: int = 40) -> Path:
+    """An indexed data set of arithmetic-like lines; returns its prefix."""
+    words = random.Random(0)
+    tokenizer = load_tokenizer("bytes")
+    prefix = folder / "corpus"
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for _ in range(num_documents):
+            lines = (f"{a} + {b} = {a + b}\n" for a, b in (words.choices(range(100), k=2) for _ in range(40)))
+            writer.add_document([*tokenizer.encode("".join(lines)), tokenizer.end_of_document_id])
+        writer.finalize()
+    return prefix
+
+
+def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """The command line of a run: `deepspeed launch/pretrain.py ...` on so many ranks."""
+    settings = [*TINY, f"data.train=[{{path: {corpus}}}]", f"run.folder={folder}", *overrides]
+    entry = str(REPOSITORY / "launch" / "pretrain.py")
+    if ranks == 1:
+        return [sys.executable, entry, *settings]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), entry, *settings]
+
+
+def run(arguments: list[str], *, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run to the end; fails with the output where the exit status is another, kills all of it at the time limit."""
+    process = start(arguments)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise
+    assert process.returncode == expect, f"exit status {process.returncode}, expected {expect}:\n{output}"
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start in a process group of its own, output and errors in one pipe."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "COLUMNS": "200",
+    }
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill what ``start`` started, children included (the launcher puts them into a session of their own)."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.wait(timeout=30)
+
+
+def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
+    """Process id of a rank below the launcher."""
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        words = child.cmdline()
+        if f"--local_rank={rank}" in words and any(word.endswith("pretrain.py") for word in words):
+            return child.pid
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_folder: Path) -> list[tuple]:
+    """Everything that must not change over a restart."""
+    keys = ("step", "tokens", "loss", "val_loss", "density", "phase", "lr", "grad_norm", "flops_algorithmic")
+    return [tuple(line.get(key) for key in keys) for line in metrics(run_folder)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

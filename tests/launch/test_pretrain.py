@@ -1,0 +1,182 @@
+"""Runs from the outside: to the end, stopped and resumed, killed, terminated, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import REPOSITORY, command, curve, end, metrics, rank_process, run, start, write_corpus
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with accumulation, from step 0 to the end in one go."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(command(corpus, folder, "run.name=straight"))
+    return folder / "straight"
+
+
+def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    path = run_folder / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
+    return torch.load(path, weights_only=True)["module"]
+
+
+def test_a_run_goes_through_all_phases_and_ends_dense_with_a_report(straight: Path) -> None:
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert list(dict.fromkeys(line["phase"] for line in lines)) == ["warm_up", "ultra_sparse", "restoration", "dense"]
+    assert min(line["density"] for line in lines) == pytest.approx(0.2, abs=0.02)
+    validated = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert len(validated) == 3 and validated[-1] < validated[0]
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["finished"] and summary["final_density"] == 1.0
+    assert {"config.yaml", "plan.json", "report.html", "sample.txt", "topology.jsonl"} <= set(os.listdir(straight))
+
+
+def test_the_ledger_adds_up(straight: Path) -> None:
+    lines = metrics(straight)
+    plan = json.loads((straight / "plan.json").read_text())
+    assert lines[-1]["flops_algorithmic"] == pytest.approx(plan["flops"]["algorithmic"], rel=1e-12)
+    assert lines[-1]["flops_executed"] == pytest.approx(plan["flops"]["executed"], rel=1e-12)
+    assert lines[-1]["flops_dense"] == pytest.approx(plan["flops"]["dense"], rel=1e-12)
+    parts = [value for key, value in lines[-1].items() if key.startswith("seconds_")]
+    assert sum(parts) == pytest.approx(lines[-1]["seconds"], rel=1e-6)
+    assert lines[-1]["flops_algorithmic"] < 0.8 * lines[-1]["flops_dense"]
+
+
+@pytest.mark.parametrize("stop_after", [7, 13])
+def test_resume_continues_bit_for_bit(corpus: Path, straight: Path, tmp_path: Path, stop_after: int) -> None:
+    """Step 7 is inside the fall, one past a topology step; 13 inside the ultra-sparse phase; accumulation is 2."""
+    first = run(command(corpus, tmp_path, "run.name=straight", f"train.stop_after={stop_after}"))
+    assert "stop_after" in first.stdout
+    second = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
+    assert f"going on from step {stop_after}" in second.stdout
+    assert curve(tmp_path / "straight") == curve(straight)
+    expected, resumed = weights(straight, 24), weights(tmp_path / "straight", 24)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_one_rank_and_two_ranks_make_the_same_curve_and_topology(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    run(command(corpus, tmp_path, "run.name=single", "train.stop_after=14", ranks=1))
+    run(command(corpus, tmp_path, "run.name=double", "train.stop_after=14"))
+    single, double = curve(tmp_path / "single"), curve(straight)[:14]
+    # float32 sums in another order: a few units in the last place over 14 steps.
+    assert [line[2] for line in single] == pytest.approx([line[2] for line in double], rel=1e-5)
+    folder = Path("checkpoints") / "step-00000014" / "topology.safetensors"
+    one, two = load_file(tmp_path / "single" / folder), load_file(tmp_path / "double" / folder)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sigterm_saves_and_ends_cleanly(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    process = start(command(corpus, tmp_path, "run.name=straight", ranks=1))
+    try:
+        wait_for_steps(process, tmp_path / "straight", 3)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            end(process)
+    assert process.returncode == 0 and "SIGTERM" in output, output
+    stopped_at = metrics(tmp_path / "straight")[-1]["step"]
+    assert (tmp_path / "straight" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    assert not json.loads((tmp_path / "straight" / "summary.json").read_text())["finished"]
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
+    corpus: Path, straight: Path, tmp_path: Path
+) -> None:
+    process = start(command(corpus, tmp_path, "run.name=straight", "train.save_interval=4", "train.keep_checkpoints=9"))
+    try:
+        wait_for_steps(process, tmp_path / "straight", 6)
+        os.kill(rank_process(process, rank=1), signal.SIGKILL)
+        killed_at = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            end(process)
+    assert process.returncode != 0 and time.monotonic() - killed_at < 60
+    assert "rank 0 lost contact with another rank" in output and "train.resume=auto" in output, output
+    run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
+    assert curve(tmp_path / "straight") == curve(straight)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    run(command(corpus, tmp_path, "run.name=straight", "train.stop_after=9", "train.save_interval=4"))
+    newest = tmp_path / "straight" / "checkpoints" / "step-00000009" / "mp_rank_00_model_states.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    resumed = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
+    assert "passed over" in resumed.stdout and "mp_rank_00_model_states.pt has 1000 bytes" in resumed.stdout
+    assert "going on from step 8" in resumed.stdout
+    assert curve(tmp_path / "straight") == curve(straight)
+
+
+@pytest.mark.parametrize("algorithm", ["dense", "static", "set", "rigl", "gradual", "spdf"])
+def test_every_algorithm_is_one_override_away(corpus: Path, tmp_path: Path, algorithm: str) -> None:
+    run(command(corpus, tmp_path, f"run.name={algorithm}", f"sparsity.algorithm={algorithm}", ranks=1))
+    final = metrics(tmp_path / algorithm)[-1]["density"]
+    assert final == pytest.approx(1.0 if algorithm in ("dense", "spdf") else 0.2, abs=0.02)
+
+
+def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    cases = {
+        "train.stepz=3": "did you mean steps?",
+        "train.global_batch_size=6": "multiples of 4",
+        "model.hidden_size=72": "sparsity.unit: 16 does not divide",
+        "deepspeed.extra={train_batch_size: 4}": "derived from train.global_batch_size",
+        "data.train=[{path: /nowhere/corpus}]": "/nowhere/corpus",
+        "sparsity.update_interval=20": "would not become dense again",
+        "train.precision=fp16": "legal values",
+        "data.train=null": "data.train",
+    }
+    for override, message in cases.items():
+        refused = run(command(corpus, tmp_path, override, ranks=1), expect=2)
+        assert message in refused.stdout, refused.stdout
+        assert "Traceback" not in refused.stdout
+    assert not list(tmp_path.iterdir()), "a refused run left something behind"
+    again = run(command(corpus, straight.parent, "run.name=straight", ranks=1), expect=2)
+    assert "holds a run already" in again.stdout
+    other = run(command(corpus, straight.parent, "run.name=straight", "train.resume=auto", ranks=1), expect=2)
+    assert "saved by 2 ranks" in other.stdout
+    wider = command(corpus, straight.parent, "run.name=straight", "train.resume=auto", "model.num_layers=3")
+    assert "model.num_layers is 2 there and 3 here" in run(wider, expect=2).stdout
+
+
+def test_dry_run_prints_the_plan_of_any_world_size_as_json(corpus: Path, tmp_path: Path) -> None:
+    settings = ["train.global_batch_size=4096", "--dry-run", "--world-size", "512", "--json"]
+    plan = json.loads(run(command(corpus, tmp_path, *settings, ranks=1)).stdout)
+    assert plan["parallel"]["world_size"] == 512 and plan["parallel"]["accumulation_steps"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_print_config_is_a_configuration_again(corpus: Path, tmp_path: Path) -> None:
+    entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py")]
+    printed = run(command(corpus, tmp_path, "--print-config", ranks=1)).stdout
+    (tmp_path / "config.yaml").write_text(printed)
+    assert run([*entry, "--config", str(tmp_path / "config.yaml"), "--print-config"]).stdout == printed
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    """Wait until so many lines of metrics are written."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.is_file() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("the run did not come so far in time")
