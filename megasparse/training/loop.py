@@ -64,7 +64,7 @@ class Trainer:
         train = self.config.train
         reason, saved_step = "finished", self.state.step
         self._draw_topologies(self.state.step)
-        with self._loader() as loader:
+        with self.loader() as loader:
             while self.state.step < train.steps:
                 result = self.train_step(loader)
                 self._record(result)
@@ -81,6 +81,19 @@ class Trainer:
             folder = self.checkpointer.save(self.state)
             self.progress.message(f"checkpoint {folder.name} saved")
         return reason
+
+    def loader(self) -> BatchLoader:
+        """This rank's micro-batches from the present position to the end of the run."""
+        train = self.config.train
+        return BatchLoader(
+            self.train_data,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_parallel_rank=self.mesh.data_parallel_rank,
+            data_parallel_size=self.mesh.data_parallel_size,
+            consumed_samples=self.state.consumed_samples,
+            num_steps=train.steps - self.state.step,
+        )
 
     def train_step(self, loader: BatchLoader) -> StepResult:
         """One optimizer step over the global batch."""
@@ -197,18 +210,6 @@ class Trainer:
             return
         for name in _drawn_layers(list(self.controller.topologies)):
             self.records.picture(name, self.controller.topologies[name].mask, step)
-
-    def _loader(self) -> BatchLoader:
-        train = self.config.train
-        return BatchLoader(
-            self.train_data,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=self.mesh.data_parallel_rank,
-            data_parallel_size=self.mesh.data_parallel_size,
-            consumed_samples=self.state.consumed_samples,
-            num_steps=train.steps - self.state.step,
-        )
 
 
 def _picture_steps(config: RunConfig) -> set[int]:

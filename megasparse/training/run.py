@@ -6,11 +6,7 @@ summary = pretrain(config, LaunchEnvironment.from_variables(os.environ))
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,14 +24,13 @@ from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
+from megasparse.training.environment import describe_hardware, package_versions
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
 from megasparse.training.report import write_report
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
-
-PACKAGES = ("megasparse", "torch", "deepspeed", "numpy", "sentencepiece")
 
 
 def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any]:
@@ -127,26 +122,6 @@ def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason:
         "finished": state.step == config.train.steps,
         "reason": reason,
     }
-
-
-def describe_hardware(device: torch.device, world_size: int) -> str:
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{world_size} x {name}, {os.cpu_count()} cores"
-
-
-def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions
 
 
 def _restore(checkpointer: Checkpointer, config: RunConfig) -> tuple[TrainState, list[str]]:

@@ -1,0 +1,87 @@
+"""What a topology step costs, in ordinary optimizer steps.
+
+    python benchmarks/topology_step.py [--model quickstart] [--precision fp32] [--rounds 9]
+
+In the ultra-sparse phase every third step changes the topology. The cost is the median duration of these steps (the
+dense weight gradient, the decision and the edits included) less that of the others, over that of the others. Measured
+for blocks and for single weights; the goal is below 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+from bench_setup import MODELS, benchmark_config, open_trainer
+from result_file import write_result
+
+from megasparse.parallel import LaunchEnvironment, open_mesh
+
+UPDATE_INTERVAL = 3
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
+        results = [measure(arguments, unit, mesh) for unit in arguments.units]
+    path = write_result("topology_step", {"results": results}, suffix=f"{arguments.model}-{arguments.precision}")
+    for result in results:
+        print(
+            f"unit {result['unit']}: ordinary step {result['ordinary_step_seconds']:.4f} s, topology step "
+            f"{result['topology_step_seconds']:.4f} s, cost {result['cost_in_ordinary_steps']:.3f} ordinary steps"
+        )
+    print(path.name)
+
+
+def measure(arguments: argparse.Namespace, unit: int, mesh) -> dict:
+    config = benchmark_config(
+        arguments.model,
+        "sparsity.algorithm=rigl",
+        f"sparsity.unit={unit}",
+        f"sparsity.update_interval={UPDATE_INTERVAL}",
+        f"train.precision={arguments.precision}",
+        "train.micro_batch_size=8",
+        "train.global_batch_size=16",
+        "train.steps=100000",
+    )
+    ordinary, changing, deciding = [], [], []
+    with open_trainer(config, mesh) as (trainer, loader):
+        for step in range((arguments.rounds + 1) * UPDATE_INTERVAL):
+            started = time.perf_counter()
+            result = trainer.train_step(loader)
+            seconds = time.perf_counter() - started
+            if step < UPDATE_INTERVAL:
+                continue
+            (changing if result.topology else ordinary).append(seconds)
+            if result.topology:
+                deciding.append(result.topology.seconds)
+        parameters = sum(topology.numel for topology in trainer.controller.topologies.values())
+    usual, slow = statistics.median(ordinary), statistics.median(changing)
+    return {
+        "model": arguments.model,
+        "precision": arguments.precision,
+        "unit": unit,
+        "sparse_parameters": parameters,
+        "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
+        "ordinary_step_seconds": usual,
+        "topology_step_seconds": slow,
+        "decision_seconds": statistics.median(deciding),
+        "cost_in_ordinary_steps": (slow - usual) / usual,
+        "share_of_time_at_interval_100": (slow - usual) / (100 * usual),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="quickstart")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--units", type=int, nargs="+", default=[32, 1], help="sides of the blocks (default: 32 1)")
+    parser.add_argument("--rounds", type=int, default=9, help="topology steps that are timed (default: 9)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What a number was measured on: processor or GPU, and versions of the packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("megasparse", "torch", "deepspeed", "numpy", "sentencepiece")
+
+
+def describe_hardware(device: torch.device, world_size: int) -> str:
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{world_size} x {name}, {os.cpu_count()} cores"
+
+
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions

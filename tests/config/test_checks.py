@@ -1,0 +1,108 @@
+"""Contradictions between sections and with the world size, and sentences on settings given in vain."""
+
+from __future__ import annotations
+
+import pytest
+
+from megasparse.config.checks import check_run, unused_settings
+from megasparse.config.loader import ConfigError, load_config
+
+GOOD = ["model.vocab_size=64"]
+
+
+def test_a_good_run_passes() -> None:
+    check_run(load_config([], GOOD), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "parts"),
+    [
+        (3, [], ["train.global_batch_size: 32", "train.micro_batch_size 4 x 3", "multiples of 12"]),
+        (1, ["train.micro_batch_size=5"], ["train.global_batch_size: 32", "5 x 1", "multiples of 5"]),
+        (16, [], ["train.global_batch_size: 32", "multiples of 64"]),
+        (0, [], ["world size 0"]),
+        (1, ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage: 0", "train.precision bf16", "legal values: 1"]),
+        (1, ["data.tokenizer=sentencepiece"], ["data.tokenizer_path: needed by data.tokenizer sentencepiece"]),
+        (1, ["model.vocab_size=null"], ["model.vocab_size: unset"]),
+        (1, ["optimizer.warmup_steps=1001"], ["optimizer.warmup_steps: 1001", "1000", "legal values: 0 to 1000"]),
+        (
+            1,
+            ["attention.overrides=[{layers: [12], pattern: local}]"],
+            ["attention.overrides.0.layers: 12", "legal values: 0 to 11"],
+        ),
+        (
+            1,
+            ["attention.overrides=[{pattern: local}, {heads: [0, 40], pattern: local}]"],
+            ["attention.overrides.1.heads: 40", "legal values: 0 to 11"],
+        ),
+    ],
+)
+def test_contradictions_name_field_value_and_legal_values(world_size, overrides, parts) -> None:
+    config = load_config([], [*GOOD, *overrides])
+    with pytest.raises(ConfigError) as caught:
+        check_run(config, world_size)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["sparsity.algorithm=dense", "sparsity.density=0.2"],
+            "not used by sparsity.algorithm dense: sparsity.density",
+        ),
+        (
+            ["sparsity.algorithm=set", "sparsity.warmup_end=0.2", "sparsity.restoration_end=0.9"],
+            "not used by sparsity.algorithm set: sparsity.restoration_end, sparsity.warmup_end",
+        ),
+        (
+            ["sparsity.algorithm=gradual", "sparsity.restoration_shape=linear"],
+            "not used by sparsity.algorithm gradual: sparsity.restoration_shape",
+        ),
+        (
+            ["sparsity.points=[[0,1],[1,0.5]]", "sparsity.warmup_end=0.2", "sparsity.density=0.3"],
+            "sparsity.points replaces sparsity.density, sparsity.warmup_end",
+        ),
+        (
+            ["sparsity.algorithm=static", "sparsity.growth=random", "sparsity.drop_anneal=none"],
+            "not used by sparsity.algorithm static: sparsity.drop_anneal, sparsity.growth",
+        ),
+        (
+            ["sparsity.growth=random", "sparsity.growth_ratio=2"],
+            "sparsity.growth_ratio is used by sparsity.growth mixed",
+        ),
+        (
+            ["sparsity.algorithm=set", "sparsity.growth_ratio=2"],
+            "sparsity.growth_ratio is used by sparsity.growth mixed",
+        ),
+        (["sparsity.drop_score_lambda=2"], "sparsity.drop_score_lambda is used by sparsity.drop_score"),
+        (["sparsity.shape_steps=2"], "sparsity.shape_steps is used by the shape `steps` only"),
+        (
+            ["attention.windows=[{start: 0, end: 1, pattern: local}]", "attention.phases={dense: local}"],
+            "attention.windows replaces attention.phases",
+        ),
+        (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),
+        (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),
+        (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
+    ],
+)
+def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
+    assert any(found.startswith(sentence) for found in unused_settings(load_config([], overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sparsity.algorithm=dense"],
+        ["sparsity.warmup_end=0.2", "sparsity.growth_ratio=2", "sparsity.density=0.2"],
+        ["sparsity.growth=random", "sparsity.growth_ratio=2", "sparsity.groups=[{pattern: a, growth: mixed}]"],
+        ["sparsity.drop_score_lambda=2", "sparsity.groups=[{pattern: a, drop_score: magnitude_gradient}]"],
+        ["sparsity.algorithm=spdf", "sparsity.restoration_start=0.5"],
+        ["sparsity.warmup_shape=steps", "sparsity.shape_steps=3"],
+        ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1"],
+    ],
+)
+def test_settings_with_an_effect_are_not_named(overrides) -> None:
+    assert unused_settings(load_config([], overrides)) == []

@@ -1,0 +1,45 @@
+"""Fixtures and settings of all tests: one thread per process, no accelerator, real text where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and DeepSpeed are imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The machines of CI are shared: a slow example is no failure, and the same examples must run everywhere.
+settings.register_profile("megasparse", deadline=None, derandomize=True, max_examples=60, database=None)
+settings.load_profile("megasparse")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real text beside the repository."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("there is no ../shared/data beside the repository")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """One thread, and a seed of its own for every test; no test leaves its default dtype behind."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1234)
+    yield
+    assert torch.get_default_dtype() == torch.float32

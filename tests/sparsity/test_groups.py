@@ -1,0 +1,56 @@
+"""Settings of single matrices: the first group that matches wins, and says only what differs."""
+
+from __future__ import annotations
+
+import pytest
+
+from megasparse.config.schema import SparsityConfig, SparsityGroup
+from megasparse.sparsity.groups import drop_fraction, layer_settings, unmatched_groups
+
+GROUPS = [
+    SparsityGroup(pattern="layers.0.*", dense=True),
+    SparsityGroup(pattern="layers.*.mlp.*", unit=16, density=0.3, growth="random"),
+    SparsityGroup(pattern="layers.?.attention.qkv.weight", drop_score="sensitivity"),
+    SparsityGroup(pattern="layers.1.mlp.up", unit=2),
+]
+
+
+def test_the_first_group_that_matches_wins() -> None:
+    sparsity = SparsityConfig(groups=GROUPS, unit=32, growth_ratio=3.0)
+    assert layer_settings(sparsity, "layers.0.mlp.up") is None
+    mlp = layer_settings(sparsity, "layers.1.mlp.up")
+    assert (mlp.unit, mlp.min_density, mlp.gradient_share, mlp.drop_score) == (16, 0.3, 0.0, "magnitude")
+    qkv = layer_settings(sparsity, "layers.1.attention.qkv")
+    assert (qkv.unit, qkv.min_density, qkv.gradient_share, qkv.drop_score) == (32, None, 0.75, "sensitivity")
+    # `?` is one character: layer 10 falls to no group.
+    other = layer_settings(sparsity, "layers.10.attention.qkv")
+    assert (other.unit, other.drop_score) == (32, "magnitude")
+
+
+def test_the_head_is_sparse_on_request_and_nothing_is_where_sparsity_is_off() -> None:
+    assert layer_settings(SparsityConfig(), "head") is None
+    assert layer_settings(SparsityConfig(head=True), "head").unit == SparsityConfig().unit
+    assert layer_settings(SparsityConfig(algorithm="dense", head=True), "head") is None
+    assert layer_settings(SparsityConfig(algorithm="dense"), "layers.0.mlp.up") is None
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "growth", "share", "zeta"),
+    [
+        ("mst", None, 0.75, 0.3), ("set", None, 0.0, 0.3), ("rigl", None, 1.0, 0.3), ("static", None, 0.75, 0.0),
+        ("gradual", None, 0.75, 0.0), ("spdf", None, 0.75, 0.0), ("set", "gradient", 1.0, 0.3),
+        ("mst", "random", 0.0, 0.3),
+    ],
+)  # fmt: skip
+def test_defaults_of_the_algorithms(algorithm, growth, share, zeta) -> None:
+    sparsity = SparsityConfig(algorithm=algorithm, growth=growth)
+    assert layer_settings(sparsity, "layers.0.mlp.up").gradient_share == share
+    assert drop_fraction(sparsity) == zeta
+    if algorithm not in ("static", "spdf"):
+        assert drop_fraction(SparsityConfig(algorithm=algorithm, drop_fraction=0.1)) == 0.1
+
+
+def test_groups_that_no_layer_falls_to() -> None:
+    sparsity = SparsityConfig(groups=[*GROUPS, SparsityGroup(pattern="layer.1.*")])
+    names = ["layers.0.mlp.up", "layers.1.mlp.up", "layers.1.attention.qkv"]
+    assert unmatched_groups(sparsity, names) == ["layers.1.mlp.up", "layer.1.*"]

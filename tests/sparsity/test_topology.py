@@ -1,0 +1,65 @@
+"""Masks on the unit grid: bits, slices of the flat weight, digests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megasparse.sparsity.topology import Topology, digest, pack_bits, unpack_bits
+
+
+def make(rows: int, columns: int, unit: int, seed: int = 0, name: str = "layer") -> Topology:
+    return Topology(name, torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5, unit)
+
+
+@given(st.lists(st.booleans(), max_size=100))
+def test_bits_go_round(values) -> None:
+    mask = torch.tensor(values, dtype=torch.bool)
+    bits = pack_bits(mask)
+    assert bits.dtype == torch.uint8 and bits.numel() == -(-len(values) // 8)
+    assert torch.equal(unpack_bits(bits, len(values)), mask)
+
+
+def test_bits_lie_low_first_in_row_major_order() -> None:
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[0, 1] = mask[2, 0] = True
+    assert pack_bits(mask).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("num_units", [0, 8, 17])
+def test_bits_of_another_length_are_refused(num_units) -> None:
+    with pytest.raises(ValueError, match=f"2 bytes of mask bits do not hold {num_units} units"):
+        unpack_bits(torch.zeros(2, dtype=torch.uint8), num_units)
+
+
+@pytest.mark.parametrize(("rows", "columns", "unit"), [(3, 4, 1), (3, 2, 2), (2, 3, 3), (1, 1, 4)])
+def test_every_slice_equals_the_plain_expansion(rows, columns, unit) -> None:
+    topology = make(rows, columns, unit, seed=rows)
+    plain = torch.kron(topology.mask, torch.ones(unit, unit, dtype=torch.bool)).reshape(-1)
+    other = torch.rand(rows * columns) < 0.5
+    plain_other = torch.kron(other.view(rows, columns), torch.ones(unit, unit, dtype=torch.bool)).reshape(-1)
+    for start in range(topology.numel + 1):
+        for stop in range(start, topology.numel + 1):
+            assert torch.equal(topology.weights_slice(start, stop - start), plain[start:stop])
+            assert torch.equal(topology.weights_slice(start, stop - start, other), plain_other[start:stop])
+
+
+def test_counts_and_replacement_in_place() -> None:
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    topology = Topology("layer", mask, 4)
+    assert (topology.num_units, topology.in_features, topology.numel) == (6, 8, 96)
+    assert (topology.num_live(), topology.dead_rows()) == (3, 1)
+    topology.replace(torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.bool))
+    assert mask.tolist() == [[True, True], [True, True], [True, False]]
+    assert (topology.num_live(), topology.dead_rows()) == (5, 0)
+
+
+def test_digest_tells_masks_and_names_apart() -> None:
+    first = {name: make(4, 5, 2, seed, name) for seed, name in enumerate("ab")}
+    again = {name: make(4, 5, 2, seed, name) for seed, name in reversed(list(enumerate("ab")))}
+    assert digest(first) == digest(again)
+    again["a"].mask[3, 4] ^= True
+    assert digest(first) != digest(again)
+    assert digest({"a": make(4, 5, 2)}) != digest({"c": make(4, 5, 2)})
