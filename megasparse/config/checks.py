@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megasparse.config.loader import ConfigError
-from megasparse.config.schema import RunConfig, divisors
+from megasparse.config.schema import RunConfig, Section, divisors
 
 # What shapes the density of each algorithm; everything else of the schedule is unused by it.
 SCHEDULE_FIELDS = {
@@ -83,7 +83,7 @@ def unused_settings(config: RunConfig) -> list[str]:
 
 def _unused_sparsity(config: RunConfig) -> Iterator[str]:
     sparsity = config.sparsity
-    given = set(sparsity.model_fields_set) - {"algorithm"}
+    given = _given(sparsity) - {"algorithm"}
     if sparsity.algorithm == "dense":
         if given:
             yield f"not used by sparsity.algorithm dense: {_names('sparsity', given)}"
@@ -112,16 +112,25 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
 
 
 def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
-    if config.attention.windows is not None and "phases" in config.attention.model_fields_set:
+    if config.attention.windows is not None and "phases" in _given(config.attention):
         yield "attention.windows replaces attention.phases"
-    if config.data.valid is not None and "valid_fraction" in config.data.model_fields_set:
+    if config.data.valid is not None and "valid_fraction" in _given(config.data):
         yield "data.valid replaces data.valid_fraction"
-    if "decay_fraction" in config.optimizer.model_fields_set and config.optimizer.schedule != "wsd":
+    if "decay_fraction" in _given(config.optimizer) and config.optimizer.schedule != "wsd":
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
-    if "rope_theta" in config.model.model_fields_set and config.model.position_embedding != "rope":
+    if "rope_theta" in _given(config.model) and config.model.position_embedding != "rope":
         yield "model.rope_theta is used by model.position_embedding rope only"
     if config.train.resume == "auto" and config.data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
+
+
+def _given(section: Section) -> set[str]:
+    """Fields that say something else than their default (a saved configuration spells out every field)."""
+    return {
+        name
+        for name in section.model_fields_set
+        if getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)
+    }
 
 
 def _names(section: str, fields: set[str]) -> str:

@@ -22,7 +22,7 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import Pattern, Phase, RunConfig
 from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_target
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
-from megasparse.sparsity.groups import LayerSettings, drop_fraction, layer_settings, unmatched_groups
+from megasparse.sparsity.groups import LayerSettings, drop_fraction, layer_settings
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
@@ -284,14 +284,6 @@ class Controller:
     def _check(self) -> None:
         """Refuse a schedule that this model and number of steps cannot meet."""
         sparsity, steps = self.config.sparsity, self.config.train.steps
-        unmatched = unmatched_groups(sparsity, self.layers)
-        dense_names = [group.pattern for group in sparsity.groups if group.dense]
-        missing = [pattern for pattern in unmatched if pattern not in dense_names]
-        if missing:
-            raise ConfigError(
-                f"sparsity.groups: no sparse layer falls to {missing[0]!r}; legal values: patterns that match one of "
-                f"{', '.join(list(self.layers)[:6])}, ... before an earlier group does"
-            )
         last_update = (steps - 1) // sparsity.update_interval * sparsity.update_interval
         if self.layers and last_update == 0 and self.schedule.min_density < self.schedule.density(0.0):
             raise ConfigError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from megasparse.config.loader import ConfigError
 from megasparse.config.schema import SparsityConfig, SparsityGroup
 
 DEFAULT_GROWTH = {"set": "random", "rigl": "gradient"}
@@ -53,6 +54,17 @@ def unmatched_groups(sparsity: SparsityConfig, names: Iterable[str]) -> list[str
     names = list(names)
     first = {next((group.pattern for group in sparsity.groups if _matches(group, name)), None) for name in names}
     return [group.pattern for group in sparsity.groups if group.pattern not in first]
+
+
+def check_groups(sparsity: SparsityConfig, names: Iterable[str]) -> None:
+    """Raise ConfigError for a group that says nothing about any of the linear layers `names`."""
+    names = [name for name in names if name != "head" or sparsity.head]
+    unmatched = unmatched_groups(sparsity, names) if sparsity.algorithm != "dense" else []
+    if unmatched:
+        raise ConfigError(
+            f"sparsity.groups: no layer falls to {unmatched[0]!r}; legal values: patterns that match one of "
+            f"{', '.join(names[:6])}, ... before an earlier group does"
+        )
 
 
 def _matches(group: SparsityGroup, name: str) -> bool:

@@ -6,9 +6,9 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import build_datasets
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.layers import LayerFactory, SparseSpec
+from megasparse.layers import LayerFactory, Linear, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.sparsity.groups import layer_settings
+from megasparse.sparsity.groups import check_groups, layer_settings
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -40,7 +40,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPT:
         return None if settings is None else SparseSpec(settings.unit, config.sparsity.low_rank)
 
     try:
-        return GPT(
+        model = GPT(
             config.model,
             config.attention,
             vocab_size,
@@ -50,6 +50,8 @@ def build_model(config: RunConfig, vocab_size: int) -> GPT:
         )
     except ValueError as error:
         raise ConfigError(f"sparsity.{error}") from None
+    check_groups(config.sparsity, [layer.name for layer in model.modules() if isinstance(layer, Linear)])
+    return model
 
 
 def build_data(config: RunConfig, vocab_size: int):

@@ -6,6 +6,7 @@ is one optimizer step and nothing else. Everything the loop works with is passed
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,11 @@ from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState, Window
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+REMEDY = "go on from an older checkpoint with a lower optimizer.lr or a longer optimizer.warmup_steps"
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient became NaN or infinite; all ranks raise it at the same step."""
 
 
 @dataclass
@@ -124,10 +128,12 @@ class Trainer:
         if not decision.changes_topology:
             return None
         with self.state.ledger.seconds.part("topology"):
+            if self.engine.gradients_are_finite():
+                return self.controller.update_topology(self.engine.state)
             # A float16 gradient that overflowed ranks nothing, and its optimizer step will be skipped.
-            if self.config.train.precision == "fp16" and not self.engine.gradients_are_finite():
+            if self.config.train.precision == "fp16":
                 return None
-            return self.controller.update_topology(self.engine.state)
+            raise NonFiniteError(f"a gradient is NaN or infinite at topology step {decision.step}; {REMEDY}")
 
     def _advance(self, losses: list[torch.Tensor], consumed_samples: int) -> None:
         state = self.state
@@ -167,11 +173,8 @@ class Trainer:
         window = state.window
         loss = float(self.mesh.sum_(torch.tensor(window.loss, dtype=torch.float64, device=self.mesh.device)))
         loss /= window.steps * self.mesh.data_parallel_size
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteLossError(
-                f"the loss is {loss} at step {state.step}; the newest checkpoint is from before it. Lower optimizer.lr "
-                "or raise optimizer.warmup_steps"
-            )
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss} at step {state.step}; {REMEDY}")
         tokens_per_s = window.tokens / max(ledger.seconds.total - window.seconds, 1e-9)
         state.last_loss = loss
         state.window = Window(seconds=ledger.seconds.total)

@@ -86,7 +86,8 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
 
 def check_folder(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError where the run would overwrite another one."""
-    if config.train.resume == "never" and (folder / "metrics.jsonl").exists():
+    traces = [folder / "metrics.jsonl", folder / "checkpoints"]
+    if config.train.resume == "never" and any(trace.exists() for trace in traces):
         raise ConfigError(
             f"run.name: {folder} holds a run already; legal values: another run.name, or train.resume=auto to go on"
         )

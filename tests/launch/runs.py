@@ -129,3 +129,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def golden_path(algorithm: str) -> Path:
+    return REPOSITORY / "tests" / "golden" / f"{algorithm}.txt"
+
+
+def golden_text(run_folder: Path) -> str:
+    """The curve of a run as it is kept: step, loss, validation loss, density, phase."""
+    rows = [
+        f"{line['step']} {line['loss']:.6f} {line.get('val_loss', float('nan')):.6f} {line['density']:.6f} {line['phase']}"
+        for line in metrics(run_folder)
+    ]
+    return "step loss val_loss density phase\n" + "\n".join(rows) + "\n"

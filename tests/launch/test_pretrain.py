@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import REPOSITORY, command, curve, end, metrics, rank_process, run, start, write_corpus
+from runs import (
+    REPOSITORY,
+    command,
+    curve,
+    end,
+    golden_path,
+    golden_text,
+    metrics,
+    rank_process,
+    run,
+    start,
+    write_corpus,
+)
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.timeout(400)
@@ -43,6 +55,7 @@ def test_a_run_goes_through_all_phases_and_ends_dense_with_a_report(straight: Pa
     assert min(line["density"] for line in lines) == pytest.approx(0.2, abs=0.02)
     validated = [line["val_loss"] for line in lines if "val_loss" in line]
     assert len(validated) == 3 and validated[-1] < validated[0]
+    assert_golden(straight, "mst")
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["finished"] and summary["final_density"] == 1.0
     assert {"config.yaml", "plan.json", "report.html", "sample.txt", "topology.jsonl"} <= set(os.listdir(straight))
@@ -130,6 +143,18 @@ def test_every_algorithm_is_one_override_away(corpus: Path, tmp_path: Path, algo
     run(command(corpus, tmp_path, f"run.name={algorithm}", f"sparsity.algorithm={algorithm}", ranks=1))
     final = metrics(tmp_path / algorithm)[-1]["density"]
     assert final == pytest.approx(1.0 if algorithm in ("dense", "spdf") else 0.2, abs=0.02)
+    assert_golden(tmp_path / algorithm, algorithm)
+
+
+def assert_golden(run_folder: Path, algorithm: str) -> None:
+    """Equal steps, densities and phases; losses to 1e-3, as processors add up in different orders and a topology step
+    may turn a last digit into another unit."""
+    expected = [row.split() for row in golden_path(algorithm).read_text().splitlines()[1:]]
+    found = [row.split() for row in golden_text(run_folder).splitlines()[1:]]
+    assert [(row[0], *row[3:]) for row in found] == [(row[0], *row[3:]) for row in expected]
+    for column in (1, 2):
+        losses = [float(row[column]) for row in expected]
+        assert [float(row[column]) for row in found] == pytest.approx(losses, rel=1e-3, nan_ok=True)
 
 
 def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Path, tmp_path: Path) -> None:

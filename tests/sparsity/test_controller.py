@@ -242,10 +242,6 @@ def test_wrong_state_is_refused_with_the_layer_named() -> None:
         (["sparsity.restoration_end=1.0"], ["update_interval: 4", "none, unless the restoration ends"]),
         (["sparsity.update_interval=40"], ["update_interval: 40 leaves no topology step", "below 40"]),
         (
-            ["sparsity.groups=[{pattern: 'layer.0.*', density: 0.5}]"],
-            ["sparsity.groups: no sparse layer falls to 'layer.0.*'", "layers.0.mlp.up"],
-        ),
-        (
             ["sparsity.row_floor=true", "sparsity.density=0.05"],
             ["sparsity.row_floor: layer layers.0.mlp.up has 16 rows", "6 live blocks", "at least 0.125"],
         ),

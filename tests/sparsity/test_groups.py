@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import SparsityConfig, SparsityGroup
-from megasparse.sparsity.groups import drop_fraction, layer_settings, unmatched_groups
+from megasparse.sparsity.groups import check_groups, drop_fraction, layer_settings, unmatched_groups
 
 GROUPS = [
     SparsityGroup(pattern="layers.0.*", dense=True),
@@ -54,3 +55,16 @@ def test_groups_that_no_layer_falls_to() -> None:
     sparsity = SparsityConfig(groups=[*GROUPS, SparsityGroup(pattern="layer.1.*")])
     names = ["layers.0.mlp.up", "layers.1.mlp.up", "layers.1.attention.qkv"]
     assert unmatched_groups(sparsity, names) == ["layers.1.mlp.up", "layer.1.*"]
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["{pattern: 'layer.0.*', density: 0.5}", "{pattern: 'layers.0.mpl.*', dense: true}", "{pattern: head, unit: 8}"],
+)
+def test_groups_that_say_nothing_are_refused(group: str) -> None:
+    """A misspelt name, dense or not, and the head while it is not among the sparse layers."""
+    names = ["layers.0.attention.qkv", "layers.0.mlp.up", "head"]
+    sparsity = load_config([], [f"sparsity.groups=[{group}]"]).sparsity
+    with pytest.raises(ConfigError, match=r"sparsity.groups: no layer falls to .*layers\.0\.mlp\.up"):
+        check_groups(sparsity, names)
+    check_groups(sparsity.model_copy(update={"algorithm": "dense"}), names)

@@ -1,0 +1,98 @@
+"""A model that a run has trained, as it stood at one of its checkpoints, ready to be asked.
+
+trained = open_trained(Path("runs/quickstart-mst"))
+text = sample(trained, "def ", 200, seed=0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megasparse.checkpoint.store import CheckpointError, CheckpointStore
+from megasparse.checkpoint.weights import CHECKPOINTS, find_checkpoint, load_model_weights
+from megasparse.config.loader import ConfigError, load_config
+from megasparse.config.schema import Pattern, RunConfig
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.models.generate import generate
+from megasparse.models.gpt import GPT
+from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule
+from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model in float32, in evaluation mode, under the attention patterns of its last training step."""
+
+    config: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+    pattern: Pattern
+    passed_over: list[str]
+    """Why checkpoints newer than this one were not used."""
+
+
+def open_trained(run_folder: Path, step: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
+    """Read a run's configuration, tokenizer and weights; `step` None takes the newest good checkpoint.
+
+    Raises ValueError naming what is missing: the run, the checkpoint or its step, the tokenizer.
+    """
+    if not (run_folder / "config.yaml").is_file():
+        raise ConfigError(f"{run_folder}: no run there; legal values: a run folder, which holds a config.yaml")
+    config = load_config([run_folder / "config.yaml"])
+    folder, manifest = find_checkpoint(run_folder, step)
+    tokenizer = open_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError(f"data.tokenizer: unset in {run_folder / 'config.yaml'}, so text cannot become tokens")
+    model = build_model(config, vocabulary_size(config, tokenizer))
+    try:
+        model.load_state_dict(load_model_weights(folder))
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit {run_folder / 'config.yaml'}: {error}") from None
+    # Masks are not needed: dead weights are 0, and a product with zeros is exact.
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    pattern = pattern_at(config, manifest.step, schedule)
+    model.set_attention_patterns(schedule.layer_patterns(pattern))
+    passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
+    return TrainedModel(config, model.to(device).eval(), tokenizer, manifest.step, pattern, passed_over)
+
+
+def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule) -> Pattern:
+    """The attention pattern of the last of so many steps: the one that the weights were trained under."""
+    progress = max(finished_steps - 1, 0) / config.train.steps
+    return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
+
+
+def sample(
+    trained: TrainedModel,
+    prompt: str,
+    num_tokens: int,
+    *,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+) -> str:
+    """Prompt and continuation, up to the end of the document or `num_tokens`.
+
+    The text depends on the model and these arguments alone. Raises ValueError for an option that is out of range.
+    """
+    tokenizer, device = trained.tokenizer, next(trained.model.parameters()).device
+    # An empty prompt means the beginning of a document.
+    tokens = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_document_id]], device=device)
+    generator = torch.Generator().manual_seed(seed)
+    end = tokenizer.end_of_document_id
+    out = generate(
+        trained.model,
+        tokens,
+        num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        end_token=end,
+    )
+    return tokenizer.decode(out[0].tolist())
