@@ -101,7 +101,9 @@ def report(arguments: argparse.Namespace, config: RunConfig, plain: list[float],
         "ratios": [round(ratio, 4) for ratio in ratios],
     }
     path = write_result("dense_overhead", {"results": [numbers]}, suffix=f"{arguments.model}-{arguments.precision}")
-    print(f"plain {numbers['plain_seconds_per_step']:.4f} s, ours {numbers['megasparse_seconds_per_step']:.4f} s a step")
+    print(
+        f"plain {numbers['plain_seconds_per_step']:.4f} s, ours {numbers['megasparse_seconds_per_step']:.4f} s a step"
+    )
     print(f"ratio {numbers['ratio_median']:.3f} (rounds: {numbers['ratios']}); {path.name}")
 
 

@@ -15,13 +15,12 @@ import os
 import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
-from megasparse.parallel import LaunchEnvironment
+from megasparse.parallel import LaunchEnvironment, choose_accelerator
 from megasparse.parallel.failures import leave, leave_after_lost_peer
 
 
 def main() -> int:
     arguments = parse_arguments()
-    rank = os.environ.get("RANK", "0")
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
@@ -32,16 +31,20 @@ def main() -> int:
             return dry_run(config, arguments.world_size or environment.world_size, arguments.json)
         if arguments.json or arguments.world_size:
             raise ConfigError("--json, --world-size: only used with --dry-run")
+        choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
         with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
             pretrain(config, environment)
             leave(0)
-    except ValueError as error:
-        # Settings and files are wrong on all ranks alike: one of them says so.
+    except (ValueError, ArithmeticError) as error:
+        rank = os.environ.get("RANK", "0")
+        # Settings are wrong on all ranks alike, so one of them says so; data may be bad on one rank alone.
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        elif not isinstance(error, ConfigError):
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+        leave(2)
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -117,8 +117,17 @@ def open_mesh(environment: LaunchEnvironment, timeout_seconds: int) -> Iterator[
             dist.destroy_process_group()
 
 
+def choose_accelerator(variables: MutableMapping[str, str]) -> str:
+    """`cuda` or `cpu`, the choice of the user (DS_ACCELERATOR) before that of the machine.
+
+    Writes it down for DeepSpeed, which looks when it is imported and otherwise warns that it had to guess.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return variables.setdefault("DS_ACCELERATOR", found)
+
+
 def _device(local_rank: int) -> tuple[torch.device, str]:
-    if torch.cuda.is_available():
+    if choose_accelerator(os.environ) == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank), "nccl"
     return torch.device("cpu"), "gloo"

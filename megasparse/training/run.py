@@ -6,6 +6,7 @@ summary = pretrain(config, LaunchEnvironment.from_variables(os.environ))
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
 from megasparse.models.generate import generate
 from megasparse.models.gpt import GPT
-from megasparse.parallel import LaunchEnvironment, Mesh, open_mesh
+from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
@@ -39,7 +40,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     tokenizer = open_tokenizer(config)
     vocab_size = vocabulary_size(config, tokenizer)
     train_data, valid_data = build_data(config, vocab_size)
-    check_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_precision(config, torch.device(choose_accelerator(os.environ)))
     check_monitor(config)
     folder = Path(config.run.folder) / config.run.name
     check_folder(folder, config)
@@ -169,4 +170,3 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, 
     generator = torch.Generator(device=device).manual_seed(seed)
     out = generate(model, tokens, num_tokens, temperature=0.8, top_k=50, top_p=None, generator=generator)
     return tokenizer.decode(out[0].tolist())
-

@@ -1,0 +1,116 @@
+"""The reference of all settings as Markdown, made from the schema itself.
+
+    text = replace_reference(Path("configs/README.md").read_text(), render_reference())
+
+``tools/write_config_reference.py`` writes it between two marker comments of configs/README.md; a test keeps it current.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megasparse.config.loader import describe_fields
+from megasparse.config.schema import RunConfig
+
+BEGIN = "<!-- begin of the generated reference: tools/write_config_reference.py -->"
+END = "<!-- end of the generated reference -->"
+HEADER = ("| field | legal values | default | meaning |", "|---|---|---|---|")
+WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def render_reference() -> str:
+    """A table per section, then one per kind of list entry."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    sections = {name: _definition_name(field) for name, field in schema["properties"].items()}
+    lines: list[str] = []
+    for section, definition in sections.items():
+        fields = definitions[definition]["properties"]
+        lines += [f"### `{section}`", "", *HEADER]
+        for dotted, _, default, text in describe_fields():
+            owner, _, name = dotted.partition(".")
+            if owner == section:
+                lines.append(_row(name, fields[name], default, text))
+        lines.append("")
+    for definition in sorted(set(definitions) - set(sections.values())):
+        lines += [f"### `{definition}`", "", _uses(definition, sections, definitions), "", *HEADER]
+        required = definitions[definition].get("required", [])
+        for name, field in definitions[definition]["properties"].items():
+            default = "required" if name in required else json.dumps(field["default"])
+            lines.append(_row(name, field, default, field["description"]))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def replace_reference(page: str, reference: str) -> str:
+    """`page` with `reference` between the markers. Raises ValueError where the page lacks them."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no pair of lines `{BEGIN}` and `{END}`")
+    return f"{before}{BEGIN}\n\n{reference}\n\n{END}{after}"
+
+
+def _row(name: str, field: Mapping[str, Any], default: str, text: str) -> str:
+    shown = default if default == "required" else f"`{default}`"
+    cells = (f"`{name}`", _legal_values(field), shown, " ".join(text.split()))
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _legal_values(field: Mapping[str, Any]) -> str:
+    """What the JSON schema of a field allows, in a few words."""
+    if "anyOf" in field:
+        return " or ".join(_legal_values(choice) for choice in field["anyOf"])
+    if "$ref" in field:
+        return f"`{_definition_name(field)}`"
+    if "const" in field or "enum" in field:
+        values = field.get("enum", [field.get("const")])
+        return ", ".join(f"`{value}`" for value in values)
+    if field.get("type") == "null":
+        return "`null`"
+    if field.get("type") == "array":
+        return _list_values(field)
+    if field.get("type") == "object":
+        return _map_values(field)
+    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
+    if "pattern" in field:
+        bounds.append(f"matching `{field['pattern']}`")
+    return " ".join([WORDS[field["type"]], ", ".join(bounds)]).strip()
+
+
+def _list_values(field: Mapping[str, Any]) -> str:
+    if "prefixItems" in field:
+        return f"[{', '.join(_legal_values(item) for item in field['prefixItems'])}]"
+    return f"list of {_legal_values(field['items'])}"
+
+
+def _map_values(field: Mapping[str, Any]) -> str:
+    values = field.get("additionalProperties")
+    if not isinstance(values, dict):
+        return "section"
+    return f"section of {_legal_values(field['propertyNames'])}: each {_legal_values(values)}"
+
+
+def _definition_name(field: Mapping[str, Any]) -> str:
+    reference = field.get("$ref") or field["allOf"][0]["$ref"]
+    return reference.rpartition("/")[2]
+
+
+def _uses(definition: str, sections: Mapping[str, str], definitions: Mapping[str, Any]) -> str:
+    places = [f"`{dotted}`" for dotted, field in _fields(sections, definitions) if _refers(field, definition)]
+    return f"An entry of {' and '.join(places)}."
+
+
+def _fields(sections: Mapping[str, str], definitions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, definition in sections.items():
+        for name, field in definitions[definition]["properties"].items():
+            yield f"{section}.{name}", field
+
+
+def _refers(field: Any, definition: str) -> bool:
+    if isinstance(field, dict):
+        return field.get("$ref") == f"#/$defs/{definition}" or any(_refers(v, definition) for v in field.values())
+    return isinstance(field, list) and any(_refers(value, definition) for value in field)
