@@ -31,8 +31,7 @@ def write_result(benchmark: str, numbers: dict[str, Any], *, suffix: str, folder
         "versions": package_versions(),
         **numbers,
     }
-    name = hardware.split(" x ", 1)[1].split(",")[0]
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    short = re.sub(r"[^a-z0-9]+", "-", hardware.split(",")[0].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}_{suffix}_{short}_{date}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -8,7 +8,7 @@ library=$(python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 data=data/quickstart
 mkdir -p "$data"
 
-set_of_files="--input $library --glob *.py --exclude site-packages dist-packages test tests idlelib __pycache__"
+set_of_files="--input $library --glob *.py --exclude site-packages dist-packages test tests idlelib encodings pydoc_data"
 set -f # the patterns are for the tools, not for the shell
 
 if [ ! -f "$data/tokenizer.model" ]; then

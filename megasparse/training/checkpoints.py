@@ -38,7 +38,9 @@ class Checkpointer:
             self.store.begin(state.step)
         self._mesh.barrier()
         name = self.store.partial_name(state.step)
-        self._engine.save(self.store.folder, name, {"train_state": state.to_dict()})
+        # The sum of losses since the last logged step is each rank's own; all else in the state is common.
+        losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
+        self._engine.save(self.store.folder, name, {"train_state": state.to_dict(), "window_losses": losses})
         random_states = self._mesh.gather_rows(torch.get_rng_state())
         if self._mesh.is_first:
             partial = self.store.folder / name
@@ -75,7 +77,9 @@ class Checkpointer:
         # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
         torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
         check_invariant(list(self._controller.topologies.values()), self._engine.state)
-        return TrainState.from_dict(client_state["train_state"])
+        state = TrainState.from_dict(client_state["train_state"])
+        state.window.loss = client_state["window_losses"][self._mesh.rank]
+        return state
 
     def _manifest(self, state: TrainState) -> Manifest:
         return Manifest(

@@ -26,7 +26,6 @@ from megasparse.training.records import RunRecords
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState, Window
 
-
 REMEDY = "go on from an older checkpoint with a lower optimizer.lr or a longer optimizer.warmup_steps"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megasparse.config.checks import check_run, unused_settings
-from megasparse.config.loader import ConfigError, load_config
+from megasparse.config.loader import ConfigError, load_config, save_config
 
 GOOD = ["model.vocab_size=64"]
 
@@ -57,7 +57,7 @@ def test_contradictions_name_field_value_and_legal_values(world_size, overrides,
             "not used by sparsity.algorithm set: sparsity.restoration_end, sparsity.warmup_end",
         ),
         (
-            ["sparsity.algorithm=gradual", "sparsity.restoration_shape=linear"],
+            ["sparsity.algorithm=gradual", "sparsity.restoration_shape=cubic"],
             "not used by sparsity.algorithm gradual: sparsity.restoration_shape",
         ),
         (
@@ -106,3 +106,10 @@ def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
 )
 def test_settings_with_an_effect_are_not_named(overrides) -> None:
     assert unused_settings(load_config([], overrides)) == []
+
+
+def test_a_saved_configuration_names_nothing_in_vain(tmp_path) -> None:
+    """A saved file spells out every field; what equals its default was not meant by anybody."""
+    config = load_config([], ["sparsity.algorithm=set", "train.steps=50"])
+    save_config(config, tmp_path / "config.yaml")
+    assert unused_settings(load_config([tmp_path / "config.yaml"])) == unused_settings(config) == []

@@ -71,10 +71,22 @@ def test_variants_that_comments_mention_cost_what_they_say() -> None:
 def test_the_wide_sparse_model_costs_as_much_as_the_dense_quickstart() -> None:
     wide, dense = plan("wide-sparse"), plan("quickstart", "sparsity.algorithm=dense")
     assert wide["flops"]["algorithmic"] == pytest.approx(dense["flops"]["algorithmic"], rel=0.02)
-    stated = promised("wide-sparse", r"density 0\.16 +([\d.e]+) FLOPs")
-    assert stated == pytest.approx(wide["flops"]["algorithmic"], rel=1e-3)
+    for name, result, density in (("wide-sparse", wide, r"0\.16"), ("quickstart", dense, "1")):
+        stated = promised("wide-sparse", rf"density {density} +([\d.]+) MFLOPs a token")
+        per_token = result["flops"]["algorithmic"] / result["tokens"]["total"]
+        assert stated == pytest.approx(per_token / 1e6, abs=0.05), name
     assert wide["parameters"]["total"] > 3 * dense["parameters"]["total"]
 
 
 def test_the_llama_preset_has_the_size_of_its_name() -> None:
     assert 1.1e9 <= plan("llama-1b")["parameters"]["total"] <= 1.3e9
+
+
+def test_the_table_of_presets_states_their_plans() -> None:
+    page = (CONFIGS / "README.md").read_text().split("## How files build", 1)[0]
+    rows = dict(re.findall(r"^\| `([\w-]+)\.yaml` \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE))
+    assert sorted(rows) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    for name, cells in rows.items():
+        ratio = re.match(r"[\d.]+", cells)
+        if ratio is not None:
+            assert float(ratio[0]) == pytest.approx(plan(name)["flops"]["ratio"], abs=5e-4), name

@@ -137,8 +137,8 @@ def golden_path(algorithm: str) -> Path:
 
 def golden_text(run_folder: Path) -> str:
     """The curve of a run as it is kept: step, loss, validation loss, density, phase."""
-    rows = [
-        f"{line['step']} {line['loss']:.6f} {line.get('val_loss', float('nan')):.6f} {line['density']:.6f} {line['phase']}"
-        for line in metrics(run_folder)
-    ]
+    rows = []
+    for line in metrics(run_folder):
+        losses = f"{line['loss']:.6f} {line.get('val_loss', float('nan')):.6f}"
+        rows.append(f"{line['step']} {losses} {line['density']:.6f} {line['phase']}")
     return "step loss val_loss density phase\n" + "\n".join(rows) + "\n"

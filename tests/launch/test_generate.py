@@ -66,10 +66,12 @@ def test_the_newest_checkpoint_gives_the_sample_that_the_run_left(trained: Path)
     assert "step 24, attention full" in done.stderr
     left = (trained / "sample.txt").read_text()
     assert left.startswith(PROMPT) and len(left) > len(PROMPT)
-    assert done.stdout.removesuffix("\n") == left
+    # The script stops where a document ends, the run's sample goes on.
+    text = done.stdout.removesuffix("\n")
+    assert left.startswith(text) and len(text) > len(PROMPT)
     again = generate(trained, "--num-samples", "2", "--seed", "1234").stdout
     first, second = again.removeprefix("--- seed 1234\n").split("\n--- seed 1235\n")
-    assert first == left and second.startswith(PROMPT) and second.removesuffix("\n") != left
+    assert first == text and second.startswith(PROMPT) and second.removesuffix("\n") != text
 
 
 def test_sampling_depends_on_step_seed_and_options_alone(trained: Path) -> None:
@@ -83,7 +85,7 @@ def test_sampling_depends_on_step_seed_and_options_alone(trained: Path) -> None:
     greedy = [sample(newest, PROMPT, 30, seed=seed, temperature=0.0) for seed in (1, 2)]
     assert greedy[0] == greedy[1]
     assert sample(early, PROMPT, 30, seed=1, **options) != texts[0]
-    assert sample(newest, "", 5, seed=0) is not None
+    assert len(sample(newest, "", 5, seed=0)) <= 5
 
 
 def test_weights_of_dead_units_are_zero_so_that_masks_need_not_be_loaded(trained: Path) -> None:

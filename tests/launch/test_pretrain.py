@@ -75,9 +75,20 @@ def test_the_ledger_adds_up(straight: Path) -> None:
 @pytest.mark.parametrize("stop_after", [7, 13])
 def test_resume_continues_bit_for_bit(corpus: Path, straight: Path, tmp_path: Path, stop_after: int) -> None:
     """Step 7 is inside the fall, one past a topology step; 13 inside the ultra-sparse phase; accumulation is 2."""
-    first = run(command(corpus, tmp_path, "run.name=straight", f"train.stop_after={stop_after}"))
+    assert_resumes(corpus, straight, tmp_path, stop_after)
+
+
+def test_resume_inside_a_logging_window_loses_nothing_of_it(corpus: Path, tmp_path: Path) -> None:
+    run(command(corpus, tmp_path / "whole", "run.name=straight", "train.log_interval=5"))
+    assert_resumes(corpus, tmp_path / "whole" / "straight", tmp_path, 8, "train.log_interval=5")
+
+
+def assert_resumes(corpus: Path, straight: Path, tmp_path: Path, stop_after: int, *overrides: str) -> None:
+    """A run stopped at a step and gone on with makes the curve and the weights of `straight`."""
+    name = "run.name=straight"
+    first = run(command(corpus, tmp_path, name, f"train.stop_after={stop_after}", *overrides))
     assert "stop_after" in first.stdout
-    second = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
+    second = run(command(corpus, tmp_path, name, "train.resume=auto", *overrides))
     assert f"going on from step {stop_after}" in second.stdout
     assert curve(tmp_path / "straight") == curve(straight)
     expected, resumed = weights(straight, 24), weights(tmp_path / "straight", 24)

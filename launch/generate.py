@@ -1,0 +1,71 @@
+"""Sample text from a run.
+
+    python launch/generate.py --run runs/quickstart-mst --prompt "def " [--step 300] [--num-samples 3]
+
+The newest good checkpoint answers, or that of --step, in float32, under the attention pattern of its last training
+step. Text goes to standard output, all else to standard error. Exit status: 0, or 2 for what the user must mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megasparse.training.trained import open_trained, sample
+
+    try:
+        trained = open_trained(arguments.run, arguments.step, arguments.device)
+        for reason in trained.passed_over:
+            print(f"warning: passed over: {reason}", file=sys.stderr)
+        print(f"step {trained.step}, attention {trained.pattern}, on {arguments.device}", file=sys.stderr)
+        first_seed = trained.config.run.seed if arguments.seed is None else arguments.seed
+        for seed in range(first_seed, first_seed + arguments.num_samples):
+            if arguments.num_samples > 1:
+                print(f"--- seed {seed}")
+            text = sample(
+                trained,
+                arguments.prompt,
+                arguments.tokens,
+                seed=seed,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k or None,
+                top_p=arguments.top_p,
+            )
+            print(text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder, such as runs/my-run")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
+    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue; default: a line end")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add at most; default: 200")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
+    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0: all tokens; default: 50")
+    parser.add_argument("--top-p", type=float, metavar="P", help="fewest tokens that reach probability P; default: all")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the first sample; default: the run's")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples of seeds S, S + 1, ...")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
+    arguments = parser.parse_args()
+    for name in ("tokens", "num_samples"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; legal values: 1 or more")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The ledger against counts taken from the model, and against torch's own counter."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from megasparse.config.loader import load_config
+from megasparse.kernels.block_sparse import executed_density
+from megasparse.kernels.hybrid_attention import executed_entries
+from megasparse.models.flops import count_flops
+from megasparse.sparsity.controller import Controller
+from megasparse.training.build import build_model
+from megasparse.training.ledger import FlopCounter, Ledger
+from megasparse.training.plan import make_plan, walk_schedule
+
+SETTINGS = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.seq_length=24",
+    "model.vocab_size=64",
+    "train.steps=40",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.precision=fp32",
+    "sparsity.unit=8",
+    "sparsity.update_interval=3",
+    "sparsity.warmup_end=0.3",
+    "attention.stride=4",
+]
+
+
+def parts(*overrides: str):
+    config = load_config([], [*SETTINGS, *overrides])
+    model = build_model(config, 64)
+    return config, model, Controller(config, model.sparse_layers())
+
+
+@pytest.mark.parametrize("overrides", [(), ("sparsity.head=true",), ("sparsity.low_rank=4",), ("model.bias=false",)])
+def test_a_step_counts_what_the_model_counts(overrides: tuple[str, ...]) -> None:
+    config, model, controller = parts(*overrides)
+    counter = FlopCounter(config, model)
+    decision = controller.begin_step(20)
+    densities = {name: 0.25 + 0.5 * number / len(controller.layers) for number, name in enumerate(controller.layers)}
+    counted = counter.step(decision, densities)
+    wanted = partial(count_flops, model, 4, 24, patterns=decision.patterns)
+    assert counted.dense == count_flops(model, 4, 24).total
+    assert counted.algorithmic == pytest.approx(wanted(densities=densities).total, rel=1e-6)
+    executed = wanted(
+        densities=densities,
+        linear_density=partial(executed_density, "auto"),
+        attention_entries=partial(executed_entries, "auto"),
+    )
+    assert counted.executed == pytest.approx(executed.total, rel=1e-6)
+
+
+def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
+    config, model, controller = parts("sparsity.unit=1")
+    controller.num_live = {name: topology.num_units // 10 for name, topology in controller.topologies.items()}
+    densities = controller.live_densities()
+    counter = FlopCounter(config, model)
+    usual, changing = controller.begin_step(19), controller.begin_step(21)
+    assert changing.dense_gradient_layers == set(controller.layers) and not usual.dense_gradient_layers
+    extra = counter.step(changing, densities).algorithmic - counter.step(usual, densities).algorithmic
+    dense = count_flops(model, 4, 24, densities=densities, dense_weight_gradient=True).weight_gradient
+    sparse = count_flops(model, 4, 24, densities=densities).weight_gradient
+    assert extra == pytest.approx(dense - sparse, rel=1e-9)
+
+
+def test_recomputation_is_executed_and_not_algorithmic() -> None:
+    config, model, controller = parts("train.activation_recomputation=true")
+    plain_config, plain_model, _ = parts()
+    decision, densities = controller.begin_step(1), controller.live_densities()
+    again, once = (
+        FlopCounter(c, m).step(decision, densities) for c, m in ((config, model), (plain_config, plain_model))
+    )
+    assert again.algorithmic == once.algorithmic
+    head = 2 * 4 * 24 * model.head.in_features * model.head.out_features
+    forward = count_flops(model, 4, 24)
+    assert again.executed - once.executed == pytest.approx(forward.forward + forward.attention_forward - head)
+
+
+def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
+    config, model, controller = parts("attention.windows=[{start: 0.31, end: 0.66, pattern: local}]")
+    walked, mean_density = walk_schedule(config, model, controller)
+    _, _, fresh = parts("attention.windows=[{start: 0.31, end: 0.66, pattern: local}]")
+    counter, total, densities = FlopCounter(config, model), 0.0, []
+    for step in range(config.train.steps):
+        decision = fresh.begin_step(step)
+        total += counter.step(decision, fresh.live_densities()).algorithmic
+        for name, count in decision.counts.items():
+            fresh.num_live[name] = count.target
+        densities.append(fresh.density())
+    assert walked.algorithmic == pytest.approx(total, rel=1e-12)
+    assert mean_density == pytest.approx(sum(densities) / len(densities), rel=1e-12)
+
+
+def test_the_plan_says_what_it_is_asked() -> None:
+    config = load_config([], [*SETTINGS, "train.global_batch_size=64", "deepspeed.zero_stage=1"])
+    one, eight = make_plan(config, 1), make_plan(config, 8)
+    assert one["parallel"]["accumulation_steps"] == 32 and eight["parallel"]["accumulation_steps"] == 4
+    assert eight["memory"]["optimizer"] * 8 == pytest.approx(one["memory"]["optimizer"], rel=1e-3)
+    assert one["flops"] == eight["flops"] and one["flops"]["ratio"] < 1
+    phases = one["schedule"]["phases"]
+    assert [phase["name"] for phase in phases] == ["warm_up", "ultra_sparse", "restoration", "dense"]
+    assert phases[0]["start_step"] == 0 and phases[-1]["end_step"] == 40
+    assert all(first["end_step"] == second["start_step"] for first, second in zip(phases, phases[1:], strict=False))
+    parameters = build_model(config, 64)
+    assert one["parameters"]["total"] == sum(p.numel() for p in parameters.parameters())
+
+
+def test_the_ledger_survives_a_restart() -> None:
+    ledger = Ledger()
+    with ledger.seconds.step(), ledger.seconds.part("forward"):
+        torch.ones(10).sum()
+    ledger.flops.dense = 5.0
+    again = Ledger.from_state(ledger.state())
+    assert again == ledger and sum(again.by_part().values()) == pytest.approx(again.seconds.total)
