@@ -239,10 +239,15 @@ class SparsityGroup(Section):
     """Unit of these weights; unset: `sparsity.unit`."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Lowest density of these weights; unset: from `sparsity.density` and the distribution."""
+    algorithm: Literal["mst", "static", "set", "rigl"] | None = None
+    """Whose growth and drop fraction these weights take where neither is set; their density follows the run's
+    schedule. Unset: `sparsity.algorithm`."""
+    drop_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Drop fraction of these weights; unset: the algorithm's, or `sparsity.drop_fraction`."""
     drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] | None = None
     """Drop score of these weights; unset: `sparsity.drop_score`."""
     growth: Literal["mixed", "gradient", "random"] | None = None
-    """Growth of these weights; unset: `sparsity.growth`."""
+    """Growth of these weights; unset: the algorithm's, or `sparsity.growth`."""
 
 
 class SparsityConfig(Section):

@@ -22,7 +22,7 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import Pattern, Phase, RunConfig
 from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_target
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
-from megasparse.sparsity.groups import LayerSettings, drop_fraction, layer_settings
+from megasparse.sparsity.groups import LayerSettings, layer_settings
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
@@ -225,25 +225,25 @@ class Controller:
     def _counts(self, step: int) -> dict[str, StepCounts]:
         """Counts of the layers that change in this step."""
         progress = step / self.config.train.steps
-        share = self._drop_fraction(progress)
+        decay = self._drop_decay(progress)
         densities = self.densities_at(progress)
         result = {}
         for name, topology in self.topologies.items():
             target = unit_target(densities[name], topology.num_units)
-            count = step_counts(
-                self.num_live[name], target, topology.num_units, share, self.settings[name].gradient_share
-            )
+            settings = self.settings[name]
+            share = settings.drop_fraction * decay
+            count = step_counts(self.num_live[name], target, topology.num_units, share, settings.gradient_share)
             if count.keep < count.live or count.target > count.live:
                 result[name] = count
         return result
 
-    def _drop_fraction(self, progress: float) -> float:
-        """zeta_t = zeta / 2 (1 + cos(pi progress)), progress over the run or over the phase."""
-        zeta, anneal = drop_fraction(self.config.sparsity), self.config.sparsity.drop_anneal
+    def _drop_decay(self, progress: float) -> float:
+        """zeta_t / zeta = (1 + cos(pi progress)) / 2, progress over the run or over the phase."""
+        anneal = self.config.sparsity.drop_anneal
         if anneal == "none":
-            return zeta
+            return 1.0
         covered = progress if anneal == "run" else self.schedule.phase_progress(progress)
-        return zeta / 2 * (1 + math.cos(math.pi * covered))
+        return (1 + math.cos(math.pi * covered)) / 2
 
     def _needs_gradient(self, name: str, count: StepCounts) -> bool:
         return count.by_gradient > 0 or self.settings[name].drop_score != "magnitude"

@@ -23,6 +23,8 @@ class LayerSettings:
     drop_score: str
     gradient_share: float
     """Share of grown units that are chosen by gradient: 1 gradient, 0 random, r / (r + 1) mixed."""
+    drop_fraction: float
+    """zeta: the share of live units that a topology step replaces, before its decay."""
 
 
 def layer_settings(sparsity: SparsityConfig, name: str) -> LayerSettings | None:
@@ -30,23 +32,16 @@ def layer_settings(sparsity: SparsityConfig, name: str) -> LayerSettings | None:
     if sparsity.algorithm == "dense" or (name == "head" and not sparsity.head):
         return None
     group = next((group for group in sparsity.groups if _matches(group, name)), None)
-    if group is None:
-        return LayerSettings(sparsity.unit, None, sparsity.drop_score, _gradient_share(sparsity, None))
+    group = group or SparsityGroup(pattern="*")
     if group.dense:
         return None
     return LayerSettings(
         unit=group.unit or sparsity.unit,
         min_density=group.density,
         drop_score=group.drop_score or sparsity.drop_score,
-        gradient_share=_gradient_share(sparsity, group.growth),
+        gradient_share=_gradient_share(sparsity, group),
+        drop_fraction=_drop_fraction(sparsity, group),
     )
-
-
-def drop_fraction(sparsity: SparsityConfig) -> float:
-    """zeta: the share of live units that a topology step replaces, before its decay."""
-    if sparsity.drop_fraction is not None:
-        return sparsity.drop_fraction
-    return DEFAULT_DROP_FRACTION.get(sparsity.algorithm, 0.0)
 
 
 def unmatched_groups(sparsity: SparsityConfig, names: Iterable[str]) -> list[str]:
@@ -71,10 +66,21 @@ def _matches(group: SparsityGroup, name: str) -> bool:
     return fnmatchcase(name, group.pattern) or fnmatchcase(f"{name}.weight", group.pattern)
 
 
-def _gradient_share(sparsity: SparsityConfig, own: str | None) -> float:
-    growth = own or sparsity.growth or DEFAULT_GROWTH.get(sparsity.algorithm, "mixed")
+def _gradient_share(sparsity: SparsityConfig, group: SparsityGroup) -> float:
+    growth = group.growth
+    if growth is None and group.algorithm is None:
+        growth = sparsity.growth
+    growth = growth or DEFAULT_GROWTH.get(group.algorithm or sparsity.algorithm, "mixed")
     if growth == "gradient":
         return 1.0
     if growth == "random":
         return 0.0
     return sparsity.growth_ratio / (sparsity.growth_ratio + 1.0)
+
+
+def _drop_fraction(sparsity: SparsityConfig, group: SparsityGroup) -> float:
+    if group.drop_fraction is not None:
+        return group.drop_fraction
+    if group.algorithm is None and sparsity.drop_fraction is not None:
+        return sparsity.drop_fraction
+    return DEFAULT_DROP_FRACTION.get(group.algorithm or sparsity.algorithm, 0.0)

@@ -49,7 +49,8 @@ class RunRecords:
                     self._scalars.add_scalar(name, value, values["step"])
 
     def topology(self, report: TopologyReport) -> None:
-        _write_line(self._topology, asdict(report))
+        # Counted like the metrics, by finished steps: the change belongs to the step that it ended.
+        _write_line(self._topology, {**asdict(report), "step": report.step + 1})
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""

@@ -10,22 +10,20 @@ with StopSignal(mesh) as stop:
 from __future__ import annotations
 
 import signal
-import time
 from types import FrameType
 
 from megasparse.parallel import Mesh
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 while it is open."""
+    """Notes SIGTERM, SIGUSR1 and the first SIGINT while it is open; a second SIGINT interrupts at once."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._previous: dict[int, object] = {}
         self.received: str | None = None
-        self.received_at: float | None = None
 
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:
@@ -41,4 +39,6 @@ class StopSignal:
         return self._mesh.agree_any(self.received is not None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received, self.received_at = signal.Signals(number).name, time.monotonic()
+        self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -106,19 +106,24 @@ def test_one_rank_and_two_ranks_make_the_same_curve_and_topology(corpus: Path, s
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_sigterm_saves_and_ends_cleanly(corpus: Path, straight: Path, tmp_path: Path) -> None:
-    process = start(command(corpus, tmp_path, "run.name=straight", ranks=1))
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGUSR1)]
+)
+def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
+    """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
+    process = start(command(corpus, tmp_path, "run.name=stopped", "train.steps=300", ranks=ranks))
     try:
-        wait_for_steps(process, tmp_path / "straight", 3)
-        process.send_signal(signal.SIGTERM)
+        wait_for_steps(process, tmp_path / "stopped", 3)
+        os.kill(process.pid if ranks == 1 else rank_process(process, rank=1), number)
         output, _ = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             end(process)
-    assert process.returncode == 0 and "SIGTERM" in output, output
-    stopped_at = metrics(tmp_path / "straight")[-1]["step"]
-    assert (tmp_path / "straight" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
-    assert not json.loads((tmp_path / "straight" / "summary.json").read_text())["finished"]
+    assert process.returncode == 0 and ("stopped by" in output), output
+    stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert not summary["finished"] and summary["steps"] == stopped_at < 300
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(

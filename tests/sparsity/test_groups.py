@@ -6,7 +6,7 @@ import pytest
 
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import SparsityConfig, SparsityGroup
-from megasparse.sparsity.groups import check_groups, drop_fraction, layer_settings, unmatched_groups
+from megasparse.sparsity.groups import check_groups, layer_settings, unmatched_groups
 
 GROUPS = [
     SparsityGroup(pattern="layers.0.*", dense=True),
@@ -45,10 +45,26 @@ def test_the_head_is_sparse_on_request_and_nothing_is_where_sparsity_is_off() ->
 )  # fmt: skip
 def test_defaults_of_the_algorithms(algorithm, growth, share, zeta) -> None:
     sparsity = SparsityConfig(algorithm=algorithm, growth=growth)
-    assert layer_settings(sparsity, "layers.0.mlp.up").gradient_share == share
-    assert drop_fraction(sparsity) == zeta
+    settings = layer_settings(sparsity, "layers.0.mlp.up")
+    assert settings.gradient_share == share and settings.drop_fraction == zeta
     if algorithm not in ("static", "spdf"):
-        assert drop_fraction(SparsityConfig(algorithm=algorithm, drop_fraction=0.1)) == 0.1
+        own = SparsityConfig(algorithm=algorithm, drop_fraction=0.1)
+        assert layer_settings(own, "layers.0.mlp.up").drop_fraction == 0.1
+
+
+def test_a_group_may_follow_another_algorithm() -> None:
+    groups = [
+        SparsityGroup(pattern="*.qkv", algorithm="set"),
+        SparsityGroup(pattern="*.up", algorithm="static"),
+        SparsityGroup(pattern="*.down", algorithm="rigl", drop_fraction=0.2),
+    ]
+    sparsity = SparsityConfig(growth="mixed", drop_fraction=0.4, groups=groups)
+    rules = [
+        (settings.gradient_share, settings.drop_fraction)
+        for name in ("attention.qkv", "mlp.up", "mlp.down", "attention.output")
+        if (settings := layer_settings(sparsity, f"layers.0.{name}"))
+    ]
+    assert rules == [(0.0, 0.3), (0.75, 0.0), (1.0, 0.2), (0.75, 0.4)]
 
 
 def test_groups_that_no_layer_falls_to() -> None:
