@@ -71,9 +71,15 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def explicit_fields(model: BaseModel) -> set[str]:
-    """Names of the fields that the user set, as opposed to defaults."""
-    return set(model.model_fields_set)
+def changed_settings(before: RunConfig, after: RunConfig) -> list[str]:
+    """What two configurations differ in, such as `train.steps: 600 -> 800`, in the order of the schema."""
+    sections = [(name, getattr(before, name), getattr(after, name)) for name in RunConfig.model_fields]
+    return [
+        f"{section}.{field}: {getattr(old, field)} -> {getattr(new, field)}"
+        for section, old, new in sections
+        for field in type(old).model_fields
+        if getattr(old, field) != getattr(new, field)
+    ]
 
 
 def describe_fields() -> Iterator[tuple[str, str, str, str]]:

@@ -78,6 +78,11 @@ class Checkpointer:
         torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
         check_invariant(list(self._controller.topologies.values()), self._engine.state)
         state = TrainState.from_dict(client_state["train_state"])
+        if state.step > self._config.train.steps:
+            raise CheckpointError(
+                f"checkpoint {folder} is past the end of the run: train.steps is {self._config.train.steps}; "
+                f"legal values: at least {state.step}"
+            )
         state.window.loss = client_state["window_losses"][self._mesh.rank]
         return state
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config.loader import ConfigError, save_config
+from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
@@ -48,6 +48,8 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         print_plan(plan, make_console())
     with ExitStack() as stack:
         mesh = stack.enter_context(open_mesh(environment, config.train.distributed_timeout_seconds))
+        changes = _changes_since_start(folder, config)
+        mesh.barrier()
         if mesh.is_first:
             _write_start(folder, config, plan)
         model = build_model(config, vocab_size)
@@ -55,7 +57,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         controller.start_topologies()
         engine = TrainingEngine(model, controller, config, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
-        state, notes = _restore(checkpointer, config)
+        state, notes = _restore(checkpointer, config, changes)
         progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
         trainer = Trainer(
             config=config,
@@ -126,7 +128,19 @@ def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason:
     }
 
 
-def _restore(checkpointer: Checkpointer, config: RunConfig) -> tuple[TrainState, list[str]]:
+def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
+    """Settings that differ from those that the run in the folder was last started with."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        return []
+    try:
+        changes = changed_settings(load_config([saved]), config)
+    except ConfigError as error:
+        return [f"the saved configuration is not readable: {error}"]
+    return [change for change in changes if not change.startswith(("train.resume:", "train.stop_after:"))]
+
+
+def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:
     """Where the run goes on, and what to tell the user about it."""
     if config.train.resume != "auto":
         return TrainState(), []
@@ -134,6 +148,7 @@ def _restore(checkpointer: Checkpointer, config: RunConfig) -> tuple[TrainState,
     state = checkpointer.restore()
     if state is None:
         return TrainState(), notes
+    notes += [f"warning: changed since the run was last started: {change}" for change in changes]
     return state, [*notes, f"going on from step {state.step}"]
 
 

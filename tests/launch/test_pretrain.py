@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,17 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
     assert "rank 0 lost contact with another rank" in output and "train.resume=auto" in output, output
     run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
     assert curve(tmp_path / "straight") == curve(straight)
+
+
+def test_a_resumed_run_names_what_was_changed(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "straight")
+    longer = command(corpus, tmp_path, "run.name=straight", "train.resume=auto", "train.steps=26", "optimizer.lr=4e-3")
+    output = run(longer).stdout
+    assert "train.steps: 24 -> 26" in output and "optimizer.lr: 0.005 -> 0.004" in output
+    assert "train.resume" not in output.split("changed since")[1].splitlines()[0]
+    assert metrics(tmp_path / "straight")[-1]["step"] == 26
+    shorter = command(corpus, tmp_path, "run.name=straight", "train.resume=auto", "train.steps=20")
+    assert "past the end of the run: train.steps is 20" in run(shorter, expect=2).stdout
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
