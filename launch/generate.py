@@ -20,7 +20,8 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megasparse.training.trained import open_trained, sample
+    from megasparse.training.sampling import sample_text
+    from megasparse.training.trained import open_trained
 
     try:
         trained = open_trained(arguments.run, arguments.step, arguments.device)
@@ -31,8 +32,9 @@ def main() -> int:
         for seed in range(first_seed, first_seed + arguments.num_samples):
             if arguments.num_samples > 1:
                 print(f"--- seed {seed}")
-            text = sample(
-                trained,
+            text = sample_text(
+                trained.model,
+                trained.tokenizer,
                 arguments.prompt,
                 arguments.tokens,
                 seed=seed,

@@ -18,7 +18,6 @@ from megasparse.config.loader import ConfigError, changed_settings, load_config,
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
-from megasparse.models.generate import generate
 from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
 from megasparse.sparsity.controller import Controller
@@ -30,6 +29,7 @@ from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
 from megasparse.training.report import write_report
+from megasparse.training.sampling import sample_text
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 
@@ -173,15 +173,7 @@ def _write_end(
 ) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     if tokenizer is not None and config.train.sample_tokens:
-        text = sample_text(model, tokenizer, config.train.sample_prompt, config.train.sample_tokens, config.run.seed)
+        text = sample_text(
+            model, tokenizer, config.train.sample_prompt, config.train.sample_tokens, seed=config.run.seed
+        )
         (folder / "sample.txt").write_text(text)
-
-
-def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, seed: int) -> str:
-    """Prompt and continuation, sampled at temperature 0.8 among the 50 likeliest tokens."""
-    device = next(model.parameters()).device
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_document_id]
-    tokens = torch.tensor([prompt_ids], device=device)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    out = generate(model, tokens, num_tokens, temperature=0.8, top_k=50, top_p=None, generator=generator)
-    return tokenizer.decode(out[0].tolist())

@@ -1,7 +1,7 @@
 """A model that a run has trained, as it stood at one of its checkpoints, ready to be asked.
 
 trained = open_trained(Path("runs/quickstart-mst"))
-text = sample(trained, "def ", 200, seed=0)
+text = sample_text(trained.model, trained.tokenizer, "def ", 200, seed=0)
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from megasparse.checkpoint.weights import CHECKPOINTS, find_checkpoint, load_mod
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.tokenizer import Tokenizer
-from megasparse.models.generate import generate
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
@@ -64,35 +63,3 @@ def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule
     """The attention pattern of the last of so many steps: the one that the weights were trained under."""
     progress = max(finished_steps - 1, 0) / config.train.steps
     return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
-
-
-def sample(
-    trained: TrainedModel,
-    prompt: str,
-    num_tokens: int,
-    *,
-    seed: int,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-) -> str:
-    """Prompt and continuation, up to the end of the document or `num_tokens`.
-
-    The text depends on the model and these arguments alone. Raises ValueError for an option that is out of range.
-    """
-    tokenizer, device = trained.tokenizer, next(trained.model.parameters()).device
-    # An empty prompt means the beginning of a document.
-    tokens = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_document_id]], device=device)
-    generator = torch.Generator().manual_seed(seed)
-    end = tokenizer.end_of_document_id
-    out = generate(
-        trained.model,
-        tokens,
-        num_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-        end_token=end,
-    )
-    return tokenizer.decode(out[0].tolist())

@@ -13,11 +13,16 @@ from runs import REPOSITORY, command, run, write_corpus
 from safetensors.torch import load_file
 
 from megasparse.sparsity.topology import unpack_bits
-from megasparse.training.trained import open_trained, sample
+from megasparse.training.sampling import sample_text
+from megasparse.training.trained import TrainedModel, open_trained
 
 pytestmark = pytest.mark.timeout(300)
 
 PROMPT = "12 + "
+
+
+def sample(trained: TrainedModel, prompt: str, num_tokens: int, **options) -> str:
+    return sample_text(trained.model, trained.tokenizer, prompt, num_tokens, **options)
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,13 @@ def test_state_goes_round() -> None:
     assert digest(other.topologies) == digest(controller.topologies)
     assert other.num_live == controller.num_live
     assert all(torch.equal(bits, other.state()[name]) for name, bits in saved.items())
-    assert all(layer.changes for layer in others.values())
+
+
+def test_a_stored_mask_costs_one_bit_per_unit() -> None:
+    controller, _ = make()
+    for name, topology in controller.topologies.items():
+        bits = controller.state()[f"live/{name}"]
+        assert bits.dtype == torch.uint8 and bits.numel() == -(-topology.num_units // 8)
 
 
 def test_wrong_state_is_refused_with_the_layer_named() -> None:
