@@ -9,7 +9,7 @@ STAMP := $(dir $(PYTHON))../.megasparse-installed
 .PHONY: quickstart test lint setup
 
 quickstart: setup
-	PATH="$(abspath $(dir $(PYTHON))):$$PATH" sh launch/quickstart.sh $(ARGS)
+	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" sh launch/quickstart.sh $(ARGS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
@@ -20,12 +20,10 @@ lint: setup
 
 setup: $(STAMP)
 
+# A torch that is there already (a GPU build, say) is kept, with the ranges of setup.py instead of the pins.
 $(STAMP): setup.py constraints.txt
-	test -x $(PYTHON) || python3 -m venv .venv
-	# A torch that is there already (a GPU build, say) is kept, with the ranges of setup.py instead of the pins.
-	if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		$(PYTHON) -m pip install --quiet -e ".[dev,hf,monitor]"; \
-	else \
-		$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev,hf,monitor]"; \
-	fi
-	touch $(STAMP)
+	@echo "Setting up $(PYTHON); the first time this takes a minute or more."
+	@test -x $(PYTHON) || python3 -m venv .venv
+	@pins="-c constraints.txt"; $(PYTHON) -c "import torch" 2>/dev/null && pins=""; \
+		$(PYTHON) -m pip install --quiet $$pins -e ".[dev,hf,monitor]"
+	@touch $(STAMP)

@@ -38,13 +38,14 @@ def block_partial_sums(values: Tensor, start: int, grid: tuple[int, int], unit: 
     sums = torch.zeros(grid, dtype=torch.float64, device=values.device)
     if values.numel() == 0:
         return sums
-    first_row, offset = divmod(start, width)
-    num_rows = -(-(offset + values.numel()) // width)
-    rows = torch.zeros(num_rows * width, dtype=torch.float64, device=values.device)
-    rows[offset : offset + values.numel()] = values.to(torch.float64).square()
-    by_row = rows.view(num_rows, grid[1], unit).sum(dim=2)
-    block_rows = torch.arange(first_row, first_row + num_rows, device=values.device) // unit
-    return sums.index_add_(0, block_rows, by_row)
+    # Whole rows of blocks around the slice, zero where it does not reach: sums in a fixed order, unlike index_add on
+    # GPUs, so that replicas with equal state decide alike.
+    first, offset = divmod(start, width * unit)
+    num_block_rows = -(-(offset + values.numel()) // (width * unit))
+    squares = torch.zeros(num_block_rows * unit * width, dtype=torch.float64, device=values.device)
+    squares[offset : offset + values.numel()] = values.to(torch.float64).square()
+    sums[first : first + num_block_rows] = squares.view(num_block_rows, unit, grid[1], unit).sum(dim=(1, 3))
+    return sums
 
 
 def block_norms(sums: Tensor) -> Tensor:
