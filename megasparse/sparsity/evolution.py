@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megasparse.sparsity.random import random_uniform, random_words
-from megasparse.sparsity.selection import INELIGIBLE, SumOverShards, keep_local, select_top_k
+from megasparse.sparsity.selection import INELIGIBLE, SumOverShards, TieKeys, keep_local, select_top_k
 
 # Streams of the counter-based generator.
 TIE_STREAM, GROWTH_STREAM, INITIAL_STREAM = 1, 2, 3
@@ -84,7 +84,7 @@ def evolve(
     layers: Sequence[LayerPiece], seed: int, step: int, sum_over_shards: SumOverShards = keep_local
 ) -> list[Evolved]:
     """Decide the new topology of all layers at once. See the module for the rule."""
-    ties = [random_words(layer.indices, seed, step, layer.stream, TIE_STREAM) for layer in layers]
+    ties = [_tie_keys(layer.indices, seed, step, layer.stream) for layer in layers]
 
     def best(scores: list[Tensor], counts: list[int]) -> list[Tensor]:
         return select_top_k(scores, ties, counts, sum_over_shards)
@@ -115,7 +115,12 @@ def random_topology(num_units: int, num_target: int, stream: int, seed: int, row
     chance = random_uniform(indices, seed, stream, INITIAL_STREAM)
     piece = LayerPiece(stream, indices, nothing, chance, chance, StepCounts(0, 0, 0, num_target), row_length)
     chance = _prefer_best_of_rows(piece, chance, nothing)
-    return select_top_k([chance], [random_words(indices, seed, stream, TIE_STREAM)], [num_target])[0]
+    return select_top_k([chance], [_tie_keys(indices, seed, stream)], [num_target])[0]
+
+
+def _tie_keys(indices: Tensor, *key: int) -> TieKeys:
+    """Keys by global index, so that a tie falls the same way however the layer is divided."""
+    return lambda positions: random_words(indices[positions], *key, TIE_STREAM)
 
 
 def _eligible(score: Tensor, allowed: Tensor) -> Tensor:

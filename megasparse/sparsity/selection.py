@@ -22,6 +22,8 @@ INELIGIBLE = -1.0
 ROUNDS = ((21, 11), (10, 11), (0, 10))
 
 SumOverShards = Callable[[Tensor], None]
+TieKeys = Callable[[Tensor], Tensor]
+"""Keys of the units at some positions of a piece: int64 [m] to int64 [m]. Asked for only where scores tie."""
 
 
 def keep_local(_: Tensor) -> None:
@@ -30,14 +32,14 @@ def keep_local(_: Tensor) -> None:
 
 def select_top_k(
     scores: Sequence[Tensor],
-    tie_keys: Sequence[Tensor],
+    tie_keys: Sequence[TieKeys],
     counts: Sequence[int],
     sum_over_shards: SumOverShards = keep_local,
 ) -> list[Tensor]:
     """Mark, for each layer, the `counts[layer]` highest scores over all shards.
 
-    scores: per layer float32 [n], this shard's, 0 or more, or INELIGIBLE. tie_keys: per layer int64 [n] in
-    [0, 2^32), different for every unit of the layer; among equal scores the higher key wins.
+    scores: per layer float32 [n], this shard's, 0 or more, or INELIGIBLE. tie_keys: per layer a function from
+    positions in [0, n) to keys in [0, 2^32), different for every unit of the layer; among equal scores the higher wins.
     counts: at most the number of eligible units over all shards. sum_over_shards: adds an int64 tensor over the
     shards, in place. Returns per layer bool [n].
     """
@@ -47,7 +49,7 @@ def select_top_k(
     remaining, undecided = _radix_rounds(digits_of_score, candidates, chosen, list(counts), sum_over_shards)
     # Every rank sees the same sums, so all of them enter the rounds for ties or none does.
     if any(remaining):
-        digits_of_key = [key.index_select(0, where) for key, where in zip(tie_keys, undecided, strict=True)]
+        digits_of_key = [keys(where) for keys, where in zip(tie_keys, undecided, strict=True)]
         remaining, _ = _radix_rounds(digits_of_key, undecided, chosen, remaining, sum_over_shards)
     assert not any(remaining), "more units asked for than eligible, or tie keys that repeat"
     return chosen

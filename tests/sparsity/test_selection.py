@@ -33,7 +33,7 @@ def on_pieces(scores, keys, counts, points) -> list[torch.Tensor]:
         mine = [slice(*piece[rank]) for piece in pieces]
         return select_top_k(
             [score[part] for score, part in zip(scores, mine, strict=True)],
-            [key[part] for key, part in zip(keys, mine, strict=True)],
+            [key[part].__getitem__ for key, part in zip(keys, mine, strict=True)],
             counts,
             sum_over_shards,
         )
@@ -87,7 +87,7 @@ def test_nothing_all_and_empty_shards() -> None:
 
 def test_asking_for_too_many_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="more units asked for than eligible"):
-        select_top_k([torch.tensor([1.0, INELIGIBLE])], [keys_for(2, 0)], [2])
+        select_top_k([torch.tensor([1.0, INELIGIBLE])], [keys_for(2, 0).__getitem__], [2])
 
 
 def test_histograms_are_all_that_is_exchanged() -> None:
@@ -95,5 +95,5 @@ def test_histograms_are_all_that_is_exchanged() -> None:
     sizes = []
     scores = [torch.rand(50_000), torch.rand(20_000)]
     keys = [keys_for(50_000, 0), keys_for(20_000, 1)]
-    select_top_k(scores, keys, [5000, 2000], lambda tensor: sizes.append(tensor.numel()))
+    select_top_k(scores, [key.__getitem__ for key in keys], [5000, 2000], lambda tensor: sizes.append(tensor.numel()))
     assert len(sizes) <= 6 and max(sizes) <= 2 * 2048
