@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import Tokenizer
@@ -48,16 +49,16 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         print_plan(plan, make_console())
     with ExitStack() as stack:
         mesh = stack.enter_context(open_mesh(environment, config.train.distributed_timeout_seconds))
-        changes = _changes_since_start(folder, config)
-        mesh.barrier()
-        if mesh.is_first:
-            _write_start(folder, config, plan)
         model = build_model(config, vocab_size)
         controller = Controller(config, model.sparse_layers())
         controller.start_topologies()
         engine = TrainingEngine(model, controller, config, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
-        state, notes = _restore(checkpointer, config, changes)
+        state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
+        # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
+        mesh.barrier()
+        if mesh.is_first:
+            _write_start(folder, config, plan)
         progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
         trainer = Trainer(
             config=config,
@@ -141,13 +142,22 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
 
 
 def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:
-    """Where the run goes on, and what to tell the user about it."""
+    """Where the run goes on, and what to tell the user about it.
+
+    Raises CheckpointError where there are checkpoints and none is good: starting over would replace the run's records.
+    """
     if config.train.resume != "auto":
         return TrainState(), []
-    notes = [f"warning: passed over: {reason}" for reason in checkpointer.store.damaged()]
+    damaged = checkpointer.store.damaged()
     state = checkpointer.restore()
+    if state is None and damaged:
+        raise CheckpointError(
+            f"run.name: {config.run.name} has no good checkpoint to go on from; legal values: another run.name, or "
+            f"mend or remove them: {'; '.join(damaged)}"
+        )
     if state is None:
-        return TrainState(), notes
+        return TrainState(), []
+    notes = [f"warning: passed over: {reason}" for reason in damaged]
     notes += [f"warning: changed since the run was last started: {change}" for change in changes]
     return state, [*notes, f"going on from step {state.step}"]
 

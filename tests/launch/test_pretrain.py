@@ -209,6 +209,42 @@ def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Pat
     assert "model.num_layers is 2 there and 3 here" in run(wider, expect=2).stdout
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "straight")
+    before = contents(tmp_path / "straight")
+    for override in ("model.num_layers=3", "train.steps=20", "sparsity.unit=8"):
+        run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto", override, ranks=2), expect=2)
+        assert contents(tmp_path / "straight") == before, override
+
+
+def test_a_run_without_a_good_checkpoint_is_not_started_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "straight")
+    for weights_file in (tmp_path / "straight" / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
+        weights_file.write_bytes(b"cut off")
+    before = contents(tmp_path / "straight")
+    refused = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"), expect=2)
+    assert "no good checkpoint" in refused.stdout and "has 7 bytes" in refused.stdout
+    assert contents(tmp_path / "straight") == before
+
+
+def test_bad_data_in_mid_run_ends_all_ranks_and_names_the_token(tmp_path: Path) -> None:
+    """The end-of-document id 256 is beyond a vocabulary of 200: ranks meet it at different steps."""
+    settings = ["run.name=bad", "data.tokenizer=null", "model.vocab_size=200", "train.valid_interval=0"]
+    started = time.monotonic()
+    process = start(command(write_corpus(tmp_path), tmp_path, *settings))
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            end(process)
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    assert "256" in output and "200" in output and "Traceback" not in output, output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_dry_run_prints_the_plan_of_any_world_size_as_json(corpus: Path, tmp_path: Path) -> None:
     settings = ["train.global_batch_size=4096", "--dry-run", "--world-size", "512", "--json"]
     plan = json.loads(run(command(corpus, tmp_path, *settings, ranks=1)).stdout)
