@@ -1,7 +1,7 @@
 """Runs a function on several ranks: real processes, gloo, a hard time-out.
 
     def work(mesh, scale):                                   # at module level, so that children can import it
-        return {"sum": mesh.sum_(torch.tensor(scale))}
+        return {"sum": mesh.data_parallel.sum_(torch.tensor(scale))}
 
     results = run_distributed(work, 2, 1.5, timeout=60)      # one entry per rank
 

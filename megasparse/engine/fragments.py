@@ -78,14 +78,14 @@ class PartitionedState:
 
     @property
     def is_sharded(self) -> bool:
-        return self._mesh.data_parallel_size > 1
+        return self._mesh.data_parallel.size > 1
 
     def fragments(self) -> dict[str, StateFragment]:
         owned = {name: weight for name, weight in self._weights.items() if weight._hp_mapping is not None}
         return {name: self._fragment(weight) for name, weight in owned.items()}
 
     def sum_over_shards(self, tensor: Tensor) -> None:
-        self._mesh.sum_(tensor)
+        self._mesh.data_parallel.sum_(tensor)
 
     def _fragment(self, weight: Any) -> StateFragment:
         piece = weight._hp_mapping

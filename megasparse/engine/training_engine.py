@@ -48,7 +48,7 @@ class TrainingEngine:
         self._engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=self.optimizer,
-            config=deepspeed_dict(config, mesh.data_parallel_size),
+            config=deepspeed_dict(config, mesh.data_parallel.size),
             dist_init_required=False,
         )
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)

@@ -1,18 +1,18 @@
-"""The mesh of processes: who this rank is, and with whom it shares what.
+"""The mesh of processes: data parallel x tensor parallel, tensor-parallel ranks next to each other.
 
     environment = LaunchEnvironment.from_variables(os.environ)
-    with open_mesh(environment, timeout_seconds=1800) as mesh:
-        mesh.sum_(tensor)
+    with open_mesh(environment, timeout_seconds=1800, tensor_parallel_size=2) as mesh:
+        mesh.data_parallel.sum_(tensor)
 
-Nothing here is global: the mesh is passed in.
+Rank r has tensor-parallel rank r % size and data-parallel rank r // size. Nothing here is global: the mesh is passed
+in. It is also the `mpu` that DeepSpeed asks for its groups.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,67 +20,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasparse.parallel.axis import Axis
+from megasparse.parallel.launch import LaunchEnvironment, choose_accelerator, fill_rendezvous
+
+
+class ModelParallelUnit:
+    """The names under which DeepSpeed asks for groups (its `mpu`)."""
+
+    data_parallel: Axis
+    tensor_parallel: Axis
+    rank: int
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_parallel.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_parallel.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.data_parallel.group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor_parallel.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor_parallel.size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor_parallel.group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self.rank - self.tensor_parallel.rank
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+
 
 @dataclass(frozen=True)
-class LaunchEnvironment:
-    """What the launcher said of this process."""
+class Mesh(ModelParallelUnit):
+    """This process among data_parallel.size x tensor_parallel.size others."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def from_variables(cls, variables: Mapping[str, str]) -> LaunchEnvironment:
-        """From RANK, LOCAL_RANK and WORLD_SIZE, as ``deepspeed`` and ``torchrun`` set them; without them one process.
-
-        Raises ValueError where they are not numbers or contradict each other.
-        """
-        values = {}
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
-            text = variables.get(name, str(default))
-            if not text.isdecimal():
-                raise ValueError(f"{name}: {text!r} in the environment is not a whole number")
-            values[name] = int(text)
-        if values["RANK"] >= values["WORLD_SIZE"]:
-            raise ValueError(f"RANK: {values['RANK']} must be below WORLD_SIZE {values['WORLD_SIZE']}")
-        return cls(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"])
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Data-parallel ranks, each with the whole model."""
-
-    rank: int
-    world_size: int
     device: torch.device
-    data_parallel_group: dist.ProcessGroup
-    control_group: dist.ProcessGroup
-    """The same ranks over gloo, for decisions on the host: asking them never waits for the device."""
+    world: Axis
+    """All ranks."""
+    data_parallel: Axis
+    """Ranks that hold the same shard of the model and see different samples."""
+    tensor_parallel: Axis
+    """Ranks that share each layer and see the same samples."""
+    control: Axis
+    """All ranks over gloo, for decisions on the host: asking them never waits for the device."""
 
     @property
-    def data_parallel_size(self) -> int:
-        return self.world_size
+    def rank(self) -> int:
+        return self.world.rank
 
     @property
-    def data_parallel_rank(self) -> int:
-        return self.rank
+    def world_size(self) -> int:
+        return self.world.size
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up over the data-parallel ranks, in place."""
-        if self.data_parallel_size > 1:
-            dist.all_reduce(tensor, group=self.data_parallel_group)
-        return tensor
-
     def agree_any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; every rank must call it and gets the same answer."""
-        votes = torch.tensor(int(flag))
-        if self.world_size > 1:
-            dist.all_reduce(votes, group=self.control_group)
-        return bool(votes)
+        return bool(self.control.max_(torch.tensor(int(flag))))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -88,42 +93,46 @@ class Mesh:
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """Stack the equally long 1-D host tensors of all ranks: [world_size, n]."""
-        rows = torch.zeros(self.world_size, row.numel(), dtype=row.dtype)
-        rows[self.rank] = row
-        if self.world_size > 1:
-            dist.all_reduce(rows, group=self.control_group)
-        return rows
+        return self.control.gather(row)
 
 
 @contextlib.contextmanager
-def open_mesh(environment: LaunchEnvironment, timeout_seconds: int) -> Iterator[Mesh]:
-    """Start the process group and hand out the mesh; the group ends with the block.
+def open_mesh(environment: LaunchEnvironment, timeout_seconds: int, tensor_parallel_size: int = 1) -> Iterator[Mesh]:
+    """Start the process groups and hand out the mesh; the groups end with the block.
 
-    timeout_seconds: a collective that waits longer fails.
+    timeout_seconds: a collective that waits longer fails. tensor_parallel_size must divide the world size.
     """
+    assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
-    _fill_rendezvous(environment)
-    dist.init_process_group(
-        backend, rank=environment.rank, world_size=environment.world_size, timeout=timedelta(seconds=timeout_seconds)
-    )
-    world = dist.group.WORLD
-    assert world is not None
-    control = world if backend == "gloo" else dist.new_group(backend="gloo")
+    fill_rendezvous(environment)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
     try:
-        yield Mesh(environment.rank, environment.world_size, device, world, control)
+        yield make_mesh(environment, device, backend, timeout, tensor_parallel_size)
     finally:
         # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
-def choose_accelerator(variables: MutableMapping[str, str]) -> str:
-    """`cuda` or `cpu`, the choice of the user (DS_ACCELERATOR) before that of the machine.
+def make_mesh(
+    environment: LaunchEnvironment, device: torch.device, backend: str, timeout: timedelta, tensor_parallel_size: int
+) -> Mesh:
+    """The mesh over the process group that exists. All ranks make all groups, in one order."""
+    ranks = torch.arange(environment.world_size).view(-1, tensor_parallel_size)
+    world = Axis(environment.rank, environment.world_size, dist.group.WORLD)
 
-    Writes it down for DeepSpeed, which looks when it is imported and otherwise warns that it had to guess.
-    """
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return variables.setdefault("DS_ACCELERATOR", found)
+    def axis(rows: list[list[int]]) -> Axis:
+        if len(rows) == 1:
+            return world
+        own = next(row for row in rows if environment.rank in row)
+        groups = {tuple(row): dist.new_group(row, timeout=timeout, backend=backend) for row in rows}
+        return Axis(own.index(environment.rank), len(own), groups[tuple(own)])
+
+    control = world
+    if backend != "gloo":
+        control = Axis(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
+    return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control)
 
 
 def _device(local_rank: int) -> tuple[torch.device, str]:
@@ -131,15 +140,3 @@ def _device(local_rank: int) -> tuple[torch.device, str]:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank), "nccl"
     return torch.device("cpu"), "gloo"
-
-
-def _fill_rendezvous(environment: LaunchEnvironment) -> None:
-    """A process that no launcher started meets itself at a free port."""
-    if environment.world_size == 1 and "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    for name, value in (("RANK", environment.rank), ("LOCAL_RANK", environment.local_rank)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("WORLD_SIZE", str(environment.world_size))

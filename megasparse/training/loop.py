@@ -92,8 +92,8 @@ class Trainer:
             self.train_data,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            data_parallel_rank=self.mesh.data_parallel_rank,
-            data_parallel_size=self.mesh.data_parallel_size,
+            data_parallel_rank=self.mesh.data_parallel.rank,
+            data_parallel_size=self.mesh.data_parallel.size,
             consumed_samples=self.state.consumed_samples,
             num_steps=train.steps - self.state.step,
         )
@@ -170,8 +170,10 @@ class Trainer:
     def _write_metrics(self, result: StepResult, val_loss: float | None) -> None:
         state, ledger = self.state, self.state.ledger
         window = state.window
-        loss = float(self.mesh.sum_(torch.tensor(window.loss, dtype=torch.float64, device=self.mesh.device)))
-        loss /= window.steps * self.mesh.data_parallel_size
+        loss = float(
+            self.mesh.data_parallel.sum_(torch.tensor(window.loss, dtype=torch.float64, device=self.mesh.device))
+        )
+        loss /= window.steps * self.mesh.data_parallel.size
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss} at step {state.step}; {REMEDY}")
         tokens_per_s = window.tokens / max(ledger.seconds.total - window.seconds, 1e-9)

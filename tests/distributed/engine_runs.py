@@ -91,7 +91,11 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
     skip = decision.changes_topology and config.sparsity.skip_optimizer_on_update
     norm = engine.step(config.optimizer.lr, skip_update=skip)
     check_state(engine, controller)
-    return {"loss": mesh.sum_(total) / mesh.world_size, "norm": norm, "changed": decision.changes_topology}
+    return {
+        "loss": mesh.data_parallel.sum_(total) / mesh.world_size,
+        "norm": norm,
+        "changed": decision.changes_topology,
+    }
 
 
 def check_state(engine: TrainingEngine, controller: Controller) -> None:
@@ -122,7 +126,7 @@ def collected_state(mesh: Mesh, engine: TrainingEngine) -> dict[str, dict[str, T
             for row, piece in zip(whole, pieces, strict=True):
                 row[fragment.start : fragment.start + fragment.numel] = piece
         if access.is_sharded:
-            mesh.sum_(whole)
+            mesh.data_parallel.sum_(whole)
         for kind, row in zip(result, whole, strict=True):
             result[kind][name] = row.view(parameter.shape).clone()
     return result

@@ -11,7 +11,7 @@ from harness import RankFailure, run_distributed
 
 
 def add_up(mesh, scale):
-    total = mesh.sum_(torch.tensor([scale * (mesh.rank + 1)]))
+    total = mesh.data_parallel.sum_(torch.tensor([scale * (mesh.rank + 1)]))
     return {"rank": mesh.rank, "size": mesh.world_size, "total": total}
 
 

@@ -34,7 +34,7 @@ def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
 
 
 def agree(mesh: Mesh) -> dict:
-    total = mesh.sum_(torch.tensor([1.0, float(mesh.rank)]))
+    total = mesh.data_parallel.sum_(torch.tensor([1.0, float(mesh.rank)]))
     return {
         "sum": total.tolist(),
         "nobody": mesh.agree_any(False),
