@@ -13,10 +13,13 @@ import argparse
 import json
 import os
 import sys
+import time
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.parallel import LaunchEnvironment, choose_accelerator
 from megasparse.parallel.failures import leave, leave_after_lost_peer
+
+SECONDS_FOR_RANK_0 = 15
 
 
 def main() -> int:
@@ -45,6 +48,9 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, ConfigError):
             print(f"error on rank {rank}: {error}", file=sys.stderr)
+        else:
+            # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
+            time.sleep(SECONDS_FOR_RANK_0)
         leave(2)
     return 0
 
