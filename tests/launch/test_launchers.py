@@ -120,9 +120,18 @@ def test_a_mistake_is_told_once_and_no_rank_waits(corpus: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    # MPICH's mpirun says so; this Open MPI sees a process that it has not started.
+    of_mpich = {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2"}
+    output = runs.run(runs.command(corpus, tmp_path, *SHORT, ranks=1), expect=2, variables=of_mpich).stdout
+    assert "it sees rank 0 of 1, the environment says 0 of 2" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
     process = runs.start([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)])
-    lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not (lines.exists() and lines.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
