@@ -1,36 +1,12 @@
-"""Who a process is, what ranks agree on, and how a lost peer is told from other errors."""
+"""What ranks agree on, and how a lost peer is told from other errors."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from harness import run_distributed
 
-from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator
+from megasparse.parallel import Mesh
 from megasparse.parallel.failures import is_lost_peer
-
-
-def test_the_launcher_says_who_we_are() -> None:
-    alone = LaunchEnvironment.from_variables({})
-    assert (alone.rank, alone.local_rank, alone.world_size) == (0, 0, 1)
-    third = LaunchEnvironment.from_variables({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"})
-    assert (third.rank, third.local_rank, third.world_size) == (2, 0, 4)
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [({"RANK": "x"}, "RANK: 'x'"), ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK: 4 must be below WORLD_SIZE 4")],
-)
-def test_nonsense_from_the_launcher_is_refused(variables: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LaunchEnvironment.from_variables(variables)
-
-
-def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
-    variables = {"DS_ACCELERATOR": "cpu"}
-    assert choose_accelerator(variables) == "cpu" == variables["DS_ACCELERATOR"]
-    unset: dict[str, str] = {}
-    assert choose_accelerator(unset) == unset["DS_ACCELERATOR"]
 
 
 def agree(mesh: Mesh) -> dict:
