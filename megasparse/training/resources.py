@@ -112,10 +112,16 @@ def topology_bytes(topology: Topology, replicas: int, ranks: int, stage: int) ->
 def _tensor_parallel_bytes(config: RunConfig, size: int, ranks: int) -> float:
     """Of one micro-batch: two sums per block in each direction, the embedding's, the head's, and the softmax's."""
     model, train = config.model, config.train
-    tokens = train.micro_batch_size * model.seq_length
-    activation = 2 * (1 - 1 / ranks) * tokens * model.hidden_size * size
-    # Under sequence parallelism each sum is a scatter and a gather of the same bytes in all; the block's inputs are
-    # gathered once more where the blocks are computed again.
-    blocks = (6 if train.activation_recomputation else 4) * model.num_layers
-    softmax = 3 * 2 * (1 - 1 / ranks) * tokens * 4
-    return (blocks + 2) * activation + softmax
+    tokens, ring = train.micro_batch_size * model.seq_length, 2 * (1 - 1 / ranks)
+    activation = ring * tokens * model.hidden_size * size
+    # Blocks that are computed again stop before their last sum.
+    sums = (5 if train.activation_recomputation else 4) * model.num_layers + 2
+    softmax = 3 * ring * tokens * 4
+    between = 0.0
+    if config.parallel.sequence_parallel:
+        # A sum is a scatter and a gather, the same bytes. Besides, the embedding's gradient is gathered, and parameters
+        # between layers sum up theirs.
+        norms = (2 * model.num_layers + 1) * (2 if model.bias and model.normalization == "layernorm" else 1)
+        row_biases = 2 * model.num_layers if model.bias else 0
+        between = activation / 2 + (norms + row_biases) * ring * model.hidden_size * size
+    return sums * activation + softmax + between

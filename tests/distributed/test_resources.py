@@ -80,13 +80,15 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Bytes of the storages that autograd keeps for the backward pass, parameters and masks left out."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        self.model = model
         self.storages: dict[int, int] = {}
         super().__init__(self.pack, lambda tensor: tensor)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own and tensor.is_floating_point():
+        # At stage 3 the weights are elsewhere at every use.
+        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        if storage.data_ptr() not in own and tensor.is_floating_point():
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -117,7 +119,7 @@ def test_the_plan_equals_the_run(found, overrides, layout) -> None:
         # Norms, overflow flags and padding of flat groups are not counted: a few bytes in a hundred thousand.
         assert rank["step"] == pytest.approx(sent["data_parallel"] + sent["tensor_parallel"], rel=0.01)
         # At most; fewer rounds where scores do not tie. Blocks have no rounds, so the number is exact.
-        low = 1.0 if "sparsity.unit=16" in overrides else 0.25
+        low = 1.0 if "sparsity.unit=16" in overrides else 0.1
         assert low * sent["topology_step"] - 1 <= rank["topology"] <= sent["topology_step"] + 1
         assert rank["masks"] == pytest.approx(memory["masks"], rel=1e-3)
         assert rank["optimizer"] == pytest.approx(memory["optimizer"], rel=0.01)
