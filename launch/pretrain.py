@@ -16,7 +16,8 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.parallel import LaunchEnvironment, choose_accelerator
-from megasparse.parallel.failures import leave, leave_after_lost_peer
+from megasparse.parallel.failures import GO_ON, leave, leave_after_lost_peer
+from megasparse.sparsity.replicas import ReplicaMismatchError
 
 
 def main() -> int:
@@ -34,9 +35,14 @@ def main() -> int:
         choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
-        with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
+        with leave_after_lost_peer(environment.rank, GO_ON):
             pretrain(config, environment)
             leave(0)
+    except ReplicaMismatchError as error:
+        # All ranks raise it alike.
+        if environment.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        leave(4)
     except (ValueError, ArithmeticError) as error:
         rank = os.environ.get("RANK", "0")
         # Settings are wrong on all ranks alike, so one of them says so; data may be bad on one rank alone.

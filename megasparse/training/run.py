@@ -21,6 +21,7 @@ from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
 from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
+from megasparse.parallel.watchdog import Watchdog
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
@@ -49,6 +50,8 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         print_plan(plan, make_console())
     with ExitStack() as stack:
         mesh = stack.enter_context(open_mesh(environment, config.train.distributed_timeout_seconds))
+        limits = config.train.step_timeout_seconds, config.train.distributed_timeout_seconds
+        watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", *limits))
         model = build_model(config, vocab_size)
         controller = Controller(config, model.sparse_layers())
         controller.start_topologies()
@@ -71,11 +74,13 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
             records=_open_records(folder, config, mesh, state, stack),
             progress=progress,
             state=state,
+            watchdog=watchdog,
         )
         with progress, StopSignal(mesh) as stop:
             for note in notes:
                 progress.message(note)
             reason = trainer.run(stop)
+        watchdog.beat("the end of the run", slow=True)
         summary = summarise(config, plan, trainer, reason)
         if mesh.is_first:
             _write_end(folder, config, model, tokenizer, summary)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from runs import (
     rank_process,
     run,
     start,
+    wait_for_steps,
     write_corpus,
 )
 from safetensors.torch import load_file
@@ -257,15 +257,3 @@ def test_print_config_is_a_configuration_again(corpus: Path, tmp_path: Path) -> 
     printed = run(command(corpus, tmp_path, "--print-config", ranks=1)).stdout
     (tmp_path / "config.yaml").write_text(printed)
     assert run([*entry, "--config", str(tmp_path / "config.yaml"), "--print-config"]).stdout == printed
-
-
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
-    """Wait until so many lines of metrics are written."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.is_file() and len(path.read_text().splitlines()) >= steps:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError("the run did not come so far in time")
