@@ -90,11 +90,19 @@ class Watchdog:
             elapsed, before = min(now - before, 2 * self._heartbeats.interval), now
             idle = idle + elapsed if self._place is seen else 0.0
             seen = self._place
-            if idle > self._limit(seen) and not self._leaving:
+            if idle > self._limit(seen) and not self._leaving and self._others_are_known(idle - self._limit(seen)):
                 self._end_run(seen, idle)
 
     def _limit(self, place: Place) -> float:
         return self._slow_seconds if place.slow else self._step_seconds
+
+    def _others_are_known(self, waited: float) -> bool:
+        """Whether it is clear of every other rank if it answers; not so where one has been quiet for a moment only."""
+        unclear = any(
+            peer.left is None and peer.quiet_seconds > 0 and not self._heartbeats.is_silent(peer)
+            for peer in self._heartbeats.peers
+        )
+        return not unclear or waited > (SILENT_INTERVALS + 1) * self._heartbeats.interval
 
     def _end_run(self, place: Place, idle: float) -> None:
         """Report, and leave."""

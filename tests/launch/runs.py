@@ -79,14 +79,15 @@ def run(arguments: list[str], *, expect: int = 0) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start in a process group of its own, output and errors in one pipe."""
+def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Start in a process group of its own, output and errors in one pipe; variables: more for its environment."""
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "COLUMNS": "200",
+        **variables,
     }
     return subprocess.Popen(
         arguments,

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from runs import command, curve, end, metrics, rank_process, run, start, wait_for_steps, write_corpus
+from runs import command, curve, end, free_port, metrics, rank_process, run, start, wait_for_steps, write_corpus
 
 pytestmark = pytest.mark.timeout(400)
 
-LIMIT_SECONDS = 10
-LAUNCHER_SECONDS = 31
+LONG_LIMIT_SECONDS = 40
+LAUNCHER_SECONDS = 45
 """The launcher asks the ranks that are left to end, and kills them after 30 s; a stopped one cannot be asked."""
+
+SETTINGS = [
+    "run.name=straight",
+    "train.save_interval=4",
+    "train.step_timeout_seconds=10",
+    f"train.distributed_timeout_seconds={LONG_LIMIT_SECONDS}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +37,48 @@ def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "straight"
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_rank_is_named_and_the_run_goes_on_from_its_checkpoint(
-    corpus: Path, straight: Path, tmp_path: Path, stopped: int
-) -> None:
-    # A stop inside a checkpoint has the long limit, which is therefore not much longer here.
-    limits = [f"train.step_timeout_seconds={LIMIT_SECONDS}", "train.distributed_timeout_seconds=40"]
-    process = start(command(corpus, tmp_path, "run.name=straight", "train.save_interval=4", *limits))
+def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    process = start(command(corpus, tmp_path, *SETTINGS))
     try:
         wait_for_steps(process, tmp_path / "straight", 6)
-        os.kill(rank_process(process, stopped), signal.SIGSTOP)
-        stopped_at = time.monotonic()
-        output, _ = process.communicate(timeout=40 + LAUNCHER_SECONDS + 15)
+        os.kill(rank_process(process, rank=1), signal.SIGSTOP)
+        output, _ = process.communicate(timeout=LONG_LIMIT_SECONDS + LAUNCHER_SECONDS)
     finally:
         if process.poll() is None:
             end(process)
     assert process.returncode != 0, output
-    assert time.monotonic() - stopped_at < 40 + LAUNCHER_SECONDS
+    assert_named_and_nothing_lost(output, 1, corpus, straight, tmp_path)
+
+
+def test_rank_0_may_be_the_one_that_stops(corpus: Path, straight: Path, tmp_path: Path) -> None:
+    """Two ranks without a launcher."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = command(corpus, tmp_path, *SETTINGS, ranks=1)
+    ranks = [start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    try:
+        wait_for_steps(ranks[0], tmp_path / "straight", 6)
+        os.kill(ranks[0].pid, signal.SIGSTOP)
+        output, _ = ranks[1].communicate(timeout=LONG_LIMIT_SECONDS + 10)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                end(process)
+    assert ranks[1].returncode == 3, output
+    assert_named_and_nothing_lost(output, 0, corpus, straight, tmp_path)
+
+
+def assert_named_and_nothing_lost(output: str, stopped: int, corpus: Path, straight: Path, tmp_path: Path) -> None:
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert f"error: rank {1 - stopped} has made no progress for " in line, line
-    assert f"Rank {stopped} has not answered for " in line and "last seen at step " in line
-    assert "train.step_timeout_seconds" in line and "train.resume=auto" in line
-    stacks = tmp_path / "straight" / "hangs" / f"rank-0000{1 - stopped}.txt"
-    assert str(stacks) in line and "loop.py" in stacks.read_text()
+    assert re.search(rf"[Rr]ank {stopped} has not answered for \d+ s, last seen at ", line), line
+    assert "train.resume=auto" in line and "Traceback" not in output
+    # In a checkpoint or a validation both limits are the long one, and the collective's may be the first.
+    assert f"error: rank {1 - stopped} has made no progress for " in line or "lost contact" in line, line
+    if "no progress" in line:
+        stacks = tmp_path / "straight" / "hangs" / f"rank-0000{1 - stopped}.txt"
+        assert str(stacks) in line and "loop.py" in stacks.read_text()
     assert metrics(tmp_path / "straight")[-1]["step"] < 24
     resumed = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
-    assert "going on from step 4" in resumed.stdout or "going on from step 8" in resumed.stdout, resumed.stdout
+    assert re.search(r"going on from step (4|8|12|16|20)\b", resumed.stdout), resumed.stdout
     assert "passed over" not in resumed.stdout
     assert curve(tmp_path / "straight") == curve(straight)
 
@@ -79,8 +102,8 @@ def test_a_wrong_mask_bit_on_one_replica_is_found_and_never_saved(
     assert "the mask of layer layers.0.attention.output differs between ranks 0, 1" in line, line
     assert "train.resume=auto" in line and "Traceback" not in output
     assert metrics(tmp_path / "straight")[-1]["step"] == 10
-    found = sorted(path.name for path in (tmp_path / "straight" / "checkpoints").glob("*"))
-    assert found == saved
+    # Unfinished checkpoints have a name with step- in it, too.
+    assert sorted(path.name for path in (tmp_path / "straight").glob("checkpoints/*step-*")) == saved
     resumed = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
     assert ("going on from step 8" in resumed.stdout) == bool(saved)
     assert curve(tmp_path / "straight") == curve(straight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,10 +60,10 @@ def messages(folder: Path, how: str, wrong: int, world_size: int = 2) -> dict[in
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, wrong: int) -> None:
     message = messages(tmp_path, "stop", wrong)[1 - wrong]
-    assert f"rank {1 - wrong} has made no progress for 2 s, at step 4: backward" in message
+    assert re.search(rf"rank {1 - wrong} has made no progress for [2-6] s, at step 4: backward", message), message
     assert f"Rank {wrong} has not answered for " in message and "last seen at step 4: data" in message
     assert "limit: 2 s, train.step_timeout_seconds" in message and GO_ON in message
-    assert message.count("\n") == 1, "one line"
+    assert len([line for line in message.splitlines() if "error: " in line]) == 1
     stacks = (tmp_path / "hangs" / f"rank-0000{1 - wrong}.txt").read_text()
     assert "in barrier" in stacks and "in misbehave" in stacks
 
@@ -119,7 +120,7 @@ def test_one_rank_alone_reports_too(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="exit code 3"):
         run_distributed(misbehave, 1, str(tmp_path), "sleep", 0, timeout=60)
     message = (tmp_path / "0.stderr").read_text()
-    assert "rank 0 has made no progress for 2 s, at step 4: data" in message and "no other rank" in message
+    assert "rank 0 has made no progress for 2 s, at step 4: data" in message and "There is no other rank" in message
     assert "in be_wrong" in (tmp_path / "hangs" / "rank-00000.txt").read_text()
 
 
