@@ -52,8 +52,9 @@ class Heartbeats:
 
     def __init__(self, mesh: Mesh, interval: float) -> None:
         self.interval, self._rank = interval, mesh.rank
-        master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        family = socket.getaddrinfo(master, None, type=socket.SOCK_DGRAM)[0][0]
+        name = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        # Looked up once: later a name server that hangs must not hold up the heartbeats.
+        family, *_, (master, *_) = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
         self._own_address = ("::1" if family == socket.AF_INET6 else "127.0.0.1", self._socket.getsockname()[1])
