@@ -169,8 +169,10 @@ def freeze_code(source: Path, target: Path) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
-    changes = _git(source, "status", "--short", "--", *CODE_PARTS)
-    (target / "REVISION").write_text(f"{_git(source, 'rev-parse', 'HEAD') or 'no commit'}\n{changes}".strip() + "\n")
+    # Commit, then the files that differ from it.
+    commit = _git(source, "rev-parse", "HEAD") or "no commit\n"
+    changes = _git(source, "status", "--short", "--untracked-files=all", "--", *CODE_PARTS) or ""
+    (target / "REVISION").write_text(commit + changes)
 
 
 def _git(folder: Path, *words: str) -> str | None:

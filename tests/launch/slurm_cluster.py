@@ -1,4 +1,4 @@
-"""A private SLURM cluster of two nodes on this machine, from the installed binaries, without accounts or a system service.
+"""A private SLURM cluster of two nodes on this machine, from the installed binaries.
 
     reason = why_not()                     # None where a cluster can be started
     with SlurmCluster() as cluster:
@@ -99,6 +99,7 @@ class SlurmCluster:
             for name in ("state", "spool-" + NODES[0], "spool-" + NODES[1]):
                 (self.folder / name).mkdir()
             self._start("slurmctld", ["slurmctld", "-D", "-i", "-c"])
+            self.controller_started_at = time.monotonic()
             for node in NODES:
                 self._start(f"slurmd-{node}", ["slurmd", "-D", "-N", node])
             self._wait_for(self._is_up, START_SECONDS, "two idle nodes")
@@ -131,6 +132,10 @@ class SlurmCluster:
     def wait_for_job(self, number: int, condition: Callable[[dict[str, str]], bool], seconds: float) -> dict[str, str]:
         """Wait until the job's description meets the condition; returns it."""
         return self._wait_for(lambda: found if condition(found := self.job(number)) else None, seconds, f"job {number}")
+
+    def start_now(self, number: int) -> None:
+        """SLURM lets a requeued job wait for two minutes; this ends the wait."""
+        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def wait_for_end(self, number: int, seconds: float) -> dict[str, str]:
         """Wait until the job will not run again; returns its description."""
