@@ -60,7 +60,8 @@ run_step() {
         status=$?
         kill -0 "$step" 2>/dev/null || break
     done
-    [[ -n $forwarder ]] && kill "$forwarder" 2>/dev/null
+    # Its sleep; it then finds the step gone.
+    [[ -n $forwarder ]] && pkill --parent "$forwarder"
     say "the step ended with status $status"
 }
 

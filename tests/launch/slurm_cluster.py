@@ -11,6 +11,7 @@ All files lie in a temporary folder, all ports are free ones, and all daemons en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -133,9 +134,17 @@ class SlurmCluster:
         """Wait until the job's description meets the condition; returns it."""
         return self._wait_for(lambda: found if condition(found := self.job(number)) else None, seconds, f"job {number}")
 
-    def start_now(self, number: int) -> None:
-        """SLURM lets a requeued job wait for two minutes; this ends the wait."""
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    def start_soon(self, number: int, minutes: int | None = None) -> None:
+        """Start a requeued job, with another time limit where one is given.
+
+        SLURM lets it wait for two minutes, so that what is left of its last start is gone. Here that is looked for;
+        and a credential is refused that was made in the second in which the last one was revoked.
+        """
+        self._wait_for(lambda: self._is_up() and not self._step_daemons(), COMMAND_SECONDS, f"the end of job {number}")
+        limit = [] if minutes is None else [f"TimeLimit={minutes}"]
+        self.run("scontrol", "update", f"JobId={number}", *limit, "StartTime=now+3")
+        started = ("RUNNING", "COMPLETING", "COMPLETED")
+        self.wait_for_job(number, lambda job: job["JobState"] in started, COMMAND_SECONDS)
 
     def wait_for_end(self, number: int, seconds: float) -> dict[str, str]:
         """Wait until the job will not run again; returns its description."""
@@ -193,7 +202,7 @@ class SlurmCluster:
                 return result
             for daemon in self._daemons:
                 assert daemon.poll() is None, f"{daemon.args} ended\n{self.logs()}"
-            time.sleep(0.2)
+            time.sleep(0.3)
         queue = self.run("squeue", "--all", check=False)
         raise AssertionError(f"waited {seconds} s in vain for {what}\n{queue}\n{self.logs()}")
 
@@ -207,13 +216,22 @@ class SlurmCluster:
             pass  # what is left is ended by its processes
 
     def _end_strays(self) -> None:
-        """Job steps are children of init; they are known by the cluster's configuration in their environment."""
+        """Job steps are no children of the daemons; the cluster's configuration in their environment tells them."""
+        for process in self._processes():
+            process.kill()
+
+    def _step_daemons(self) -> list[psutil.Process]:
+        return [process for process in self._processes() if process.name().startswith("slurmstepd")]
+
+    def _processes(self) -> list[psutil.Process]:
+        """All processes of this cluster that are no children of this one."""
+        daemons, found = {daemon.pid for daemon in self._daemons}, []
         for process in psutil.process_iter():
-            try:
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                    process.kill()
-            except psutil.Error:
-                continue
+            with contextlib.suppress(psutil.Error):
+                ours = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if ours and process.pid not in daemons and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
 
 def _end_tree(number: int) -> None:
