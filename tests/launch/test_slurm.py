@@ -358,41 +358,38 @@ def test_a_run_that_is_warned_saves_requeues_itself_and_gives_the_uninterrupted_
 
 
 @needs_slurm
-def test_torchrun_on_each_node_passes_warnings_on_survives_a_killed_rank_and_is_cancelled_with_a_checkpoint(
+def test_torchrun_on_each_node_passes_a_warning_on_and_a_killed_rank_requeues_the_job(
     cluster: SlurmCluster, corpus: Path, tmp_path: Path
 ) -> None:
     """Two ranks on each of two nodes. The warning comes from scancel, as an operator may send it."""
     folder = tmp_path / "run"
-    number = submit_to(
-        cluster,
-        settings(corpus, tmp_path, "run.name=run", "train.steps=20000", "train.save_interval=20"),
-        "--layout=task-per-node",
-        "--time=10",
-        ranks_per_node=2,
-    )
+    words = settings(corpus, tmp_path, "run.name=run", "train.steps=20000")
+    number = submit_to(cluster, words, "--layout=task-per-node", "--time=10", ranks_per_node=2)
     try:
         wait_for_steps(folder, 3)
         cluster.run("scancel", "--batch", "--signal=USR1", str(number))
         stopped_at = last_step_after(cluster, number, folder, restarts=1)
         assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir() and "stopped by" in job_output(folder)
         cluster.start_soon(number)
-        wait_for_steps(folder, stopped_at + 25)
+        wait_for_steps(folder, stopped_at + 3)
         rank_on(cluster, rank=3).kill()
         last_step_after(cluster, number, folder, restarts=2)
-        assert "a rank was killed; requeued" in job_output(folder)
-        cluster.start_soon(number)
-        wait_until(lambda: job_output(folder).count("going on from step") == 2, 60, "the second restart")
-        saved = set((folder / "checkpoints").iterdir())
-        wait_for_steps(folder, metrics(folder)[-1]["step"] + 3)
-        cluster.run("scancel", str(number))
-        wait_until(lambda: "cancelled; not requeued" in job_output(folder), 60, "the end of the job")
-        job = cluster.wait_for_end(number, 60)
     finally:
         output = job_output(folder)
         cluster.run("scancel", str(number), check=False)
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "2"), output
-    last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}"
-    assert last not in saved and (last / "manifest.json").is_file(), output
+    assert f"going on from step {stopped_at}" in output and "a rank was killed; requeued" in output, output
+
+
+@needs_slurm
+def test_a_cancelled_job_saves_and_stays_away(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    number = submit_to(cluster, settings(corpus, tmp_path, "run.name=run", "train.steps=20000"), "--time=10")
+    wait_for_steps(folder, 3)
+    cluster.run("scancel", str(number))
+    job = cluster.wait_for_end(number, 100)
+    wait_until(lambda: "cancelled; not requeued" in job_output(folder), 30, "the end of the script")
+    last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}" / "manifest.json"
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0") and last.is_file(), job_output(folder)
 
 
 @needs_slurm
@@ -480,7 +477,7 @@ def wait_for_steps(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     wait_until(
         lambda: path.is_file() and path.read_text().endswith("\n") and metrics(folder)[-1]["step"] >= step,
-        100,
+        150,
         f"step {step}",
     )
 
