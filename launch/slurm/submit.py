@@ -30,7 +30,7 @@ def main() -> int:
     try:
         job = SlurmJob(
             nodes=arguments.nodes,
-            ranks_per_node=arguments.tasks_per_node,
+            tasks_per_node=arguments.tasks_per_node,
             time=arguments.time,
             layout=arguments.layout,
             warning_seconds=arguments.warning_seconds,
@@ -38,7 +38,7 @@ def main() -> int:
             partition=arguments.partition,
             account=arguments.account,
             gpus_per_node=arguments.gpus_per_node,
-            cpus_per_rank=arguments.cpus_per_task,
+            cpus_per_task=arguments.cpus_per_task,
             setup=arguments.setup,
             options=tuple(arguments.sbatch_option),
         )

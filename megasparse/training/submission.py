@@ -1,6 +1,6 @@
 """Puts a run into the queue of a SLURM cluster: frozen code, frozen configuration, a batch script.
 
-    job = SlurmJob(nodes=2, ranks_per_node=8, time="04:00:00", layout="task-per-rank")
+    job = SlurmJob(nodes=2, tasks_per_node=8, time="04:00:00", layout="task-per-rank")
     folder = write_job(config, job, code=repository)        # <run.folder>/<run.name>/job-<n>
     print(submit(folder, variables=os.environ))             # what sbatch answers
 
@@ -47,7 +47,8 @@ class SlurmJob:
     """What is asked of SLURM. Raises ConfigError naming the option of submit.py."""
 
     nodes: int
-    ranks_per_node: int
+    tasks_per_node: int
+    """Ranks on each node, whoever starts them."""
     time: str
     layout: str = "task-per-rank"
     warning_seconds: int = 180
@@ -55,7 +56,8 @@ class SlurmJob:
     partition: str | None = None
     account: str | None = None
     gpus_per_node: int | None = None
-    cpus_per_rank: int | None = None
+    cpus_per_task: int | None = None
+    """Cores of each rank."""
     setup: Path | None = None
     """Shell file that the job sources first."""
     options: tuple[str, ...] = ()
@@ -64,8 +66,8 @@ class SlurmJob:
     def __post_init__(self) -> None:
         if self.layout not in TEMPLATES:
             raise ConfigError(f"--layout: {self.layout!r}; legal values: {', '.join(TEMPLATES)}")
-        least = {"nodes": 1, "ranks_per_node": 1, "max_restarts": 0, "warning_seconds": 1}
-        for name, lowest in {**least, "gpus_per_node": 1, "cpus_per_rank": 1}.items():
+        least = {"nodes": 1, "tasks_per_node": 1, "max_restarts": 0, "warning_seconds": 1}
+        for name, lowest in {**least, "gpus_per_node": 1, "cpus_per_task": 1}.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"--{name.replace('_', '-')}: {value}; legal values: {lowest} or more")
@@ -82,7 +84,7 @@ class SlurmJob:
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
+        return self.nodes * self.tasks_per_node
 
 
 def time_limit_seconds(text: str) -> int:
@@ -128,7 +130,7 @@ def render(job: SlurmJob, name: str, run_folder: Path, folder: Path, template: s
         # A setup file chooses its own environment.
         "PYTHON": "python" if job.setup else sys.executable,
         "SETUP": job.setup.absolute() if job.setup else "",
-        "RANKS_PER_TASK": job.ranks_per_node if job.layout == "task-per-node" else 1,
+        "RANKS_PER_TASK": job.tasks_per_node if job.layout == "task-per-node" else 1,
     }
     assignments = [f"{key}={shlex.quote(str(value))}" for key, value in variables.items()]
     settings = f"SETTINGS=(--config {shlex.quote(str(folder / 'config.yaml'))})"
@@ -205,7 +207,7 @@ def _options(job: SlurmJob, name: str, folder: Path) -> Iterator[str]:
     per_rank = job.layout == "task-per-rank"
     yield f"--job-name={name}"
     yield f"--nodes={job.nodes}"
-    yield f"--ntasks-per-node={job.ranks_per_node if per_rank else 1}"
+    yield f"--ntasks-per-node={job.tasks_per_node if per_rank else 1}"
     yield f"--time={job.time}"
     yield f"--signal=B:USR1@{job.warning_seconds}"
     yield "--requeue"
@@ -213,8 +215,8 @@ def _options(job: SlurmJob, name: str, folder: Path) -> Iterator[str]:
     # Relative paths in the configuration mean what they meant where the job was submitted.
     yield f"--chdir={Path.cwd()}"
     yield f"--output={_literal(folder)}/slurm-%j.out"
-    if job.cpus_per_rank is not None:
-        yield f"--cpus-per-task={job.cpus_per_rank * (1 if per_rank else job.ranks_per_node)}"
+    if job.cpus_per_task is not None:
+        yield f"--cpus-per-task={job.cpus_per_task * (1 if per_rank else job.tasks_per_node)}"
     optional: Sequence[tuple[str, Any]] = (
         ("partition", job.partition),
         ("account", job.account),
