@@ -12,12 +12,7 @@ kind=$1
 shift
 trap '' USR1
 
-if [[ $kind == rank ]]; then
-    # A launcher has set these three; below srun alone they follow from the task.
-    export RANK=${RANK:-$SLURM_PROCID}
-    export LOCAL_RANK=${LOCAL_RANK:-$SLURM_LOCALID}
-    export WORLD_SIZE=${WORLD_SIZE:-$SLURM_STEP_NUM_TASKS}
-else
+if [[ $kind == launcher ]]; then
     # torchrun reads its option --node-rank from here.
     export PET_NODE_RANK=$SLURM_NODEID
 fi
@@ -44,6 +39,7 @@ while :; do
 done
 
 if [[ $kind == rank && $status != 0 && -d ${STATUS_FOLDER:-} ]]; then
-    echo "$status" >"$STATUS_FOLDER/rank-$RANK"
+    # A launcher numbers its ranks; below srun alone the task is the rank.
+    echo "$status" >"$STATUS_FOLDER/rank-${RANK:-$SLURM_PROCID}"
 fi
 exit "$status"

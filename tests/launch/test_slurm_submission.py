@@ -163,8 +163,9 @@ def test_a_job_is_the_file_that_people_may_edit_with_another_head(layout: str, t
 RANK = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["STAND_IN"])
-rank = int(os.environ["RANK"])
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+assert "RANK" not in os.environ
+rank = int(os.environ["SLURM_PROCID"])
+names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 (folder / f"rank-{rank}").write_text(" ".join(os.environ[name] for name in names))
 act = os.environ["ACTS"].split()[rank]
 if act == "wait":
