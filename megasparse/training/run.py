@@ -22,7 +22,8 @@ from megasparse.engine.training_engine import check_precision
 from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
 from megasparse.parallel.watchdog import Watchdog
-from megasparse.training.build import build_data, build_engine, open_tokenizer, vocabulary_size
+from megasparse.training.assemble import build_engine
+from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
 from megasparse.training.environment import describe_hardware, package_versions
