@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from plain_mst import PlainTraining
 
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.topology import unpack_bits
+
+pytestmark = pytest.mark.timeout(1000)
 
 BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
 WEIGHTS = ["model.hidden_size=32", "sparsity.unit=1"]
@@ -137,20 +140,27 @@ def overrides(recipe: str) -> list[str]:
     return [*RECIPES[recipe], f"run.name=data-{reference(recipe)[2]}"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, list[dict]]:
-    """What every rank returns, by world size."""
-    found = {}
-    for world in (1, 2, 4):
+class Results(dict):
+    """What every rank returns, by world size; the processes of a world run when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, world: int) -> list[dict]:
         cases = [case for case in all_cases() if case[2].world_size == world]
         interruptions = [
             (case_name(recipe, layout), [*RECIPES[recipe], *more], layout)
             for recipe, more, layout in INTERRUPTIONS
             if layout.world_size == world
         ]
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        found[world] = run_distributed(run_all, world, cases, interruptions, folder, timeout=TIMEOUT_SECONDS)
-    return found
+        folder = self.folder / f"world{world}"
+        self[world] = run_distributed(run_all, world, cases, interruptions, folder, timeout=TIMEOUT_SECONDS)
+        return self[world]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    return Results(tmp_path_factory.mktemp("worlds"))
 
 
 def unpacked(bits: torch.Tensor, recipe: str, shape: torch.Size) -> torch.Tensor:
@@ -238,9 +248,9 @@ def test_a_resumed_run_is_bit_identical(results, recipe, more, layout) -> None:
             assert age is None or torch.equal(resumed["ages"][name], age), f"age of {name}"
 
 
-def test_files_with_code_in_them_are_refused(results, tmp_path_factory) -> None:
+def test_files_with_code_in_them_are_refused(results) -> None:
     messages = results[1][0]["trapped"]
     assert len(messages) == 2, messages
     for name, message in messages.items():
         assert name in message and "not a readable checkpoint file" in message
-    assert not list(tmp_path_factory.getbasetemp().glob("world1*/trapped/sprung"))
+    assert not list(results.folder.rglob("sprung"))
