@@ -7,11 +7,14 @@ with what the source's engine held.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import make_batches, run_config
 from harness import run_distributed
+from plain_mst import PlainTraining
 from resume_runs import STOP, Place, run_places
 
 from megasparse.checkpoint.reader import CheckpointReader
@@ -40,6 +43,7 @@ CASES = [(recipe, source, target) for recipe, source, targets in RESUMES for tar
 # As between layouts of an uninterrupted run, see test_mst_equivalence.
 LOSS_RTOL = 1e-5
 NORM_RTOL = 3e-4
+FAIR_MARGIN = 2e-5
 
 
 def source_name(recipe: str, source: Place) -> str:
@@ -48,6 +52,18 @@ def source_name(recipe: str, source: Place) -> str:
 
 def case_name(recipe: str, source: Place, target: Place) -> str:
     return f"{recipe}-{source}-to-{target}"
+
+
+@cache
+def overrides(recipe: str) -> list[str]:
+    """The recipe with the first data seed whose topology decisions are all clear: no luck of rounding in any layout."""
+    config = run_config(RECIPES[recipe])
+    for seed in range(40):
+        plain = PlainTraining(config, make_batches(config, seed))
+        plain.run()
+        if plain.margin > FAIR_MARGIN:
+            return [*RECIPES[recipe], f"run.name=data-{seed}"]
+    raise AssertionError("no data seed with clear decisions")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +77,12 @@ def sources(folder) -> dict[str, list[dict]]:
     found = {}
     for world_size in sorted({source.world_size for _, source, _ in RESUMES}):
         cases = [
-            (source_name(recipe, source), source, RECIPES[recipe], folder / source_name(recipe, source) / "checkpoints")
+            (
+                source_name(recipe, source),
+                source,
+                overrides(recipe),
+                folder / source_name(recipe, source) / "checkpoints",
+            )
             for recipe, source, _ in RESUMES
             if source.world_size == world_size
         ]
@@ -85,7 +106,7 @@ def resumed(universal) -> dict[str, list[dict]]:
     found = {}
     for world_size in sorted({target.world_size for _, _, target in CASES}):
         cases = [
-            (case_name(*case), case[2], RECIPES[case[0]], universal[source_name(*case[:2])].parent)
+            (case_name(*case), case[2], overrides(case[0]), universal[source_name(*case[:2])].parent)
             for case in CASES
             if case[2].world_size == world_size
         ]
