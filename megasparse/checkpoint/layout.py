@@ -20,7 +20,7 @@ from torch import nn
 
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import Mesh
-from megasparse.parallel.partition import Partition
+from megasparse.parallel.partition import Partition, partition_of
 
 LAYOUT = "layout.json"
 
@@ -47,7 +47,7 @@ def describe_layout(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Me
         zero_stage=zero_stage,
         data_parallel_size=mesh.data_parallel.size,
         tensor_parallel_size=mesh.tensor_parallel.size,
-        parameters={name: whole_partition(parameter) for parameter, name in names.items()},
+        parameters={name: partition_of(parameter) for parameter, name in names.items()},
         aliases={
             alias: names[parameter]
             for alias, parameter in model.named_parameters(remove_duplicate=False)
@@ -56,12 +56,6 @@ def describe_layout(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Me
         # In the other stages DeepSpeed has put flat pieces in place of the parameters.
         groups=[[names[p] for p in group["params"]] for group in optimizer.param_groups] if zero_stage == 0 else [],
     )
-
-
-def whole_partition(parameter: nn.Parameter) -> Partition:
-    """The declared partition of a parameter; one without is replicated. Also right where ZeRO holds it in pieces."""
-    declared = getattr(parameter, "partition", None)
-    return declared or Partition(tuple(getattr(parameter, "ds_shape", parameter.shape)))
 
 
 def write_layout(layout: Layout, folder: Path) -> None:

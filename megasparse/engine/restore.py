@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megasparse.checkpoint.layout import whole_partition
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.parallel.partition import partition_of
 
 WEIGHT = "fp32"
 
@@ -73,7 +73,7 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
     if odd:
         raise ValueError(f"saved parameters are of another model: they differ at {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        expected = whole_partition(parameter).shape
+        expected = partition_of(parameter).shape
         if tuple(source.shapes[name]) != expected:
             raise ValueError(f"saved parameter {name} has shape {tuple(source.shapes[name])}, here it has {expected}")
     # A tied head goes by the name of the embedding.
@@ -93,7 +93,7 @@ def _restore_parameter(engine: TrainingEngine, name: str, parameter: nn.Paramete
     kinds = [WEIGHT, *(fragment.moments if fragment is not None else ())]
     for kind in kinds:
         whole = source.tensor(name, kind)
-        shard = whole_partition(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
+        shard = partition_of(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
         if kind == WEIGHT:
             _set_model_weight(parameter, shard, engine.mesh.data_parallel.rank)
         if fragment is not None:

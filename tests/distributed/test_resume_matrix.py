@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import make_batches, run_config
+from engine_runs import Layout, make_batches, run_config
 from harness import run_distributed
 from plain_mst import PlainTraining
-from resume_runs import STOP, Place, run_places
+from resume_runs import STOP, run_layouts
 
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.universal import UniversalReader, verify_universal, write_universal
@@ -23,20 +23,27 @@ from megasparse.checkpoint.weights import load_model_weights
 
 BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
 WEIGHTS = ["model.hidden_size=32", "sparsity.unit=1"]
+PERSISTENCE = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
 RECIPES = {
     "blocks": [*BLOCKS, "model.tie_embeddings=false"],
     "weights": WEIGHTS,
     "ages": [*WEIGHTS, "sparsity.unit_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
-    "tied_head": [*BLOCKS, "sparsity.head=true"],
+    # At stage 3 vectors and the smaller matrices stay whole on every rank.
+    "tied_head": [*BLOCKS, "sparsity.head=true", f"{PERSISTENCE}=5000"],
+    "bfloat16": [*BLOCKS, "train.precision=bf16", "deepspeed.offload_optimizer=cpu"],
 }
 # Recipe, where it is saved, where it goes on.
 RESUMES = [
-    ("blocks", Place(data_parallel=2), [Place(), Place(data_parallel=4)]),
-    ("ages", Place(data_parallel=2), [Place(), Place(zero=0)]),
-    ("tied_head", Place(data_parallel=2), [Place(), Place(data_parallel=2, zero=0)]),
-    ("weights", Place(), [Place(data_parallel=2), Place(zero=0)]),
-    ("ages", Place(zero=0), [Place(data_parallel=2)]),
-    ("tied_head", Place(zero=0), [Place(), Place(data_parallel=2)]),
+    ("blocks", Layout(data=2), [Layout(), Layout(data=4)]),
+    ("weights", Layout(data=2), [Layout(zero=0), Layout(zero=3), Layout(tensor=2)]),
+    ("ages", Layout(data=2, zero=3), [Layout(), Layout(data=4, zero=3), Layout(tensor=2, zero=3)]),
+    ("tied_head", Layout(tensor=2), [Layout(), Layout(tensor=4), Layout(data=2, tensor=2, zero=3)]),
+    ("blocks", Layout(tensor=2, zero=3), [Layout(zero=0), Layout(tensor=4, zero=3), Layout(data=2, zero=2)]),
+    ("ages", Layout(tensor=2, zero=2), [Layout(), Layout(data=2, tensor=2)]),
+    ("weights", Layout(), [Layout(data=2), Layout(tensor=2), Layout(zero=2), Layout(zero=3)]),
+    ("tied_head", Layout(zero=0), [Layout(), Layout(data=2), Layout(tensor=2, zero=3)]),
+    ("blocks", Layout(zero=3), [Layout(), Layout(data=2, zero=3)]),
+    ("bfloat16", Layout(data=2, zero=2), [Layout(zero=3), Layout(tensor=2)]),
 ]
 CASES = [(recipe, source, target) for recipe, source, targets in RESUMES for target in targets]
 
@@ -44,13 +51,18 @@ CASES = [(recipe, source, target) for recipe, source, targets in RESUMES for tar
 LOSS_RTOL = 1e-5
 NORM_RTOL = 3e-4
 FAIR_MARGIN = 2e-5
+# In bfloat16 other layouts come to other units now and then.
+BFLOAT16_LOSS_RTOL = 2e-2
+
+# The first test of each kind waits for all runs.
+pytestmark = pytest.mark.timeout(900)
 
 
-def source_name(recipe: str, source: Place) -> str:
+def source_name(recipe: str, source: Layout) -> str:
     return f"{recipe}-{source}"
 
 
-def case_name(recipe: str, source: Place, target: Place) -> str:
+def case_name(recipe: str, source: Layout, target: Layout) -> str:
     return f"{recipe}-{source}-to-{target}"
 
 
@@ -86,7 +98,7 @@ def sources(folder) -> dict[str, list[dict]]:
             for recipe, source, _ in RESUMES
             if source.world_size == world_size
         ]
-        ranks = run_distributed(run_places, world_size, "save", cases, timeout=150)
+        ranks = run_distributed(run_layouts, world_size, "save", cases, timeout=300)
         found |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
     return found
 
@@ -110,7 +122,7 @@ def resumed(universal) -> dict[str, list[dict]]:
             for case in CASES
             if case[2].world_size == world_size
         ]
-        ranks = run_distributed(run_places, world_size, "resume", cases, timeout=200)
+        ranks = run_distributed(run_layouts, world_size, "resume", cases, timeout=300)
         found |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
     return found
 
@@ -131,7 +143,7 @@ def test_the_reader_gives_what_the_engine_held(sources, universal, recipe, sourc
     assert bool(saved["age"]) == (recipe == "ages")
     for layer, expected in saved["age"].items():
         found = reader.tensor(f"{layer}.weight", "age")
-        assert found.dtype == torch.int16 and torch.equal(found.view(-1).int(), expected), layer
+        assert found.dtype == torch.int16 and torch.equal(found.int(), expected), layer
         assert torch.equal(whole.tensor(f"{layer}.weight", "age"), found)
         assert 0 < int(found.min()) < int(found.max()), "some weights were born on the way"
     verify_universal(universal[name])
@@ -155,7 +167,7 @@ def test_what_is_restored_is_what_was_saved(sources, resumed, recipe, source, ta
                 assert torch.equal(rank["restored"][kind][name], expected), f"{kind} of {name}"
         assert rank["state"] == [STOP, STOP * 8, 1 / 3]
         # The mean of 1, 2, ... over the data-parallel ranks that saved.
-        assert rank["window_loss"] == 1 + (source.data_parallel - 1) / 2
+        assert rank["window_loss"] == 1 + (source.data - 1) / 2
 
 
 @pytest.mark.parametrize(("recipe", "source", "target"), CASES, ids=str)
@@ -164,6 +176,9 @@ def test_the_run_goes_on_as_if_nothing_had_happened(sources, resumed, recipe, so
     assert len({tuple(torch.cat(list(masks.values())).tolist()) for masks in expected["masks"]}) >= 4
     for rank in resumed[case_name(recipe, source, target)]:
         found = rank["rest"]
+        if recipe == "bfloat16":
+            torch.testing.assert_close(found["losses"], expected["losses"], rtol=BFLOAT16_LOSS_RTOL, atol=0)
+            continue
         for step, (mine, theirs) in enumerate(zip(found["masks"], expected["masks"], strict=True), start=STOP):
             for name, bits in theirs.items():
                 assert torch.equal(mine[name], bits), f"step {step}: topology of {name}"
