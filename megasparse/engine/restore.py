@@ -21,6 +21,7 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel.partition import partition_of
 
 WEIGHT = "fp32"
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class StateSource(Protocol):
@@ -46,8 +47,8 @@ class StateSource(Protocol):
 def restore_state(engine: TrainingEngine, source: StateSource) -> None:
     """Take weights, moments, step count and loss scale from `source`; every rank calls it.
 
-    Raises ValueError, before anything is changed, where the source is of another model or keeps no ages that the
-    optimizer needs.
+    Raises ValueError, before anything is changed, where the source is of another model or lacks moments or ages that
+    the optimizer needs.
     """
     parameters = dict(engine.model.named_parameters())
     _check_fits(engine, parameters, source)
@@ -62,10 +63,14 @@ def restore_state(engine: TrainingEngine, source: StateSource) -> None:
         _restore_parameter(engine, name, parameter, source)
     if persistent:
         persistent[0].all_gather(persistent)
-    scaler = getattr(_zero_optimizer(engine), "loss_scaler", None)
-    for key, value in source.loss_scaler().items():
-        if hasattr(scaler, key):
-            setattr(scaler, key, value)
+    restore_loss_scale(getattr(_zero_optimizer(engine), "loss_scaler", None), source.loss_scaler())
+
+
+def restore_loss_scale(scaler: Any, saved: Mapping[str, float]) -> None:
+    """Go on with the saved loss scale where both runs adapt theirs (float16)."""
+    if getattr(scaler, "dynamic", False) and saved.get("dynamic", False):
+        for key in SCALER_STATE:
+            setattr(scaler, key, saved[key])
 
 
 def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], source: StateSource) -> None:
@@ -76,6 +81,9 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
         expected = partition_of(parameter).shape
         if tuple(source.shapes[name]) != expected:
             raise ValueError(f"saved parameter {name} has shape {tuple(source.shapes[name])}, here it has {expected}")
+        missing = {"exp_avg", "exp_avg_sq"} - set(source.kinds(name))
+        if source.step > 0 and missing:
+            raise ValueError(f"saved parameter {name} lacks {', '.join(sorted(missing))}")
     # A tied head goes by the name of the embedding.
     sparse = {id(layer.weight) for layer in engine.controller.layers.values()}
     aged = [name for name, parameter in parameters.items() if id(parameter) in sparse]
@@ -90,8 +98,8 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
 def _restore_parameter(engine: TrainingEngine, name: str, parameter: nn.Parameter, source: StateSource) -> None:
     access = state_access(engine._engine, engine.optimizer, {name: parameter}, engine.mesh)
     fragment = access.fragments().get(name)
-    kinds = [WEIGHT, *(fragment.moments if fragment is not None else ())]
-    for kind in kinds:
+    moments = fragment.moments if fragment is not None and source.step > 0 else ()
+    for kind in (WEIGHT, *moments):
         whole = source.tensor(name, kind)
         shard = partition_of(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
         if kind == WEIGHT:
