@@ -12,10 +12,8 @@ import numpy as np
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
-from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
-from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_model
+from megasparse.training.build import build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import quiet
 from megasparse.training.loop import Trainer
@@ -45,10 +43,7 @@ def benchmark_config(model: str, *overrides: str) -> RunConfig:
 @contextmanager
 def open_trainer(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Trainer, BatchLoader]]:
     """A trainer that writes nothing, with its loader."""
-    model = build_model(config, config.model.vocab_size)
-    controller = Controller(config, model.sparse_layers())
-    controller.start_topologies()
-    engine = TrainingEngine(model, controller, config, mesh)
+    controller, engine = build_engine(config, config.model.vocab_size, mesh)
     data = RandomTokens(config.model.vocab_size, config.model.seq_length)
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(Path(folder), config, mesh, engine, controller)

@@ -7,6 +7,7 @@ sentence per setting that was given in vain, for the plan to show.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, Section, divisors
@@ -27,6 +28,7 @@ FIXED_TOPOLOGY = ("static", "spdf")
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError where sections contradict each other or the world size."""
     _check_world(config, world_size)
+    _check_tensor_parallel(config)
     _check_precision(config)
     _check_attention(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
@@ -61,8 +63,32 @@ def _check_precision(config: RunConfig) -> None:
     # bias correction and the decay off by one step.
     if config.deepspeed.zero_stage == 0 and config.train.precision != "fp32":
         raise ConfigError(
-            f"deepspeed.zero_stage: 0 does not support train.precision {config.train.precision}; legal values: 1"
+            f"deepspeed.zero_stage: 0 does not support train.precision {config.train.precision}; legal values: 1, 2, 3"
         )
+    if config.deepspeed.zero_stage == 0 and config.deepspeed.offload_optimizer != "none":
+        raise ConfigError(
+            f"deepspeed.offload_optimizer: {config.deepspeed.offload_optimizer} needs deepspeed.zero_stage 1, 2 or 3; "
+            "legal values at stage 0: none"
+        )
+
+
+def _check_tensor_parallel(config: RunConfig) -> None:
+    """Heads, the inside of the MLP and, under sequence parallelism, tokens must be divisible over the ranks."""
+    model, size = config.model, config.parallel.tensor_parallel_size
+    counts = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_key_value_heads": model.key_value_heads,
+        "model.ffn_hidden_size": model.mlp_width,
+    }
+    if config.parallel.sequence_parallel:
+        counts["model.seq_length"] = model.seq_length
+    common = gcd(*counts.values())
+    for field, count in counts.items():
+        if count % size:
+            raise ConfigError(
+                f"parallel.tensor_parallel_size: {size} does not divide {field} {count}; "
+                f"legal values for this model: {divisors(common)}"
+            )
 
 
 def _check_attention(config: RunConfig) -> None:
@@ -120,6 +146,10 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
     if "rope_theta" in _given(config.model) and config.model.position_embedding != "rope":
         yield "model.rope_theta is used by model.position_embedding rope only"
+    if config.parallel.tensor_parallel_size == 1 and config.parallel.sequence_parallel:
+        yield "parallel.sequence_parallel is used with parallel.tensor_parallel_size above 1 only"
+    if config.parallel.tensor_parallel_size == 1 and config.sparsity.balance_shards:
+        yield "sparsity.balance_shards is used with parallel.tensor_parallel_size above 1 only"
     if config.train.resume == "auto" and config.data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
 

@@ -24,6 +24,8 @@ DERIVED_KEYS = {
     "tensorboard": "train.tensorboard",
     "steps_per_print": "train.log_interval",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
     "data_types.grad_accum_dtype": "train.precision",
 }
 
@@ -42,6 +44,10 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "steps_per_print": 2**31 - 1,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
     }
+    if config.deepspeed.offload_optimizer != "none":
+        derived["zero_optimization"]["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
+        # Our optimizer steps on the CPU too; DeepSpeed's own knows nothing of densities.
+        derived["zero_force_ds_cpu_optimizer"] = False
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":

@@ -8,6 +8,7 @@ overrides; nothing else in the package parses settings.
 from __future__ import annotations
 
 from itertools import pairwise
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,9 +113,10 @@ class ModelConfig(Section):
             return 4 * self.hidden_size
         return -(-8 * self.hidden_size // (3 * 128)) * 128
 
-    def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the embedding for a tokenizer of `vocab_size` entries."""
-        return -(-vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+    def padded_vocab_size(self, vocab_size: int, tensor_parallel_size: int = 1) -> int:
+        """Rows of the embedding for a tokenizer of `vocab_size` entries, divisible over the tensor-parallel ranks."""
+        multiple = lcm(self.vocab_size_multiple, tensor_parallel_size)
+        return -(-vocab_size // multiple) * multiple
 
 
 class PatternWindow(Section):
@@ -295,6 +297,9 @@ class SparsityConfig(Section):
     """r of mixed growth: r / (r + 1) of the new units by gradient, the rest at random."""
     row_floor: bool = False
     """Keep at least one live block in every row of blocks."""
+    balance_shards: bool = False
+    """Keep as many live units of a layer on each tensor-parallel rank, so that none waits; topologies then depend on
+    the tensor-parallel size."""
     skip_optimizer_on_update: bool = False
     """The optimizer makes no step on a topology step (paper preset)."""
     lr_density_power: NonNegativeFloat = 0.5
@@ -333,6 +338,8 @@ class SparsityConfig(Section):
             )
         if self.row_floor and self.unit == 1:
             raise ValueError("row_floor: true needs blocks, but unit is 1; legal values: false, or a unit above 1")
+        if self.row_floor and self.balance_shards:
+            raise ValueError("row_floor: true contradicts balance_shards; legal values: false, or balance_shards false")
         return self
 
 
@@ -344,13 +351,17 @@ class KernelsConfig(Section):
 
 
 class ParallelConfig(Section):
-    tensor_parallel_size: Literal[1] = 1
-    """Ranks that share each layer."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer; neighbours in the numbering of the ranks, best within one node."""
+    sequence_parallel: bool = False
+    """Between layers each of them holds its share of the tokens instead of all: fewer activations."""
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Literal[0, 1] = 1
-    """0: every rank holds the optimizer state; 1: it is divided over the data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Divided over the data-parallel ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu: optimizer state lies in host memory and is updated there (stages 1 to 3)."""
     extra: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, passed on as they are; keys that MegaSparse derives are
     refused."""

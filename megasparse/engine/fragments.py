@@ -2,26 +2,35 @@
 
 A rank's pieces of weights, moments and gradients, as views that are edited in place between ``backward`` and ``step``:
 
-- ``WholeState``: ZeRO stage 0 in float32; every rank holds everything in the parameters themselves.
-- ``PartitionedState``: ZeRO stage 1; a rank holds one slice of each flat parameter group. DeepSpeed's record of where a
-  parameter's piece lies (``_hp_mapping``) has no public form.
+- ``WholeState``: ZeRO stage 0 in float32; every rank holds all of its tensor-parallel shard in the parameters.
+- ``GroupPartitionedState``: stages 1 and 2; a rank holds one slice of each flat parameter group. DeepSpeed's record of
+  where a parameter's piece lies (``_hp_mapping``) has no public form.
+- ``ParameterPartitionedState``: stage 3; a rank holds one slice of each parameter, of the same size on every rank.
 
 ``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megasparse.parallel import Mesh
+from megasparse.parallel import Axis, Mesh
 from megasparse.sparsity.state import StateAccess, StateFragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+
+
+# Private names that each stage needs: of parameters, and of DeepSpeed's optimizer.
+NEEDED = {
+    1: (("_hp_mapping",), ("get_param_id", "loss_scale")),
+    2: (("_hp_mapping",), ("get_param_id", "loss_scale")),
+    3: (("ds_tensor", "ds_numel"), ("_get_fp32_opt_state_partition", "_get_fp32_grad_state_partition", "get_param_id")),
+}
 
 
 def state_access(
@@ -29,32 +38,37 @@ def state_access(
 ) -> StateAccess:
     """The view of the training state for the engine's ZeRO stage.
 
-    weights: parameters of the sparse matrices by layer name. Raises RuntimeError where DeepSpeed lacks a part.
+    weights: parameters by name, of the sparse matrices or of anything else. Raises RuntimeError where DeepSpeed lacks a
+    part.
     """
-    if engine.zero_optimization_stage() == 0:
-        return WholeState(optimizer, weights)
-    for name, weight in weights.items():
-        if not hasattr(weight, "_hp_mapping"):
-            raise RuntimeError(
-                f"DeepSpeed {deepspeed.__version__} keeps no map of parameter pieces (weight {name}); "
-                "versions 0.19.x are tested"
-            )
-    return PartitionedState(engine.optimizer, optimizer, weights, mesh)
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return WholeState(optimizer, weights, mesh)
+    of_parameters, of_optimizer = NEEDED[stage]
+    missing = [name for name in of_optimizer if not hasattr(engine.optimizer, name)]
+    missing += [
+        f"{name} of {w}" for name in of_parameters for w, weight in weights.items() if not hasattr(weight, name)
+    ]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} at ZeRO stage {stage} lacks {missing[0]}; versions 0.19.x are tested"
+        )
+    kind = ParameterPartitionedState if stage == 3 else GroupPartitionedState
+    return kind(engine.optimizer, optimizer, weights, mesh)
 
 
 class WholeState:
-    """Every rank holds all of every matrix; gradients are already averaged into ``parameter.grad``."""
+    """Every rank holds all of its shard of every matrix; gradients are already averaged into ``parameter.grad``."""
 
-    is_sharded = False
-
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
         self._optimizer, self._weights = optimizer, weights
+        self.shard, self.tensor_parallel, self.whole = Axis(), mesh.tensor_parallel, mesh.tensor_parallel
 
     def fragments(self) -> dict[str, StateFragment]:
         return {name: self._fragment(weight) for name, weight in self._weights.items()}
 
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        """Nothing to add: there is one shard."""
+    def gradients_changed(self, names: Iterable[str]) -> None:
+        """Nothing to tell: norms are taken later."""
 
     def _fragment(self, weight: nn.Parameter) -> StateFragment:
         state = self._optimizer.state.get(weight, {})
@@ -64,7 +78,7 @@ class WholeState:
 
 
 class PartitionedState:
-    """A rank holds one slice of each flat parameter group, and of a matrix at most one piece."""
+    """What stages 1 to 3 share: the pieces of all data-parallel ranks make up a tensor-parallel shard."""
 
     def __init__(
         self,
@@ -73,22 +87,33 @@ class PartitionedState:
         weights: Mapping[str, nn.Parameter],
         mesh: Mesh,
     ) -> None:
-        self._zero_optimizer, self._optimizer = zero_optimizer, optimizer
-        self._weights, self._mesh = weights, mesh
-
-    @property
-    def is_sharded(self) -> bool:
-        return self._mesh.data_parallel.size > 1
+        self._zero_optimizer, self._optimizer, self._weights = zero_optimizer, optimizer, weights
+        self.shard, self.tensor_parallel, self.whole = mesh.data_parallel, mesh.tensor_parallel, mesh.world
 
     def fragments(self) -> dict[str, StateFragment]:
-        owned = {name: weight for name, weight in self._weights.items() if weight._hp_mapping is not None}
-        return {name: self._fragment(weight) for name, weight in owned.items()}
+        found = {name: self._fragment(weight) for name, weight in self._weights.items()}
+        return {name: fragment for name, fragment in found.items() if fragment is not None}
 
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        self._mesh.data_parallel.sum_(tensor)
+    def gradients_changed(self, names: Iterable[str]) -> None:
+        """With CPU offload the norms for clipping were taken in the backward pass: take those of `names` again."""
+        norms = getattr(self._zero_optimizer, "norm_for_param_grads", {})
+        for name in names:
+            identity = self._zero_optimizer.get_param_id(self._weights[name])
+            if identity in norms:
+                fragment = self._fragment(self._weights[name])
+                norms[identity] = fragment.gradient.norm(2).to(norms[identity])
 
-    def _fragment(self, weight: Any) -> StateFragment:
+    def _fragment(self, weight: nn.Parameter) -> StateFragment | None:
+        raise NotImplementedError
+
+
+class GroupPartitionedState(PartitionedState):
+    """A rank holds one slice of each flat parameter group, and of a matrix at most one piece."""
+
+    def _fragment(self, weight: Any) -> StateFragment | None:
         piece = weight._hp_mapping
+        if piece is None:
+            return None
         return StateFragment(
             start=piece.lp_fragment_address.start,
             master=piece.hp_fragment.detach(),
@@ -114,3 +139,37 @@ class PartitionedState:
         except ValueError:
             return torch.zeros_like(weight._hp_mapping.hp_fragment)
         return gradient.view(-1)
+
+
+class ParameterPartitionedState(PartitionedState):
+    """A rank holds entries [rank n, (rank + 1) n) of every flat parameter; the last ones may be padding."""
+
+    def _fragment(self, weight: Any) -> StateFragment | None:
+        share = weight.ds_tensor.numel()
+        start = self.shard.rank * share
+        numel = min(share, weight.ds_numel - start)
+        if numel <= 0:
+            return None
+        moments = {key: piece[:numel] for key in MOMENTS if (piece := self._piece(weight, key)) is not None}
+        return StateFragment(
+            start=start,
+            master=self._piece(weight, None)[:numel],
+            gradient=self._gradient(weight, share)[:numel],
+            moments=moments,
+            gradient_scale=float(self._zero_optimizer.loss_scale),
+        )
+
+    def _piece(self, weight: Any, key: str | None) -> Tensor | None:
+        """This rank's slice of the master weight or of a moment; None before the first optimizer step made it."""
+        try:
+            return self._zero_optimizer._get_fp32_opt_state_partition(weight, False, key)[0].detach()
+        except KeyError:
+            return None
+
+    def _gradient(self, weight: Any, share: int) -> Tensor:
+        """The averaged gradient of this rank's slice; before the first backward pass, where there is none, zeros."""
+        try:
+            gradient = self._zero_optimizer._get_fp32_grad_state_partition(weight, False)[0]
+        except (KeyError, AttributeError):
+            return torch.zeros(share, device=weight.device)
+        return gradient.detach().view(-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megasparse.config.schema import OptimizerConfig, SparsityConfig
+from megasparse.parallel import partition_of
 from megasparse.sparsity.controller import Controller
 
 MAX_AGE = 2**15 - 1
@@ -35,8 +36,10 @@ def parameter_groups(model: nn.Module, controller: Controller, optimizer: Optimi
     for number, names in enumerate(controller.density_classes().values()):
         weights = [controller.layers[name].weight for name in names]
         add(f"sparse.{number}", weights, optimizer.weight_decay, layer=names[0])
-    add("matrices", (p for p in model.parameters() if p.ndim >= 2), optimizer.weight_decay)
-    add("vectors", (p for p in model.parameters() if p.ndim < 2), 0.0)
+    # By the declared shape: at ZeRO stage 3 the parameters themselves are empty between uses.
+    is_matrix = {parameter: len(partition_of(parameter).shape) >= 2 for parameter in model.parameters()}
+    add("matrices", (p for p, matrix in is_matrix.items() if matrix), optimizer.weight_decay)
+    add("vectors", (p for p, matrix in is_matrix.items() if not matrix), 0.0)
     return groups
 
 

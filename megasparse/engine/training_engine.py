@@ -10,8 +10,10 @@ gradient_norm = engine.step(lr)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ from megasparse.engine.fragments import state_access
 from megasparse.engine.optimizer import SparseAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Mesh
-from megasparse.sparsity.controller import Controller
+from megasparse.parallel import Mesh, partition_of
+from megasparse.sparsity.controller import Controller, OpenWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,14 +43,15 @@ class TrainingEngine:
     def __init__(self, model: GPT, controller: Controller, config: RunConfig, mesh: Mesh) -> None:
         check_precision(config, mesh.device)
         self.config, self.controller, self.mesh = config, controller, mesh
+        prepare_deepspeed(mesh)
         self.model = model.to(mesh.device)
-        _prepare_deepspeed()
         groups = parameter_groups(self.model, controller, config.optimizer)
         self.optimizer = SparseAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=self.optimizer,
             config=deepspeed_dict(config, mesh.data_parallel.size),
+            mpu=mesh,
             dist_init_required=False,
         )
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
@@ -81,13 +84,19 @@ class TrainingEngine:
         """
         set_learning_rates(self.optimizer, lr, self.controller, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
-        norm = None
-        if self._engine.zero_optimization_stage() == 0:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
         self.optimizer.skip_updates = False
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _gradient_norm(self) -> float:
+        """Global norm at stage 0, where DeepSpeed keeps it to itself: shards add up, replicas count once."""
+        squares = torch.zeros(2, device=self.mesh.device)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                squares[int(partition_of(parameter).is_divided)] += parameter.grad.norm().square()
+        self.mesh.tensor_parallel.sum_(squares[1:])
+        return float(squares.sum().sqrt())
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -118,8 +127,23 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("train.precision: fp16 needs a GPU; legal values on this machine: fp32, bf16")
 
 
-def _prepare_deepspeed() -> None:
-    """Let DeepSpeed adopt the process group that exists, quietly and without a compiler.
+@contextlib.contextmanager
+def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
+    """Build the model inside: at ZeRO stage 3 every layer is divided as soon as it is made, so that no rank ever holds
+    the whole model. Gives the context that puts a weight together for a change."""
+    if config.deepspeed.zero_stage < 3:
+        yield contextlib.nullcontext
+        return
+    prepare_deepspeed(mesh)
+    settings = deepspeed_dict(config, mesh.data_parallel.size)
+    with deepspeed.zero.Init(
+        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, remote_device=None
+    ):
+        yield lambda weight: deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
+
+
+def prepare_deepspeed(mesh: Mesh) -> None:
+    """Let DeepSpeed adopt the process groups that exist, quietly and without a compiler.
 
     On CPUs it would otherwise compile a shared-memory all-reduce at its first start; gloo does the work as well.
     """

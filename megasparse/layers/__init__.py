@@ -8,9 +8,10 @@ from megasparse.layers.attention import Attention
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
-from megasparse.layers.loss import cross_entropy
+from megasparse.layers.loss import Vocabulary
 from megasparse.layers.mlp import mlp
 from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
+from megasparse.parallel import partition_of
 
 __all__ = [
     "Attention",
@@ -22,8 +23,9 @@ __all__ = [
     "RMSNorm",
     "SparseLinear",
     "SparseSpec",
-    "cross_entropy",
+    "Vocabulary",
     "live_entries",
     "mlp",
     "normalization",
+    "partition_of",
 ]

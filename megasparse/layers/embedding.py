@@ -1,7 +1,8 @@
 """Embeddings: the token table, learned positions, and their sum at the bottom of the model.
 
-A tied head shares the parameter of the token table. Where that head is sparse the look-up must follow the same mask
-and gradient rule, so the table hands its look-ups to the head once it is tied.
+The rows of the token table are divided over the tensor-parallel ranks; each rank looks up the tokens that it holds, and
+the sum over the ranks is the embedding. A tied head shares the parameter of the table. Where that head is sparse the
+look-up must follow the same mask and gradient rule, so the table hands its look-ups to the head once it is tied.
 Tensor names: B samples, T tokens, C hidden size.
 """
 
@@ -11,18 +12,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megasparse.layers.init import normal_
+from megasparse.layers.init import divided_parameter
 from megasparse.layers.linear import Linear
+from megasparse.parallel import Partition, TensorParallel
 
 
 class Embedding(nn.Module):
-    """A table [rows, width]; `name` keys the initial weights, see `Linear`."""
+    """A table [rows, width]; `name` keys the initial weights, see `Linear`.
 
-    def __init__(self, name: str, rows: int, width: int, *, init_std: float = 0.02, seed: int = 0) -> None:
+    divided: each rank of `tensor_parallel` holds an equal range of the rows; otherwise all of them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        width: int,
+        *,
+        divided: bool = False,
+        tensor_parallel: TensorParallel | None = None,
+        init_std: float = 0.02,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.name, self.rows, self.width = name, rows, width
-        self.weight = nn.Parameter(torch.empty(rows, width))
-        normal_(self.weight, init_std, seed, f"{name}.weight")
+        self.tensor_parallel = tensor_parallel or TensorParallel()
+        partition = Partition((rows, width), 0 if divided else None, self.tensor_parallel.size)
+        rank = self.tensor_parallel.rank
+        self.first_row, self.local_rows = (rank * partition.local_shape[0] if divided else 0), partition.local_shape[0]
+        self.weight = divided_parameter(partition, rank, std=init_std, seed=seed, name=f"{name}.weight")
         self._tied: tuple[Linear, ...] = ()
 
     def tie(self, head: Linear) -> None:
@@ -32,10 +50,16 @@ class Embedding(nn.Module):
         self._tied = (head,)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Integer ids of any shape -> [*ids.shape, width]."""
-        if self._tied:
-            return self._tied[0].lookup(ids)
-        return F.embedding(ids, self.weight)
+        """Integer ids of any shape -> [*ids.shape, width], the same on every rank."""
+        if self.local_rows == self.rows:
+            return self._lookup(ids)
+        local = ids - self.first_row
+        elsewhere = (local < 0) | (local >= self.local_rows)
+        found = self._lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.tensor_parallel.sum(found)
+
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._tied[0].lookup(ids) if self._tied else F.embedding(ids, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.rows} x {self.width}"
@@ -50,11 +74,14 @@ class InputEmbedding(nn.Module):
         self.positions = positions
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Returns [B, T, C]. Raises ValueError where T exceeds the table of learned positions."""
+        """Returns [B, T, C], under sequence parallelism this rank's share of the T tokens.
+
+        Raises ValueError where T exceeds the table of learned positions.
+        """
         x_BTC = self.tokens(tokens_BT)
-        if self.positions is None:
-            return x_BTC
-        T = tokens_BT.shape[1]
-        if T > self.positions.rows:
-            raise ValueError(f"seq_length: {T} tokens exceed the {self.positions.rows} learned positions")
-        return x_BTC + self.positions(torch.arange(T, device=tokens_BT.device))
+        if self.positions is not None:
+            T = tokens_BT.shape[1]
+            if T > self.positions.rows:
+                raise ValueError(f"seq_length: {T} tokens exceed the {self.positions.rows} learned positions")
+            x_BTC = x_BTC + self.positions(torch.arange(T, device=tokens_BT.device))
+        return self.tokens.tensor_parallel.divide_tokens(x_BTC)

@@ -6,13 +6,16 @@ where the rule returns a ``SparseSpec`` for the layers that shall be sparse and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
+from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
+from megasparse.parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -40,28 +43,53 @@ class LayerFactory:
     """Seed of the initial weights."""
     kernel: str = "auto"
     """Kernel of the sparse linear layers."""
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    """The ranks that share each layer."""
 
-    def linear(
+    def column(
         self,
         name: str,
         in_features: int,
-        out_features: int,
+        parts: int | Sequence[int],
         bias: bool,
         init_std: float,
         weight: nn.Parameter | None = None,
     ) -> Linear:
-        """A linear layer, sparse if the rule says so; `weight` is a parameter to share (tied head).
+        """A linear layer whose outputs are divided over the ranks; several `parts` are fused, each divided by itself.
 
-        Raises ValueError where the unit does not divide the widths.
+        weight: a parameter to share (tied head). Raises ValueError where the unit does not divide the shards.
         """
-        spec = self.sparse(name)
-        common = {"bias": bias, "init_std": init_std, "seed": self.seed, "weight": weight}
-        if spec is None:
-            return Linear(name, in_features, out_features, **common)
-        return SparseLinear(
-            name, in_features, out_features, unit=spec.unit, low_rank=spec.low_rank, kernel=self.kernel, **common
+        parts = (parts,) if isinstance(parts, int) else tuple(parts)
+        fused = parts if len(parts) > 1 else ()
+        return self._linear(
+            name, in_features, sum(parts), bias=bias, init_std=init_std, parts=fused, weight=weight, division="column"
         )
 
-    def embedding(self, name: str, rows: int, width: int, init_std: float) -> Embedding:
-        """A table of `rows` vectors."""
-        return Embedding(name, rows, width, init_std=init_std, seed=self.seed)
+    def row(self, name: str, in_features: int, out_features: int, bias: bool, init_std: float) -> Linear:
+        """A linear layer whose inputs are divided over the ranks. Raises ValueError as ``column`` does."""
+        return self._linear(name, in_features, out_features, bias=bias, init_std=init_std, division="row")
+
+    def embedding(self, name: str, rows: int, width: int, init_std: float, *, divided: bool = False) -> Embedding:
+        """A table of `rows` vectors, whose rows may be divided over the ranks."""
+        return Embedding(
+            name,
+            rows,
+            width,
+            divided=divided,
+            tensor_parallel=self.tensor_parallel,
+            init_std=init_std,
+            seed=self.seed,
+        )
+
+    def norm(self, kind: str, size: int, *, epsilon: float, bias: bool) -> LayerNorm | RMSNorm:
+        """A normalisation between layers; see ``normalization``."""
+        return normalization(kind, size, epsilon=epsilon, bias=bias, tensor_parallel=self.tensor_parallel)
+
+    def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
+        settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}
+        spec = self.sparse(name)
+        if spec is None:
+            return Linear(name, in_features, out_features, **settings)
+        return SparseLinear(
+            name, in_features, out_features, unit=spec.unit, low_rank=spec.low_rank, kernel=self.kernel, **settings
+        )

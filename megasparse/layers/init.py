@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed and the parameter's name, and on nothing else.
 
 Each tensor is drawn from a generator of its own, so neither the order in which a model is built, nor which layers are
-sparse, nor the number of ranks changes a single initial weight.
+sparse, nor the number of ranks, nor how they share the layers changes a single initial weight.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import nn
+
+from megasparse.parallel import Partition
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -17,14 +20,22 @@ def parameter_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@torch.no_grad()
-def normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> torch.Tensor:
-    """Fill `tensor` with normal(0, std) drawn for the parameter `name`; a tensor on the meta device is left as it is.
-
-    The numbers are drawn in float32 on the CPU and then copied, so that they do not depend on dtype or device.
-    """
-    if tensor.is_meta:
-        return tensor
+def _drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Tensor:
+    """Numbers from normal(0, std) for the parameter `name`, float32 on the CPU whatever dtype and device it has."""
     generator = torch.Generator(device="cpu").manual_seed(parameter_seed(seed, name))
-    drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
-    return tensor.copy_(drawn)
+    return torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def divided_parameter(
+    partition: Partition, rank: int, *, std: float = 0.0, seed: int = 0, name: str = ""
+) -> nn.Parameter:
+    """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0.
+
+    The partition is declared on it.
+    """
+    parameter = nn.Parameter(torch.zeros(partition.local_shape))
+    if std and not parameter.is_meta:
+        with torch.no_grad():
+            parameter.copy_(partition.shard(_drawn(partition.shape, std, seed, name), rank))
+    partition.declare(parameter)
+    return parameter

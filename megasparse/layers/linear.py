@@ -1,20 +1,28 @@
-"""Linear layers: plain, and sparse on a grid of units.
+"""Linear layers: divided over tensor-parallel ranks by rows or by columns, plain or sparse on a grid of units.
 
-A ``SparseLinear`` owns the mask that says which units of its weight live. Whoever changes the mask (the controller)
-also zeroes the dead weights and then calls ``topology_changed``. Between two such calls the forward pass asks the
-device nothing: while all units live the layer is an ordinary linear layer.
+A `column` layer (Megatron-LM's column-parallel) divides its outputs, a `row` layer its inputs; a pair of the two needs
+one sum over the ranks in the forward pass and one in the backward pass. Each layer declares the division of each of its
+parameters once (``Partition``). With one rank both are ordinary layers.
+
+A ``SparseLinear`` owns the mask that says which units of its shard of the weight live. Whoever changes the mask (the
+controller) also zeroes the dead weights and then calls ``topology_changed``. Between two such calls the forward pass
+asks the device nothing: while all units live the layer is an ordinary linear layer.
 """
 
 from __future__ import annotations
 
 from math import gcd
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megasparse.kernels.block_sparse import sparse_embedding, sparse_linear
-from megasparse.layers.init import normal_
+from megasparse.layers.init import divided_parameter
+from megasparse.parallel import Partition, TensorParallel, partition_of
+
+Division = Literal["column", "row"]
 
 
 class Linear(nn.Module):
@@ -22,11 +30,14 @@ class Linear(nn.Module):
 
     Args:
         name: full name of the layer in the model, such as `layers.3.attention.qkv`; keys the initial weights.
-        in_features, out_features: widths.
+        in_features, out_features: widths of the whole layer.
         bias: has a bias, zero at the start.
+        division: `column`: every rank computes its share of the outputs; `row`: it sees its share of the inputs.
+        parts: sizes of the fused outputs of a column layer (query, key, value); empty: one.
+        tensor_parallel: the ranks that share the layer.
         init_std: standard deviation of the initial weight.
         seed: seed of the run.
-        weight: an existing [out_features, in_features] parameter to share; its values are kept.
+        weight: an existing parameter to share, divided in the same way; its values are kept.
     """
 
     low_rank = 0
@@ -38,44 +49,65 @@ class Linear(nn.Module):
         out_features: int,
         *,
         bias: bool,
+        division: Division = "column",
+        parts: tuple[int, ...] = (),
+        tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
         seed: int = 0,
         weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
+        self.tensor_parallel = tensor_parallel or TensorParallel()
+        size = self.tensor_parallel.size
+        dim = 0 if division == "column" else 1
+        self.partition = Partition((out_features, in_features), dim, size, parts)
         if weight is None:
-            weight = nn.Parameter(torch.empty(out_features, in_features))
-            normal_(weight, init_std, seed, f"{name}.weight")
-        assert weight.shape == (out_features, in_features), f"{name}: shared weight is {tuple(weight.shape)}"
+            weight = divided_parameter(
+                self.partition, self.tensor_parallel.rank, std=init_std, seed=seed, name=f"{name}.weight"
+            )
+        assert partition_of(weight) == self.partition, f"{name}: shared weight is {partition_of(weight)}"
         self.weight = weight
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        # The bias of a row layer is added to the sum, on every rank.
+        bias_partition = Partition((out_features,), 0, size, parts) if dim == 0 else Partition((out_features,))
+        self.bias = divided_parameter(bias_partition, self.tensor_parallel.rank) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""
+        if self.division == "column":
+            return self.product(self.tensor_parallel.enter(x), self.bias)
+        if self.tensor_parallel.size == 1:
+            return self.product(x, self.bias)
+        y = self.tensor_parallel.leave(self.product(x, None))
+        return y if self.bias is None else y + self.tensor_parallel.shared(self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + b with this rank's shard."""
+        return F.linear(x, self.weight, bias)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` of the weight: the layer used as an embedding table. Returns [*ids.shape, in_features]."""
+        """Rows `ids` of this rank's shard: the layer used as an embedding table. Returns [*ids.shape, in_features]."""
         return F.embedding(ids, self.weight)
 
     def extra_repr(self) -> str:
-        return f"{self.name}, {self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+        return f"{self.name}, {self.in_features} -> {self.out_features}, {self.division}, bias={self.bias is not None}"
 
 
 class SparseLinear(Linear):
     """A linear layer whose weight lives on a grid of `unit` x `unit` blocks (single weights where `unit` is 1).
 
-    With `low_rank` = r > 0 a thin dense side path is added: y += (x A^T) B^T with `side_in` = A [r, in] and `side_out`
-    = B [out, r]; B is zero at the start, so the path is silent until it has learned something.
+    Blocks lie whole on one rank. With `low_rank` = r > 0 a thin dense side path is added: y += (x A^T) B^T with
+    `side_in` = A [r, in] and `side_out` = B [out, r]; B is zero at the start, so the path is silent until it has
+    learned something.
 
     Attributes:
-        mask: bool [out / unit, in / unit], True where the unit lives; a buffer that is not part of the state dict.
+        mask: bool, the grid of this rank's shard, True where the unit lives; a buffer that is not in the state dict.
+        grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
         is_dense: all units live. Kept by `topology_changed`.
         collect_dense_gradient: while True the backward pass returns the gradient of dead units too.
 
     Raises:
-        ValueError: `unit` does not divide both widths.
+        ValueError: `unit` does not divide both widths of every rank's shard.
     """
 
     mask: torch.Tensor
@@ -90,33 +122,63 @@ class SparseLinear(Linear):
         unit: int,
         low_rank: int = 0,
         kernel: str = "auto",
+        division: Division = "column",
+        parts: tuple[int, ...] = (),
+        tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
         seed: int = 0,
         weight: nn.Parameter | None = None,
     ) -> None:
-        check_unit(name, in_features, out_features, unit)
-        super().__init__(name, in_features, out_features, bias=bias, init_std=init_std, seed=seed, weight=weight)
+        super().__init__(
+            name,
+            in_features,
+            out_features,
+            bias=bias,
+            division=division,
+            parts=parts,
+            tensor_parallel=tensor_parallel,
+            init_std=init_std,
+            seed=seed,
+            weight=weight,
+        )
+        check_unit(name, self.partition, unit)
         self.unit, self.low_rank, self.kernel = unit, low_rank, kernel
         self.is_dense = True
         self.collect_dense_gradient = False
-        grid = torch.ones(out_features // unit, in_features // unit, dtype=torch.bool)
-        self.register_buffer("mask", grid, persistent=False)
+        self.grid = self.partition.blocks(unit)
+        self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
         if low_rank:
-            self.side_in = nn.Parameter(torch.empty(low_rank, in_features))
-            self.side_out = nn.Parameter(torch.zeros(out_features, low_rank))
-            normal_(self.side_in, init_std, seed, f"{name}.side_in")
+            self._add_side_path(low_rank, init_std, seed)
+
+    def _add_side_path(self, low_rank: int, init_std: float, seed: int) -> None:
+        """The thin matrix on the divided side of the layer is divided, the other one is replicated."""
+        size, rank = self.tensor_parallel.size, self.tensor_parallel.rank
+        inner = Partition((low_rank, self.in_features), 1 if self.division == "row" else None, size)
+        outer = Partition((self.out_features, low_rank), 0, size, self.partition.parts)
+        if self.division == "row":
+            outer = Partition(outer.shape)
+        self.side_in = divided_parameter(inner, rank, std=init_std, seed=seed, name=f"{self.name}.side_in")
+        self.side_out = divided_parameter(outer, rank)
 
     def topology_changed(self, is_dense: bool | None = None) -> None:
         """Must be called after every change of `mask`. `is_dense` saves a device sync where the caller knows it."""
         self.is_dense = bool(self.mask.all()) if is_dense is None else is_dense
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = sparse_linear(
-            x, self.weight, self.bias, self._live_mask(), self.unit, self.collect_dense_gradient, self.kernel
+        y = super().forward(x)
+        return y + self._side(x) if self.low_rank else y
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return sparse_linear(
+            x, self.weight, bias, self._live_mask(), self.unit, self.collect_dense_gradient, self.kernel
         )
-        if self.low_rank:
-            y = y + F.linear(F.linear(x, self.side_in), self.side_out)
-        return y
+
+    def _side(self, x: torch.Tensor) -> torch.Tensor:
+        """The side path: its thin middle crosses between the ranks instead of the wide ends."""
+        shared = self.tensor_parallel.shared
+        if self.division == "column":
+            return F.linear(self.tensor_parallel.enter(F.linear(x, shared(self.side_in))), self.side_out)
+        return F.linear(self.tensor_parallel.leave(F.linear(x, self.side_in)), shared(self.side_out))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return sparse_embedding(ids, self.weight, self._live_mask(), self.unit, self.collect_dense_gradient)
@@ -128,13 +190,17 @@ class SparseLinear(Linear):
         return f"{super().extra_repr()}, unit={self.unit}, low_rank={self.low_rank}"
 
 
-def check_unit(name: str, in_features: int, out_features: int, unit: int) -> None:
-    """Raise ValueError unless `unit` divides both widths of the layer `name`."""
-    if unit >= 1 and in_features % unit == 0 and out_features % unit == 0:
+def check_unit(name: str, partition: Partition, unit: int) -> None:
+    """Raise ValueError unless blocks of side `unit` fill every shard of the weight of layer `name`."""
+    shares = [size // (partition.size if dim == partition.dim else 1) for dim, size in enumerate(partition.shape)]
+    if partition.parts:
+        shares[partition.dim] = gcd(*(part // partition.size for part in partition.parts))
+    common = gcd(*shares)
+    if unit >= 1 and common % unit == 0:
         return
-    common = gcd(in_features, out_features)
     legal = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+    ranks = f" on each of {partition.size} tensor-parallel ranks" if partition.is_divided else ""
     raise ValueError(
-        f"unit: {unit} does not divide the widths of layer {name} ({out_features} x {in_features}); "
-        f"legal values: {legal}"
+        f"unit: {unit} does not divide the widths of layer {name} ({partition.shape[0]} x {partition.shape[1]})"
+        f"{ranks}; legal values: {legal}"
     )

@@ -19,8 +19,8 @@ class GeluMLP(nn.Module):
     def __init__(self, name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> None:
         super().__init__()
         C, width = config.hidden_size, config.mlp_width
-        self.up = factory.linear(f"{name}.up", C, width, bias=config.bias, init_std=config.init_std)
-        self.down = factory.linear(f"{name}.down", width, C, bias=config.bias, init_std=output_std)
+        self.up = factory.column(f"{name}.up", C, width, config.bias, config.init_std)
+        self.down = factory.row(f"{name}.down", width, C, config.bias, output_std)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         return self.down(F.gelu(self.up(x_BTC), approximate="tanh"))
@@ -32,8 +32,8 @@ class SwigluMLP(nn.Module):
     def __init__(self, name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> None:
         super().__init__()
         C, width = config.hidden_size, config.mlp_width
-        self.gate_up = factory.linear(f"{name}.gate_up", C, 2 * width, bias=config.bias, init_std=config.init_std)
-        self.down = factory.linear(f"{name}.down", width, C, bias=config.bias, init_std=output_std)
+        self.gate_up = factory.column(f"{name}.gate_up", C, (width, width), config.bias, config.init_std)
+        self.down = factory.row(f"{name}.down", width, C, config.bias, output_std)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         gate_BTF, up_BTF = self.gate_up(x_BTC).chunk(2, dim=-1)

@@ -6,6 +6,7 @@ For looking at what a run has learned; there is no key-value cache.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from megasparse.models.gpt import GPT
 
@@ -43,7 +44,9 @@ def generate(
     _check_options(tokens_1T, temperature, top_k, top_p)
     for _ in range(max_new_tokens):
         context = tokens_1T[:, -model.config.seq_length :]
-        logits_V = model(context)[0, -1].float()
+        # Tokens to the right change nothing to their left: attention is causal.
+        padded = F.pad(context, (0, -context.shape[1] % model.token_multiple))
+        logits_V = model(padded)[0, context.shape[1] - 1].float()
         token = _choose(logits_V, temperature, top_k, top_p, generator)
         tokens_1T = torch.cat((tokens_1T, token.to(tokens_1T.device).view(1, 1)), dim=1)
         if end_token is not None and token.item() == end_token:

@@ -12,7 +12,7 @@ Tensor names: B samples, T tokens, C hidden size, V entries of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import prod, sqrt
 
 import torch
 from torch import nn
@@ -26,9 +26,9 @@ from megasparse.layers import (
     LayerNorm,
     RMSNorm,
     SparseLinear,
-    cross_entropy,
+    Vocabulary,
     mlp,
-    normalization,
+    partition_of,
 )
 
 
@@ -41,11 +41,11 @@ class Block(nn.Module):
         super().__init__()
         # GPT-2: 2 L projections add to the residual stream, so each is scaled down by sqrt(2 L).
         output_std = config.init_std / sqrt(2 * config.num_layers)
-        self.attention_norm = _norm(config)
+        self.attention_norm = _norm(config, factory)
         self.attention = Attention(
             f"{name}.attention", config, attention, factory, output_std=output_std, kernel=attention_kernel
         )
-        self.mlp_norm = _norm(config)
+        self.mlp_norm = _norm(config, factory)
         self.mlp = mlp(f"{name}.mlp", config, factory, output_std=output_std)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
@@ -59,8 +59,8 @@ class GPT(nn.Module):
     Args:
         config: shapes and kinds of the layers.
         attention: stride of the attention patterns; the patterns themselves are set by `set_attention_patterns`.
-        vocab_size: entries of the tokenizer; the table is padded to `config.padded_vocab_size(vocab_size)` rows.
-        factory: makes the linear layers and embeddings, dense or sparse.
+        vocab_size: entries of the tokenizer; the table is padded, see `config.padded_vocab_size`.
+        factory: makes the layers, dense or sparse, whole or divided over tensor-parallel ranks.
         recompute: keep only the input of each block and recompute the block in the backward pass.
         attention_kernel: kernel of `hybrid_attention`.
 
@@ -80,8 +80,9 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.recompute = config, vocab_size, recompute
-        rows, C, std = config.padded_vocab_size(vocab_size), config.hidden_size, config.init_std
-        tokens = factory.embedding("embedding.tokens", rows, C, std)
+        ranks = factory.tensor_parallel
+        rows, C, std = config.padded_vocab_size(vocab_size, ranks.size), config.hidden_size, config.init_std
+        tokens = factory.embedding("embedding.tokens", rows, C, std, divided=True)
         positions = None
         if config.position_embedding == "learned":
             positions = factory.embedding("embedding.positions", config.seq_length, C, std)
@@ -89,11 +90,13 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(
             Block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
         )
-        self.final_norm = _norm(config)
+        self.final_norm = _norm(config, factory)
         shared = tokens.weight if config.tie_embeddings else None
-        self.head = factory.linear("head", C, rows, bias=False, init_std=std, weight=shared)
+        self.head = factory.column("head", C, rows, bias=False, init_std=std, weight=shared)
         if config.tie_embeddings:
             tokens.tie(self.head)
+        self.vocabulary = Vocabulary(vocab_size, rows, ranks)
+        self.token_multiple = ranks.size if ranks.sequence_parallel else 1
 
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, V] for int64 tokens, or the mean cross entropy (float32 scalar) where targets are given.
@@ -103,11 +106,10 @@ class GPT(nn.Module):
         x_BTC = self.embedding(tokens_BT)
         for block in self.layers:
             x_BTC = self._run(block, x_BTC)
-        # The slice drops the rows that pad the vocabulary.
-        logits_BTV = self.head(self.final_norm(x_BTC))[..., : self.vocab_size]
-        if targets_BT is None:
-            return logits_BTV
-        return cross_entropy(logits_BTV, targets_BT)
+        logits = self.head(self.final_norm(x_BTC))
+        return (
+            self.vocabulary.logits(logits) if targets_BT is None else self.vocabulary.cross_entropy(logits, targets_BT)
+        )
 
     def set_attention_patterns(self, patterns: Sequence[Sequence[str]]) -> None:
         """Set the pattern of every query head: one tuple of names per layer.
@@ -124,8 +126,8 @@ class GPT(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, SparseLinear)}
 
     def num_parameters(self) -> int:
-        """Number of parameters, dead ones included; shared ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Parameters over all ranks, dead ones included; shared and replicated ones count once."""
+        return sum(prod(partition_of(parameter).shape) for parameter in self.parameters())
 
     def _run(self, block: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -134,7 +136,7 @@ class GPT(nn.Module):
         return block(x_BTC)
 
 
-def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-    return normalization(
+def _norm(config: ModelConfig, factory: LayerFactory) -> LayerNorm | RMSNorm:
+    return factory.norm(
         config.normalization, config.hidden_size, epsilon=config.normalization_epsilon, bias=config.bias
     )

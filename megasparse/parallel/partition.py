@@ -70,9 +70,9 @@ class Partition:
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         """The whole parameter from the shards of all ranks, in their order; the inverse of ``shard``."""
-        assert len(shards) == self.size, f"{len(shards)} shards for {self.size} ranks"
         if not self.is_divided:
             return shards[0]
+        assert len(shards) == self.size, f"{len(shards)} shards for {self.size} ranks"
         shares = [part // self.size for part in self.divided_parts]
         pieces = [shard.split(shares, dim=self.dim) for shard in shards]
         return torch.cat([piece for part in zip(*pieces, strict=True) for piece in part], dim=self.dim)
@@ -86,11 +86,12 @@ class Partition:
 
     def declare(self, parameter: Tensor) -> None:
         """Attach this partition to a parameter. DeepSpeed's gradient norm reads `tensor_model_parallel`."""
-        parameter.partition = self
+        # Not `partition`: at ZeRO stage 3 DeepSpeed puts a method of that name on every parameter.
+        parameter.tensor_partition = self
         parameter.tensor_model_parallel = self.is_divided
 
 
 def partition_of(parameter: Tensor) -> Partition:
     """The declared partition; a parameter without one is replicated."""
-    declared = getattr(parameter, "partition", None)
+    declared = getattr(parameter, "tensor_partition", None)
     return declared if declared is not None else Partition(tuple(parameter.shape))

@@ -11,22 +11,27 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megasparse.config.loader import ConfigError
 from megasparse.config.schema import Pattern, Phase, RunConfig
+from megasparse.parallel import Axis, Partition
+from megasparse.sparsity.checks import check_schedule
 from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_target
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
 from megasparse.sparsity.groups import LayerSettings, layer_settings
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
-from megasparse.sparsity.state import StateAccess
+from megasparse.sparsity.state import Ranks, StateAccess
+from megasparse.sparsity.statistics import LayerStatistics, collect_statistics
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 from megasparse.sparsity.update import EvolvingLayer, update_layers
+
+OpenWeight = Callable[[torch.nn.Parameter], AbstractContextManager]
 
 # Densities at which two layers must agree to share one optimizer group.
 PROBES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
@@ -38,9 +43,10 @@ class SparseLayer(Protocol):
     weight: torch.nn.Parameter
     mask: Tensor
     unit: int
+    grid: Partition
     collect_dense_gradient: bool
 
-    def topology_changed(self) -> None: ...
+    def topology_changed(self, is_dense: bool | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class StepDecision:
     pattern: Pattern
     patterns: list[tuple[Pattern, ...]]
     """Pattern of each query head of each layer."""
-    counts: dict[str, StepCounts] = field(default_factory=dict)
-    """Layers whose topology changes in this step."""
+    counts: dict[str, tuple[StepCounts, ...]] = field(default_factory=dict)
+    """Layers whose topology changes in this step: counts of the layer, or of each shard that decides for itself."""
     dense_gradient_layers: frozenset[str] = frozenset()
     """Layers that need their dense weight gradient to grow by it."""
 
@@ -76,17 +82,22 @@ class TopologyReport:
     ever_active: float
     dead_rows: int
     """Rows of units without a live one."""
+    imbalance: float
+    """Largest over all layers of the live units of a tensor-parallel rank over their mean: 1 where no rank waits."""
     seconds: float
 
 
 class Controller:
     """Density, topology and attention pattern of every layer over the run.
 
-    layers: sparse layers by name, in model order. Raises ConfigError where the schedule cannot be met.
+    layers: sparse layers by name, in model order, shards of `tensor_parallel` ranks.
+    Raises ConfigError where the schedule cannot be met.
     """
 
-    def __init__(self, config: RunConfig, layers: Mapping[str, SparseLayer]) -> None:
-        self.config = config
+    def __init__(
+        self, config: RunConfig, layers: Mapping[str, SparseLayer], tensor_parallel: Ranks | None = None
+    ) -> None:
+        self.config, self.tensor_parallel = config, tensor_parallel or Axis()
         self.layers = dict(layers)
         self.schedule = build_density_schedule(config.sparsity)
         self.pattern_schedule = PatternSchedule(
@@ -94,28 +105,49 @@ class Controller:
         )
         self.settings = {name: _settings(config, name) for name in self.layers}
         self.shapes = [self._shape(name) for name in self.layers]
-        self.topologies = {name: Topology(name, layer.mask, layer.unit) for name, layer in self.layers.items()}
-        self.num_live = {name: topology.num_units for name, topology in self.topologies.items()}
+        self.topologies = {
+            name: Topology(name, layer.mask, layer.unit, layer.grid, self.tensor_parallel.rank)
+            for name, layer in self.layers.items()
+        }
+        self.shard_live = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
         self.ever_live = {}
         self.decision: StepDecision | None = None
-        self._check()
+        check_schedule(config, self.schedule, self.topologies, self.densities_for(self.schedule.min_density))
 
-    def start_topologies(self) -> None:
-        """Give a run that starts sparse its random first topology; call before the optimizer copies the weights."""
+    @property
+    def num_live(self) -> dict[str, int]:
+        """Live units of each whole layer."""
+        return {name: sum(shards) for name, shards in self.shard_live.items()}
+
+    def start_topologies(self, opened: OpenWeight = nullcontext) -> None:
+        """Give a run that starts sparse its random first topology; call before the optimizer copies the weights.
+
+        opened: context in which a weight's data is at hand (ZeRO stage 3 keeps it in pieces).
+        """
         densities = self.densities_at(0.0)
         for name, topology in self.topologies.items():
             target = unit_target(densities[name], topology.num_units)
             if target < topology.num_units:
-                floor = self.config.sparsity.row_floor and topology.unit > 1
-                row_length = topology.mask.shape[1] if floor else None
-                live = random_topology(
-                    topology.num_units, target, stream_number(name), self.config.run.seed, row_length
-                )
-                self._adopt(name, live.to(topology.mask.device))
-                dead = ~topology.weights_slice(0, topology.numel)
-                with torch.no_grad():
-                    self.layers[name].weight.view(-1).masked_fill_(dead.to(self.layers[name].weight.device), 0)
+                self._adopt(name, self._random_topology(name, target))
+                weight = self.layers[name].weight
+                with torch.no_grad(), opened(weight):
+                    dead = ~topology.weights_slice(0, weight.numel())
+                    weight.view(-1).masked_fill_(dead.to(weight.device), 0)
         self._remember_live()
+
+    def _random_topology(self, name: str, target: int) -> Tensor:
+        """A random choice of `target` units of the whole layer, bool [num_units]; balanced between shards if asked."""
+        topology, seed = self.topologies[name], self.config.run.seed
+        if self._is_balanced(name):
+            whole = torch.zeros(topology.num_units, dtype=torch.bool)
+            numbers = torch.arange(topology.num_units)
+            for rank, share in enumerate(_shares(target, topology.num_shards)):
+                own = topology.pick(numbers, rank)
+                whole[own] = random_topology(own.numel(), share, stream_number(f"{name}/{rank}"), seed)
+            return whole
+        floor = self.config.sparsity.row_floor and topology.unit > 1
+        row_length = topology.whole_grid.shape[1] if floor else None
+        return random_topology(topology.num_units, target, stream_number(name), seed, row_length)
 
     def begin_step(self, step: int) -> StepDecision:
         """Decide on optimizer step `step` (0-based) and tell the layers whose dense gradient is wanted."""
@@ -123,7 +155,7 @@ class Controller:
         phase = self.schedule.phase(progress)
         pattern = self.pattern_schedule.pattern(progress, phase)
         counts = self._counts(step) if is_update_due(step, self.config.sparsity.update_interval) else {}
-        dense_gradient = frozenset(name for name, count in counts.items() if self._needs_gradient(name, count))
+        dense_gradient = frozenset(name for name, shards in counts.items() if self._needs_gradient(name, shards))
         for name, layer in self.layers.items():
             layer.collect_dense_gradient = name in dense_gradient
         patterns = self.pattern_schedule.layer_patterns(pattern)
@@ -142,20 +174,32 @@ class Controller:
         evolving = [
             EvolvingLayer(
                 topology=self.topologies[name],
-                counts=count,
+                counts=counts,
                 stream=stream_number(name),
                 drop_score=self.settings[name].drop_score,
                 drop_score_lambda=self.config.sparsity.drop_score_lambda,
                 row_floor=self.config.sparsity.row_floor,
             )
-            for name, count in decision.counts.items()
+            for name, counts in decision.counts.items()
         ]
         changes = update_layers(evolving, access, self.config.run.seed, decision.step)
-        for name, count in decision.counts.items():
-            self.num_live[name] = count.target
-            self.layers[name].topology_changed()
         self._remember_live()
-        return self._report(decision, changes, time.perf_counter() - started)
+        statistics = collect_statistics(self.topologies, changes, self.ever_live, self.tensor_parallel)
+        for name, counts in decision.counts.items():
+            self._set_live(name, statistics[name].shard_live)
+            assert self.num_live[name] == sum(count.target for count in counts), f"{name}: {self.shard_live[name]}"
+        return self._report(decision, statistics, time.perf_counter() - started)
+
+    def expect(self, name: str, counts: Sequence[StepCounts]) -> None:
+        """Count units as a topology step will leave them, without any mask (for plans)."""
+        if len(counts) > 1:
+            self.shard_live[name] = tuple(count.target for count in counts)
+        else:
+            self.expect_live(name, counts[0].target)
+
+    def expect_live(self, name: str, num_live: int) -> None:
+        """Count so many live units of a layer, evenly spread, without any mask (for plans)."""
+        self.shard_live[name] = _shares(num_live, self.topologies[name].num_shards)
 
     def densities_at(self, progress: float) -> dict[str, float]:
         """Target density of each layer at a progress."""
@@ -170,13 +214,12 @@ class Controller:
 
     def live_densities(self) -> dict[str, float]:
         """Density of each layer now."""
-        return {name: live / self.topologies[name].num_units for name, live in self.num_live.items()}
+        return {name: self._live_density(name) for name in self.topologies}
 
     def density(self) -> float:
         """Live weights over all weights of the sparse matrices, now; 1 where there are none."""
         total = sum(topology.numel for topology in self.topologies.values())
-        live = sum(self.num_live[name] * topology.unit**2 for name, topology in self.topologies.items())
-        return live / total if total else 1.0
+        return self._live_weights() / total if total else 1.0
 
     def density_classes(self) -> dict[tuple[float, ...], list[str]]:
         """Layers that have one density all along, and so may share one optimizer group."""
@@ -190,13 +233,24 @@ class Controller:
     def lr_multiplier(self, name: str) -> float:
         """min(density^-p, cap) of one layer at its present density; its weight decay is divided by the same."""
         sparsity = self.config.sparsity
-        density = self.num_live[name] / self.topologies[name].num_units
-        return min(density**-sparsity.lr_density_power, sparsity.lr_density_cap)
+        return min(self._live_density(name) ** -sparsity.lr_density_power, sparsity.lr_density_cap)
 
     def state(self) -> dict[str, Tensor]:
-        """Topologies as packed bits, one tensor per layer and kind, the same on every rank."""
-        masks = {f"live/{name}": pack_bits(topology.mask) for name, topology in self.topologies.items()}
-        return masks | {f"ever/{name}": bits.clone() for name, bits in self.ever_live.items()}
+        """Topologies as packed bits of the whole layers, one tensor per layer and kind, the same for every layout.
+
+        All ranks must call it and get the same.
+        """
+        kinds = {
+            "live": {name: topology.mask for name, topology in self.topologies.items()},
+            "ever": {
+                name: unpack_bits(bits, self.topologies[name].shard_units) for name, bits in self.ever_live.items()
+            },
+        }
+        return {
+            f"{kind}/{name}": self._whole_bits(self.topologies[name], mask)
+            for kind, masks in kinds.items()
+            for name, mask in masks.items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take topologies from ``state``. Raises ValueError naming a layer that is missing or of another shape."""
@@ -207,35 +261,53 @@ class Controller:
         for name, topology in self.topologies.items():
             try:
                 live = unpack_bits(state[f"live/{name}"], topology.num_units)
-                unpack_bits(state[f"ever/{name}"], topology.num_units)
+                ever = unpack_bits(state[f"ever/{name}"], topology.num_units)
             except ValueError as error:
                 raise ValueError(f"saved topology of layer {name}: {error}") from None
-            self._adopt(name, live.to(topology.mask.device))
-            self.ever_live[name] = state[f"ever/{name}"].clone()
+            self._adopt(name, live)
+            self.ever_live[name] = pack_bits(topology.pick(ever))
+
+    def _whole_bits(self, topology: Topology, mask: Tensor) -> Tensor:
+        """Packed bits of the whole layer from this shard's mask: shards do not overlap, so that adding joins them."""
+        bits = pack_bits(topology.spread(mask))
+        if topology.num_shards == 1:
+            return bits
+        return self.tensor_parallel.sum_(bits.to(topology.mask.device)).cpu()
 
     def _shape(self, name: str) -> LayerShape:
         layer = self.layers[name]
-        rows, columns = (size * layer.unit for size in layer.mask.shape)
+        rows, columns = (size * layer.unit for size in layer.grid.shape)
         parts = name.split(".")
         depth = None
         if parts[0] == "layers":
             depth = int(parts[1]) / max(self.config.model.num_layers - 1, 1)
         return LayerShape(name, rows, columns, depth, self.settings[name].min_density)
 
-    def _counts(self, step: int) -> dict[str, StepCounts]:
+    def _counts(self, step: int) -> dict[str, tuple[StepCounts, ...]]:
         """Counts of the layers that change in this step."""
         progress = step / self.config.train.steps
         decay = self._drop_decay(progress)
         densities = self.densities_at(progress)
         result = {}
         for name, topology in self.topologies.items():
-            target = unit_target(densities[name], topology.num_units)
-            settings = self.settings[name]
+            target, settings = unit_target(densities[name], topology.num_units), self.settings[name]
             share = settings.drop_fraction * decay
-            count = step_counts(self.num_live[name], target, topology.num_units, share, settings.gradient_share)
-            if count.keep < count.live or count.target > count.live:
-                result[name] = count
+            if self._is_balanced(name):
+                parts = zip(self.shard_live[name], _shares(target, topology.num_shards), strict=True)
+                counts = tuple(
+                    step_counts(live, wanted, topology.shard_units, share, settings.gradient_share)
+                    for live, wanted in parts
+                )
+            else:
+                live = self.num_live[name]
+                counts = (step_counts(live, target, topology.num_units, share, settings.gradient_share),)
+            if any(count.keep < count.live or count.target > count.live for count in counts):
+                result[name] = counts
         return result
+
+    def _is_balanced(self, name: str) -> bool:
+        """Whether each tensor-parallel shard of the layer keeps its own equal share of the live units."""
+        return self.config.sparsity.balance_shards and self.topologies[name].num_shards > 1
 
     def _drop_decay(self, progress: float) -> float:
         """zeta_t / zeta = (1 + cos(pi progress)) / 2, progress over the run or over the phase."""
@@ -245,29 +317,40 @@ class Controller:
         covered = progress if anneal == "run" else self.schedule.phase_progress(progress)
         return (1 + math.cos(math.pi * covered)) / 2
 
-    def _needs_gradient(self, name: str, count: StepCounts) -> bool:
-        return count.by_gradient > 0 or self.settings[name].drop_score != "magnitude"
+    def _needs_gradient(self, name: str, counts: Sequence[StepCounts]) -> bool:
+        return any(count.by_gradient > 0 for count in counts) or self.settings[name].drop_score != "magnitude"
 
     def _adopt(self, name: str, live: Tensor) -> None:
+        """Take over the mask of a whole layer, bool [num_units], which every rank has."""
         topology = self.topologies[name]
-        topology.replace(live)
-        self.num_live[name] = topology.num_live()
-        self.layers[name].topology_changed()
+        live = live.to(topology.mask.device)
+        topology.replace(topology.pick(live))
+        self._set_live(name, tuple(int(topology.pick(live, rank).sum()) for rank in range(topology.num_shards)))
+
+    def _set_live(self, name: str, shard_live: tuple[int, ...]) -> None:
+        self.shard_live[name] = shard_live
+        topology = self.topologies[name]
+        own = shard_live[topology.rank if topology.num_shards > 1 else 0]
+        self.layers[name].topology_changed(is_dense=own == topology.shard_units)
+
+    def _live_density(self, name: str) -> float:
+        return sum(self.shard_live[name]) / self.topologies[name].num_units
+
+    def _live_weights(self) -> int:
+        return sum(sum(self.shard_live[name]) * topology.unit**2 for name, topology in self.topologies.items())
 
     def _remember_live(self) -> None:
         for name, topology in self.topologies.items():
             bits = pack_bits(topology.mask)
             self.ever_live[name] = bits | self.ever_live[name] if name in self.ever_live else bits
 
-    def _report(self, decision: StepDecision, changes: Mapping[str, tuple[int, int]], seconds: float) -> TopologyReport:
-        size = {name: self.topologies[name].unit ** 2 for name in self.topologies}
-        dropped = sum(died * size[name] for name, (_, died) in changes.items())
-        grown = sum(born * size[name] for name, (born, _) in changes.items())
-        live = sum(self.num_live[name] * size[name] for name in self.topologies)
-        ever = sum(
-            int(unpack_bits(bits, self.topologies[name].num_units).sum()) * size[name]
-            for name, bits in self.ever_live.items()
-        )
+    def _report(
+        self, decision: StepDecision, statistics: Mapping[str, LayerStatistics], seconds: float
+    ) -> TopologyReport:
+        size = {name: topology.unit**2 for name, topology in self.topologies.items()}
+        dropped = sum(layer.died * size[name] for name, layer in statistics.items())
+        grown = sum(layer.born * size[name] for name, layer in statistics.items())
+        ever = sum(layer.ever_live * size[name] for name, layer in statistics.items())
         return TopologyReport(
             step=decision.step,
             phase=decision.phase,
@@ -275,46 +358,17 @@ class Controller:
             densities=self.live_densities(),
             dropped=dropped,
             grown=grown,
-            flip_rate=min(dropped, grown) / live,
+            flip_rate=min(dropped, grown) / self._live_weights(),
             ever_active=ever / sum(topology.numel for topology in self.topologies.values()),
-            dead_rows=sum(topology.dead_rows() for topology in self.topologies.values()),
+            dead_rows=sum(layer.dead_rows for layer in statistics.values()),
+            imbalance=max(max(shards) * len(shards) / max(sum(shards), 1) for shards in self.shard_live.values()),
             seconds=seconds,
         )
 
-    def _check(self) -> None:
-        """Refuse a schedule that this model and number of steps cannot meet."""
-        sparsity, steps = self.config.sparsity, self.config.train.steps
-        last_update = (steps - 1) // sparsity.update_interval * sparsity.update_interval
-        if self.layers and last_update == 0 and self.schedule.min_density < self.schedule.density(0.0):
-            raise ConfigError(
-                f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step in train.steps {steps}, "
-                f"so the model would stay dense; legal values: below {steps}, or sparsity.algorithm dense"
-            )
-        ends_dense = self.schedule.density(1.0) >= 1.0
-        if ends_dense and self.layers and self.schedule.density(last_update / steps) < 1.0:
-            largest = self._largest_interval(steps)
-            legal = f"such as {largest}" if largest else "none, unless the restoration ends before the last step"
-            raise ConfigError(
-                f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step between the end of the "
-                f"restoration and train.steps {steps}, so the model would not become dense again; legal values: {legal}"
-            )
-        if sparsity.row_floor:
-            self._check_row_floor()
 
-    def _largest_interval(self, steps: int) -> int:
-        """Largest update interval with a topology step at full density."""
-        full = next(step for step in range(1, steps + 1) if self.schedule.density(step / steps) >= 1.0)
-        return max((n for n in range(1, steps) if (steps - 1) // n * n >= full), default=0)
-
-    def _check_row_floor(self) -> None:
-        densities = self.densities_for(self.schedule.min_density)
-        for name, topology in self.topologies.items():
-            if topology.unit > 1 and unit_target(densities[name], topology.num_units) < topology.mask.shape[0]:
-                raise ConfigError(
-                    f"sparsity.row_floor: layer {name} has {topology.mask.shape[0]} rows of blocks and at density "
-                    f"{densities[name]:.3g} only {unit_target(densities[name], topology.num_units)} live blocks; "
-                    f"legal values: false, or a density of at least {1 / topology.mask.shape[1]:.3g}"
-                )
+def _shares(total: int, num_shards: int) -> tuple[int, ...]:
+    """As even as whole numbers can be; the first shards get one more."""
+    return tuple(total // num_shards + (rank < total % num_shards) for rank in range(num_shards))
 
 
 def stream_number(name: str) -> int:
@@ -326,21 +380,3 @@ def _settings(config: RunConfig, name: str) -> LayerSettings:
     settings = layer_settings(config.sparsity, name)
     assert settings is not None, f"{name} is not a sparse layer"
     return settings
-
-
-def check_invariant(topologies: Sequence[Topology], access: StateAccess) -> None:
-    """Raise RuntimeError naming the first layer whose weights or moments are not 0 outside its topology.
-
-    Ages of dead weights count on; they begin anew at birth.
-    """
-    fragments = access.fragments()
-    for topology in topologies:
-        fragment = fragments.get(topology.name)
-        if fragment is None:
-            continue
-        dead = ~topology.weights_slice(fragment.start, fragment.numel)
-        moments = {label: tensor for label, tensor in fragment.moments.items() if label != "age"}
-        for label, tensor in {"weight": fragment.master, **moments}.items():
-            wrong = int(tensor[dead].count_nonzero())
-            if wrong:
-                raise RuntimeError(f"{wrong} dead entries of {label} of layer {topology.name} are not 0")

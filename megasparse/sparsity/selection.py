@@ -40,7 +40,7 @@ def select_top_k(
 
     scores: per layer float32 [n], this shard's, 0 or more, or INELIGIBLE. tie_keys: per layer a function from
     positions in [0, n) to keys in [0, 2^32), different for every unit of the layer; among equal scores the higher wins.
-    counts: at most the number of eligible units over all shards. sum_over_shards: adds an int64 tensor over the
+    counts: at most the number of eligible units over all shards. sum_over_shards: adds an int32 tensor over the
     shards, in place. Returns per layer bool [n].
     """
     chosen = [torch.zeros(score.numel(), dtype=torch.bool, device=score.device) for score in scores]
@@ -67,7 +67,9 @@ def _radix_rounds(
     for shift, bits in ROUNDS:
         if not any(remaining):
             break
-        histogram = torch.stack([torch.bincount((key >> shift) & (2**bits - 1), minlength=2**bits) for key in keys])
+        digits = [torch.bincount((key >> shift) & (2**bits - 1), minlength=2**bits) for key in keys]
+        # No layer has 2^31 units, so half the bytes do.
+        histogram = torch.stack(digits).to(torch.int32)
         sum_over_shards(histogram)
         for layer, (bin_index, above, inside) in enumerate(_threshold_bins(histogram, remaining)):
             digit = (keys[layer] >> shift) & (2**bits - 1)

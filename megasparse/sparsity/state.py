@@ -6,7 +6,7 @@ The controller works on these alone. How an optimizer of a given ZeRO stage hand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StateFragment:
-    """Entries [start, start + numel) of one flat weight matrix; tensors [numel] are views, edited in place."""
+    """Entries [start, start + numel) of a flat weight matrix, this tensor-parallel rank's shard of it.
+
+    The tensors [numel] are views, edited in place.
+    """
 
     start: int
     master: Tensor
@@ -32,18 +35,39 @@ class StateFragment:
         return self.master.numel()
 
 
+class Ranks(Protocol):
+    """Ranks that exchange something; ``megasparse.parallel.Axis`` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def sum_(self, tensor: Tensor) -> Tensor: ...
+    def gather(self, tensor: Tensor) -> Tensor: ...
+
+
 class StateAccess(Protocol):
     """State of the sparse matrices between ``backward`` and ``step``."""
+
+    @property
+    def shard(self) -> Ranks:
+        """Ranks whose fragments make up this tensor-parallel shard; one where each rank holds all of it."""
+        ...
+
+    @property
+    def tensor_parallel(self) -> Ranks:
+        """Ranks whose shards make up the whole matrix."""
+        ...
+
+    @property
+    def whole(self) -> Ranks:
+        """Ranks whose fragments make up the whole matrix."""
+        ...
 
     def fragments(self) -> Mapping[str, StateFragment]:
         """This rank's piece of each sparse matrix by layer name; layers of which it holds nothing are left out."""
         ...
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the pieces of several ranks make up one matrix; otherwise every rank holds all of it."""
-        ...
-
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        """Add up a tensor over the ranks that share the matrices, in place; nothing to do where none do."""
+    def gradients_changed(self, names: Iterable[str]) -> None:
+        """To be told which gradients were edited, for an optimizer that has taken their norms already."""
         ...

@@ -2,62 +2,117 @@
 
 A unit is one weight or one b x b block. ``Topology`` wraps the mask of a layer on its unit grid (the layer's own
 buffer, changed in place, so that kernels see every change) and gives the forms that others need: counts, bits for
-storage, slices of the flat weight for the ranks that hold a piece of it.
+storage, slices of the flat weight for the ranks that hold a piece of it. The mask is that of this rank's
+tensor-parallel shard; units have global numbers, row by row in the grid of the whole matrix, which no layout changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megasparse.parallel import Partition
+
 
 @dataclass(frozen=True)
 class Topology:
-    """mask: bool [out_features / unit, in_features / unit], changed in place by ``replace``."""
+    """mask: bool, the unit grid of this rank's shard, changed in place by ``replace``."""
 
     name: str
     mask: Tensor
     unit: int
+    grid: Partition | None = None
+    """How the grid of the whole matrix is divided; None: it is not."""
+    rank: int = 0
+    """Tensor-parallel rank of this shard."""
+
+    @cached_property
+    def whole_grid(self) -> Partition:
+        return self.grid if self.grid is not None else Partition(tuple(self.mask.shape))
 
     @property
     def num_units(self) -> int:
-        return self.mask.numel()
+        """Units of the whole matrix."""
+        return prod(self.whole_grid.shape)
 
     @property
-    def in_features(self) -> int:
-        return self.mask.shape[1] * self.unit
+    def num_shards(self) -> int:
+        """Tensor-parallel shards; 1 where every rank holds the same."""
+        return self.whole_grid.size if self.whole_grid.is_divided else 1
 
     @property
     def numel(self) -> int:
-        return self.mask.numel() * self.unit**2
+        """Weights of the whole matrix."""
+        return self.num_units * self.unit**2
 
-    def num_live(self) -> int:
-        return int(self.mask.sum())
+    @property
+    def shard_units(self) -> int:
+        return self.mask.numel()
 
-    def dead_rows(self) -> int:
-        """Rows of units without a live one: outputs that are constant."""
-        return int((~self.mask.any(dim=1)).sum())
+    @property
+    def shard_width(self) -> int:
+        """Columns of the shard's weight matrix."""
+        return self.mask.shape[1] * self.unit
 
     def replace(self, live: Tensor) -> None:
-        """Take over a new bool mask of units (any shape with num_units entries)."""
+        """Take over a new bool mask of the shard's units (any shape with shard_units entries)."""
         self.mask.copy_(live.view_as(self.mask))
 
-    def weights_slice(self, start: int, numel: int, units: Tensor | None = None) -> Tensor:
-        """The mask of weights [start, start + numel) of the flat matrix, as bool [numel].
+    def unit_numbers(self, start: int, numel: int) -> Tensor:
+        """Global numbers of the units [start, start + numel) of the shard, int64 [numel] on the mask's device."""
+        device = self.mask.device
+        places = torch.arange(start, start + numel, device=device)
+        if self.num_shards == 1:
+            return places
+        rows, columns = self.shard_rows.to(device), self.shard_columns.to(device)
+        local_row = places // columns.numel()
+        return rows[local_row] * self.whole_grid.shape[1] + columns[places - local_row * columns.numel()]
 
-        units: another bool tensor on the unit grid to expand in place of the mask.
+    @cached_property
+    def shard_rows(self) -> Tensor:
+        """Rows of the whole grid that the shard holds, int64."""
+        return self.whole_grid.indices(0, self.rank)
+
+    @cached_property
+    def shard_columns(self) -> Tensor:
+        return self.whole_grid.indices(1, self.rank)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the shard's units in their places among those of the whole matrix, 0 elsewhere: [num_units]."""
+        if self.num_shards == 1:
+            return values.reshape(-1)
+        whole = torch.zeros(self.num_units, dtype=values.dtype, device=values.device)
+        whole[self.unit_numbers(0, self.shard_units)] = values.reshape(-1)
+        return whole
+
+    def pick(self, values: Tensor, rank: int | None = None) -> Tensor:
+        """The part of this shard, or of another rank's, in one value per unit of the whole matrix: [shard_units]."""
+        if self.num_shards == 1:
+            return values.reshape(-1)
+        return self.whole_grid.shard(values.view(self.whole_grid.shape), self.rank if rank is None else rank).reshape(
+            -1
+        )
+
+    def weights_slice(self, start: int, numel: int, units: Tensor | None = None) -> Tensor:
+        """The mask of weights [start, start + numel) of the flat shard, as bool [numel].
+
+        units: another bool tensor on the shard's unit grid to expand in place of the mask.
         """
         grid = self.mask if units is None else units.view_as(self.mask)
         if self.unit == 1:
             return grid.reshape(-1)[start : start + numel]
-        first_row, last_row = start // self.in_features, -(-(start + numel) // self.in_features)
+        width = self.shard_width
+        first_row, last_row = start // width, -(-(start + numel) // width)
         rows = torch.arange(first_row, last_row, device=grid.device) // self.unit
         expanded = grid.index_select(0, rows).repeat_interleave(self.unit, dim=1).reshape(-1)
-        offset = start - first_row * self.in_features
+        offset = start - first_row * width
         return expanded[offset : offset + numel]
 
 
@@ -74,8 +129,8 @@ def unpack_bits(bits: Tensor, num_units: int) -> Tensor:
     return torch.from_numpy(unpacked.astype(np.bool_))
 
 
-def digest(topologies: dict[str, Topology]) -> str:
-    """SHA-256 over names and bits of all layers: equal on ranks, and across layouts, where the topology is."""
+def digest(topologies: Mapping[str, Topology]) -> str:
+    """SHA-256 over names and bits of this rank's shards: equal on replicas where the topology is."""
     state = hashlib.sha256()
     for name in sorted(topologies):
         state.update(name.encode())

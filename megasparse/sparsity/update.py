@@ -2,12 +2,13 @@
 
 Layers of blocks: every rank adds the sums of squares of its slices into the block grid, one all-reduce completes them,
 and each rank takes the same decision. Layers of single weights: scores stay where they are, the global top-k is a radix
-select (``selection``), and only the new mask bits, one per weight, are exchanged.
+select (``selection``), and only the new mask bits, one per weight, are exchanged, between the ranks that share a
+tensor-parallel shard. Layers are taken a few at a time, which bounds the memory that a step needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,28 +19,55 @@ from megasparse.sparsity.scores import block_norms, block_partial_sums, drop_sco
 from megasparse.sparsity.state import StateAccess, StateFragment
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 
+# A unit in hand takes some 40 bytes of scores, numbers and masks.
+UNITS_AT_ONCE = 2**24
+
 
 @dataclass(frozen=True)
 class EvolvingLayer:
     """A layer that takes part in a topology step."""
 
     topology: Topology
-    counts: StepCounts
+    counts: tuple[StepCounts, ...]
+    """Of the whole layer; or, where shards are kept in balance, of each tensor-parallel shard."""
     stream: int
     drop_score: str
     drop_score_lambda: float
     row_floor: bool
 
 
-def update_layers(
-    layers: Sequence[EvolvingLayer], access: StateAccess, seed: int, step: int
-) -> dict[str, tuple[int, int]]:
-    """Change the topologies and the state of `layers`. Returns units born and died by layer name, over all ranks."""
+@dataclass(frozen=True)
+class Change:
+    """Units of this rank's shard that were born and died."""
+
+    born: int
+    died: int
+
+
+def update_layers(layers: Sequence[EvolvingLayer], access: StateAccess, seed: int, step: int) -> dict[str, Change]:
+    """Change the topologies and the state of `layers`. Returns what changed in this rank's shards, by layer name."""
     fragments = access.fragments()
-    blocks = [layer for layer in layers if layer.topology.unit > 1]
-    weights = [layer for layer in layers if layer.topology.unit == 1]
-    changes = _update_blocks(blocks, fragments, access, seed, step) if blocks else {}
-    return changes | (_update_weights(weights, fragments, access, seed, step) if weights else {})
+    changes: dict[str, Change] = {}
+    for update, chosen in (
+        (_update_blocks, [layer for layer in layers if layer.topology.unit > 1]),
+        (_update_weights, [layer for layer in layers if layer.topology.unit == 1]),
+    ):
+        for some in _portions(chosen):
+            changes |= update(some, fragments, access, seed, step)
+    access.gradients_changed(changes)
+    return changes
+
+
+def _portions(layers: Sequence[EvolvingLayer]) -> Iterator[list[EvolvingLayer]]:
+    """Layers in order, few enough at once; the same portions on every rank."""
+    portion: list[EvolvingLayer] = []
+    for layer in layers:
+        if portion and sum(each.topology.num_units for each in [*portion, layer]) > UNITS_AT_ONCE:
+            yield portion
+            portion = []
+        portion.append(layer)
+    if portion:
+        yield portion
 
 
 def _update_blocks(
@@ -48,46 +76,70 @@ def _update_blocks(
     access: StateAccess,
     seed: int,
     step: int,
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, Change]:
     sums = [_block_sums(layer, fragments.get(layer.topology.name)) for layer in layers]
-    flat = torch.cat([tensor.reshape(-1) for pair in sums for tensor in pair])
-    access.sum_over_shards(flat)
+    flat = torch.cat([layer.topology.spread(part) for layer, pair in zip(layers, sums, strict=True) for part in pair])
+    access.whole.sum_(flat)
+    live = _whole_masks(layers, access)
     pieces, position = [], 0
-    for layer in layers:
+    for layer, mask in zip(layers, live, strict=True):
         num_units = layer.topology.num_units
         drop, growth = flat[position : position + 2 * num_units].view(2, num_units)
         position += 2 * num_units
-        pieces.append(
-            LayerPiece(
-                stream=layer.stream,
-                indices=torch.arange(num_units, device=flat.device),
-                live=layer.topology.mask.reshape(-1).clone(),
-                drop_score=block_norms(drop),
-                growth_score=block_norms(growth),
-                counts=layer.counts,
-                row_length=layer.topology.mask.shape[1] if layer.row_floor else None,
-            )
-        )
-    changes = {}
+        pieces.append(_block_pieces(layer, mask, block_norms(drop), block_norms(growth)))
     # The sums are complete on every rank, so the selection is local and the same everywhere.
-    for layer, evolved in zip(layers, evolve(pieces, seed, step), strict=True):
-        changes[layer.topology.name] = _adopt(layer.topology, evolved.kept | evolved.grown)
+    results = iter(evolve([piece for several in pieces for piece in several], seed, step))
+    changes = {}
+    for layer, several in zip(layers, pieces, strict=True):
+        whole = torch.zeros(2, layer.topology.num_units, dtype=torch.bool, device=flat.device)
+        for piece in several:
+            evolved = next(results)
+            whole[0, piece.indices], whole[1, piece.indices] = evolved.kept, evolved.kept | evolved.grown
+        kept, alive = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
+        changes[layer.topology.name] = _adopt(layer.topology, alive)
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
-            _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, evolved.kept))
+            _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, kept))
     return changes
 
 
+def _whole_masks(layers: Sequence[EvolvingLayer], access: StateAccess) -> list[Tensor]:
+    """Present masks of the whole matrices, bool [num_units] each."""
+    flat = torch.cat([layer.topology.spread(layer.topology.mask).to(torch.uint8) for layer in layers])
+    access.tensor_parallel.sum_(flat)
+    return [part.to(torch.bool) for part in flat.split([layer.topology.num_units for layer in layers])]
+
+
+def _block_pieces(layer: EvolvingLayer, live: Tensor, drop: Tensor, growth: Tensor) -> list[LayerPiece]:
+    """The whole layer as one piece, or as one per shard that decides for itself; tensors: [num_units]."""
+    topology = layer.topology
+    numbers = torch.arange(topology.num_units, device=live.device)
+    shards = [numbers] if len(layer.counts) == 1 else [topology.pick(numbers, r) for r in range(len(layer.counts))]
+    return [
+        LayerPiece(
+            stream=layer.stream,
+            indices=shard,
+            live=live[shard],
+            drop_score=drop[shard],
+            growth_score=growth[shard],
+            counts=counts,
+            row_length=topology.whole_grid.shape[1] if layer.row_floor else None,
+        )
+        for shard, counts in zip(shards, layer.counts, strict=True)
+    ]
+
+
 def _block_sums(layer: EvolvingLayer, fragment: StateFragment | None) -> tuple[Tensor, Tensor]:
-    """This rank's share of the sums of squares behind drop and growth scores, float64 on the block grid."""
+    """This rank's share of the sums of squares behind drop and growth scores, float64 on the shard's block grid."""
     grid, unit = tuple(layer.topology.mask.shape), layer.topology.unit
     if fragment is None:
         nothing = torch.zeros(grid, dtype=torch.float64, device=layer.topology.mask.device)
         return nothing, nothing.clone()
     drop, growth = _weight_scores(layer, fragment)
+    device = layer.topology.mask.device
     return (
-        block_partial_sums(drop, fragment.start, grid, unit),
-        block_partial_sums(growth, fragment.start, grid, unit),
+        block_partial_sums(drop, fragment.start, grid, unit).to(device),
+        block_partial_sums(growth, fragment.start, grid, unit).to(device),
     )
 
 
@@ -97,34 +149,48 @@ def _update_weights(
     access: StateAccess,
     seed: int,
     step: int,
-) -> dict[str, tuple[int, int]]:
-    pieces = [_weight_piece(layer, fragments.get(layer.topology.name)) for layer in layers]
-    results = evolve(pieces, seed, step, access.sum_over_shards)
+) -> dict[str, Change]:
+    pieces = [_weight_pieces(layer, fragments.get(layer.topology.name)) for layer in layers]
+    results = evolve([piece for several in pieces for piece in several], seed, step, access.whole.sum_)
+    # Of the pieces of one layer at most one is this rank's: the others are empty.
+    own, position = [], 0
+    for layer, several in zip(layers, pieces, strict=True):
+        own.append(results[position + (layer.topology.rank if len(several) > 1 else 0)])
+        position += len(several)
     changes = {}
-    for layer, live in zip(layers, _exchange_masks(layers, fragments, results, access), strict=True):
+    for layer, live in zip(layers, _exchange_masks(layers, fragments, own, access), strict=True):
         changes[layer.topology.name] = _adopt(layer.topology, live)
-    for layer, evolved in zip(layers, results, strict=True):
+    for layer, evolved in zip(layers, own, strict=True):
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
             _edit(fragment, layer.topology, evolved.kept)
     return changes
 
 
-def _weight_piece(layer: EvolvingLayer, fragment: StateFragment | None) -> LayerPiece:
-    device = layer.topology.mask.device
+def _weight_pieces(layer: EvolvingLayer, fragment: StateFragment | None) -> list[LayerPiece]:
+    """This rank's piece of the layer; with shards that decide for themselves, one per shard, empty but for its own."""
+    topology = layer.topology
+    pieces = []
+    for rank, counts in enumerate(layer.counts):
+        is_own = fragment is not None and rank in (topology.rank, *([0] if len(layer.counts) == 1 else []))
+        pieces.append(_weight_piece(layer, fragment if is_own else None, counts))
+    return pieces
+
+
+def _weight_piece(layer: EvolvingLayer, fragment: StateFragment | None, counts: StepCounts) -> LayerPiece:
+    topology, device = layer.topology, layer.topology.mask.device
     if fragment is None:
         nothing = torch.zeros(0, device=device)
         empty = nothing.to(torch.int64), nothing.to(torch.bool)
-        return LayerPiece(layer.stream, *empty, nothing, nothing, layer.counts)
+        return LayerPiece(layer.stream, *empty, nothing, nothing, counts)
     drop, growth = _weight_scores(layer, fragment)
-    stop = fragment.start + fragment.numel
     return LayerPiece(
         stream=layer.stream,
-        indices=torch.arange(fragment.start, stop, device=device),
-        live=layer.topology.weights_slice(fragment.start, fragment.numel).clone(),
-        drop_score=drop,
-        growth_score=growth,
-        counts=layer.counts,
+        indices=topology.unit_numbers(fragment.start, fragment.numel),
+        live=topology.weights_slice(fragment.start, fragment.numel).clone(),
+        drop_score=drop.to(device),
+        growth_score=growth.to(device),
+        counts=counts,
     )
 
 
@@ -139,30 +205,34 @@ def _exchange_masks(
     results: Sequence[Evolved],
     access: StateAccess,
 ) -> list[Tensor]:
-    """The whole new mask of each layer, from the pieces of all ranks: one bit per weight in one all-reduce."""
-    packed = []
+    """The new mask of this rank's shard of each layer, from the pieces of its ranks: one bit per weight, gathered."""
+    device = layers[0].topology.mask.device
+    extents, bits = [], []
     for layer, evolved in zip(layers, results, strict=True):
-        live = torch.zeros(layer.topology.num_units, dtype=torch.bool)
         fragment = fragments.get(layer.topology.name)
-        if fragment is not None:
-            live[fragment.start : fragment.start + fragment.numel] = (evolved.kept | evolved.grown).cpu()
-        packed.append(pack_bits(live))
-    bits = torch.cat(packed).to(layers[0].topology.mask.device)
-    # The pieces do not overlap, so that adding bytes joins their bits.
-    access.sum_over_shards(bits)
-    sizes = [part.numel() for part in packed]
-    return [
-        unpack_bits(part, layer.topology.num_units).to(layer.topology.mask.device)
-        for part, layer in zip(bits.split(sizes), layers, strict=True)
-    ]
+        extents.append((0, 0) if fragment is None else (fragment.start, fragment.numel))
+        bits.append(pack_bits(evolved.kept | evolved.grown))
+    all_extents = access.shard.gather(torch.tensor(extents, device=device)).cpu()
+    lengths = [int((-(-of_rank[:, 1] // 8)).sum()) for of_rank in all_extents]
+    sent = torch.zeros(max(lengths), dtype=torch.uint8)
+    sent[: lengths[access.shard.rank]] = torch.cat(bits)
+    received = access.shard.gather(sent.to(device)).cpu()
+    masks = [torch.zeros(layer.topology.shard_units, dtype=torch.bool) for layer in layers]
+    for of_rank, row in zip(all_extents.tolist(), received, strict=True):
+        position = 0
+        for mask, (start, numel) in zip(masks, of_rank, strict=True):
+            num_bytes = -(-numel // 8)
+            mask[start : start + numel] = unpack_bits(row[position : position + num_bytes], numel)
+            position += num_bytes
+    return [mask.to(device) for mask in masks]
 
 
-def _adopt(topology: Topology, live: Tensor) -> tuple[int, int]:
-    """Replace the mask; returns units born and died."""
+def _adopt(topology: Topology, live: Tensor) -> Change:
+    """Replace the mask of the shard."""
     before = topology.mask.reshape(-1)
-    born, died = int((live & ~before).sum()), int((before & ~live).sum())
+    change = Change(int((live & ~before).sum()), int((before & ~live).sum()))
     topology.replace(live)
-    return born, died
+    return change
 
 
 @torch.no_grad()
@@ -171,8 +241,10 @@ def _edit(fragment: StateFragment, topology: Topology, kept: Tensor) -> None:
 
     masked_fill rather than a product with the mask, which would turn an infinite gradient into NaN.
     """
-    gone = ~kept
+    device = fragment.master.device
+    gone = ~kept.to(device)
     fragment.master.masked_fill_(gone, 0)
     for moment in fragment.moments.values():
         moment.masked_fill_(gone, 0)
-    fragment.gradient.masked_fill_(~topology.weights_slice(fragment.start, fragment.numel), 0)
+    dead = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.gradient.device)
+    fragment.gradient.masked_fill_(dead, 0)

@@ -6,8 +6,11 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import build_datasets
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.engine.training_engine import TrainingEngine, model_construction
 from megasparse.layers import LayerFactory, Linear, SparseSpec
 from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis, Mesh, TensorParallel
+from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.groups import check_groups, layer_settings
 
 
@@ -32,8 +35,12 @@ def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
     return wanted or tokenizer.vocab_size
 
 
-def build_model(config: RunConfig, vocab_size: int) -> GPT:
-    """The model on the current default device, with the initial weights of `run.seed`; all units live."""
+def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Axis | None = None) -> GPT:
+    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all units live.
+
+    tensor_parallel: the ranks that share it; None: this process alone.
+    """
+    ranks = TensorParallel(tensor_parallel or Axis(), config.parallel.sequence_parallel)
 
     def sparse_rule(name: str) -> SparseSpec | None:
         settings = layer_settings(config.sparsity, name)
@@ -44,7 +51,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPT:
             config.model,
             config.attention,
             vocab_size,
-            LayerFactory(sparse_rule, seed=config.run.seed, kernel=config.kernels.block_sparse),
+            LayerFactory(sparse_rule, config.run.seed, config.kernels.block_sparse, ranks),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
         )
@@ -67,3 +74,12 @@ def build_data(config: RunConfig, vocab_size: int):
         vocab_size=vocab_size,
         seed=config.run.seed,
     )
+
+
+def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh) -> tuple[Controller, TrainingEngine]:
+    """Model, controller and engine of a run on this rank, at its beginning."""
+    with model_construction(config, mesh) as opened:
+        model = build_model(config, vocab_size, mesh.tensor_parallel)
+        controller = Controller(config, model.sparse_layers(), mesh.tensor_parallel)
+        controller.start_topologies(opened)
+    return controller, TrainingEngine(model, controller, config, mesh)

@@ -24,7 +24,8 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import restore_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
-from megasparse.sparsity.controller import Controller, check_invariant
+from megasparse.sparsity.checks import check_invariant
+from megasparse.sparsity.controller import Controller
 from megasparse.training.state import TrainState
 
 

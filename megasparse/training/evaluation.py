@@ -16,12 +16,16 @@ def validation_loss(
 ) -> float:
     """Mean loss per token, the same on all ranks. dataset[i]: int64 [T + 1]; every rank takes every n-th sample."""
     chosen = np.linspace(0, len(dataset) - 1, num=min(num_samples, len(dataset))).round().astype(int)
-    own = chosen[mesh.data_parallel.rank :: mesh.data_parallel.size]
+    ranks = mesh.data_parallel
+    own = chosen[ranks.rank :: ranks.size]
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for start in range(0, len(own), batch_size):
-        rows = np.stack([dataset[int(index)] for index in own[start : start + batch_size]])
+    # As many forward passes on every rank: a divided model gathers its weights in each of them.
+    for start in range(0, -(-len(chosen) // ranks.size), batch_size):
+        batch = own[start : start + batch_size]
+        rows = np.stack([dataset[int(index)] for index in (batch if len(batch) else chosen[:1])])
         tokens = torch.from_numpy(rows).to(mesh.device)
         loss = engine.evaluate(tokens[:, :-1], tokens[:, 1:])
-        sums += torch.stack([loss.double() * len(rows), torch.tensor(len(rows), device=mesh.device)])
-    total, count = mesh.data_parallel.sum_(sums).tolist()
+        if len(batch):
+            sums += torch.stack([loss.double() * len(batch), torch.tensor(len(batch), device=mesh.device)])
+    total, count = ranks.sum_(sums).tolist()
     return total / count

@@ -17,6 +17,7 @@ from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
 from megasparse.kernels import block_sparse, hybrid_attention
 from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
@@ -32,9 +33,11 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     check_run(config, world_size)
     check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
+    # Rank 0's shard: the shapes of all shards are alike.
+    ranks = Axis(0, config.parallel.tensor_parallel_size)
     with torch.device("meta"):
-        model = build_model(config, vocab_size)
-    controller = Controller(config, model.sparse_layers())
+        model = build_model(config, vocab_size, ranks)
+    controller = Controller(config, model.sparse_layers(), ranks)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops, mean_density = walk_schedule(config, model, controller)
@@ -62,7 +65,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "tensor_parallel_size": config.parallel.tensor_parallel_size,
             "zero_stage": config.deepspeed.zero_stage,
             "micro_batch_size": train.micro_batch_size,
-            "accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+            "accumulation_steps": train.global_batch_size
+            // (train.micro_batch_size * (world_size // config.parallel.tensor_parallel_size)),
         },
         "kernels": {
             "block_sparse": block_sparse.select_kernel(config.kernels.block_sparse),
@@ -90,9 +94,10 @@ def walk_schedule(config: RunConfig, model: GPT, controller: Controller) -> tupl
         cost = counter.step(decision, densities)
         total.add(Flops(run * cost.dense, run * cost.algorithmic, run * cost.executed))
         if is_update_due(step, interval):
-            for name, count in decision.counts.items():
-                controller.num_live[name] = count.target
-        live = sum(controller.num_live[name] / units[name] * sizes[name] for name in units)
+            for name, counts in decision.counts.items():
+                controller.expect(name, counts)
+        num_live = controller.num_live
+        live = sum(num_live[name] / units[name] * sizes[name] for name in units)
         density_sum += run * (live / sum(sizes.values()) if units else 1.0)
         step += run
     return total, density_sum / steps
@@ -101,7 +106,7 @@ def walk_schedule(config: RunConfig, model: GPT, controller: Controller) -> tupl
 def set_live(controller: Controller, progress: float) -> None:
     """Let the controller count live units as the schedule asks for at a progress, without any mask."""
     for name, density in controller.densities_at(progress).items():
-        controller.num_live[name] = unit_target(density, controller.topologies[name].num_units)
+        controller.expect_live(name, unit_target(density, controller.topologies[name].num_units))
 
 
 def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:

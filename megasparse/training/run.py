@@ -18,11 +18,10 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import Tokenizer
-from megasparse.engine.training_engine import TrainingEngine, check_precision
+from megasparse.engine.training_engine import check_precision
 from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
-from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_data, build_model, open_tokenizer, vocabulary_size
+from megasparse.training.build import build_data, build_engine, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
 from megasparse.training.environment import describe_hardware, package_versions
@@ -48,11 +47,9 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     if environment.rank == 0:
         print_plan(plan, make_console())
     with ExitStack() as stack:
-        mesh = stack.enter_context(open_mesh(environment, config.train.distributed_timeout_seconds))
-        model = build_model(config, vocab_size)
-        controller = Controller(config, model.sparse_layers())
-        controller.start_topologies()
-        engine = TrainingEngine(model, controller, config, mesh)
+        timeout, size = config.train.distributed_timeout_seconds, config.parallel.tensor_parallel_size
+        mesh = stack.enter_context(open_mesh(environment, timeout, size))
+        controller, engine = build_engine(config, vocab_size, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
         state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
         # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
@@ -77,8 +74,10 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
                 progress.message(note)
             reason = trainer.run(stop)
         summary = summarise(config, plan, trainer, reason)
+        # Every rank takes part: the model may be divided among them.
+        text = _sample(config, engine.model, tokenizer)
         if mesh.is_first:
-            _write_end(folder, config, model, tokenizer, summary)
+            _write_end(folder, text, summary)
         mesh.barrier()
     if environment.rank == 0:
         # The process group has ended: drawing takes seconds, and no rank need wait for it.
@@ -179,12 +178,14 @@ def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
 
 
-def _write_end(
-    folder: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer | None, summary: dict[str, Any]
-) -> None:
+def _sample(config: RunConfig, model: GPT, tokenizer: Tokenizer | None) -> str | None:
+    if tokenizer is None or not config.train.sample_tokens:
+        return None
+    train = config.train
+    return sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
+
+
+def _write_end(folder: Path, sample: str | None, summary: dict[str, Any]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    if tokenizer is not None and config.train.sample_tokens:
-        text = sample_text(
-            model, tokenizer, config.train.sample_prompt, config.train.sample_tokens, seed=config.run.seed
-        )
-        (folder / "sample.txt").write_text(text)
+    if sample is not None:
+        (folder / "sample.txt").write_text(sample)

@@ -22,6 +22,32 @@ def test_a_good_run_passes() -> None:
         (16, [], ["train.global_batch_size: 32", "multiples of 64"]),
         (0, [], ["world size 0"]),
         (1, ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage: 0", "train.precision bf16", "legal values: 1"]),
+        (
+            1,
+            ["deepspeed.zero_stage=0", "train.precision=fp32", "deepspeed.offload_optimizer=cpu"],
+            ["deepspeed.offload_optimizer: cpu", "legal values at stage 0: none"],
+        ),
+        (3, ["parallel.tensor_parallel_size=2"], ["parallel.tensor_parallel_size: 2", "world size 3", "[1, 3]"]),
+        (
+            8,
+            ["parallel.tensor_parallel_size=8"],
+            ["parallel.tensor_parallel_size: 8 does not divide model.num_attention_heads 12", "[1, 2, 3, 4, 6, 12]"],
+        ),
+        (
+            4,
+            ["parallel.tensor_parallel_size=4", "model.num_key_value_heads=2"],
+            ["parallel.tensor_parallel_size: 4 does not divide model.num_key_value_heads 2", "[1, 2]"],
+        ),
+        (
+            4,
+            ["parallel.tensor_parallel_size=4", "model.ffn_hidden_size=1002"],
+            ["parallel.tensor_parallel_size: 4 does not divide model.ffn_hidden_size 1002", "[1, 2, 3, 6]"],
+        ),
+        (
+            4,
+            ["parallel.tensor_parallel_size=4", "parallel.sequence_parallel=true", "model.seq_length=90"],
+            ["parallel.tensor_parallel_size: 4 does not divide model.seq_length 90", "[1, 2, 3, 6]"],
+        ),
         (1, ["data.tokenizer=sentencepiece"], ["data.tokenizer_path: needed by data.tokenizer sentencepiece"]),
         (1, ["model.vocab_size=null"], ["model.vocab_size: unset"]),
         (1, ["optimizer.warmup_steps=1001"], ["optimizer.warmup_steps: 1001", "1000", "legal values: 0 to 1000"]),

@@ -128,7 +128,7 @@ def test_words_that_are_no_overrides_are_refused(word) -> None:
         ("sparsity.density=1.1", ["sparsity.density", "1.1 is not legal", "less than or equal to 1"]),
         ("sparsity.drop_fraction=1.0", ["sparsity.drop_fraction", "1.0 is not legal", "less than 1"]),
         ("train.precision=fp8", ["train.precision", '"fp8" is not legal', "legal values: 'fp32', 'bf16' or 'fp16'"]),
-        ("deepspeed.zero_stage=3", ["deepspeed.zero_stage", "3 is not legal", "legal values: 0 or 1"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "4 is not legal", "legal values: 0, 1, 2 or 3"]),
         ("sparsity.groups=[{density: 0.5}]", ["sparsity.groups.0.pattern", "required"]),
         ("data.train=[]", ["data.train", "is not legal", "at least 1 item"]),
         ("model.num_attention_heads=7", ["model.num_attention_heads: 7 does not divide", "legal values: [1, 2, 3"]),

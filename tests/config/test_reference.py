@@ -37,7 +37,7 @@ def test_every_field_has_a_row_with_default_and_help() -> None:
         assert (shown, meaning) == (f"`{default}`", text) and legal, name
     assert rows["train.steps"][0] == "integer >= 1"
     assert rows["data.valid_fraction"][0] == "number >= 0, < 1"
-    assert rows["deepspeed.zero_stage"][0] == "`0`, `1`"
+    assert rows["deepspeed.zero_stage"][0] == "`0`, `1`, `2`, `3`"
     assert rows["sparsity.points"][0] == "list of [number, number] or `null`"
     assert rows["SparsityGroup.pattern"][1] == "required" and rows["PatternWindow.end"][0] == "number >= 0, <= 1"
 

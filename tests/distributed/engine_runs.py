@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
 from pathlib import Path
 
+import deepspeed
 import torch
 from torch import Tensor
 
@@ -12,12 +16,12 @@ from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.layers import LayerFactory, SparseSpec
-from megasparse.models.gpt import GPT
-from megasparse.parallel import Mesh
-from megasparse.sparsity.controller import Controller, check_invariant
-from megasparse.sparsity.groups import layer_settings
-from megasparse.sparsity.topology import digest, pack_bits
+from megasparse.parallel import LaunchEnvironment, Mesh, partition_of
+from megasparse.parallel.mesh import make_mesh
+from megasparse.sparsity.checks import check_invariant
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.topology import digest
+from megasparse.training.build import build_engine
 
 GLOBAL_BATCH = 8
 
@@ -45,12 +49,39 @@ BASE = [
 ]
 
 
-def run_config(overrides: list[str], world_size: int = 1, zero: int = 1, accumulation: int = 1) -> RunConfig:
-    layout = [
-        f"deepspeed.zero_stage={zero}",
-        f"train.micro_batch_size={GLOBAL_BATCH // (world_size * accumulation)}",
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on its ranks."""
+
+    data: int = 1
+    tensor: int = 1
+    zero: int = 1
+    accumulation: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.tensor
+
+    def __str__(self) -> str:
+        return f"dp{self.data}-tp{self.tensor}-zero{self.zero}-accumulation{self.accumulation}"
+
+
+def run_config(overrides: list[str], layout: Layout = Layout()) -> RunConfig:  # noqa: B008
+    settings = [
+        f"deepspeed.zero_stage={layout.zero}",
+        f"parallel.tensor_parallel_size={layout.tensor}",
+        f"train.micro_batch_size={GLOBAL_BATCH // (layout.data * layout.accumulation)}",
     ]
-    return load_config([], [*BASE, *layout, *overrides])
+    if layout.zero == 3:
+        # Models this small would otherwise stay whole on every rank.
+        settings.append("deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0")
+    return load_config([], [*BASE, *settings, *overrides])
+
+
+def divided(mesh: Mesh, tensor_parallel_size: int) -> Mesh:
+    """The mesh of the same processes with another tensor-parallel size."""
+    environment = LaunchEnvironment.from_variables(os.environ)
+    return make_mesh(environment, mesh.device, "gloo", timedelta(seconds=100), tensor_parallel_size)
 
 
 def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:
@@ -64,14 +95,8 @@ def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:
 
 
 def build(mesh: Mesh, config: RunConfig) -> tuple[TrainingEngine, Controller]:
-    def sparse(name: str) -> SparseSpec | None:
-        settings = layer_settings(config.sparsity, name)
-        return None if settings is None else SparseSpec(settings.unit, config.sparsity.low_rank)
-
-    model = GPT(config.model, config.attention, config.model.vocab_size, LayerFactory(sparse, seed=config.run.seed))
-    controller = Controller(config, model.sparse_layers())
-    controller.start_topologies()
-    return TrainingEngine(model, controller, config, mesh), controller
+    controller, engine = build_engine(config, config.model.vocab_size, mesh)
+    return engine, controller
 
 
 def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step: int, batch: Tensor) -> dict:
@@ -81,7 +106,7 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
     engine.model.set_attention_patterns(decision.patterns)
     size, total = config.train.micro_batch_size, torch.zeros((), dtype=torch.float64)
     for micro in range(engine.accumulation_steps):
-        start = (micro * mesh.world_size + mesh.rank) * size
+        start = (micro * mesh.data_parallel.size + mesh.data_parallel.rank) * size
         part = batch[start : start + size]
         loss = engine.forward(part[:, :-1], part[:, 1:])
         engine.backward(loss)
@@ -92,7 +117,7 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
     norm = engine.step(config.optimizer.lr, skip_update=skip)
     check_state(engine, controller)
     return {
-        "loss": mesh.data_parallel.sum_(total) / mesh.world_size,
+        "loss": mesh.data_parallel.sum_(total) / mesh.data_parallel.size,
         "norm": norm,
         "changed": decision.changes_topology,
     }
@@ -104,12 +129,18 @@ def check_state(engine: TrainingEngine, controller: Controller) -> None:
     check_invariant(list(controller.topologies.values()), engine.state)
     fragments = engine.state.fragments()
     for name, topology in controller.topologies.items():
-        weight = controller.layers[name].weight.detach().reshape(-1)
-        assert not weight[~topology.weights_slice(0, topology.numel)].any(), f"dead model weights of {name}"
+        weight = model_weight(controller.layers[name].weight).reshape(-1)
+        assert not weight[~topology.weights_slice(0, weight.numel())].any(), f"dead model weights of {name}"
         if name in fragments:
             fragment = fragments[name]
             mine = weight[fragment.start : fragment.start + fragment.numel]
             assert torch.equal(mine, fragment.master.to(weight.dtype)), f"model weights of {name} are stale"
+
+
+def model_weight(weight: torch.nn.Parameter) -> Tensor:
+    """This rank's shard of a weight as the model computes with it; put together where stage 3 keeps it in pieces."""
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.detach().clone()
 
 
 def collected_state(mesh: Mesh, engine: TrainingEngine) -> dict[str, dict[str, Tensor]]:
@@ -119,16 +150,20 @@ def collected_state(mesh: Mesh, engine: TrainingEngine) -> dict[str, dict[str, T
     fragments = access.fragments()
     result = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in parameters.items():
-        whole = torch.zeros(3, parameter.numel())
+        partition = partition_of(parameter)
+        flat = torch.zeros(3, prod(partition.local_shape))
         if name in fragments:
             fragment = fragments[name]
             pieces = (fragment.master, fragment.moments["exp_avg"], fragment.moments["exp_avg_sq"])
-            for row, piece in zip(whole, pieces, strict=True):
+            for row, piece in zip(flat, pieces, strict=True):
                 row[fragment.start : fragment.start + fragment.numel] = piece
-        if access.is_sharded:
-            mesh.data_parallel.sum_(whole)
-        for kind, row in zip(result, whole, strict=True):
-            result[kind][name] = row.view(parameter.shape).clone()
+        access.shard.sum_(flat)
+        shards = mesh.tensor_parallel.gather(flat)
+        for number, kind in enumerate(result):
+            of_ranks = [shard[number].view(partition.local_shape) for shard in shards]
+            if not partition.is_divided:
+                assert all(torch.equal(of_ranks[0], other) for other in of_ranks), f"{name} differs between ranks"
+            result[kind][name] = partition.merge(of_ranks).clone()
     return result
 
 
@@ -140,7 +175,8 @@ def run_case(mesh: Mesh, config: RunConfig) -> dict:
         result = train_step(mesh, engine, controller, step, batch)
         losses.append(float(result["loss"]))
         norms.append(result["norm"])
-        masks.append({name: pack_bits(topology.mask) for name, topology in controller.topologies.items()})
+        state = controller.state()
+        masks.append({name: state[f"live/{name}"] for name in controller.topologies})
         if result["changed"]:
             digests.append(digest(controller.topologies))
     return {
@@ -152,13 +188,13 @@ def run_case(mesh: Mesh, config: RunConfig) -> dict:
     }
 
 
-def run_cases(mesh: Mesh, cases: list[tuple[str, list[str], int, int]]) -> dict[str, dict]:
-    """Many runs in one world: (name, overrides, ZeRO stage, accumulation) -> result by name."""
+def run_cases(mesh: Mesh, cases: list[tuple[str, list[str], Layout]]) -> dict[str, dict]:
+    """Many runs in one world: (name, overrides, layout) -> result by name."""
+    meshes = {size: divided(mesh, size) for size in sorted({layout.tensor for _, _, layout in cases})}
     results = {}
-    for name, overrides, zero, accumulation in cases:
-        config = run_config(overrides, mesh.world_size, zero, accumulation)
+    for name, overrides, layout in cases:
         try:
-            results[name] = run_case(mesh, config)
+            results[name] = run_case(meshes[layout.tensor], run_config(overrides, layout))
         except Exception as error:
             raise RuntimeError(f"case {name}") from error
     return results
@@ -197,12 +233,13 @@ def run_interrupted(mesh: Mesh, config: RunConfig, folder: Path, stop: int) -> d
     return outcome
 
 
-def run_interruptions(mesh: Mesh, cases: list[tuple[str, list[str], int, int]], folder: Path) -> dict[str, dict]:
+def run_interruptions(mesh: Mesh, cases: list[tuple[str, list[str], Layout]], folder: Path) -> dict[str, dict]:
+    meshes = {size: divided(mesh, size) for size in sorted({layout.tensor for _, _, layout in cases})}
     results = {}
-    for name, overrides, zero, accumulation in cases:
-        config = run_config(overrides, mesh.world_size, zero, accumulation)
+    for name, overrides, layout in cases:
         # After step 10: ultra-sparse, between two topology steps.
-        results[name] = run_interrupted(mesh, config, folder / name, stop=10)
+        config = run_config(overrides, layout)
+        results[name] = run_interrupted(meshes[layout.tensor], config, folder / name, stop=10)
     return results
 
 
@@ -218,7 +255,7 @@ class TrapDoor:
 
 def load_trapped_files(mesh: Mesh, folder: Path) -> dict[str, str]:
     """Error message by file name: each file of a checkpoint in turn is exchanged for one with a trap door in it."""
-    config = run_config(["model.hidden_size=64", "sparsity.unit=16"], mesh.world_size)
+    config = run_config(["model.hidden_size=64", "sparsity.unit=16"])
     engine, controller = build(mesh, config)
     advance(mesh, engine, controller, 0, 2)
     engine.save(folder, "good", {})

@@ -1,6 +1,7 @@
 """The main regression guard: engine and controller against MST written down plainly, in every layout.
 
-All three phases including becoming dense again; ZeRO 0 and 1, one and two processes, accumulation, both kinds of units.
+All three phases including becoming dense again; ZeRO 0 to 3, one and two data-parallel and tensor-parallel ranks,
+accumulation, both kinds of units.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_runs import make_batches, run_all, run_config
+from engine_runs import Layout, make_batches, run_all, run_config
 from harness import run_distributed
 from plain_mst import PlainTraining
 
@@ -26,25 +27,72 @@ RECIPES = {
     "ages": [*WEIGHTS, "sparsity.unit_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
     "ages_of_blocks": [*BLOCKS, "sparsity.regrowth_warmup_steps=4"],
     "tied_head": [*BLOCKS, "sparsity.head=true"],
+    "llama": [
+        *BLOCKS,
+        "model.num_key_value_heads=2",
+        "model.activation=swiglu",
+        "model.ffn_hidden_size=96",
+        "model.normalization=rmsnorm",
+        "model.position_embedding=rope",
+        "model.tie_embeddings=false",
+    ],
     "random_growth": [*BLOCKS, "sparsity.growth=random", "sparsity.lr_density_power=0.0"],
     "gradient_scores": [*WEIGHTS, "sparsity.drop_score=magnitude_gradient", "sparsity.drop_score_lambda=0.5"],
 }
 EVERYWHERE = ("blocks", "weights")
-LAYOUTS = [(world, zero, accumulation) for world in (1, 2) for zero in (0, 1) for accumulation in (1, 2)]
+LAYOUTS = [
+    Layout(data, tensor, zero, accumulation)
+    for data in (1, 2)
+    for tensor in (1, 2)
+    for zero in (0, 1, 2, 3)
+    for accumulation in (1, 2)
+]
 # The others where most can go wrong, and where least can.
-FEW_LAYOUTS = [(1, 0, 1), (2, 1, 2)]
-CASES = [(recipe, *layout) for recipe in RECIPES for layout in (LAYOUTS if recipe in EVERYWHERE else FEW_LAYOUTS)]
-BFLOAT16 = [("blocks", 2, 1, 2), ("weights", 2, 1, 1), ("tied_head", 2, 1, 1), ("ages", 1, 1, 1)]
-# (recipe, overrides, world, ZeRO stage)
+FEW_LAYOUTS = [Layout(1, 1, 0, 1), Layout(2, 1, 1, 2), Layout(1, 2, 0, 1), Layout(2, 2, 3, 1)]
+CASES = [(recipe, layout) for recipe in RECIPES for layout in (LAYOUTS if recipe in EVERYWHERE else FEW_LAYOUTS)]
+OPTIONS = {
+    "offload": ["deepspeed.offload_optimizer=cpu"],
+    "sequence_parallel": ["parallel.sequence_parallel=true"],
+    "recomputation": ["train.activation_recomputation=true"],
+}
+# (recipe, layout, option): settings that must not change a single decision.
+SAME_WITH = [
+    ("blocks", Layout(2, 1, 1, 1), "offload"),
+    ("blocks", Layout(2, 1, 2, 2), "offload"),
+    ("weights", Layout(2, 1, 3, 2), "offload"),
+    ("weights", Layout(2, 2, 2, 1), "offload"),
+    ("blocks", Layout(1, 2, 0, 1), "sequence_parallel"),
+    ("weights", Layout(1, 2, 1, 2), "sequence_parallel"),
+    ("llama", Layout(1, 2, 0, 1), "sequence_parallel"),
+    ("blocks", Layout(2, 2, 3, 1), "sequence_parallel"),
+    ("blocks", Layout(2, 1, 3, 1), "recomputation"),
+    ("blocks", Layout(1, 2, 1, 1), "recomputation"),
+]
+BFLOAT16 = [
+    ("blocks", Layout(2, 1, 1, 2)),
+    ("weights", Layout(2, 1, 1, 1)),
+    ("tied_head", Layout(2, 1, 1, 1)),
+    ("ages", Layout(1, 1, 1, 1)),
+    ("weights", Layout(2, 1, 2, 1)),
+    ("blocks", Layout(2, 1, 3, 1)),
+    ("blocks", Layout(1, 2, 1, 1)),
+    ("weights", Layout(2, 2, 3, 1)),
+]
+# (recipe, overrides, layout)
 INTERRUPTIONS = [
-    ("blocks", [], 1, 0),
-    ("blocks", [], 2, 1),
-    ("weights", ["train.precision=bf16"], 2, 1),
-    ("ages", [], 1, 0),
-    ("ages", [], 2, 1),
-    ("tied_head", [], 2, 1),
+    ("blocks", [], Layout(1, 1, 0, 2)),
+    ("blocks", [], Layout(2, 1, 1, 2)),
+    ("weights", ["train.precision=bf16"], Layout(2, 1, 1, 2)),
+    ("ages", [], Layout(1, 1, 0, 2)),
+    ("ages", [], Layout(2, 1, 1, 2)),
+    ("tied_head", [], Layout(2, 1, 1, 2)),
+    ("blocks", [], Layout(2, 1, 2, 2)),
+    ("ages", [], Layout(2, 1, 3, 2)),
+    ("weights", [], Layout(1, 2, 1, 2)),
+    ("tied_head", [], Layout(2, 2, 3, 2)),
 ]
 
+TIMEOUT_SECONDS = 400
 # Float32 carries 1.2e-7; a loss averages 128 of them after some thousand operations each. Measured: 3e-7.
 LOSS_RTOL = 2e-6
 # On some topology steps the gradient of units just born is 20 times all the rest, and the sum of terms that nearly
@@ -61,8 +109,16 @@ BFLOAT16_LOSS_RTOL = 2e-2
 FAIR_MARGIN = 2e-5
 
 
-def case_name(recipe: str, world: int, zero: int, accumulation: int, precision: str = "fp32") -> str:
-    return f"{recipe}-world{world}-zero{zero}-accumulation{accumulation}-{precision}"
+def case_name(recipe: str, layout: Layout, more: str = "fp32") -> str:
+    return f"{recipe}-{layout}-{more}"
+
+
+def all_cases() -> list[tuple[str, list[str], Layout]]:
+    """(name, overrides, layout) of everything that is compared with the plain run."""
+    float32 = [(case_name(*case), overrides(case[0]), case[1]) for case in CASES]
+    options = [(case_name(r, layout, o), [*overrides(r), *OPTIONS[o]], layout) for r, layout, o in SAME_WITH]
+    half = [(case_name(*case, "bf16"), [*overrides(case[0]), "train.precision=bf16"], case[1]) for case in BFLOAT16]
+    return [*float32, *options, *half]
 
 
 @cache
@@ -85,20 +141,15 @@ def overrides(recipe: str) -> list[str]:
 def results(tmp_path_factory) -> dict[int, list[dict]]:
     """What every rank returns, by world size."""
     found = {}
-    for world in (1, 2):
-        cases = [
-            (case_name(*case, precision), [*overrides(case[0]), f"train.precision={precision}"], *case[2:])
-            for precision, several in (("fp32", CASES), ("bf16", BFLOAT16))
-            for case in several
-            if case[1] == world
-        ]
+    for world in (1, 2, 4):
+        cases = [case for case in all_cases() if case[2].world_size == world]
         interruptions = [
-            (f"{recipe}-zero{zero}", [*RECIPES[recipe], *more], zero, 2)
-            for recipe, more, size, zero in INTERRUPTIONS
-            if size == world
+            (case_name(recipe, layout), [*RECIPES[recipe], *more], layout)
+            for recipe, more, layout in INTERRUPTIONS
+            if layout.world_size == world
         ]
         folder = tmp_path_factory.mktemp(f"world{world}")
-        found[world] = run_distributed(run_all, world, cases, interruptions, folder, timeout=150)
+        found[world] = run_distributed(run_all, world, cases, interruptions, folder, timeout=TIMEOUT_SECONDS)
     return found
 
 
@@ -108,10 +159,10 @@ def unpacked(bits: torch.Tensor, recipe: str, shape: torch.Size) -> torch.Tensor
     return torch.kron(units.view(shape[0] // unit, shape[1] // unit), torch.ones(unit, unit, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("recipe", "world", "zero", "accumulation"), CASES)
-def test_training_equals_the_plain_one(results, recipe, world, zero, accumulation) -> None:
+@pytest.mark.parametrize(("recipe", "layout", "option"), [*((*case, "fp32") for case in CASES), *SAME_WITH], ids=str)
+def test_training_equals_the_plain_one(results, recipe, layout, option) -> None:
     plain, _, _ = reference(recipe)
-    ours = results[world][0]["cases"][case_name(recipe, world, zero, accumulation)]
+    ours = results[layout.world_size][0]["cases"][case_name(recipe, layout, option)]
     for step, (mine, masks) in enumerate(zip(ours["masks"], plain["masks"], strict=True)):
         assert set(mine) == set(masks)
         for name, mask in masks.items():
@@ -143,11 +194,11 @@ def test_the_reference_goes_through_all_phases(recipe) -> None:
     assert plain["losses"][-1] < plain["losses"][0] - 0.4
 
 
-@pytest.mark.parametrize(("recipe", "world", "zero", "accumulation"), BFLOAT16)
-def test_bfloat16_stays_near_and_exact_zeros_stay_zero(results, recipe, world, zero, accumulation) -> None:
+@pytest.mark.parametrize(("recipe", "layout"), BFLOAT16, ids=str)
+def test_bfloat16_stays_near_and_exact_zeros_stay_zero(results, recipe, layout) -> None:
     """The zeros (master, moments, model weights, after every step) are checked inside the run."""
     plain, _, _ = reference(recipe)
-    ours = results[world][0]["cases"][case_name(recipe, world, zero, accumulation, "bf16")]
+    ours = results[layout.world_size][0]["cases"][case_name(recipe, layout, "bf16")]
     torch.testing.assert_close(ours["losses"], plain["losses"], rtol=BFLOAT16_LOSS_RTOL, atol=0)
     for mine, masks in zip(ours["masks"], plain["masks"], strict=True):
         for name, mask in masks.items():
@@ -158,7 +209,8 @@ def test_all_ranks_hold_the_same_topology(results) -> None:
     first, second = results[2]
     for name, case in first["cases"].items():
         assert 5 <= len(case["digests"]) <= 7, name
-        assert case["digests"] == second["cases"][name]["digests"], name
+        if "tp1" in name:
+            assert case["digests"] == second["cases"][name]["digests"], name
         assert len(set(case["digests"])) >= 5, f"{name}: the topology hardly ever changed"
 
 
@@ -171,10 +223,10 @@ def test_every_recipe_makes_a_difference() -> None:
             assert not torch.allclose(losses, base, rtol=10 * LOSS_RTOL, atol=0), recipe
 
 
-@pytest.mark.parametrize(("recipe", "more", "world", "zero"), INTERRUPTIONS)
-def test_a_resumed_run_is_bit_identical(results, recipe, more, world, zero) -> None:
-    for rank in results[world]:
-        outcome = rank["interruptions"][f"{recipe}-zero{zero}"]
+@pytest.mark.parametrize(("recipe", "more", "layout"), INTERRUPTIONS, ids=str)
+def test_a_resumed_run_is_bit_identical(results, recipe, more, layout) -> None:
+    for rank in results[layout.world_size]:
+        outcome = rank["interruptions"][case_name(recipe, layout)]
         expected, resumed = outcome["uninterrupted"], outcome["resumed"]
         assert resumed["losses"] == expected["losses"]
         assert resumed["digest"] == expected["digest"]

@@ -202,6 +202,7 @@ def test_learning_rates_follow_the_density() -> None:
         assert group["lr"] == rates[group["name"]] == pytest.approx(1e-3 * multiplier)
         if group["name"] != "vectors":
             assert group["weight_decay"] == pytest.approx(0.2 / multiplier)
-    controller.num_live = {name: topology.num_units for name, topology in controller.topologies.items()}
+    for name, topology in controller.topologies.items():
+        controller.expect_live(name, topology.num_units)
     set_learning_rates(optimizer, 1e-3, controller, 0.2)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}

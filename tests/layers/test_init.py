@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.layers.init import normal_, parameter_seed
+from megasparse.layers.init import divided_parameter, parameter_seed
+from megasparse.parallel import Partition, partition_of
+
+
+def drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Tensor:
+    return divided_parameter(Partition(shape), 0, std=std, seed=seed, name=name).detach()
 
 
 def test_seed_is_stable_over_versions() -> None:
@@ -14,26 +19,35 @@ def test_seed_is_stable_over_versions() -> None:
 
 
 def test_names_and_seeds_give_different_weights() -> None:
-    drawn = [normal_(torch.empty(8, 8), 1.0, seed, name) for seed in (0, 1) for name in ("a.weight", "b.weight")]
-    for i, first in enumerate(drawn):
-        for second in drawn[i + 1 :]:
+    several = [drawn((8, 8), 1.0, seed, name) for seed in (0, 1) for name in ("a.weight", "b.weight")]
+    for i, first in enumerate(several):
+        for second in several[i + 1 :]:
             assert not torch.equal(first, second)
 
 
 def test_standard_deviation_and_global_generator() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    drawn = normal_(torch.empty(300, 300), 0.02, 7, "w")
+    weights = drawn((300, 300), 0.02, 7, "w")
     assert torch.equal(torch.get_rng_state(), state)
     # 90,000 draws: the deviation of the estimate is 0.02 / sqrt(180,000) = 5e-5.
-    assert abs(drawn.std().item() - 0.02) < 3e-4 and abs(drawn.mean().item()) < 4e-4
+    assert abs(weights.std().item() - 0.02) < 3e-4 and abs(weights.mean().item()) < 4e-4
 
 
-def test_numbers_do_not_depend_on_the_dtype() -> None:
-    single = normal_(torch.empty(33, 5), 0.5, 3, "w")
-    half = normal_(torch.empty(33, 5, dtype=torch.bfloat16), 0.5, 3, "w")
-    assert torch.equal(single.bfloat16(), half)
+def test_the_numbers_are_those_of_a_plain_draw() -> None:
+    """Fixed too: ``normal_`` on a float32 tensor with a generator of this seed."""
+    generator = torch.Generator().manual_seed(parameter_seed(3, "w"))
+    assert torch.equal(drawn((33, 5), 0.5, 3, "w"), torch.empty(33, 5).normal_(0, 0.5, generator=generator))
 
 
-def test_meta_tensors_are_left_alone() -> None:
-    assert normal_(torch.empty(4, 4, device="meta"), 1.0, 0, "w").is_meta
+def test_shards_are_cut_from_the_same_draw() -> None:
+    whole = drawn((12, 4), 0.5, 3, "w")
+    for partition in (Partition((12, 4), 0, 2), Partition((12, 4), 1, 4), Partition((12, 4), 0, 2, (8, 2, 2))):
+        shards = [divided_parameter(partition, r, std=0.5, seed=3, name="w") for r in range(partition.size)]
+        assert torch.equal(partition.merge([shard.detach() for shard in shards]), whole)
+        assert all(partition_of(shard) == partition and shard.tensor_model_parallel for shard in shards)
+
+
+def test_meta_tensors_stay_meta() -> None:
+    with torch.device("meta"):
+        assert divided_parameter(Partition((4, 4)), 0, std=1.0, seed=0, name="w").is_meta

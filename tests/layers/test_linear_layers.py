@@ -91,20 +91,20 @@ def test_factory_follows_the_rule() -> None:
     factory = LayerFactory(
         lambda name: SparseSpec(8, low_rank=2) if "mlp" in name else None, seed=5, kernel="reference"
     )
-    plain = factory.linear("layers.0.attention.qkv", 16, 24, bias=False, init_std=0.1)
-    layer = factory.linear("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
+    plain = factory.column("layers.0.attention.qkv", 16, 24, bias=False, init_std=0.1)
+    layer = factory.column("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
     assert type(plain) is Linear and plain.bias is None
     assert type(layer) is SparseLinear
     assert (layer.unit, layer.low_rank, layer.kernel) == (8, 2, "reference")
-    twin = LayerFactory(seed=5).linear("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
+    twin = LayerFactory(seed=5).column("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
     assert torch.equal(twin.weight, layer.weight)
 
 
 @pytest.mark.parametrize("spec", [None, SparseSpec(4)], ids=["plain", "sparse"])
 def test_tied_head_shares_weight_mask_and_gradient_rule(spec) -> None:
     factory = LayerFactory(lambda name: spec)
-    table = factory.embedding("embedding.tokens", 24, 16, 0.5)
-    head = factory.linear("head", 16, 24, bias=False, init_std=0.5, weight=table.weight)
+    table = factory.embedding("embedding.tokens", 24, 16, 0.5, divided=True)
+    head = factory.column("head", 16, 24, bias=False, init_std=0.5, weight=table.weight)
     table.tie(head)
     assert [name for name, _ in nn.ModuleDict({"table": table, "head": head}).named_parameters()] == ["table.weight"]
     keep = make_sparse(head) if spec else torch.ones(24, 16, dtype=torch.bool)

@@ -23,7 +23,7 @@ class Fixed(nn.Module):
 
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
-        self.config = ModelConfig(seq_length=T)
+        self.config, self.token_multiple = ModelConfig(seq_length=T), 1
         self.logits = torch.tensor(probabilities).log()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

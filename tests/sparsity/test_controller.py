@@ -9,7 +9,9 @@ import torch
 from shards import cuts, on_shards
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.sparsity.controller import Controller, check_invariant
+from megasparse.parallel import Axis, Partition
+from megasparse.sparsity.checks import check_invariant
+from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.state import StateFragment
 from megasparse.sparsity.topology import digest
 
@@ -27,6 +29,7 @@ class FakeLayer:
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(rows, columns, generator=generator))
         self.mask = torch.ones(rows // unit, columns // unit, dtype=torch.bool)
+        self.grid = Partition(tuple(self.mask.shape))
         self.unit, self.collect_dense_gradient, self.changes = unit, False, 0
 
     def topology_changed(self, is_dense: bool | None = None) -> None:
@@ -36,20 +39,19 @@ class FakeLayer:
 class FakeState:
     """Pieces of master weights, moments and gradients of one simulated rank; everything where there are no cuts."""
 
-    def __init__(self, layers: dict[str, FakeLayer], parts: dict[str, tuple[int, int]] | None = None, add=None) -> None:
-        self.layers, self.parts, self.add = layers, parts, add
+    def __init__(
+        self, layers: dict[str, FakeLayer], parts: dict[str, tuple[int, int]] | None = None, ranks=None
+    ) -> None:
+        self.layers, self.parts = layers, parts
+        self.shard = self.whole = ranks or Axis()
+        self.tensor_parallel = Axis()
         self.state = {
             name: torch.stack([layer.weight.detach().reshape(-1).clone(), *torch.randn(3, layer.weight.numel())])
             for name, layer in layers.items()
         }
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.parts is not None
-
-    def sum_over_shards(self, tensor: torch.Tensor) -> None:
-        if self.add is not None:
-            self.add(tensor)
+    def gradients_changed(self, names) -> None:
+        assert set(names) <= set(self.layers)
 
     def fragments(self) -> dict[str, StateFragment]:
         found = {}
@@ -141,10 +143,10 @@ def test_the_topology_does_not_depend_on_the_layout(unit, num_shards) -> None:
     points = {"layers.0.mlp.up": [700, 701], "layers.0.mlp.down": [0, 1999], "layers.1.mlp.up": [2048, 2048]}
     pieces = {name: cuts(64 * 32, own[: num_shards - 1]) for name, own in points.items()}
 
-    def run(rank, add=None) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def run(rank, ranks=None) -> tuple[list[str], dict[str, torch.Tensor]]:
         controller, layers = make(f"sparsity.unit={unit}")
         torch.manual_seed(3)
-        state = FakeState(layers, {name: p[rank] for name, p in pieces.items()} if add else None, add)
+        state = FakeState(layers, {name: p[rank] for name, p in pieces.items()} if ranks else None, ranks)
         digests = []
         for step in range(40):
             decision = controller.begin_step(step)
@@ -169,7 +171,7 @@ def test_learning_rate_multipliers() -> None:
     assert [controller.lr_multiplier(name) for name in layers] == [1.0] * 3
     for density, expected in [(0.25, 2.0), (0.5, 2**0.5), (0.1, 3.0), (1.0, 1.0)]:
         name = next(iter(layers))
-        controller.num_live[name] = round(density * 2048)
+        controller.expect_live(name, round(density * 2048))
         assert controller.lr_multiplier(name) == pytest.approx(expected, rel=1e-3)
     off, layers = make("sparsity.lr_density_power=0", "sparsity.algorithm=set")
     assert off.density() == pytest.approx(0.1, abs=0.01)

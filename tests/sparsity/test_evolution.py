@@ -59,9 +59,9 @@ def test_a_step_equals_the_plain_rule_on_any_number_of_ranks(data, num_shards, s
         points.append(data.draw(st.lists(st.integers(0, n), min_size=num_shards - 1, max_size=num_shards - 1)))
     pieces = [cuts(layer[0].size, own) for layer, own in zip(layers, points, strict=True)]
 
-    def work(rank, sum_over_shards) -> list[Evolved]:
+    def work(rank, ranks) -> list[Evolved]:
         mine = [piece(layer, i, slice(*pieces[i][rank])) for i, layer in enumerate(layers)]
-        return evolve(mine, SEED, STEP, sum_over_shards)
+        return evolve(mine, SEED, STEP, ranks.sum_)
 
     results = on_shards(num_shards, work)
     for number, (live, drop, growth, counts) in enumerate(layers):

@@ -29,13 +29,13 @@ def on_pieces(scores, keys, counts, points) -> list[torch.Tensor]:
     num_shards = len(points[0]) + 1
     pieces = [cuts(score.numel(), own) for score, own in zip(scores, points, strict=True)]
 
-    def work(rank, sum_over_shards):
+    def work(rank, ranks):
         mine = [slice(*piece[rank]) for piece in pieces]
         return select_top_k(
             [score[part] for score, part in zip(scores, mine, strict=True)],
             [key[part].__getitem__ for key, part in zip(keys, mine, strict=True)],
             counts,
-            sum_over_shards,
+            ranks.sum_,
         )
 
     results = on_shards(num_shards, work)

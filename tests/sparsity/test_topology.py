@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megasparse.parallel import Partition
 from megasparse.sparsity.topology import Topology, digest, pack_bits, unpack_bits
 
 
@@ -49,11 +50,9 @@ def test_every_slice_equals_the_plain_expansion(rows, columns, unit) -> None:
 def test_counts_and_replacement_in_place() -> None:
     mask = torch.tensor([[True, False], [False, False], [True, True]])
     topology = Topology("layer", mask, 4)
-    assert (topology.num_units, topology.in_features, topology.numel) == (6, 8, 96)
-    assert (topology.num_live(), topology.dead_rows()) == (3, 1)
+    assert (topology.num_units, topology.shard_units, topology.shard_width, topology.numel) == (6, 6, 8, 96)
     topology.replace(torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.bool))
     assert mask.tolist() == [[True, True], [True, True], [True, False]]
-    assert (topology.num_live(), topology.dead_rows()) == (5, 0)
 
 
 def test_digest_tells_masks_and_names_apart() -> None:
@@ -63,3 +62,21 @@ def test_digest_tells_masks_and_names_apart() -> None:
     again["a"].mask[3, 4] ^= True
     assert digest(first) != digest(again)
     assert digest({"a": make(4, 5, 2)}) != digest({"c": make(4, 5, 2)})
+
+
+@pytest.mark.parametrize(("dim", "parts"), [(0, ()), (1, ()), (0, (4, 2, 2))])
+def test_a_shard_knows_its_places_in_the_whole(dim, parts) -> None:
+    grid = Partition((8, 6), dim, 2, parts)
+    whole = torch.rand(8, 6) < 0.5
+    numbers = torch.arange(48).view(8, 6)
+    joined = torch.zeros(48, dtype=torch.uint8)
+    for rank in (0, 1):
+        topology = Topology("layer", grid.shard(whole, rank).clone(), 2, grid, rank)
+        assert (topology.num_units, topology.numel, topology.num_shards) == (48, 192, 2)
+        own = topology.unit_numbers(0, topology.shard_units)
+        assert torch.equal(own, grid.shard(numbers, rank).reshape(-1))
+        assert torch.equal(topology.unit_numbers(5, 9), own[5:14])
+        assert torch.equal(topology.pick(whole.reshape(-1)), topology.mask.reshape(-1))
+        assert torch.equal(topology.pick(numbers, 1 - rank), grid.shard(numbers, 1 - rank).reshape(-1))
+        joined += topology.spread(topology.mask).to(torch.uint8)
+    assert torch.equal(joined.bool().view(8, 6), whole)

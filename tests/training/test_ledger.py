@@ -59,7 +59,8 @@ def test_a_step_counts_what_the_model_counts(overrides: tuple[str, ...]) -> None
 
 def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
     config, model, controller = parts("sparsity.unit=1")
-    controller.num_live = {name: topology.num_units // 10 for name, topology in controller.topologies.items()}
+    for name, topology in controller.topologies.items():
+        controller.expect_live(name, topology.num_units // 10)
     densities = controller.live_densities()
     counter = FlopCounter(config, model)
     usual, changing = controller.begin_step(19), controller.begin_step(21)
@@ -91,8 +92,8 @@ def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
     for step in range(config.train.steps):
         decision = fresh.begin_step(step)
         total += counter.step(decision, fresh.live_densities()).algorithmic
-        for name, count in decision.counts.items():
-            fresh.num_live[name] = count.target
+        for name, (count,) in decision.counts.items():
+            fresh.expect_live(name, count.target)
         densities.append(fresh.density())
     assert walked.algorithmic == pytest.approx(total, rel=1e-12)
     assert mean_density == pytest.approx(sum(densities) / len(densities), rel=1e-12)

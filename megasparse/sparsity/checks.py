@@ -1,0 +1,80 @@
+"""What a topology must fulfil: a schedule that can be met, and exact zeros outside of the live units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.sparsity.distribution import unit_target
+from megasparse.sparsity.schedule import DensitySchedule
+from megasparse.sparsity.state import StateAccess
+from megasparse.sparsity.topology import Topology
+
+MAX_UNITS = 2**31 - 1
+"""Counts of units travel as int32."""
+
+
+def check_schedule(
+    config: RunConfig, schedule: DensitySchedule, topologies: Mapping[str, Topology], lowest: Mapping[str, float]
+) -> None:
+    """Raise ConfigError for a schedule that this model and number of steps cannot meet.
+
+    lowest: density of each layer where the global one is lowest.
+    """
+    sparsity, steps = config.sparsity, config.train.steps
+    last_update = (steps - 1) // sparsity.update_interval * sparsity.update_interval
+    if topologies and last_update == 0 and schedule.min_density < schedule.density(0.0):
+        raise ConfigError(
+            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step in train.steps {steps}, "
+            f"so the model would stay dense; legal values: below {steps}, or sparsity.algorithm dense"
+        )
+    if topologies and schedule.density(1.0) >= 1.0 and schedule.density(last_update / steps) < 1.0:
+        largest = _largest_interval(schedule, steps)
+        legal = f"such as {largest}" if largest else "none, unless the restoration ends before the last step"
+        raise ConfigError(
+            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step between the end of the "
+            f"restoration and train.steps {steps}, so the model would not become dense again; legal values: {legal}"
+        )
+    for name, topology in topologies.items():
+        if topology.num_units > MAX_UNITS:
+            raise ConfigError(
+                f"sparsity.unit: {topology.unit} divides layer {name} into {topology.num_units} units, more than "
+                f"{MAX_UNITS}; legal values: larger ones"
+            )
+        if sparsity.row_floor and topology.unit > 1:
+            _check_row_floor(topology, lowest[name])
+
+
+def _largest_interval(schedule: DensitySchedule, steps: int) -> int:
+    """Largest update interval with a topology step at full density."""
+    full = next(step for step in range(1, steps + 1) if schedule.density(step / steps) >= 1.0)
+    return max((n for n in range(1, steps) if (steps - 1) // n * n >= full), default=0)
+
+
+def _check_row_floor(topology: Topology, density: float) -> None:
+    rows, columns = topology.whole_grid.shape
+    num_live = unit_target(density, topology.num_units)
+    if num_live < rows:
+        raise ConfigError(
+            f"sparsity.row_floor: layer {topology.name} has {rows} rows of blocks and at density {density:.3g} only "
+            f"{num_live} live blocks; legal values: false, or a density of at least {1 / columns:.3g}"
+        )
+
+
+def check_invariant(topologies: Iterable[Topology], access: StateAccess) -> None:
+    """Raise RuntimeError naming the first layer whose weights or moments are not 0 outside its topology.
+
+    Ages of dead weights count on; they begin anew at birth.
+    """
+    fragments = access.fragments()
+    for topology in topologies:
+        fragment = fragments.get(topology.name)
+        if fragment is None:
+            continue
+        dead = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.master.device)
+        moments = {label: tensor for label, tensor in fragment.moments.items() if label != "age"}
+        for label, tensor in {"weight": fragment.master, **moments}.items():
+            wrong = int(tensor[dead].count_nonzero())
+            if wrong:
+                raise RuntimeError(f"{wrong} dead entries of {label} of layer {topology.name} are not 0")
