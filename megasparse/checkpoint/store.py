@@ -168,7 +168,8 @@ def layout_differences(manifest: Manifest, world_size: int, tensor_parallel_size
     """In what the layout of a checkpoint differs from this one; empty where they are the same."""
     differences = []
     if manifest.world_size != world_size:
-        differences.append(f"it was saved by {manifest.world_size} ranks, this run has {world_size}")
+        ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+        differences.append(f"it was saved by {ranks}, this run has {world_size}")
     settings = {
         "parallel.tensor_parallel_size": (manifest.tensor_parallel_size, tensor_parallel_size),
         "deepspeed.zero_stage": (manifest.zero_stage, zero_stage),

@@ -8,6 +8,7 @@ import torch
 from engine_runs import Layout, build, check_state, collected_state, divided, make_batches, run_config, train_step
 from torch import Tensor
 
+from megasparse.checkpoint.store import CheckpointError
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh, partition_of
 from megasparse.sparsity.controller import Controller
@@ -79,9 +80,55 @@ def resume(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> di
     }
 
 
+def collected_weights(engine: TrainingEngine) -> Tensor:
+    """This rank's master weights, one after another."""
+    return torch.cat([fragment.master.clone() for fragment in engine.state.fragments().values()])
+
+
+def refusals(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> dict[str, str]:
+    """Messages of the resumes that are refused; `folder` holds checkpoints, with universal forms, of another layout."""
+    config, mesh = run_config([*overrides, "train.universal=true"], layout), divided(mesh, layout.tensor)
+    engine, controller = build(mesh, config)
+    untouched = collected_weights(engine)
+
+    def attempt(**changes: object) -> str:
+        train = config.train.model_copy(update=changes)
+        try:
+            Checkpointer(folder, config.model_copy(update={"train": train}), mesh, engine, controller).restore()
+        except CheckpointError as error:
+            assert torch.equal(untouched, collected_weights(engine)), "refused, and yet something was changed"
+            return str(error)
+        return "accepted"
+
+    messages = {"not asked for": attempt(universal=False)}
+    engine.optimizer.unit_step_counts = True
+    messages["no ages"] = attempt()
+    engine.optimizer.unit_step_counts = False
+    if mesh.is_first:
+        universal = next(folder.glob("*/universal"))
+        # Files are divided among the ranks for checking: the first in order is the first rank's.
+        damaged = universal / "topology.safetensors"
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    mesh.barrier()
+    messages["damaged"] = attempt()
+    mesh.barrier()
+    if mesh.is_first:
+        damaged.write_bytes(content)
+        universal.rename(universal.with_name("elsewhere"))
+    mesh.barrier()
+    messages["missing"] = attempt()
+    mesh.barrier()
+    if mesh.is_first:
+        universal.with_name("elsewhere").rename(universal)
+    mesh.barrier()
+    messages["good again"] = attempt()
+    return messages
+
+
 def run_layouts(mesh: Mesh, function_name: str, cases: list[tuple[str, Layout, list[str], Path]]) -> dict[str, dict]:
     """Many cases in one world: (name, layout, overrides, folder) -> result by name."""
-    function = {"save": save_and_go_on, "resume": resume}[function_name]
+    function = {"save": save_and_go_on, "resume": resume, "refuse": refusals}[function_name]
     results = {}
     for name, layout, overrides, folder in cases:
         try:

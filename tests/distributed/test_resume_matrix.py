@@ -7,6 +7,7 @@ with what the source's engine held.
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -184,3 +185,37 @@ def test_the_run_goes_on_as_if_nothing_had_happened(sources, resumed, recipe, so
                 assert torch.equal(mine[name], bits), f"step {step}: topology of {name}"
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=LOSS_RTOL, atol=0)
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=NORM_RTOL, atol=0)
+
+
+@pytest.fixture(scope="module")
+def refused(universal, tmp_path_factory) -> list[dict[str, str]]:
+    """What two ranks say to the checkpoint of one, copied so that it may be damaged."""
+    source = source_name("weights", Layout())
+    folder = tmp_path_factory.mktemp("refused") / "checkpoints"
+    shutil.copytree(universal[source].parent, folder)
+    cases = [("refused", Layout(data=2), overrides("weights"), folder)]
+    return [rank["refused"] for rank in run_distributed(run_layouts, 2, "refuse", cases, timeout=100)]
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        (
+            "not asked for",
+            ["saved by 1 ranks, this run has 2", "tools/universal_checkpoint.py", "train.universal=true"],
+        ),
+        ("no ages", ["sparsity.unit_step_counts", "kept no ages", "legal values: false and 0"]),
+        ("missing", ["universal: it is not there", "tools/universal_checkpoint.py"]),
+        ("good again", ["accepted"]),
+    ],
+)
+def test_refusals_say_what_to_do_on_every_rank(refused, case, parts) -> None:
+    for messages in refused:
+        for part in parts:
+            assert part in messages[case]
+
+
+def test_damage_that_one_rank_finds_stops_all(refused) -> None:
+    first, second = (messages["damaged"] for messages in refused)
+    assert "topology.safetensors does not have the checksum" in first
+    assert "another rank finds its universal form damaged" in second

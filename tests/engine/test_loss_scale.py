@@ -11,7 +11,15 @@ SAVED = {"dynamic": True, "cur_scale": 512.0, "cur_iter": 70, "last_overflow_ite
 
 
 def dynamic_scaler() -> DynamicLossScaler:
-    return DynamicLossScaler(init_scale=2.0**16, scale_window=1000, dtype=torch.float16)
+    return DynamicLossScaler(
+        init_scale=2.0**16,
+        scale_window=1000,
+        min_scale=1.0,
+        delayed_shift=2,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=True,
+        dtype=torch.float16,
+    )
 
 
 def test_a_dynamic_scale_goes_on() -> None:

@@ -1,4 +1,7 @@
-"""A run on two ranks that goes on as one process, through the scripts that a user starts."""
+"""A run on two ranks, tensor parallel and at ZeRO stage 3, that goes on as one process at stage 1, through the scripts.
+
+What the run leaves can be sampled from as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, command, curve, run, write_corpus
 
+pytestmark = pytest.mark.timeout(600)
+
 STOP = 11
+PROMPT = "12 + "
+DIVIDED = ["parallel.tensor_parallel_size=2", "deepspeed.zero_stage=3"]
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "universal_checkpoint.py")]
 
 
@@ -20,10 +27,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def started(corpus, tmp_path_factory) -> Path:
-    """The folder of a run that two ranks have left after step 11."""
+    """The folder of a run that its two ranks have left after step 11."""
     folder = tmp_path_factory.mktemp("started")
     # Lines of metrics every two steps, so that a window is open when the run stops.
-    run(command(corpus, folder, "run.name=run", f"train.stop_after={STOP}", "train.log_interval=2"))
+    settings = [f"train.stop_after={STOP}", "train.log_interval=2", f"train.sample_prompt='{PROMPT}'"]
+    run(command(corpus, folder, "run.name=run", *settings, *DIVIDED))
     return folder / "run"
 
 
@@ -42,7 +50,8 @@ def resume(corpus: Path, run_folder: Path, *overrides: str) -> list[str]:
 def test_another_number_of_ranks_is_refused_until_it_is_asked_for_and_prepared(corpus, stopped) -> None:
     tool = f"python tools/universal_checkpoint.py --run {stopped} --step {STOP}"
     refused = run(resume(corpus, stopped), expect=2).stdout
-    assert "saved by 2 ranks, this run has 1" in refused
+    for difference in ("saved by 2 ranks, this run has 1", "zero_stage is 3 there and 1 here"):
+        assert difference in refused
     assert tool in refused and "train.universal=true" in refused
     refused = run(resume(corpus, stopped, "train.universal=true"), expect=2).stdout
     assert "universal: it is not there" in refused and tool in refused
@@ -55,7 +64,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_curve(corpus, stopped, tm
 
     resumed = run(resume(corpus, stopped, "train.universal=true")).stdout
     assert f"going on from step {STOP}" in resumed
-    run(command(corpus, tmp_path, "run.name=whole", "train.log_interval=2"))
+    run(command(corpus, tmp_path, "run.name=whole", "train.log_interval=2", ranks=1))
     expected, found = curve(tmp_path / "whole"), curve(stopped)
     assert len(found) == len(expected) == 12
     for theirs, mine in zip(expected, found, strict=True):
@@ -84,6 +93,16 @@ def test_a_damaged_universal_form_is_refused(corpus, stopped) -> None:
 def test_another_model_is_refused(corpus, stopped) -> None:
     refused = run(resume(corpus, stopped, "train.universal=true", "model.num_layers=3"), expect=2).stdout
     assert "model.num_layers is 2 there and 3 here" in refused
+
+
+def test_one_process_samples_from_what_the_ranks_have_left(started) -> None:
+    script = str(REPOSITORY / "launch" / "generate.py")
+    words = ["--prompt", PROMPT, "--tokens", "10", "--device", "cpu"]
+    output = run([sys.executable, script, "--run", str(started), *words]).stdout
+    left = (started / "sample.txt").read_text()
+    # Messages share the pipe; the script stops where a document ends, the run's sample goes on.
+    text = output[output.index(PROMPT) :].removesuffix("\n")
+    assert len(text) > len(PROMPT) and left.startswith(text)
 
 
 @pytest.mark.parametrize(
