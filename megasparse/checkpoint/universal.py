@@ -181,9 +181,10 @@ class UniversalReader:
 
 def _write_parameter(reader: CheckpointReader, name: str, folder: Path) -> None:
     folder.mkdir(parents=True)
+    division = _division(name, reader.layout.parameters[name])
     for kind in reader.kinds(name):
-        content = {"param": reader.tensor(name, kind), **_division(name, reader.layout.parameters[name])}
-        torch.save(content, folder / f"{kind}.pt")
+        # No name for the tensor: it would outlive the making of the next one.
+        torch.save({"param": reader.tensor(name, kind), **division}, folder / f"{kind}.pt")
     if reader.step > 0:
         torch.save(torch.tensor(float(reader.step)), folder / "step.pt")
 
