@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from deepspeed.checkpoint.universal_checkpoint import SubparamShape
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape, load_hp_checkpoint_state
+from deepspeed.utils.tensor_fragment import fragment_address
 from saved_files import MODEL_STATES, content, layout, parameters, write, write_good
 
 from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
@@ -55,31 +57,64 @@ def test_left_overs_of_an_interrupted_writing_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["universal"]
 
 
-def test_files_have_the_form_of_deepspeed(tmp_path: Path) -> None:
-    """So that its own tools can divide them: by one dimension, by equal parts, by unequal parts, not at all."""
-    shapes = {
-        "column": Partition((6, 4), 0),
-        "row": Partition((6, 4), 1),
-        "gate_up": Partition((6, 4), 0, 1, (3, 3)),
-        "qkv": Partition((6, 4), 0, 1, (4, 1, 1)),
-        "norm": Partition((4,)),
+SHAPES = {
+    "column": Partition((8, 4), 0),
+    "row": Partition((8, 4), 1),
+    "gate_up": Partition((8, 4), 0, 1, (4, 4)),
+    "qkv": Partition((8, 4), 0, 1, (4, 2, 2)),
+    "norm": Partition((4,)),
+}
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A universal form of parameters that are divided in every way, and their weights."""
+    weights = {name: torch.randn(partition.shape) for name, partition in SHAPES.items()}
+    state = {
+        number: {"step": torch.tensor(3.0), "exp_avg": 2 * weight, "exp_avg_sq": 3 * weight}
+        for number, weight in enumerate(weights.values())
     }
-    state = {n: {"step": torch.tensor(3.0)} | dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(4)) for n in range(5)}
-    weights = {name: torch.ones(partition.shape) for name, partition in shapes.items()}
-    for number, weight in enumerate(weights.values()):
-        state[number] |= {"exp_avg": weight, "exp_avg_sq": weight}
     saved = {"module": weights, "optimizer": {"state": state}, "train_state": {}, "window_losses": [0.0]}
-    folder = write(tmp_path, 3, {MODEL_STATES: saved}, layout(parameters=shapes, aliases={}, groups=[list(shapes)]))
+    folder = write(tmp_path, 3, {MODEL_STATES: saved}, layout(parameters=SHAPES, aliases={}, groups=[list(SHAPES)]))
     write_universal(folder)
-    found = {name: load_data(folder / "universal" / "zero" / name / "fp32.pt") for name in shapes}
+    return folder / "universal" / "zero", weights
+
+
+def test_files_say_how_to_divide_what_they_hold(divided) -> None:
+    folder, _ = divided
+    found = {name: load_data(folder / name / "fp32.pt") for name in SHAPES}
     assert {name: {k: v for k, v in values.items() if k != "param"} for name, values in found.items()} == {
         "column": {"cat_dim": 0, "param_n_sub_params": 1},
         "row": {"cat_dim": 1, "param_n_sub_params": 1},
         "gate_up": {"cat_dim": 0, "param_n_sub_params": 2},
-        "qkv": {"sub_param_shape": SubparamShape(patterns=["qkv"], shape=((4, 1, 1), 4), partition_dim=0)},
+        "qkv": {"sub_param_shape": SubparamShape(patterns=["qkv"], shape=((4, 2, 2), 4), partition_dim=0)},
         "norm": {},
     }
-    assert load_data(folder / "universal" / "zero" / "row" / "step.pt") == torch.tensor(3.0)
+
+
+class Fragment:
+    """What DeepSpeed's loader asks of a parameter whose rank holds all of its shard."""
+
+    def __init__(self, numel: int) -> None:
+        self.lp_fragment_address = fragment_address(numel=numel, start=0)
+        self.weights, self.optim_fragment = torch.zeros(numel), {}
+
+    def get_hp_fragment(self) -> torch.Tensor:
+        return self.weights
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_deepspeed_divides_them_as_we_do(divided, name) -> None:
+    folder, weights = divided
+    partition = dataclasses.replace(SHAPES[name], size=2)
+    for rank in (0, 1):
+        parameter = torch.nn.Parameter(torch.zeros(partition.local_shape))
+        parameter._hp_mapping = Fragment(parameter.numel())
+        step = load_hp_checkpoint_state(parameter, str(folder / name), rank, 2)
+        expected = partition.shard(weights[name], rank).reshape(-1)
+        assert step == 3 and torch.equal(parameter._hp_mapping.weights, expected)
+        for kind, factor in (("exp_avg", 2), ("exp_avg_sq", 3)):
+            assert torch.equal(parameter._hp_mapping.optim_fragment[kind], factor * expected), kind
 
 
 def cut(path: Path) -> None:
