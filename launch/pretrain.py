@@ -13,20 +13,25 @@ import argparse
 import json
 import os
 import sys
+import time
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.parallel import LaunchEnvironment, choose_accelerator
 from megasparse.parallel.failures import leave, leave_after_lost_peer
 
+SECONDS_FOR_RANK_0 = 15
+
 
 def main() -> int:
     arguments = parse_arguments()
+    rank = 0
     try:
+        environment = LaunchEnvironment.from_variables(os.environ)
+        rank = environment.rank
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        environment = LaunchEnvironment.from_variables(os.environ)
         if arguments.dry_run:
             return dry_run(config, arguments.world_size or environment.world_size, arguments.json)
         if arguments.json or arguments.world_size:
@@ -34,16 +39,18 @@ def main() -> int:
         choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
-        with leave_after_lost_peer(environment.rank, "go on from the newest checkpoint with train.resume=auto"):
+        with leave_after_lost_peer(rank, "go on from the newest checkpoint with train.resume=auto"):
             pretrain(config, environment)
             leave(0)
     except (ValueError, ArithmeticError) as error:
-        rank = os.environ.get("RANK", "0")
         # Settings are wrong on all ranks alike, so one of them says so; data may be bad on one rank alone.
-        if rank == "0":
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, ConfigError):
             print(f"error on rank {rank}: {error}", file=sys.stderr)
+        else:
+            # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
+            time.sleep(SECONDS_FOR_RANK_0)
         leave(2)
     return 0
 

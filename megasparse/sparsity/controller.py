@@ -267,6 +267,12 @@ class Controller:
             self._adopt(name, live)
             self.ever_live[name] = pack_bits(topology.pick(ever))
 
+    def whole_mask(self, name: str) -> Tensor:
+        """The mask of a whole layer on its unit grid, bool on the CPU; all tensor-parallel ranks must call it."""
+        topology = self.topologies[name]
+        bits = self._whole_bits(topology, topology.mask)
+        return unpack_bits(bits, topology.num_units).view(topology.whole_grid.shape)
+
     def _whole_bits(self, topology: Topology, mask: Tensor) -> Tensor:
         """Packed bits of the whole layer from this shard's mask: shards do not overlap, so that adding joins them."""
         bits = pack_bits(topology.spread(mask))

@@ -211,6 +211,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             " fewer",
         ),
         ("Memory per rank", _memory(memory)),
+        ("Sent per rank", _communication(_part(plan, "communication"))),
         ("Parallel", _parallel(parallel)),
         ("Kernels", "\n".join(f"{name}: {_words(value)}" for name, value in kernels.items())),
     ]
@@ -305,6 +306,13 @@ def _phases(schedule: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 def _memory(memory: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory.items() if name != "total")
     return f"{format_bytes(memory.get('total'))}: {parts}" if parts else ""
+
+
+def _communication(sent: Mapping[str, Any]) -> str:
+    if not sent:
+        return ""
+    data, tensor, topology = (format_bytes(sent[k]) for k in ("data_parallel", "tensor_parallel", "topology_step"))
+    return f"{data} data-parallel and {tensor} tensor-parallel a step; up to {topology} a topology step"
 
 
 def _parallel(parallel: Mapping[str, Any]) -> str:

@@ -210,10 +210,10 @@ class Trainer:
         )
 
     def _draw_topologies(self, step: int) -> None:
-        if self.records is None:
-            return
         for name in _drawn_layers(list(self.controller.topologies)):
-            self.records.picture(name, self.controller.topologies[name].mask, step)
+            mask = self.controller.whole_mask(name)
+            if self.records is not None:
+                self.records.picture(name, mask, step)
 
 
 def _picture_steps(config: RunConfig) -> set[int]:

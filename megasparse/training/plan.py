@@ -23,9 +23,9 @@ from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
 from megasparse.training.ledger import FlopCounter, Flops
+from megasparse.training.resources import communication_per_rank, memory_per_rank
 
 CURVE_POINTS = 60
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -59,6 +59,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "ratio": flops.algorithmic / flops.dense,
         },
         "memory": memory_per_rank(config, model, world_size),
+        "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": {
             "world_size": world_size,
             "data_parallel_size": world_size // config.parallel.tensor_parallel_size,
@@ -157,32 +158,3 @@ def _phases(config: RunConfig, controller: Controller) -> list[dict[str, Any]]:
             }
         )
     return phases
-
-
-def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str, int]:
-    """Bytes by kind: what training holds at its peak, DeepSpeed's communication buffers aside."""
-    parameters, size = model.num_parameters(), BYTES[config.train.precision]
-    shards = world_size if config.deepspeed.zero_stage >= 1 else 1
-    separate_master = config.deepspeed.zero_stage >= 1 or size < 4
-    parts = {
-        "weights": parameters * size,
-        "masks": sum(layer.mask.numel() for layer in model.sparse_layers().values()),
-        "gradients": parameters * size,
-        "optimizer": parameters * (4 * separate_master + 8) // shards,
-        "activations": activation_bytes(config, model.vocab_size),
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def activation_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Tensors that the backward pass of one micro-batch needs, per layer and at the head."""
-    model, size = config.model, BYTES[config.train.precision]
-    tokens = config.train.micro_batch_size * model.seq_length
-    key_value = 2 * model.key_value_heads * model.head_dim
-    mlp = model.mlp_width * (2 if model.activation == "gelu" else 3)
-    # Per block and token: input and output of both norms, query, key, value, attention output, inside of the MLP.
-    block = 4 * model.hidden_size + 2 * model.hidden_size + key_value + mlp
-    layers = model.num_layers
-    blocks = layers * model.hidden_size + block if config.train.activation_recomputation else layers * block
-    # Logits in the model's precision and their float32 log-probabilities with gradient.
-    return tokens * (blocks * size + vocab_size * (size + 8))

@@ -92,7 +92,7 @@ INTERRUPTIONS = [
     ("tied_head", [], Layout(2, 2, 3, 2)),
 ]
 
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 900
 # Float32 carries 1.2e-7; a loss averages 128 of them after some thousand operations each. Measured: 3e-7.
 LOSS_RTOL = 2e-6
 # On some topology steps the gradient of units just born is 20 times all the rest, and the sum of terms that nearly

@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,8 @@ from megasparse.data.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 150
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")
+"""Beginnings of variables that launchers set: a run must not take those of the test for its own."""
 
 TINY = [
     "model.num_layers=2",
@@ -66,26 +69,33 @@ def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2) -> list
     return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), entry, *settings]
 
 
-def run(arguments: list[str], *, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the output where the exit status is another, kills all of it at the time limit."""
-    process = start(arguments)
+    return finish(start(arguments, variables), expect=expect)
+
+
+def finish(process: subprocess.Popen[str], *, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of what ``start`` started, in the same way."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         end(process)
         raise
     assert process.returncode == expect, f"exit status {process.returncode}, expected {expect}:\n{output}"
-    return subprocess.CompletedProcess(arguments, process.returncode, output)
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start in a process group of its own, output and errors in one pipe."""
+def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start in a process group of its own, output and errors in one pipe; variables: added to the environment."""
     environment = {
-        **{key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
+        **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "COLUMNS": "200",
+        **(variables or {}),
     }
     return subprocess.Popen(
         arguments,

@@ -1,36 +1,18 @@
-"""Who a process is, what ranks agree on, and how a lost peer is told from other errors."""
+"""What ranks agree on, and how a lost peer is told from other errors."""
 
 from __future__ import annotations
+
+import os
+from dataclasses import FrozenInstanceError
+from datetime import timedelta
 
 import pytest
 import torch
 from harness import run_distributed
 
-from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator
+from megasparse.parallel import Axis, LaunchEnvironment, Mesh
 from megasparse.parallel.failures import is_lost_peer
-
-
-def test_the_launcher_says_who_we_are() -> None:
-    alone = LaunchEnvironment.from_variables({})
-    assert (alone.rank, alone.local_rank, alone.world_size) == (0, 0, 1)
-    third = LaunchEnvironment.from_variables({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"})
-    assert (third.rank, third.local_rank, third.world_size) == (2, 0, 4)
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [({"RANK": "x"}, "RANK: 'x'"), ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK: 4 must be below WORLD_SIZE 4")],
-)
-def test_nonsense_from_the_launcher_is_refused(variables: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LaunchEnvironment.from_variables(variables)
-
-
-def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
-    variables = {"DS_ACCELERATOR": "cpu"}
-    assert choose_accelerator(variables) == "cpu" == variables["DS_ACCELERATOR"]
-    unset: dict[str, str] = {}
-    assert choose_accelerator(unset) == unset["DS_ACCELERATOR"]
+from megasparse.parallel.mesh import make_mesh
 
 
 def agree(mesh: Mesh) -> dict:
@@ -53,3 +35,49 @@ def test_only_failed_collectives_are_lost_peers() -> None:
     assert is_lost_peer(torch.distributed.DistBackendError("NCCL timeout"))
     assert not is_lost_peer(RuntimeError("shape mismatch"))
     assert not is_lost_peer(ValueError("Connection closed by peer"))
+
+
+def describe(mesh: Mesh) -> dict:
+    """Who this rank is in a mesh of two by two, and what it hears from others."""
+    environment = LaunchEnvironment.from_variables(os.environ)
+    mesh = make_mesh(environment, mesh.device, "gloo", timedelta(seconds=60), tensor_parallel_size=2)
+    own = torch.tensor([mesh.rank])
+    return {
+        "data": mesh.data_parallel.gather(own).flatten().tolist(),
+        "tensor": mesh.tensor_parallel.gather(own).flatten().tolist(),
+        "sum": mesh.tensor_parallel.sum_(own.clone()).item(),
+        "max": mesh.data_parallel.max_(own.clone()).item(),
+        "scattered": mesh.world.scatter_sum(torch.arange(8).view(4, 2) * (mesh.rank + 1)).tolist(),
+        "flags": mesh.tensor_parallel.gather(own > 1).flatten().tolist(),
+        "deepspeed": [
+            mesh.get_data_parallel_rank(),
+            mesh.get_data_parallel_world_size(),
+            mesh.get_model_parallel_rank(),
+            mesh.get_model_parallel_world_size(),
+            mesh.get_tensor_model_parallel_src_rank(),
+        ],
+        "groups": mesh.get_data_parallel_group() is mesh.data_parallel.group
+        and mesh.get_model_parallel_group() is mesh.get_tensor_model_parallel_group(),
+    }
+
+
+def test_tensor_parallel_ranks_are_neighbours() -> None:
+    for rank, found in enumerate(run_distributed(describe, 4, timeout=60)):
+        replica, shard = divmod(rank, 2)
+        assert found["data"] == [shard, shard + 2] and found["tensor"] == [2 * replica, 2 * replica + 1]
+        assert found["sum"] == 4 * replica + 1 and found["max"] == shard + 2
+        assert found["scattered"] == [20 * rank, 20 * rank + 10]
+        assert found["flags"] == [replica == 1] * 2
+        assert found["deepspeed"] == [replica, 2, shard, 2, 2 * replica] and found["groups"]
+
+
+def test_an_axis_of_one_needs_no_group() -> None:
+    axis, tensor = Axis(), torch.arange(6.0).view(2, 3)
+    assert torch.equal(axis.sum_(tensor.clone()), tensor) and torch.equal(axis.max_(tensor.clone()), tensor)
+    assert torch.equal(axis.gather(tensor), tensor[None]) and torch.equal(axis.scatter_sum(tensor[None]), tensor)
+
+
+def test_a_mesh_cannot_be_changed() -> None:
+    mesh = Mesh(torch.device("cpu"), Axis(), Axis(), Axis(), Axis())
+    with pytest.raises(FrozenInstanceError):
+        mesh.device = torch.device("meta")

@@ -1,0 +1,127 @@
+"""What a rank needs of its machine, before anything is started: bytes of memory, and bytes sent per step.
+
+    memory_per_rank(config, model, world_size)
+    communication_per_rank(config, model, controller, world_size)
+
+`model` is rank 0's shard on the meta device. Bytes sent are those of ring algorithms, in which an all-reduce of b bytes
+over n ranks sends 2 b (n - 1) / n and a gather or a scatter b (n - 1) / n.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from megasparse.config.schema import RunConfig
+from megasparse.models.gpt import GPT
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.selection import ROUNDS
+from megasparse.sparsity.topology import Topology
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Defaults of DeepSpeed 0.19, in elements.
+BUCKET = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+SELECTIONS = 3
+"""Kept, grown by gradient, grown at random."""
+
+
+def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str, int]:
+    """Bytes by kind on the accelerator: what training holds at its peak; `host_optimizer` is outside of the total."""
+    stage, size = config.deepspeed.zero_stage, BYTES[config.train.precision]
+    local = sum(parameter.numel() for parameter in model.parameters())
+    sparse = model.sparse_layers().values()
+    share = world_size // config.parallel.tensor_parallel_size if stage >= 1 else 1
+    separate_master = stage >= 1 or size < 4
+    optimizer = local * (4 * separate_master + 8)
+    if config.sparsity.unit_step_counts or config.sparsity.regrowth_warmup_steps:
+        optimizer += 2 * sum(prod(layer.partition.local_shape) for layer in sparse)
+    optimizer //= share
+    masks = sum(layer.mask.numel() for layer in sparse)
+    offloaded = config.deepspeed.offload_optimizer == "cpu"
+    parts = {
+        "weights": local * size if stage < 3 else local * size // share + min(local, MAX_LIVE_PARAMETERS) * size,
+        # One byte per unit that lives or not, one bit per unit that ever lived.
+        "masks": masks + masks // 8,
+        # Stages 2 and 3 reduce bucket by bucket and keep a share.
+        "gradients": local * size if stage < 2 else local * size // share + min(local, BUCKET) * size,
+        "optimizer": 0 if offloaded else optimizer,
+        "activations": activation_bytes(config, model.vocab_size),
+    }
+    total = sum(parts.values())
+    return {**parts, **({"host_optimizer": optimizer} if offloaded else {}), "total": total}
+
+
+def activation_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Tensors that the backward pass of one micro-batch needs on a rank, per layer and at the head."""
+    model, size, ranks = config.model, BYTES[config.train.precision], config.parallel.tensor_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    key_value = 2 * model.key_value_heads * model.head_dim
+    mlp = model.mlp_width * (2 if model.activation == "gelu" else 3)
+    # Per block and token: input and output of both norms between layers; then query, key, value, attention output and
+    # the inside of the MLP, which tensor-parallel ranks share. A whole input of each column layer stays with all ranks.
+    between = model.hidden_size * 4 // (ranks if config.parallel.sequence_parallel else 1)
+    block = between + (2 * model.hidden_size + key_value + mlp) // ranks
+    kept = model.hidden_size // (ranks if config.parallel.sequence_parallel else 1)
+    blocks = model.num_layers * kept + block if config.train.activation_recomputation else model.num_layers * block
+    # Logits in the model's precision and their float32 log-probabilities with gradient.
+    return tokens * (blocks * size + vocab_size // ranks * (size + 8))
+
+
+def communication_per_rank(config: RunConfig, model: GPT, controller: Controller, world_size: int) -> dict[str, float]:
+    """Bytes that a rank sends: `data_parallel` and `tensor_parallel` in an ordinary step, `topology_step` at most in a
+    topology step on top of it, and `topology_average` of these over the update interval."""
+    size, ranks = BYTES[config.train.precision], config.parallel.tensor_parallel_size
+    replicas = world_size // ranks
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * size
+    ring = (replicas - 1) / replicas
+    stage = config.deepspeed.zero_stage
+    # Gradients are reduced once, or at stages 2 and 3 with every micro-batch; weights are gathered after the step, or
+    # at stage 3 before every use: backward passes reuse those of the forward pass while all of them fit.
+    gathers = 1 if weights // size <= MAX_LIVE_PARAMETERS else 2
+    data_parallel = {
+        0: 2 * weights,
+        1: 3 * weights,
+        2: (2 * micro_batches + 1) * weights,
+        3: (1 + gathers) * micro_batches * weights,
+    }[stage] * ring
+    step = sum(topology_bytes(topology, replicas, ranks, stage) for topology in controller.topologies.values())
+    return {
+        "data_parallel": data_parallel,
+        "tensor_parallel": micro_batches * _tensor_parallel_bytes(config, size, ranks),
+        "topology_step": step,
+        "topology_average": step / config.sparsity.update_interval,
+    }
+
+
+def topology_bytes(topology: Topology, replicas: int, ranks: int, stage: int) -> float:
+    """Bytes that a rank sends at most in a topology step of one layer."""
+    sharing = replicas if stage >= 1 else 1
+    whole = 2 * (1 - 1 / (sharing * ranks))
+    between_shards = 2 * (1 - 1 / ranks)
+    statistics = 8 * (3 + topology.num_shards + topology.whole_grid.shape[0]) * between_shards
+    if topology.unit > 1:
+        # Two float64 sums of squares over all, a byte of the present mask between the shards.
+        return topology.num_units * (16 * whole + between_shards) + statistics
+    # Every selection takes its rounds by score and, where scores tie, by key: histograms of int32.
+    histograms = SELECTIONS * 2 * sum(2**bits for _, bits in ROUNDS) * 4 * whole
+    mask = (topology.shard_units // 8 + sharing * 17) * (1 - 1 / sharing)
+    return histograms + mask + statistics
+
+
+def _tensor_parallel_bytes(config: RunConfig, size: int, ranks: int) -> float:
+    """Of one micro-batch: two sums per block in each direction, the embedding's, the head's, and the softmax's."""
+    model, train = config.model, config.train
+    tokens, ring = train.micro_batch_size * model.seq_length, 2 * (1 - 1 / ranks)
+    activation = ring * tokens * model.hidden_size * size
+    # Blocks that are computed again stop before their last sum.
+    sums = (5 if train.activation_recomputation else 4) * model.num_layers + 2
+    softmax = 3 * ring * tokens * 4
+    between = 0.0
+    if config.parallel.sequence_parallel:
+        # A sum is a scatter and a gather, the same bytes. Besides, the embedding's gradient is gathered, and parameters
+        # between layers sum up theirs.
+        norms = (2 * model.num_layers + 1) * (2 if model.bias and model.normalization == "layernorm" else 1)
+        row_biases = 2 * model.num_layers if model.bias else 0
+        between = activation / 2 + (norms + row_biases) * ring * model.hidden_size * size
+    return sums * activation + softmax + between

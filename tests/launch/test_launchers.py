@@ -1,0 +1,140 @@
+"""The same run under every launcher: it ends well, and the curve is the same bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import runs
+
+STOP_AFTER = 5
+SHORT = [f"train.stop_after={STOP_AFTER}", "train.micro_batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_corpus(tmp_path_factory.mktemp("launchers"))
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple]]:
+    """The curve of the short run on so many ranks under ``deepspeed``, whose own runs other tests check."""
+    known: dict[int, list[tuple]] = {}
+
+    def curve(ranks: int) -> list[tuple]:
+        if ranks not in known:
+            folder = tmp_path_factory.mktemp("expected")
+            runs.run(runs.command(corpus, folder, *SHORT, ranks=ranks))
+            known[ranks] = runs.curve(folder / "run")
+            assert [row[0] for row in known[ranks]] == list(range(1, STOP_AFTER + 1))
+        return known[ranks]
+
+    return curve
+
+
+def beside_python(name: str) -> str:
+    """A program that a wheel has installed; the test is skipped where it is missing."""
+    program = Path(sys.executable).with_name(name)
+    if not program.exists():
+        pytest.skip(f"there is no {name} beside {sys.executable}")
+    return str(program)
+
+
+def mpirun(*options: str) -> list[str]:
+    """mpirun refuses root unless it is told."""
+    pytest.importorskip("mpi4py")
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return [beside_python("mpirun"), *as_root, *options]
+
+
+def slurm_step(rank: int, num_tasks: int) -> dict[str, str]:
+    """What srun would tell a task of a step on one node."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(num_tasks),
+        "SLURM_STEP_NODELIST": "n01",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
+def run_as_srun(arguments: list[str], num_tasks: int, *, expect: int = 0) -> list[str]:
+    """Start the tasks of a step, and give back what each of them printed."""
+    tasks = [runs.start(arguments, slurm_step(rank, num_tasks)) for rank in range(num_tasks)]
+    try:
+        return [runs.finish(task, expect=expect).stdout for task in tasks]
+    finally:
+        for task in tasks:
+            if task.poll() is None:
+                runs.end(task)
+
+
+def test_torchrun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
+    script = runs.command(corpus, tmp_path, *SHORT, ranks=1)[1:]
+    runs.run([beside_python("torchrun"), "--standalone", "--nproc_per_node", "2", *script])
+    assert runs.curve(tmp_path / "run") == expected(2)
+
+
+def test_mpirun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
+    runs.run([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, *SHORT, ranks=1)])
+    assert runs.curve(tmp_path / "run") == expected(2)
+
+
+def test_mpirun_with_more_ranks_than_cores(
+    corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]
+) -> None:
+    # Here Open MPI numbers the ranks of a host in another order than the ranks of the run.
+    runs.run([*mpirun("--oversubscribe", "-np", "4"), *runs.command(corpus, tmp_path, *SHORT, ranks=1)])
+    assert runs.curve(tmp_path / "run") == expected(4)
+
+
+def test_srun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
+    run_as_srun(runs.command(corpus, tmp_path, *SHORT, ranks=1), 2)
+    assert runs.curve(tmp_path / "run") == expected(2)
+
+
+def test_a_plain_process_in_a_batch_script_does_not_wait_for_others(corpus: Path, tmp_path: Path) -> None:
+    batch_script = slurm_step(0, 2) | {"SLURM_NTASKS": "2"}
+    del batch_script["SLURM_STEP_NUM_TASKS"]
+    runs.run(runs.command(corpus, tmp_path, *SHORT, ranks=1), variables=batch_script)
+    assert len(runs.curve(tmp_path / "run")) == STOP_AFTER
+
+
+def test_a_mistake_is_told_once_and_no_rank_waits(corpus: Path, tmp_path: Path) -> None:
+    wrong = runs.command(corpus, tmp_path, "optimizer.lr=-1", ranks=1)
+    output = runs.run([*mpirun("-np", "2"), *wrong], expect=2).stdout
+    assert output.count("optimizer.lr") == 1, output
+    first, second = run_as_srun(wrong, 2, expect=2)
+    assert first.startswith("error: optimizer.lr")
+    assert second == ""
+    leftover = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    output = runs.run([*mpirun("-np", "2"), *wrong], expect=2, variables=leftover).stdout
+    assert "error: WORLD_SIZE: 1 in the environment, but mpirun (Open MPI) has started 2 processes" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    # MPICH's mpirun says so; this Open MPI sees a process that it has not started.
+    of_mpich = {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2"}
+    output = runs.run(runs.command(corpus, tmp_path, *SHORT, ranks=1), expect=2, variables=of_mpich).stdout
+    assert "it sees rank 0 of 1, the environment says 0 of 2" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
+    process = runs.start([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)])
+    lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not (lines.exists() and lines.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    output = runs.finish(process).stdout
+    assert "SIGUSR1" in output, output
+    assert (tmp_path / "run" / "checkpoints").is_dir()
