@@ -13,7 +13,7 @@ from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
 from megasparse.parallel import Mesh
-from megasparse.training.build import build_engine
+from megasparse.training.assemble import build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import quiet
 from megasparse.training.loop import Trainer

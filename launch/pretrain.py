@@ -13,13 +13,11 @@ import argparse
 import json
 import os
 import sys
-import time
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.parallel import LaunchEnvironment, choose_accelerator
-from megasparse.parallel.failures import leave, leave_after_lost_peer
-
-SECONDS_FOR_RANK_0 = 15
+from megasparse.parallel.failures import GO_ON, leave, leave_after_lost_peer
+from megasparse.training.leaving import EXPECTED, explain_and_leave
 
 
 def main() -> int:
@@ -39,19 +37,11 @@ def main() -> int:
         choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
-        with leave_after_lost_peer(rank, "go on from the newest checkpoint with train.resume=auto"):
+        with leave_after_lost_peer(rank, GO_ON):
             pretrain(config, environment)
             leave(0)
-    except (ValueError, ArithmeticError) as error:
-        # Settings are wrong on all ranks alike, so one of them says so; data may be bad on one rank alone.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigError):
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
-        else:
-            # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
-            time.sleep(SECONDS_FOR_RANK_0)
-        leave(2)
+    except EXPECTED as error:
+        explain_and_leave(error, rank)
     return 0
 
 

@@ -232,7 +232,12 @@ class TrainConfig(Section):
     sample_prompt: str = "\n"
     """Text that the sample continues."""
     distributed_timeout_seconds: PositiveInt = 1800
-    """A collective that waits longer than this fails."""
+    """A collective that waits longer than this fails; a rank that makes no progress for longer than this, in the first
+    step, a validation, a checkpoint, or at the start or the end of the run, ends the run."""
+    step_timeout_seconds: PositiveInt = 300
+    """The same limit for all other steps: longer than any part of a step (forward, backward, ...) takes."""
+    replica_check_interval: NonNegativeInt = 10
+    """Topology steps between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
 
 
 class SparsityGroup(Section):

@@ -14,6 +14,11 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+GO_ON = "go on from the newest checkpoint with train.resume=auto"
+
+LOST_PEER_STATUS = 3
+"""Exit status of a rank that ends because of another one, or because it hangs."""
+
 SIGNS = ("connection closed by peer", "connection reset", "timed out", "socket timeout", "broken pipe", "gloo", "nccl")
 
 
@@ -28,7 +33,8 @@ def is_lost_peer(error: BaseException) -> bool:
 def leave_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
     """Turn the error of a collective whose peer is gone into one clear line, and end this process at once.
 
-    An ordinary exit would wait for the peers again, in the destructors of the process group.
+    Notes of the error, which say what the watchdog knows of the others, become part of the line. An ordinary exit
+    would wait for the peers again, in the destructors of the process group.
     """
     try:
         yield
@@ -36,13 +42,13 @@ def leave_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
         if not is_lost_peer(error):
             raise
         first_line = str(error).strip().splitlines()[0]
+        known = "; ".join(getattr(error, "__notes__", [])) or "it has died or does not answer"
         print(
-            f"error: rank {rank} lost contact with another rank, which has died or does not answer; {advice}. "
-            f"({first_line})",
+            f"error: rank {rank} lost contact with another rank: {known}; {advice}. ({first_line})",
             file=sys.stderr,
             flush=True,
         )
-        leave(3)
+        leave(LOST_PEER_STATUS)
 
 
 def leave(status: int) -> NoReturn:

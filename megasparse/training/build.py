@@ -6,11 +6,9 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import build_datasets
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.engine.training_engine import TrainingEngine, model_construction
 from megasparse.layers import LayerFactory, Linear, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis, Mesh, TensorParallel
-from megasparse.sparsity.controller import Controller
+from megasparse.parallel import Axis, TensorParallel
 from megasparse.sparsity.groups import check_groups, layer_settings
 
 
@@ -74,12 +72,3 @@ def build_data(config: RunConfig, vocab_size: int):
         vocab_size=vocab_size,
         seed=config.run.seed,
     )
-
-
-def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh) -> tuple[Controller, TrainingEngine]:
-    """Model, controller and engine of a run on this rank, at its beginning."""
-    with model_construction(config, mesh) as opened:
-        model = build_model(config, vocab_size, mesh.tensor_parallel)
-        controller = Controller(config, model.sparse_layers(), mesh.tensor_parallel)
-        controller.start_topologies(opened)
-    return controller, TrainingEngine(model, controller, config, mesh)

@@ -26,6 +26,7 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.replicas import check_replicas
 from megasparse.training.state import TrainState
 
 
@@ -39,7 +40,11 @@ class Checkpointer:
         self._config, self._mesh, self._engine, self._controller = config, mesh, engine, controller
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of the finished step; every rank calls it. Returns its folder."""
+        """Write a checkpoint of the finished step; every rank calls it. Returns its folder.
+
+        Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
+        """
+        check_replicas(self._controller.topologies, self._mesh)
         if self._mesh.is_first:
             self.store.begin(state.step)
         self._mesh.barrier()

@@ -16,7 +16,9 @@ from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
+from megasparse.parallel.watchdog import Watchdog
 from megasparse.sparsity.controller import Controller, StepDecision, TopologyReport
+from megasparse.sparsity.replicas import check_replicas, is_replica_check_due
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, QuietProgress
 from megasparse.training.evaluation import validation_loss
@@ -57,10 +59,13 @@ class Trainer:
     records: RunRecords | None
     progress: Progress | QuietProgress
     state: TrainState
+    watchdog: Watchdog | None = None
+    """None: nobody looks whether the run hangs."""
 
     def __post_init__(self) -> None:
         self._flops = FlopCounter(self.config, self.engine.model)
         self._pictures = _picture_steps(self.config)
+        self._first_step = self.state.step + 1
 
     def run(self, stop: StopSignal) -> str:
         """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary."""
@@ -78,9 +83,11 @@ class Trainer:
                 if reason != "finished":
                     break
                 if train.save_interval and self.state.step % train.save_interval == 0:
+                    self._beat(self.state.step, "checkpoint", slow=True)
                     self.checkpointer.save(self.state)
                     saved_step = self.state.step
         if saved_step != self.state.step:
+            self._beat(self.state.step, "checkpoint", slow=True)
             folder = self.checkpointer.save(self.state)
             self.progress.message(f"checkpoint {folder.name} saved")
         return reason
@@ -101,32 +108,45 @@ class Trainer:
     def train_step(self, loader: BatchLoader) -> StepResult:
         """One optimizer step over the global batch."""
         state, engine, seconds = self.state, self.engine, self.state.ledger.seconds
+        step = state.step + 1
         with seconds.step():
             decision = self.controller.begin_step(state.step)
             engine.model.set_attention_patterns(decision.patterns)
             flops = self._flops.step(decision, self.controller.live_densities())
             losses = []
             for _ in range(engine.accumulation_steps):
+                self._beat(step, "data")
                 with seconds.part("data"):
                     tokens = next(loader).to(self.mesh.device)
+                self._beat(step, "forward")
                 with seconds.part("forward"):
                     loss = engine.forward(tokens[:, :-1], tokens[:, 1:])
+                self._beat(step, "backward")
                 with seconds.part("backward"):
                     engine.backward(loss)
                 losses.append(loss.detach())
+            self._beat(step, "topology")
             topology = self._update_topology(decision)
             lr = learning_rate(state.step, self.config.train.steps, self.config.optimizer)
             skip = topology is not None and self.config.sparsity.skip_optimizer_on_update
+            self._beat(step, "optimizer")
             with seconds.part("optimizer"):
                 norm = engine.step(lr, skip_update=skip)
         state.ledger.flops.add(flops)
         self._advance(losses, loader.consumed_samples)
         return StepResult(decision, lr, norm, topology)
 
+    def _beat(self, step: int, part: str, *, slow: bool = False) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(f"step {step}: {part}", slow=slow or step == self._first_step)
+
     def _update_topology(self, decision: StepDecision) -> TopologyReport | None:
         if not decision.changes_topology:
             return None
         with self.state.ledger.seconds.part("topology"):
+            # Before the change, which takes the bits from other ranks and so hides a wrong one.
+            if is_replica_check_due(decision.step, self.config):
+                check_replicas(self.controller.topologies, self.mesh)
             if self.engine.gradients_are_finite():
                 return self.controller.update_topology(self.engine.state)
             # A float16 gradient that overflowed ranks nothing, and its optimizer step will be skipped.
@@ -147,6 +167,7 @@ class Trainer:
     def _record(self, result: StepResult) -> None:
         """Validate where it is due, and write a line of metrics where one is due."""
         train, step = self.config.train, self.state.step
+        self._beat(step, "records")
         last = step == train.steps
         if result.topology is not None and self.records is not None:
             self.records.topology(result.topology)
@@ -158,10 +179,12 @@ class Trainer:
         if validates:
             self.state.last_val_loss = self._validate()
         if validates or last or step % train.log_interval == 0:
+            self._beat(step, "records")
             self._write_metrics(result, self.state.last_val_loss if validates else None)
 
     def _validate(self) -> float:
         train = self.config.train
+        self._beat(self.state.step, "validation", slow=True)
         loss = validation_loss(self.engine, self.valid_data, train.valid_samples, train.micro_batch_size, self.mesh)
         best = self.state.best_val_loss
         self.state.best_val_loss = loss if best is None else min(best, loss)

@@ -21,7 +21,9 @@ from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import check_precision
 from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
-from megasparse.training.build import build_data, build_engine, open_tokenizer, vocabulary_size
+from megasparse.parallel.watchdog import Watchdog
+from megasparse.training.assemble import build_engine
+from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
 from megasparse.training.environment import describe_hardware, package_versions
@@ -49,6 +51,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     with ExitStack() as stack:
         timeout, size = config.train.distributed_timeout_seconds, config.parallel.tensor_parallel_size
         mesh = stack.enter_context(open_mesh(environment, timeout, size))
+        watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
         controller, engine = build_engine(config, vocab_size, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
         state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
@@ -68,11 +71,13 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
             records=_open_records(folder, config, mesh, state, stack),
             progress=progress,
             state=state,
+            watchdog=watchdog,
         )
         with progress, StopSignal(mesh) as stop:
             for note in notes:
                 progress.message(note)
             reason = trainer.run(stop)
+        watchdog.beat("the end of the run", slow=True)
         summary = summarise(config, plan, trainer, reason)
         # Every rank takes part: the model may be divided among them.
         text = _sample(config, engine.model, tokenizer)

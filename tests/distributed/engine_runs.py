@@ -21,7 +21,7 @@ from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import digest
-from megasparse.training.build import build_engine
+from megasparse.training.assemble import build_engine
 
 GLOBAL_BATCH = 8
 

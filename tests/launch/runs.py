@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -123,6 +124,18 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
         if f"--local_rank={rank}" in words and any(word.endswith("pretrain.py") for word in words):
             return child.pid
     raise AssertionError(f"rank {rank} is not running")
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    """Wait until so many lines of metrics are written."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.is_file() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("the run did not come so far in time")
 
 
 def metrics(run_folder: Path) -> list[dict]:

@@ -1,0 +1,83 @@
+"""Submit a run to SLURM.
+
+    python launch/slurm/submit.py --config configs/gpt2-124m.yaml [section.field=value ...] \\
+        --nodes 2 --tasks-per-node 8 --time 04:00:00
+
+Checks the run at its size, freezes code and resolved configuration into <run.folder>/<run.name>/job-<n>, writes a
+batch script there and calls sbatch. The job works in the present folder, so relative paths keep their meaning. It is
+warned before its time limit, saves, and requeues itself until the run is finished; see launch/slurm/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    variables = dict(os.environ)
+    # Plans are made on the CPU; the job must not inherit that.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from megasparse.config.loader import load_config
+    from megasparse.training.submission import SlurmJob, submit, submit_command, write_job
+
+    try:
+        job = SlurmJob(
+            nodes=arguments.nodes,
+            tasks_per_node=arguments.tasks_per_node,
+            time=arguments.time,
+            layout=arguments.layout,
+            warning_seconds=arguments.warning_seconds,
+            max_restarts=arguments.max_restarts,
+            partition=arguments.partition,
+            account=arguments.account,
+            gpus_per_node=arguments.gpus_per_node,
+            cpus_per_task=arguments.cpus_per_task,
+            setup=arguments.setup,
+            options=tuple(arguments.sbatch_option),
+        )
+        folder = write_job(load_config(arguments.config, arguments.overrides), job, REPOSITORY)
+        print(f"written: {folder}")
+        print(shlex.join(submit_command(folder)) if arguments.dry_run else submit(folder, variables))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--tasks-per-node", type=int, required=True, metavar="N", help="ranks on each node")
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="of one start of the job, as sbatch reads it")
+    parser.add_argument(
+        "--layout",
+        default="task-per-rank",
+        metavar="LAYOUT",
+        help="task-per-rank (default): SLURM starts every rank; task-per-node: torchrun does, once on each node",
+    )
+    parser.add_argument(
+        "--warning-seconds", type=int, default=180, metavar="S", help="for the last step and the checkpoint; 180"
+    )
+    parser.add_argument("--max-restarts", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument("--partition", metavar="P")
+    parser.add_argument("--account", metavar="A")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N")
+    parser.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of each rank")
+    parser.add_argument("--sbatch-option", action="append", default=[], metavar="=--NAME=VALUE", help="may be repeated")
+    parser.add_argument("--setup", type=Path, metavar="FILE", help="shell file that the job sources first")
+    parser.add_argument("--dry-run", action="store_true", help="write everything, print the command, do not submit")
+    # Settings may stand between options.
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

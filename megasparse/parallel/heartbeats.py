@@ -1,0 +1,145 @@
+"""Heartbeats between all ranks: who still answers, and at which place in the run.
+
+    heartbeats = Heartbeats(mesh, interval=1.0)                  # every rank, at the same point
+    heartbeats.exchange("step 12: backward", idle_seconds=0.4)   # from one thread, again and again
+    heartbeats.peers                                             # what was heard of the others
+
+Datagrams go straight from every rank to every other: nothing here waits for another rank, and no rank is needed by the
+others, so that any rank that is stopped or dead, rank 0 too, is missed and not waited for. (A read from a ``TCPStore``
+of torch 2.13 whose server was stopped did not end at its time-out of 3 s; it ended when the server was killed.) A lost
+datagram does no harm, as the next one says the same. All carry a random number of the run; others are ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megasparse.parallel.mesh import Mesh
+
+ADDRESS_BYTES = 128
+MAX_DATAGRAM_BYTES = 2048
+SILENT_INTERVALS = 3.0
+"""A rank is silent when nothing came from it for so many intervals."""
+
+
+@dataclass
+class Peer:
+    """What is known of another rank."""
+
+    rank: int
+    address: tuple[str, int]
+    place: str = ""
+    """Where it was when last heard of; empty: never heard of."""
+    idle_seconds: float = 0.0
+    """How long it had been there then."""
+    left: str | None = None
+    """Why it has left the run, in its own words; empty where another rank was the reason, None: it has not left."""
+    quiet_seconds: float = 0.0
+    """How long nothing came from it."""
+
+
+class Heartbeats:
+    """This rank's heartbeats to the others, and theirs. Every rank must make one at the same point."""
+
+    def __init__(self, mesh: Mesh, interval: float) -> None:
+        self.interval, self._rank = interval, mesh.rank
+        name = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        # Looked up once: later a name server that hangs must not hold up the heartbeats.
+        family, *_, (master, *_) = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        self._own_address = ("::1" if family == socket.AF_INET6 else "127.0.0.1", self._socket.getsockname()[1])
+        # A sum, as torch 2.13 warns of its own names when it gathers.
+        rows = torch.zeros((mesh.world_size, ADDRESS_BYTES), dtype=torch.uint8)
+        rows[mesh.rank] = _to_row([secrets.token_hex(8), _own_host(master, family), self._own_address[1]])
+        addresses = [_from_row(row) for row in mesh.control.sum_(rows)]
+        self._run = addresses[0][0]
+        self._peers = {}
+        for rank, (_, host, port) in enumerate(addresses):
+            if rank != mesh.rank:
+                # A rank that sees itself under a loopback address is on the host of the master.
+                host = master if ipaddress.ip_address(host).is_loopback else host
+                self._peers[rank] = Peer(rank, (host, port))
+
+    @property
+    def peers(self) -> list[Peer]:
+        """The other ranks, in order."""
+        return list(self._peers.values())
+
+    def exchange(self, place: str, idle_seconds: float, left: str | None = None) -> None:
+        """Tell the others where this rank is, and listen to them for one interval."""
+        self.tell(place, idle_seconds, left)
+        started = time.monotonic()
+        heard = self._listen(started + self.interval)
+        # Longer than asked for means that this process was itself stopped, or starved: no silence of the others.
+        elapsed = min(time.monotonic() - started, 2 * self.interval)
+        for peer in self.peers:
+            peer.quiet_seconds = 0.0 if peer.rank in heard else peer.quiet_seconds + elapsed
+
+    def tell(self, place: str, idle_seconds: float, left: str | None = None) -> None:
+        """Tell the others where this rank is, or why it leaves."""
+        message = json.dumps([self._run, self._rank, place[:200], round(idle_seconds, 1), left and left[:400]])
+        for peer in self.peers:
+            # A full buffer, a host that is gone: the next heartbeat says the same.
+            with contextlib.suppress(OSError):
+                self._socket.sendto(message.encode(), peer.address)
+
+    def is_silent(self, peer: Peer) -> bool:
+        return peer.quiet_seconds >= SILENT_INTERVALS * self.interval
+
+    def wake(self) -> None:
+        """End the ``exchange`` that another thread is in."""
+        self._socket.sendto(b"", self._own_address)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _listen(self, deadline: float) -> set[int]:
+        """Ranks that were heard until the deadline."""
+        heard: set[int] = set()
+        while (left := deadline - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            with contextlib.suppress(OSError):
+                datagram = self._socket.recv(MAX_DATAGRAM_BYTES)
+                if not datagram:
+                    break
+                heard |= self._note(datagram)
+        return heard
+
+    def _note(self, datagram: bytes) -> set[int]:
+        """The rank that sent it, as a set; empty where it is not of this run."""
+        try:
+            run, rank, place, idle_seconds, left = json.loads(datagram)
+            if run != self._run:
+                return set()
+            peer = self._peers[rank]
+        except (ValueError, TypeError, KeyError):
+            return set()
+        peer.place, peer.idle_seconds, peer.left = place, idle_seconds, left
+        return {rank}
+
+
+def _own_host(master: str, family: int) -> str:
+    """The address under which this host talks to the master's."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((master, 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _to_row(values: list[str | int]) -> torch.Tensor:
+    text = json.dumps(values).encode().ljust(ADDRESS_BYTES)
+    assert len(text) == ADDRESS_BYTES, text
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def _from_row(row: torch.Tensor) -> list[str | int]:
+    return json.loads(bytes(row.tolist()))

@@ -1,0 +1,187 @@
+"""Whole runs on a real SLURM cluster of two nodes, warned, requeued, cancelled, refused.
+
+The cluster is started here, from installed binaries (tests/launch/slurm_cluster.py), and ends with the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import REPOSITORY, command, curve, metrics, run, write_corpus
+from slurm_cluster import SlurmCluster, why_not
+from slurm_jobs import SCRIPTS, settings, submit, wait_until
+
+pytestmark = [pytest.mark.timeout(500), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster() as started:
+        started.environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+        yield started
+
+
+def test_a_run_that_is_warned_saves_requeues_itself_and_gives_the_uninterrupted_curve(
+    cluster: SlurmCluster, corpus: Path, tmp_path: Path
+) -> None:
+    """SLURM's own warning before the time limit of one minute; one rank on each of two nodes."""
+    steps, straight = uninterrupted(corpus, tmp_path / "straight", seconds=15)
+    folder = tmp_path / "with a space"
+    wait_for_favourable_moment(cluster)
+    number = submit_to(cluster, settings(corpus, folder, "run.name=run", f"train.steps={steps}"), "--time=1")
+    try:
+        stopped_at = last_step_after(cluster, number, folder / "run", restarts=1)
+        assert stopped_at < steps
+        cluster.start_soon(number, minutes=10)
+        job = cluster.wait_for_end(number, 120)
+    finally:
+        output = job_output(folder / "run")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert "warning before the time limit" in output and "stopped by SIGUSR1" in output, output
+    assert "on 127.0.0.[1-2]" in output and f"going on from step {stopped_at}" in output
+    assert "the run is finished" in output and json.loads((folder / "run" / "summary.json").read_text())["finished"]
+    assert curve(folder / "run") == curve(straight)
+
+
+def test_torchrun_on_each_node_passes_a_warning_on_and_a_killed_rank_requeues_the_job(
+    cluster: SlurmCluster, corpus: Path, tmp_path: Path
+) -> None:
+    """Two ranks on each of two nodes. The warning comes from scancel, as an operator may send it."""
+    folder = tmp_path / "run"
+    words = settings(corpus, tmp_path, "run.name=run", "train.steps=20000")
+    number = submit_to(cluster, words, "--layout=task-per-node", "--time=10", ranks_per_node=2)
+    try:
+        wait_for_steps(folder, 3)
+        cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+        stopped_at = last_step_after(cluster, number, folder, restarts=1)
+        assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir() and "stopped by" in job_output(folder)
+        cluster.start_soon(number)
+        wait_for_steps(folder, stopped_at + 3)
+        rank_on(cluster, rank=3).kill()
+        last_step_after(cluster, number, folder, restarts=2)
+    finally:
+        output = job_output(folder)
+        cluster.run("scancel", str(number), check=False)
+    assert f"going on from step {stopped_at}" in output and "a rank was killed; requeued" in output, output
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "message"),
+    [([], "CANCELLED", "cancelled; not requeued"), (["--signal=TERM"], "COMPLETED", "stopped as asked; not requeued")],
+)
+def test_a_job_that_is_ended_by_hand_saves_and_stays_away(
+    cluster: SlurmCluster, corpus: Path, tmp_path: Path, options: list[str], state: str, message: str
+) -> None:
+    folder = tmp_path / "run"
+    number = submit_to(cluster, settings(corpus, tmp_path, "run.name=run", "train.steps=20000"), "--time=10")
+    wait_for_steps(folder, 3)
+    cluster.run("scancel", *options, str(number))
+    job = cluster.wait_for_end(number, 100)
+    wait_until(lambda: message in job_output(folder), 30, f"{message!r} in {job_output(folder)}")
+    last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}" / "manifest.json"
+    assert (job["JobState"], job["Restarts"]) == (state, "0") and last.is_file(), job_output(folder)
+
+
+def test_a_users_mistake_ends_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The data vanish while the job waits in the queue."""
+    (tmp_path / "data").mkdir()
+    words = settings(write_corpus(tmp_path / "data"), tmp_path, "run.name=run")
+    number = submit_to(cluster, words, "--time=10", "--sbatch-option=--hold")
+    shutil.rmtree(tmp_path / "data")
+    cluster.run("scontrol", "release", str(number))
+    job = cluster.wait_for_end(number, 90)
+    output = job_output(tmp_path / "run")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), output
+    assert f"error: {tmp_path / 'data'}" in output.replace("data.train: ", "") and "must be mended" in output, output
+
+
+def test_a_batch_script_that_was_edited_by_hand_finishes(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
+    words = " ".join(shlex.quote(word) for word in settings(corpus, tmp_path, "run.name=run"))
+    changes = {
+        "--config configs/gpt2-124m.yaml 'data.train=[{path: data/corpus}]'": words,
+        "RANKS_PER_TASK=8 ": "RANKS_PER_TASK=1 ",
+        "RUN_FOLDER=runs/gpt2-124m ": f"RUN_FOLDER={tmp_path / 'run'} ",
+        "PYTHON=python": f"PYTHON={sys.executable}",
+        "--time=04:00:00": "--time=00:10:00",
+        "--output=": f"--output={tmp_path}/",
+    }
+    text = (SCRIPTS / "task_per_node.sbatch").read_text()
+    for old, new in changes.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "edited.sbatch").write_text(text)
+    number = int(cluster.run("sbatch", f"--chdir={REPOSITORY}", str(tmp_path / "edited.sbatch")).split()[-1])
+    job = cluster.wait_for_end(number, 120)
+    output = (tmp_path / f"slurm-{number}.out").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output
+    assert "the run is finished" in output and len(metrics(tmp_path / "run")) == 24
+
+
+def uninterrupted(corpus: Path, folder: Path, seconds: float) -> tuple[int, Path]:
+    """A run of two ranks without SLURM that trains for at least so long here and now; its steps and its folder."""
+    steps = 300
+    while True:
+        run(command(corpus, folder, f"run.name=steps-{steps}", f"train.steps={steps}"))
+        straight = folder / f"steps-{steps}"
+        if json.loads((straight / "summary.json").read_text())["seconds"] >= seconds:
+            return steps, straight
+        steps *= 2
+
+
+def wait_for_favourable_moment(cluster: SlurmCluster) -> None:
+    """SLURM looks at time limits every 30 seconds: let it do so soon after the job has begun to train."""
+    lead = 20
+    time.sleep((-time.monotonic() + cluster.controller_started_at - lead) % 30)
+
+
+def submit_to(cluster: SlurmCluster, words: list[str], *options: str, ranks_per_node: int = 1) -> int:
+    size = ["--nodes=2", f"--tasks-per-node={ranks_per_node}", "--warning-seconds=25"]
+    done = submit(words, [*size, *options], cluster.environment, cluster.folder)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def last_step_after(cluster: SlurmCluster, number: int, folder: Path, restarts: int) -> int:
+    """The last step that the run wrote down before its job went back into the queue."""
+    back = ("PENDING", str(restarts))
+    cluster.wait_for_job(number, lambda job: (job["JobState"], job["Restarts"]) == back, 100)
+    return metrics(folder)[-1]["step"]
+
+
+def wait_for_steps(folder: Path, step: int) -> None:
+    path = folder / "metrics.jsonl"
+    wait_until(
+        lambda: path.is_file() and path.read_text().endswith("\n") and metrics(folder)[-1]["step"] >= step,
+        150,
+        f"step {step}",
+    )
+
+
+def rank_on(cluster: SlurmCluster, rank: int) -> psutil.Process:
+    """The process of a rank: Python, not one of the shells above it."""
+    for process in psutil.process_iter():
+        try:
+            variables, words = process.environ(), process.cmdline()
+        except psutil.Error:
+            continue
+        ours = variables.get("SLURM_CONF") == cluster.environment["SLURM_CONF"]
+        if ours and variables.get("RANK") == str(rank) and words[1:2] == ["-u"]:
+            return process
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def job_output(run_folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(run_folder.glob("job-*/slurm-*.out")))
