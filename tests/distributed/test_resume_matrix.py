@@ -202,7 +202,7 @@ def refused(universal, tmp_path_factory) -> list[dict[str, str]]:
     [
         (
             "not asked for",
-            ["saved by 1 ranks, this run has 2", "tools/universal_checkpoint.py", "train.universal=true"],
+            ["saved by 1 rank, this run has 2", "universal_checkpoint.py", "train.universal=true"],
         ),
         ("no ages", ["sparsity.unit_step_counts", "kept no ages", "legal values: false and 0"]),
         ("missing", ["universal: it is not there", "tools/universal_checkpoint.py"]),
