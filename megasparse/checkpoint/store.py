@@ -6,7 +6,9 @@
         manifest.json             step, layout, model, size of every file, checksum of the topology
         topology.safetensors      mask bits of every layer, 1 bit per unit, independent of the layout
         random.safetensors        states of the random generators, one row per rank
+        layout.json               how the parameters are divided over the files, see `layout.py`
         mp_rank_00_model_states.pt, ...   DeepSpeed's files
+        universal/                the same independent of the layout, where it was asked for, see `universal.py`
 
 A folder without a manifest, or with a file that is missing or of another size, is not a checkpoint and is passed over.
 """
@@ -46,6 +48,7 @@ class Manifest:
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes by file name."""
     topology_sha256: str = ""
+    tensor_parallel_size: int = 1
 
 
 class CheckpointStore:
@@ -66,13 +69,13 @@ class CheckpointStore:
         """Turn the temporary folder of `manifest.step` into a checkpoint and drop the oldest ones beyond `keep`."""
         partial = self.folder / self.partial_name(manifest.step)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()}
-        complete = {**asdict(manifest), "files": files, "topology_sha256": _sha256(partial / TOPOLOGY)}
-        _write_synced(partial / MANIFEST, json.dumps(complete, indent=1))
+        complete = {**asdict(manifest), "files": files, "topology_sha256": sha256(partial / TOPOLOGY)}
+        write_synced(partial / MANIFEST, json.dumps(complete, indent=1))
         final = self.folder / self.name(manifest.step)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _write_synced(self.folder / "latest.new", final.name)
+        write_synced(self.folder / "latest.new", final.name)
         os.replace(self.folder / "latest.new", self.folder / "latest")
         self._prune(final)
         return final
@@ -145,31 +148,45 @@ def read_manifest(folder: Path) -> Manifest:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"checkpoint {folder}: {name} {state}")
-    if _sha256(folder / TOPOLOGY) != manifest.topology_sha256:
+    if sha256(folder / TOPOLOGY) != manifest.topology_sha256:
         raise CheckpointError(f"checkpoint {folder}: {TOPOLOGY} does not have the checksum of the manifest")
     return manifest
 
 
-def check_fits(folder: Path, manifest: Manifest, model: dict[str, Any], world_size: int, zero_stage: int) -> None:
-    """Raise CheckpointError unless the checkpoint is of this model and layout, naming every field that differs."""
+def check_model(folder: Path, saved: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the saved section `model` is this one, naming every field that differs."""
     differences = [
-        f"model.{name} is {manifest.model.get(name)!r} there and {value!r} here"
+        f"model.{name} is {saved.get(name)!r} there and {value!r} here"
         for name, value in model.items()
-        if manifest.model.get(name) != value
+        if saved.get(name) != value
     ]
-    if manifest.world_size != world_size:
-        differences.append(f"it was saved by {manifest.world_size} ranks, this run has {world_size}")
-    if manifest.zero_stage != zero_stage:
-        differences.append(f"deepspeed.zero_stage is {manifest.zero_stage} there and {zero_stage} here")
     if differences:
         raise CheckpointError(f"checkpoint {folder} does not fit: {'; '.join(differences)}")
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def layout_differences(manifest: Manifest, world_size: int, tensor_parallel_size: int, zero_stage: int) -> list[str]:
+    """In what the layout of a checkpoint differs from this one; empty where they are the same."""
+    differences = []
+    if manifest.world_size != world_size:
+        ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+        differences.append(f"it was saved by {ranks}, this run has {world_size}")
+    settings = {
+        "parallel.tensor_parallel_size": (manifest.tensor_parallel_size, tensor_parallel_size),
+        "deepspeed.zero_stage": (manifest.zero_stage, zero_stage),
+    }
+    return differences + [f"{name} is {a} there and {b} here" for name, (a, b) in settings.items() if a != b]
 
 
-def _write_synced(path: Path, text: str) -> None:
+def sha256(path: Path) -> str:
+    """Checksum of a file, read piece by piece; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file that is on the disk when this returns."""
     with path.open("w") as file:
         file.write(text)
         file.flush()

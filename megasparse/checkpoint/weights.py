@@ -9,16 +9,13 @@ For sampling, evaluation and conversion; a run that goes on reads its checkpoint
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from megasparse.checkpoint.reader import WEIGHT, CheckpointReader
 from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, Manifest, read_manifest
-from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
 
 CHECKPOINTS = "checkpoints"
-MODEL_STATES = "mp_rank_00_model_states.pt"
 
 
 def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Manifest]:
@@ -42,21 +39,14 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Ma
 
 
 def load_model_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights of the checkpoint in `folder` on the CPU, floating-point ones as float32, by state dict name.
+    """Master weights of the checkpoint in `folder` on the CPU, whole, by state dict name; shared ones share memory.
 
     Weights of dead units are 0. Raises CheckpointError for a folder that is no whole checkpoint or a file of another
     kind. Only tensors and plain data are read.
     """
-    read_manifest(folder)
-    path = folder / MODEL_STATES
-    try:
-        content: Any = SafeCheckpointEngine(wrapped=None).load(str(path), map_location="cpu")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    module = content.get("module") if isinstance(content, dict) else None
-    if not isinstance(module, dict) or not all(isinstance(value, Tensor) for value in module.values()):
-        raise CheckpointError(f"{path}: holds no weights under the key `module`")
-    return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in module.items()}
+    reader = CheckpointReader(folder)
+    weights = {name: reader.tensor(name, WEIGHT) for name in reader.names}
+    return weights | {alias: weights[name] for alias, name in reader.layout.aliases.items()}
 
 
 def _steps(folder: Path) -> str:

@@ -220,6 +220,9 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     resume: Literal["auto", "never"] = "never"
     """auto: go on from the newest good checkpoint of the run folder where there is one."""
+    universal: bool = False
+    """Where that checkpoint is of another number of ranks, tensor-parallel size or ZeRO stage: go on from its universal
+    form, which tools/universal_checkpoint.py makes."""
     stop_after: PositiveInt | None = None
     """Leave cleanly, with a checkpoint, after this step, as if the time were up; schedules keep to `steps`."""
     tensorboard: bool = True

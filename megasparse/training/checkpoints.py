@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megasparse.checkpoint.layout import describe_layout, write_layout
 from megasparse.checkpoint.store import (
     RANDOM,
     TOPOLOGY,
     CheckpointError,
     CheckpointStore,
     Manifest,
-    check_fits,
+    check_model,
+    layout_differences,
 )
+from megasparse.checkpoint.universal import UniversalReader, tool_command
 from megasparse.config.schema import RunConfig
+from megasparse.engine.restore import restore_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
 from megasparse.sparsity.checks import check_invariant
@@ -48,10 +53,13 @@ class Checkpointer:
         losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
         self._engine.save(self.store.folder, name, {"train_state": state.to_dict(), "window_losses": losses})
         random_states = self._mesh.gather_rows(torch.get_rng_state())
+        topology = self._controller.state()
         if self._mesh.is_first:
             partial = self.store.folder / name
-            save_file({key: bits.contiguous() for key, bits in self._controller.state().items()}, partial / TOPOLOGY)
+            save_file({key: bits.contiguous() for key, bits in topology.items()}, partial / TOPOLOGY)
             save_file({"cpu": random_states}, partial / RANDOM)
+            zero_stage = self._config.deepspeed.zero_stage
+            write_layout(describe_layout(self._engine.model, self._engine.optimizer, self._mesh, zero_stage), partial)
         # Every rank's files must be there before the manifest counts them.
         self._mesh.barrier()
         if self._mesh.is_first:
@@ -60,45 +68,84 @@ class Checkpointer:
         return self.store.folder / self.store.name(state.step)
 
     def restore(self) -> TrainState | None:
-        """Go on from the newest good checkpoint, or None where there is none.
+        """Go on from the newest good checkpoint, or None where there is none; every rank calls it.
 
-        Raises CheckpointError where it is of another model or layout, RuntimeError where weights contradict masks.
+        Raises CheckpointError where it is of another model, or of another layout and `train.universal` is not set or
+        there is no universal form of it; RuntimeError where weights contradict masks.
         """
         found = self.store.newest_good()
         if found is None:
             return None
         folder, manifest = found
-        check_fits(
-            folder,
-            manifest,
-            self._config.model.model_dump(mode="json"),
-            self._mesh.world_size,
-            self._config.deepspeed.zero_stage,
+        check_model(folder, manifest.model, self._config.model.model_dump(mode="json"))
+        differences = layout_differences(
+            manifest, self._mesh.world_size, self._mesh.tensor_parallel.size, self._config.deepspeed.zero_stage
         )
-        client_state = self._engine.load(folder.parent, folder.name)
-        try:
-            self._controller.load_state(_load(folder / TOPOLOGY))
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {folder}: {error}") from error
-        # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
-        torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
+        if not differences:
+            state = self._restore_same_layout(folder)
+        elif self._config.train.universal:
+            state = self._restore_universal(folder)
+        else:
+            raise CheckpointError(
+                f"checkpoint {folder} is of another layout: {'; '.join(differences)}. To go on with this one: "
+                f"{tool_command(folder)}, and then train.universal=true"
+            )
         check_invariant(list(self._controller.topologies.values()), self._engine.state)
-        state = TrainState.from_dict(client_state["train_state"])
         if state.step > self._config.train.steps:
             raise CheckpointError(
                 f"checkpoint {folder} is past the end of the run: train.steps is {self._config.train.steps}; "
                 f"legal values: at least {state.step}"
             )
-        state.window.loss = client_state["window_losses"][self._mesh.rank]
         return state
+
+    def _restore_same_layout(self, folder: Path) -> TrainState:
+        """Bit for bit, from DeepSpeed's own files."""
+        client_state = self._engine.load(folder.parent, folder.name)
+        self._load_topology(folder, _load(folder / TOPOLOGY))
+        # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
+        torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
+        return _train_state(client_state["train_state"], client_state["window_losses"][self._mesh.rank])
+
+    def _restore_universal(self, folder: Path) -> TrainState:
+        """To rounding, from whole tensors. Random states are not taken over: each belongs to a rank that was."""
+        failure = None
+        try:
+            universal = UniversalReader(folder)
+            # The ranks share the reading; what one of them finds stops all.
+            universal.check_files(self._mesh.rank, self._mesh.world_size)
+        except CheckpointError as error:
+            failure = error
+        if self._mesh.agree_any(failure is not None):
+            raise failure or CheckpointError(f"checkpoint {folder}: another rank finds its universal form damaged")
+        try:
+            restore_state(self._engine, universal)
+        except ValueError as error:
+            raise CheckpointError(f"{universal.folder}: {error}") from error
+        self._load_topology(universal.folder, universal.topology())
+        losses = universal.manifest.window_losses
+        # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
+        return _train_state(universal.manifest.train_state, sum(losses) / len(losses))
+
+    def _load_topology(self, folder: Path, state: dict[str, Tensor]) -> None:
+        try:
+            self._controller.load_state(state)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {folder}: {error}") from error
 
     def _manifest(self, state: TrainState) -> Manifest:
         return Manifest(
             step=state.step,
             world_size=self._mesh.world_size,
             zero_stage=self._config.deepspeed.zero_stage,
+            tensor_parallel_size=self._mesh.tensor_parallel.size,
             model=self._config.model.model_dump(mode="json"),
         )
+
+
+def _train_state(values: dict[str, Any], window_loss: float) -> TrainState:
+    state = TrainState.from_dict(values)
+    state.window.loss = window_loss
+    return state
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -142,7 +142,8 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
         changes = changed_settings(load_config([saved]), config)
     except ConfigError as error:
         return [f"the saved configuration is not readable: {error}"]
-    return [change for change in changes if not change.startswith(("train.resume:", "train.stop_after:"))]
+    passing = ("train.resume:", "train.universal:", "train.stop_after:")
+    return [change for change in changes if not change.startswith(passing)]
 
 
 def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:

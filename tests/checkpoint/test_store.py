@@ -13,7 +13,8 @@ from megasparse.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     Manifest,
-    check_fits,
+    check_model,
+    layout_differences,
     read_manifest,
 )
 
@@ -47,7 +48,8 @@ def test_a_commit_is_found_and_described(store) -> None:
     assert manifest.files == {TOPOLOGY: len("topology of step 100"), "mp_rank_00_model_states.pt": 700}
     assert (store.folder / "latest").read_text() == "step-00000100"
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step-00000100"]
-    check_fits(found, manifest, MODEL, 2, 1)
+    check_model(found, manifest.model, MODEL)
+    assert layout_differences(manifest, 2, 1, 1) == []
 
 
 def test_the_newest_wins_and_old_ones_go(store) -> None:
@@ -152,10 +154,25 @@ def test_misfits_name_every_field(store) -> None:
     folder = save(store, 10)
     _, manifest = store.newest_good()
     with pytest.raises(CheckpointError) as caught:
-        check_fits(folder, manifest, {**MODEL, "hidden_size": 128, "activation": "gelu"}, 4, 0)
+        check_model(folder, manifest.model, {**MODEL, "hidden_size": 128, "activation": "gelu"})
     for part in (
         str(folder), "model.hidden_size is 64 there and 128 here", "model.activation is None there and 'gelu' here",
-        "saved by 2 ranks, this run has 4", "deepspeed.zero_stage is 1 there and 0 here",
     ):  # fmt: skip
         assert part in str(caught.value)
     assert "num_layers" not in str(caught.value)
+    assert layout_differences(manifest, 4, 2, 0) == [
+        "it was saved by 2 ranks, this run has 4",
+        "parallel.tensor_parallel_size is 1 there and 2 here",
+        "deepspeed.zero_stage is 1 there and 0 here",
+    ]
+
+
+def test_a_universal_form_inside_a_checkpoint_goes_with_it_and_changes_nothing(store) -> None:
+    for step in (5, 20, 100):
+        folder = save(store, step)
+        (folder / "universal").mkdir()
+        (folder / "universal" / "manifest.json").write_text("{}")
+    assert store.newest_good()[0] == folder and store.damaged() == []
+    save(store, 1000)
+    names = sorted(path.name for path in store.folder.glob("**/universal"))
+    assert len(names) == 2 and not (store.folder / "step-00000005").exists()
