@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import command, curve, end, free_port, metrics, rank_process, run, start, wait_for_steps, write_corpus
+from runs import command, curve, end, free_port, metrics, rank_process, run, start, wait_for_steps
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -22,19 +22,6 @@ SETTINGS = [
     "train.step_timeout_seconds=10",
     f"train.distributed_timeout_seconds={LONG_LIMIT_SECONDS}",
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks from step 0 to the end in one go."""
-    folder = tmp_path_factory.mktemp("straight")
-    run(command(corpus, folder, "run.name=straight"))
-    return folder / "straight"
 
 
 def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: Path, tmp_path: Path) -> None:

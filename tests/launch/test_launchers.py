@@ -17,11 +17,6 @@ SHORT = [f"train.stop_after={STOP_AFTER}", "train.micro_batch_size=2"]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_corpus(tmp_path_factory.mktemp("launchers"))
-
-
-@pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple]]:
     """The curve of the short run on so many ranks under ``deepspeed``, whose own runs other tests check."""
     known: dict[int, list[tuple]] = {}

@@ -31,19 +31,6 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with accumulation, from step 0 to the end in one go."""
-    folder = tmp_path_factory.mktemp("straight")
-    run(command(corpus, folder, "run.name=straight"))
-    return folder / "straight"
-
-
 def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_folder / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
     return torch.load(path, weights_only=True)["module"]

@@ -17,11 +17,6 @@ EXPORTED = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_corpus(tmp_path_factory.mktemp("two_hosts"))
-
-
-@pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     """The curve on two ranks of one host."""
     require()
