@@ -228,7 +228,8 @@ def test_memory_holds_little_more_than_the_largest_tensor(tmp_path: Path) -> Non
     finally:
         done.set()
         watcher.join()
-    assert peak[0] - start < 10e6, f"{(peak[0] - start) / 1e6:.1f} MB"
+    # Measured: 4 to 17 MB, by what the allocator kept from before.
+    assert peak[0] - start < 30e6, f"{(peak[0] - start) / 1e6:.1f} MB"
 
 
 def anonymous(process: psutil.Process) -> int:
