@@ -21,6 +21,10 @@ settings.register_profile("megasparse", deadline=None, derandomize=True, max_exa
 settings.load_profile("megasparse")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-layouts", action="store_true", help="every layout of distributed/test_mst_equivalence.py")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

@@ -30,7 +30,6 @@ from megasparse.training.environment import describe_hardware, package_versions
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
-from megasparse.training.report import write_report
 from megasparse.training.sampling import sample_text
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -85,7 +84,9 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
             _write_end(folder, text, summary)
         mesh.barrier()
     if environment.rank == 0:
-        # The process group has ended: drawing takes seconds, and no rank need wait for it.
+        # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
+        from megasparse.training.report import write_report
+
         page = write_report(folder)
         print_summary(summary)
         progress.message(f"report: {page}")
