@@ -20,7 +20,7 @@ from megasparse.sparsity.state import StateAccess, StateFragment
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 
 # A unit in hand takes some 40 bytes of scores, numbers and masks.
-UNITS_AT_ONCE = 2**24
+UNITS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
