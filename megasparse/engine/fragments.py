@@ -12,6 +12,7 @@ A rank's pieces of weights, moments and gradients, as views that are edited in p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class WholeState:
         return StateFragment(0, weight.detach().view(-1), gradient.view(-1), moments)
 
 
-class PartitionedState:
+class PartitionedState(ABC):
     """What stages 1 to 3 share: the pieces of all data-parallel ranks make up a tensor-parallel shard."""
 
     def __init__(
@@ -103,8 +104,9 @@ class PartitionedState:
                 fragment = self._fragment(self._weights[name])
                 norms[identity] = fragment.gradient.norm(2).to(norms[identity])
 
+    @abstractmethod
     def _fragment(self, weight: nn.Parameter) -> StateFragment | None:
-        raise NotImplementedError
+        """This rank's piece of a parameter; None where it holds nothing of it."""
 
 
 class GroupPartitionedState(PartitionedState):
