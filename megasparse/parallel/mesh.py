@@ -129,8 +129,9 @@ def make_mesh(
         groups = {tuple(row): dist.new_group(row, timeout=timeout, backend=backend) for row in rows}
         return Axis(own.index(environment.rank), len(own), groups[tuple(own)])
 
+    # A group of its own also where training runs over gloo: bookkeeping never waits behind a gradient.
     control = world
-    if backend != "gloo":
+    if world.size > 1:
         control = Axis(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
     return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control)
 
