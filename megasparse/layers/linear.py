@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megasparse.kernels.block_sparse import sparse_embedding, sparse_linear
+from megasparse.kernels.block_sparse import BlockIndex, build_index, sparse_embedding, sparse_linear
 from megasparse.layers.init import divided_parameter
 from megasparse.parallel import Partition, TensorParallel, partition_of
 
@@ -103,7 +103,7 @@ class SparseLinear(Linear):
     Attributes:
         mask: bool, the grid of this rank's shard, True where the unit lives; a buffer that is not in the state dict.
         grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
-        is_dense: all units live. Kept by `topology_changed`.
+        index: lists of the live units, for the kernels; None while all live. Kept by `topology_changed`.
         collect_dense_gradient: while True the backward pass returns the gradient of dead units too.
 
     Raises:
@@ -143,7 +143,7 @@ class SparseLinear(Linear):
         )
         check_unit(name, self.partition, unit)
         self.unit, self.low_rank, self.kernel = unit, low_rank, kernel
-        self.is_dense = True
+        self.index: BlockIndex | None = None
         self.collect_dense_gradient = False
         self.grid = self.partition.blocks(unit)
         self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
@@ -160,18 +160,20 @@ class SparseLinear(Linear):
         self.side_in = divided_parameter(inner, rank, std=init_std, seed=seed, name=f"{self.name}.side_in")
         self.side_out = divided_parameter(outer, rank)
 
-    def topology_changed(self, is_dense: bool | None = None) -> None:
-        """Must be called after every change of `mask`. `is_dense` saves a device sync where the caller knows it."""
-        self.is_dense = bool(self.mask.all()) if is_dense is None else is_dense
+    def topology_changed(self, num_live: int | None = None) -> None:
+        """Must be called after every change of `mask`. The count of live units, where the caller knows it, saves a
+        round trip to the device.
+        """
+        if num_live is None:
+            num_live = int(self.mask.sum())
+        self.index = None if num_live == self.mask.numel() else build_index(self.mask, self.unit, num_live)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return sparse_linear(
-            x, self.weight, bias, self._live_mask(), self.unit, self.collect_dense_gradient, self.kernel
-        )
+        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.kernel)
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         """The side path: its thin middle crosses between the ranks instead of the wide ends."""
@@ -181,10 +183,7 @@ class SparseLinear(Linear):
         return F.linear(self.tensor_parallel.leave(F.linear(x, self.side_in)), shared(self.side_out))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        return sparse_embedding(ids, self.weight, self._live_mask(), self.unit, self.collect_dense_gradient)
-
-    def _live_mask(self) -> torch.Tensor | None:
-        return None if self.is_dense else self.mask
+        return sparse_embedding(ids, self.weight, self.index, self.collect_dense_gradient)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, unit={self.unit}, low_rank={self.low_rank}"

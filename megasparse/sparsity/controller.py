@@ -46,7 +46,7 @@ class SparseLayer(Protocol):
     grid: Partition
     collect_dense_gradient: bool
 
-    def topology_changed(self, is_dense: bool | None = None) -> None: ...
+    def topology_changed(self, num_live: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class Controller:
         self.shard_live[name] = shard_live
         topology = self.topologies[name]
         own = shard_live[topology.rank if topology.num_shards > 1 else 0]
-        self.layers[name].topology_changed(is_dense=own == topology.shard_units)
+        self.layers[name].topology_changed(num_live=own)
 
     def _live_density(self, name: str) -> float:
         return sum(self.shard_live[name]) / self.topologies[name].num_units

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megasparse.kernels.block_sparse import apply_mask_, executed_density, sparse_embedding, sparse_linear
+from megasparse.kernels.block_sparse import (
+    apply_mask_,
+    build_index,
+    executed_density,
+    sparse_embedding,
+    sparse_linear,
+)
 
 OUT, IN = 24, 16
 
@@ -36,7 +42,7 @@ def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def test_matches_plain_autograd(unit, lead, dense_gradient, with_bias) -> None:
     x0, weight0, bias0, mask = case(unit, lead)
     x, weight, bias = leaves(x0, weight0, bias0)
-    y = sparse_linear(x, weight, bias if with_bias else None, mask, unit, dense_gradient)
+    y = sparse_linear(x, weight, bias if with_bias else None, build_index(mask, unit), dense_gradient)
 
     x_ref, weight_ref, bias_ref = leaves(x0, weight0, bias0)
     # With the mask inside the graph plain autograd gives the masked gradient, without it the dense one.
@@ -60,14 +66,18 @@ def test_gradcheck(unit) -> None:
     keep = expand(mask, unit)
     x, weight, bias = leaves(x, weight, bias)
     # The product with the mask keeps finite differences inside the live weights.
-    assert torch.autograd.gradcheck(lambda x, w, b: sparse_linear(x, w * keep, b, mask, unit, False), (x, weight, bias))
-    assert torch.autograd.gradcheck(lambda x, w, b: sparse_linear(x, w, b, mask, unit, True), (x, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: sparse_linear(x, w * keep, b, build_index(mask, unit), False), (x, weight, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: sparse_linear(x, w, b, build_index(mask, unit), True), (x, weight, bias)
+    )
 
 
 def test_bfloat16_against_float64() -> None:
     x0, weight0, bias0, mask = case(8, (2048,), torch.bfloat16)
     x, weight, bias = leaves(x0, weight0, bias0)
-    y = sparse_linear(x, weight, bias, mask, 8, False)
+    y = sparse_linear(x, weight, bias, build_index(mask, 8), False)
     dy = torch.randn_like(y)
     y.backward(dy)
     x_ref, weight_ref, bias_ref = leaves(x0.double(), weight0.double(), bias0.double())
@@ -88,25 +98,26 @@ def test_bfloat16_against_float64() -> None:
 def test_other_dtypes(dtype) -> None:
     x0, weight0, bias0, mask = case(4, (6,), dtype)
     x, weight, bias = leaves(x0, weight0, bias0)
-    sparse_linear(x, weight, bias, mask, 4, False).sum().backward()
+    sparse_linear(x, weight, bias, build_index(mask, 4), False).sum().backward()
     expected = (torch.ones(OUT, 6, dtype=torch.float64) @ x0.double()) * expand(mask, 4)
     # Six terms of order 1.
     torch.testing.assert_close(weight.grad.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
-def test_saves_only_input_weight_and_mask() -> None:
+def test_saves_only_input_weight_and_index() -> None:
     x0, weight0, bias0, mask = case(4)
     x, weight, bias = leaves(x0, weight0, bias0)
+    index = build_index(mask, 4)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        sparse_linear(x, weight, bias, mask, 4, False)
-    assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr(), mask.data_ptr()}
+        sparse_linear(x, weight, bias, index, False)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, weight, mask, *index.lists)}
 
 
 def test_only_needed_gradients_are_computed() -> None:
     x, weight, bias, mask = case(4)
     (weight,) = leaves(weight)
-    y = sparse_linear(x, weight, bias, mask, 4, False)
+    y = sparse_linear(x, weight, bias, build_index(mask, 4), False)
     y.sum().backward()
     assert weight.grad is not None and x.grad is None
 
@@ -119,7 +130,7 @@ def test_checkpoint_gives_identical_gradients(dense_gradient) -> None:
         x, weight, bias = leaves(x0, weight0, bias0)
 
         def run(x, weight=weight, bias=bias):
-            return sparse_linear(x, weight, bias, mask, 4, dense_gradient).tanh()
+            return sparse_linear(x, weight, bias, build_index(mask, 4), dense_gradient).tanh()
 
         y = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         y.square().sum().backward()
@@ -134,7 +145,7 @@ def test_embedding_matches_plain_autograd(unit, dense_gradient) -> None:
     _, weight0, _, mask = case(unit)
     ids = torch.randint(OUT, (3, 40))  # 120 draws of 24 rows: repeated rows must add up
     (weight,), (weight_ref,) = leaves(weight0), leaves(weight0)
-    y = sparse_embedding(ids, weight, mask, unit, dense_gradient)
+    y = sparse_embedding(ids, weight, build_index(mask, unit), dense_gradient)
     y_ref = (weight_ref if dense_gradient else weight_ref * expand(mask, unit))[ids]
     assert torch.equal(y, y_ref)
     dy = torch.randn_like(y)
@@ -148,9 +159,9 @@ def test_embedding_matches_plain_autograd(unit, dense_gradient) -> None:
 
 def test_no_mask_is_the_plain_layer() -> None:
     x, weight, bias, _ = case(4)
-    assert torch.equal(sparse_linear(x, weight, bias, None, 4, False), F.linear(x, weight, bias))
+    assert torch.equal(sparse_linear(x, weight, bias, None, False), F.linear(x, weight, bias))
     ids = torch.randint(OUT, (5,))
-    assert torch.equal(sparse_embedding(ids, weight, None, 4, False), weight[ids])
+    assert torch.equal(sparse_embedding(ids, weight, None, False), weight[ids])
 
 
 @pytest.mark.parametrize("unit", [1, 4, 8])
@@ -167,10 +178,12 @@ def test_apply_mask_clears_dead_units_in_place(unit) -> None:
 def test_unknown_kernel_names_the_legal_ones() -> None:
     x, weight, bias, mask = case(4)
     for call in (
-        lambda: sparse_linear(x, weight, bias, mask, 4, False, kernel="fst"),
-        lambda: sparse_linear(x, weight, bias, None, 4, False, kernel="fst"),
-        lambda: executed_density("fst", 0.1),
+        lambda: sparse_linear(x, weight, bias, build_index(mask, 4), False, kernel="fst"),
+        lambda: sparse_linear(x, weight, bias, None, False, kernel="fst"),
+        lambda: executed_density("fst", "cpu", torch.float32, 4, 8, 0.1),
     ):
-        with pytest.raises(ValueError, match="'fst'.*auto, reference"):
+        with pytest.raises(ValueError, match="'fst'.*auto, dense, reference"):
             call()
-    assert executed_density("reference", 0.1) == executed_density("auto", 0.5) == 1.0
+    assert executed_density("reference", "cpu", torch.float32, 16, 8, 0.1) == 1.0
+    # No block-sparse kernel takes blocks of 4.
+    assert executed_density("auto", "cpu", torch.float32, 4, 8, 0.1) == 1.0

@@ -26,7 +26,7 @@ def make_sparse(layer: SparseLinear) -> torch.Tensor:
 
 def test_sparse_layer_starts_as_the_dense_one() -> None:
     layer, plain = sparse(), Linear("layers.0.mlp.up", 16, 24, bias=True)
-    assert layer.is_dense and layer.mask.all() and layer.mask.shape == (6, 4)
+    assert layer.index is None and layer.mask.all() and layer.mask.shape == (6, 4)
     x = torch.randn(3, 5, 16)
     assert torch.equal(layer(x), plain(x))
     assert list(layer.state_dict()) == list(plain.state_dict()) == ["weight", "bias"]
@@ -37,11 +37,11 @@ def test_sparse_layer_starts_as_the_dense_one() -> None:
 def test_topology_changed_reads_the_mask_or_believes_the_caller() -> None:
     layer = sparse()
     layer.mask[0, 0] = False
-    assert layer.is_dense
+    assert layer.index is None
     layer.topology_changed()
-    assert not layer.is_dense
-    layer.topology_changed(is_dense=True)
-    assert layer.is_dense
+    assert layer.index is not None and layer.index.num_live == layer.mask.numel() - 1
+    layer.topology_changed(num_live=layer.mask.numel())
+    assert layer.index is None
 
 
 @pytest.mark.parametrize("unit", [1, 4, 8])

@@ -32,7 +32,7 @@ class FakeLayer:
         self.grid = Partition(tuple(self.mask.shape))
         self.unit, self.collect_dense_gradient, self.changes = unit, False, 0
 
-    def topology_changed(self, is_dense: bool | None = None) -> None:
+    def topology_changed(self, num_live: int | None = None) -> None:
         self.changes += 1
 
 

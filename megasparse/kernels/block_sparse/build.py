@@ -1,0 +1,141 @@
+"""Builds the C++ kernels on first use and keeps the library in the user's cache folder.
+
+``load_library()`` returns it, compiled for this machine's processor. The file name carries a digest of everything that
+the result depends on, so that machines of different kinds may share one cache folder; a lock lets one process compile
+while the others wait. The library knows nothing of Python or torch (addresses and sizes go in), which keeps the build
+to seconds and free of version conflicts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("block_products.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+BUILD_SECONDS = 300
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """$MEGASPARSE_CACHE, or `megasparse` in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("MEGASPARSE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megasparse"
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels. Raises BuildError where there is no compiler, or it fails."""
+    compiler = find_compiler()
+    commands = [compile_flags(), openmp_runtime()]
+    folder = cache_folder()
+    path = folder / f"block_products-{_digest(compiler, commands)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            with _lock(folder / "build.lock"):
+                if not path.exists():
+                    _build(compiler, *commands, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the kernels for CPUs cannot be kept in {folder}: {error}") from None
+
+
+def find_compiler() -> str:
+    """$CXX, or the first of c++, g++ and clang++ on the path."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(f"no C++ compiler found: {wanted or ', '.join(COMPILERS)} (CXX names another one)")
+
+
+def compile_flags() -> list[str]:
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return ["-std=c++17", "-O3", native, "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=fast", "-fPIC"]
+
+
+def openmp_runtime() -> list[str]:
+    """Linker arguments for the OpenMP runtime that torch uses: a second one would keep threads of its own spinning."""
+    own = Path(torch.__file__).parent / "lib"
+    libraries = sorted(path for name in ("libgomp*.so*", "libiomp5*", "libomp*") for path in own.glob(name))
+    return [str(libraries[0])] if libraries else ["-fopenmp"]
+
+
+def _build(compiler: str, flags: list[str], runtime: list[str], path: Path) -> None:
+    print(f"megasparse: compiling the kernels for this CPU, once: {path}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        compiled, library = Path(name) / "products.o", Path(name) / "products.so"
+        try:
+            _run([compiler, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(compiled)])
+            _run([compiler, "-shared", str(compiled), *runtime, "-o", str(library)])
+        except BuildError as error:
+            # Apple's compiler has no OpenMP; the kernels then run on one thread.
+            if sys.platform != "darwin":
+                raise error
+            _run([compiler, *flags, "-shared", str(SOURCE), "-o", str(library)])
+        os.replace(library, path)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from None
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise BuildError(f"{' '.join(command)}: exit status {done.returncode}\n{last}")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Exclusive among processes; the system frees it when its holder dies. Raises BuildError after BUILD_SECONDS."""
+    deadline = time.monotonic() + BUILD_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BuildError(f"{path}: another process has held the lock for {BUILD_SECONDS} s") from None
+                time.sleep(0.1)
+        yield
+
+
+def _digest(compiler: str, commands: list[list[str]]) -> str:
+    state = hashlib.sha256(SOURCE.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    for text in (compiler, version, repr(commands), platform.machine(), _processor()):
+        state.update(text.encode())
+    return state.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Model and instruction sets: what `native` stands for on this machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

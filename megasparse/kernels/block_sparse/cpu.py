@@ -1,0 +1,144 @@
+"""The sparse linear layer on CPUs: products over live blocks in C++ (block_products.cpp), float32 and bfloat16.
+
+Work and scratch memory are proportional to the live blocks and, for the weight gradient, to a tile of tokens; sums are
+made in float32. The library is built on first use (build.py). ``why_not`` says where it cannot run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from megasparse.kernels.block_sparse.build import BuildError, load_library
+from megasparse.kernels.block_sparse.index import BlockIndex
+
+DTYPES = (torch.float32, torch.bfloat16)
+UNITS = (16, 32, 64, 128)
+
+
+def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
+    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
+    if device != "cpu":
+        return f"they run on cpu, not on {device}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
+    if unit not in UNITS:
+        return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
+    return _build_failure()
+
+
+def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
+    """See ``linear.Products``."""
+    return _product(x_NI, weight, True, bias, index.row_offsets, index.columns, index.unit)
+
+
+def backward(
+    dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``linear.Products``."""
+    dx = _product(dy_NO, weight, False, None, index.column_offsets, index.column_rows, index.unit) if needs[0] else None
+    dweight, dbias = _weight_gradient(dy_NO, x_NI, index, needs[2]) if needs[1] else (None, None)
+    if needs[2] and dbias is None:
+        dbias = dy_NO.sum(0, dtype=torch.float32).to(dy_NO.dtype)
+    return dx, dweight, dbias
+
+
+def _product(
+    a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor, indices: Tensor, unit: int
+) -> Tensor:
+    """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
+    a, weight = _readable(a), _readable(weight)
+    c = a.new_empty(a.shape[0], weight.shape[0 if transposed else 1])
+    scratch = torch.empty(indices.numel() * unit * unit, dtype=a.dtype)
+    _library().megasparse_product(
+        a.dtype == torch.bfloat16,
+        a.data_ptr(),
+        a.stride(0),
+        a.shape[0],
+        weight.data_ptr(),
+        weight.stride(0),
+        transposed,
+        None if bias is None else bias.data_ptr(),
+        c.data_ptr(),
+        c.stride(0),
+        offsets.numel() - 1,
+        offsets.data_ptr(),
+        indices.data_ptr(),
+        unit,
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return c
+
+
+def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+    dy_NO, x_NI = _readable(dy_NO), _readable(x_NI)
+    library, (num_rows, num_columns), unit = _library(), index.mask.shape, index.unit
+    is_bfloat16 = x_NI.dtype == torch.bfloat16
+    size = library.megasparse_gradient_scratch(is_bfloat16, num_rows, num_columns, index.num_live, unit)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    # Pages that the system hands out zeroed cost nothing until a live block is written.
+    dweight = torch.zeros(num_rows * unit, num_columns * unit, dtype=x_NI.dtype)
+    dbias = dy_NO.new_zeros(num_rows * unit) if needs_bias else None
+    library.megasparse_weight_gradient(
+        is_bfloat16,
+        dy_NO.data_ptr(),
+        dy_NO.stride(0),
+        x_NI.data_ptr(),
+        x_NI.stride(0),
+        x_NI.shape[0],
+        num_rows,
+        num_columns,
+        index.row_offsets.data_ptr(),
+        index.columns.data_ptr(),
+        index.rows.data_ptr(),
+        index.column_offsets.data_ptr(),
+        unit,
+        dweight.data_ptr(),
+        dweight.stride(0),
+        None if dbias is None else dbias.data_ptr(),
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dweight, dbias
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """The kernels read rows without gaps, in words of 32 bits."""
+    words = matrix.stride(0) * matrix.element_size() % 4 == 0 and matrix.data_ptr() % 4 == 0
+    return matrix if matrix.stride(1) == 1 and words else matrix.contiguous()
+
+
+@cache
+def _build_failure() -> str | None:
+    try:
+        load_library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library with the types of its functions declared."""
+    library = load_library()
+    address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.megasparse_gradient_scratch.restype = size
+    library.megasparse_gradient_scratch.argtypes = [number, size, size, size, size]
+    library.megasparse_product.restype = None
+    library.megasparse_product.argtypes = [
+        *(number, address, size, size),  # is_bfloat16, a and its stride, tokens
+        *(address, size, number, address),  # weight and its stride, transposed, bias
+        *(address, size, size, address, address),  # c and its stride, groups with their offsets and indices
+        *(size, address, number),  # block, scratch, threads
+    ]
+    library.megasparse_weight_gradient.restype = None
+    library.megasparse_weight_gradient.argtypes = [
+        *(number, address, size, address, size, size),  # is_bfloat16, dy and x with their strides, tokens
+        *(size, size, address, address, address, address, size),  # grid, its four lists, block
+        *(address, size, address, address, number),  # dweight and its stride, dbias, scratch, threads
+    ]
+    return library

@@ -1,0 +1,120 @@
+"""The sparse linear layer as an autograd function over two custom operators.
+
+``apply`` runs the products of one backend, forward and backward. The operators carry the backend's name, so that
+torch.compile sees two opaque calls with known output shapes and CUDA graphs capture whatever they launch.
+
+Names: N tokens, I input width, O output width, L live blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megasparse.kernels.block_sparse import cpu, dense, reference
+from megasparse.kernels.block_sparse.index import BlockIndex
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of one backend. All tensors have one dtype and device; sums are made in float32 or wider."""
+
+    forward: Callable[[Tensor, Tensor, Tensor | None, BlockIndex], Tensor]
+    """(x_NI, weight [O, I], bias [O] or None, index) -> y_NO = x W^T + b. x_NI has unit stride along I."""
+    backward: Callable[[Tensor, Tensor, Tensor, BlockIndex, tuple[bool, bool, bool]], Gradients]
+    """(dy_NO, x_NI, weight, index, which are needed) -> dx_NI = dy W; dW = dy^T x [O, I], exactly zero outside of live
+    blocks; db = sum of dy over the tokens. None for what is not needed. dy_NO is contiguous."""
+
+
+PRODUCTS = {
+    "reference": Products(reference.forward, reference.backward),
+    "dense": Products(dense.forward, dense.backward),
+    "cpu": Products(cpu.forward, cpu.backward),
+}
+
+
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, dense_gradient: bool, kernel: str
+) -> Tensor:
+    """y = x W^T + b by the backend `kernel`: x [..., I] -> [..., O].
+
+    `dense_gradient`: the weight gradient of all blocks, by a dense product.
+    """
+    return _SparseLinear.apply(x, weight, bias, index.mask, *index.lists, index.unit, dense_gradient, kernel)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """The index is taken apart into tensors, as autograd and torch.compile want them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        *index, unit, dense_gradient, kernel = rest
+        ctx.save_for_backward(x, weight, *index)
+        ctx.settings = unit, dense_gradient, kernel
+        x_NI = x.reshape(-1, weight.shape[1])
+        y_NO = block_sparse_forward(x_NI, weight, bias, index, unit, kernel)
+        return y_NO.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *index = ctx.saved_tensors
+        unit, dense_gradient, kernel = ctx.settings
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        dy_NO, x_NI = dy.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, weight.shape[1])
+        needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
+        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, unit, kernel, needs)
+        if dense_gradient and needs_dweight:
+            dweight = dy_NO.t() @ x_NI
+        none = (None,) * (len(index) + 3)
+        return (
+            dx.view_as(x) if needs_dx else None,
+            dweight if needs_dweight else None,
+            dbias if needs_dbias else None,
+            *none,
+        )
+
+
+def _joined(index: list[Tensor], unit: int) -> BlockIndex:
+    mask, row_offsets, columns, rows, column_offsets, column_rows = index
+    return BlockIndex(mask, unit, columns.numel(), row_offsets, columns, rows, column_offsets, column_rows)
+
+
+@torch.library.custom_op("megasparse::block_sparse_forward", mutates_args=())
+def block_sparse_forward(
+    x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: list[Tensor], unit: int, kernel: str
+) -> Tensor:
+    """``Products.forward`` of the backend `kernel`. `index`: mask and lists of a ``BlockIndex``."""
+    return PRODUCTS[kernel].forward(x_NI, weight, bias, _joined(index, unit))
+
+
+@block_sparse_forward.register_fake
+def _(x_NI, weight, bias, index, unit, kernel):
+    return x_NI.new_empty(x_NI.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("megasparse::block_sparse_backward", mutates_args=())
+def block_sparse_backward(
+    dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: list[Tensor], unit: int, kernel: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Products.backward`` of the backend `kernel`; an empty tensor where a gradient is not needed."""
+    needed = (needs[0], needs[1], needs[2])
+    gradients = PRODUCTS[kernel].backward(dy_NO, x_NI, weight, _joined(index, unit), needed)
+    dx, dweight, dbias = (dy_NO.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dweight, dbias
+
+
+@block_sparse_backward.register_fake
+def _(dy_NO, x_NI, weight, index, unit, kernel, needs):
+    shapes = (x_NI.shape, weight.shape, weight.shape[:1])
+    dx, dweight, dbias = (
+        dy_NO.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
+    )
+    return dx, dweight, dbias
