@@ -1,18 +1,25 @@
-// Products of a linear layer whose weight is zero outside of live blocks, for CPUs: see cpu.py for how it is called.
+// Products of a linear layer whose weight is zero outside of live blocks, for CPUs. cpu.py calls them; their meaning is
+// that of reference.py.
 //
-// Everything is seen in cells of 32 bits: one float32, or a pair of bfloat16 that are neighbours along the summed
-// dimension. A tile of Rows x (Vectors * lanes) sums stays in registers while the summed dimension runs: per step each
-// row's cell is broadcast and multiplied with the vectors of B. With AVX-512-BF16 one instruction multiplies and adds a
-// pair; elsewhere the two halves are widened to float32 (exactly) and take one fused multiply-add each.
+// Operands are packed into cells of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the summed
+// dimension. A tile of Rows x (Vectors * lanes) sums stays in registers while the summed dimension runs: in each step a
+// row's cell is broadcast and multiplied with the vectors of B. AVX-512-BF16 multiplies and adds pairs in one
+// instruction; elsewhere bfloat16 is widened to float32 (exactly) while it is packed.
 //
-// Every output element is summed by one thread in a fixed order: results do not depend on the number of threads.
+// Every output is summed by one thread in a fixed order: results do not depend on the number of threads.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <algorithm>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
 #endif
 
 namespace {
@@ -22,83 +29,94 @@ constexpr int kLanes = 16, kMaxRows = 12;  // 24 of 32 registers hold sums
 #else
 constexpr int kLanes = 8, kMaxRows = 6;  // 12 of 16 registers hold sums
 #endif
-constexpr int64_t kTileBytes = 192 * 1024;  // of x that a tile of tokens keeps in the second-level cache
-constexpr int64_t kGradientTokens = 128;    // tokens that are packed at once for the weight gradient
+constexpr int64_t kPadding = 16;           // cells between packed rows, so that they do not fall on one cache set
+constexpr int64_t kTileCells = 48 * 1024;  // packed inputs of a tile of tokens: most of a second-level cache
+constexpr int64_t kGradientTokens = 128;   // tokens that the weight gradient packs at once: panel and strip fit in L1
+constexpr int64_t kMaxBlock = 128;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t Cells __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-float from_bits(uint32_t bits) {
+float to_float(uint32_t cell) {
   float value;
-  std::memcpy(&value, &bits, 4);
+  std::memcpy(&value, &cell, 4);
   return value;
 }
 
+// The element types: how a vector of sums is loaded and stored, how elements become cells, and the step of the sum.
 struct Float32 {
   using Element = float;
   static constexpr int kPerCell = 1;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
+  static Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+  static void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+  static uint32_t cell(const float* from, int64_t) {
+    uint32_t bits;
+    std::memcpy(&bits, from, 4);
+    return bits;
+  }
+  using Right = Vector;
+  static Right right(const uint32_t* b) { return *reinterpret_cast<const Vector*>(b); }
+  static float left(uint32_t cell) { return to_float(cell); }
+  static Vector multiply_add(Vector sum, float left, Right right) { return sum + left * right; }
 };
 
-struct BFloat16 {
+struct BFloat16 : Float32 {
   using Element = uint16_t;
+  static Vector load(const uint16_t* from) {
+    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Cells) << 16);
+  }
+  static void store(uint16_t* to, Vector value) {
+    const Cells bits = (Cells)value;
+    const Cells rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    const Cells quiet_nan = (bits >> 16) | 0x40u;
+    const Cells stored = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(stored, Halves);
+  }
+  static uint32_t cell(const uint16_t* from, int64_t) { return uint32_t(*from) << 16; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pairs : BFloat16 {
   static constexpr int kPerCell = 2;
-  static float load(uint16_t value) { return from_bits(uint32_t(value) << 16); }
-  static uint16_t store(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);  // NaN stays NaN
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                    // to nearest, ties to even
+  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
+  using Right = __m512bh;
+  static Right right(const uint32_t* b) { return (__m512bh)_mm512_loadu_si512(b); }
+  static __m512bh left(uint32_t cell) { return (__m512bh)_mm512_set1_epi32(int(cell)); }
+  static Vector multiply_add(Vector sum, __m512bh left, Right right) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, left, right);
   }
 };
+#elif defined(MEGASPARSE_PAIRS)
+// The layout of pairs without the instruction, for tests.
+struct BFloat16Pairs : BFloat16 {
+  static constexpr int kPerCell = 2;
+  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
+  using Right = Cells;
+  static Right right(const uint32_t* b) { return *reinterpret_cast<const Cells*>(b); }
+  static uint32_t left(uint32_t cell) { return cell; }
+  static Vector multiply_add(Vector sum, uint32_t left, Right right) {
+    sum += to_float(left << 16) * (Vector)(right << 16);
+    return sum + to_float(left & 0xffff0000u) * (Vector)(right & 0xffff0000u);
+  }
+};
+#else
+using BFloat16Pairs = BFloat16;
+#endif
 
 // sums[row][v] += A[row] * B[v] over `steps` cells. A: cell (row, k) at a[row * a_row + k * a_step].
 template <class Type, int Rows, int Vectors>
 inline __attribute__((always_inline)) void accumulate(Vector (&sums)[Rows][Vectors], const uint32_t* a, int64_t a_row,
                                                       int64_t a_step, const uint32_t* b, int64_t steps) {
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += Vectors * kLanes) {
-    if constexpr (Type::kPerCell == 1) {
-      Vector right[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(b + v * kLanes);
+    typename Type::Right right[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) right[v] = Type::right(b + v * kLanes);
 #pragma GCC unroll 12
-      for (int row = 0; row < Rows; ++row) {
-        const float left = from_bits(a[row * a_row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sums[row][v] += left * right[v];
-      }
-    } else {
-#if defined(__AVX512BF16__)
-      __m512bh right[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + v * kLanes);
-#pragma GCC unroll 12
-      for (int row = 0; row < Rows; ++row) {
-        const __m512bh left = (__m512bh)_mm512_set1_epi32(int(a[row * a_row]));
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v)
-          sums[row][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[row][v], left, right[v]);
-      }
-#else
-      Vector even[Vectors], odd[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        const Cells pair = *reinterpret_cast<const Cells*>(b + v * kLanes);
-        even[v] = (Vector)(pair << 16);
-        odd[v] = (Vector)(pair & 0xffff0000u);
-      }
-#pragma GCC unroll 12
-      for (int row = 0; row < Rows; ++row) {
-        const Cells pair = Cells{} + a[row * a_row];
-        const Vector first = (Vector)(pair << 16), second = (Vector)(pair & 0xffff0000u);
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-          sums[row][v] += first * even[v];
-          sums[row][v] += second * odd[v];
-        }
-      }
-#endif
+    for (int row = 0; row < Rows; ++row) {
+      const auto left = Type::left(a[row * a_row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[row][v] = Type::multiply_add(sums[row][v], left, right[v]);
     }
   }
 }
@@ -110,8 +128,8 @@ inline void with_rows(int rows, Function&& function, std::integer_sequence<int, 
 }
 
 template <class Function>
-inline void with_rows(int rows, Function&& function) {
-  with_rows(rows, function, std::make_integer_sequence<int, kMaxRows>{});
+inline void with_rows(int64_t rows, Function&& function) {
+  with_rows(int(rows), function, std::make_integer_sequence<int, kMaxRows>{});
 }
 
 // The blocks of one direction: group g (a block row, or a block column) holds indices[offsets[g] .. offsets[g + 1]).
@@ -121,169 +139,185 @@ struct Groups {
 
   int64_t size(int64_t group) const { return offsets[group + 1] - offsets[group]; }
   int64_t total() const { return offsets[count]; }
+  int64_t largest() const {
+    int64_t most = 1;
+    for (int64_t group = 0; group < count; ++group) most = std::max(most, size(group));
+    return most;
+  }
 };
 
-// Weights of one group as strips of Vectors * kLanes outputs: [strip][cell of the summed dimension][output].
+// C = A W^T (transposed) or A W, plus bias, over the live blocks of each group of outputs.
 template <class Type, int Vectors>
-void pack_weights(const typename Type::Element* weight, int64_t ld, bool transposed, const Groups& groups, int64_t group,
-                  uint32_t* packed) {
-  constexpr int64_t width = Vectors * kLanes, per_cell = Type::kPerCell;
-  const int64_t block = groups.block, cells = block / per_cell;
-  auto* out = reinterpret_cast<typename Type::Element*>(packed);
-  // An element's two steps in memory: along the outputs and along the summed dimension.
-  const int64_t along_output = transposed ? ld : 1, along_sum = transposed ? 1 : ld;
-  for (int64_t strip = 0; strip < block / width; ++strip) {
-    for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += cells * width * per_cell) {
-      const int64_t index = groups.indices[j];
-      const auto* from = weight + (transposed ? group * ld + index : index * ld + group) * block +
-                         strip * width * along_output;
-      for (int64_t k = 0; k < block; ++k)
-        for (int64_t output = 0; output < width; ++output)
-          out[((k / per_cell) * width + output) * per_cell + k % per_cell] =
-              from[output * along_output + k * along_sum];
-    }
-  }
-}
-
-// C[tokens of the tile, outputs of the group] = A[:, its blocks] * packed weights + bias.
-template <class Type, int Vectors>
-void product_tile(const typename Type::Element* a, int64_t lda, int64_t tokens, const uint32_t* packed,
-                  const typename Type::Element* bias, typename Type::Element* c, int64_t ldc, const Groups& groups,
-                  int64_t group) {
-  constexpr int64_t width = Vectors * kLanes;
-  const int64_t block = groups.block, cells = block / Type::kPerCell, a_row = lda / Type::kPerCell;
-  const auto* a_cells = reinterpret_cast<const uint32_t*>(a);
-  for (int64_t strip = 0; strip < block / width; ++strip) {
-    const uint32_t* b = packed + strip * groups.size(group) * cells * width;
-    const int64_t output = group * block + strip * width;
-    for (int64_t token = 0; token < tokens; token += kMaxRows) {
-      with_rows(int(std::min<int64_t>(kMaxRows, tokens - token)), [&](auto rows) {
-        Vector sums[rows.value][Vectors] = {};
-        const uint32_t* from = b;
-        for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, from += cells * width)
-          accumulate<Type, rows.value, Vectors>(sums, a_cells + token * a_row + groups.indices[j] * cells, a_row, 1,
-                                                from, cells);
-        for (int row = 0; row < rows.value; ++row)
-          for (int64_t i = 0; i < width; ++i)
-            c[(token + row) * ldc + output + i] =
-                Type::store(sums[row][i / kLanes][i % kLanes] + (bias ? Type::load(bias[output + i]) : 0.0f));
-      });
-    }
-  }
-}
-
-template <class Type, int Vectors>
-void product(const void* a, int64_t lda, int64_t tokens, const void* weight, int64_t ld_weight, bool transposed,
-             const void* bias, void* c, int64_t ldc, const Groups& groups, uint32_t* scratch, int threads) {
+struct Product {
   using Element = typename Type::Element;
-  const int64_t block = groups.block, block_cells = block * block / Type::kPerCell;
-  const int64_t mean_bytes = std::max<int64_t>(groups.total() * block * sizeof(Element) / groups.count, 1);
-  const int64_t tile = std::clamp<int64_t>(kTileBytes / mean_bytes, kMaxRows, 32 * kMaxRows) / kMaxRows * kMaxRows;
-  const int64_t num_tiles = (tokens + tile - 1) / tile;
+  static constexpr int64_t kWidth = Vectors * kLanes, kPerCell = Type::kPerCell;
+  const Element *a, *weight, *bias;
+  int64_t lda, ld_weight, ldc, tokens;
+  bool transposed;
+  Element* c;
+  Groups groups;
+  uint32_t *packed_weights, *tiles;
+
+  int64_t cells() const { return groups.block / kPerCell; }
+  uint32_t* weights_of(int64_t group) const { return packed_weights + groups.offsets[group] * groups.block * cells(); }
+
+  static int64_t tile_tokens(const Groups& groups) {
+    const int64_t row = groups.largest() * groups.block / kPerCell + kPadding;
+    return std::clamp<int64_t>(kTileCells / row / kMaxRows, 1, 32) * kMaxRows;
+  }
+  static int64_t tile_cells(const Groups& groups) {
+    return tile_tokens(groups) * (groups.largest() * groups.block / kPerCell + kPadding);
+  }
+
+  // Weights of a group as strips of kWidth outputs: [strip][cell of the summed dimension][output].
+  void pack_weights(int64_t group) const {
+    const int64_t cells = this->cells(), ld = ld_weight;
+    uint32_t* __restrict out = weights_of(group);
+    for (int64_t strip = 0; strip < groups.block; strip += kWidth)
+      for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += cells * kWidth) {
+        const int64_t row = transposed ? group : groups.indices[j], column = transposed ? groups.indices[j] : group;
+        const Element* from = weight + (row * ld + column) * groups.block + strip * (transposed ? ld : 1);
+        if (transposed) {
+          for (int64_t output = 0; output < kWidth; ++output)
+            for (int64_t k = 0; k < cells; ++k) out[k * kWidth + output] = Type::cell(from + output * ld + k * kPerCell, 1);
+        } else {
+          for (int64_t k = 0; k < cells; ++k)
+            for (int64_t output = 0; output < kWidth; ++output)
+              out[k * kWidth + output] = Type::cell(from + output + k * kPerCell * ld, ld);
+        }
+      }
+  }
+
+  // The group's blocks of a tile of A, side by side.
+  void pack_tile(int64_t group, int64_t token, int64_t count, int64_t ld_tile, uint32_t* tile) const {
+    const int64_t width = cells(), ahead = 4 * lda;
+    for (int64_t row = 0; row < count; ++row) {
+      const Element* from = a + (token + row) * lda;
+      uint32_t* __restrict out = tile + row * ld_tile;
+      for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += width) {
+        const Element* block = from + groups.indices[j] * groups.block;
+        for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(block + ahead + k * kPerCell);
+        for (int64_t k = 0; k < width; ++k) out[k] = Type::cell(block + k * kPerCell, 1);
+      }
+    }
+  }
+
+  void run_tile(int64_t group, int64_t token, int64_t count) const {
+    const int64_t steps = groups.size(group) * cells(), ld_tile = steps + kPadding;
+    uint32_t* tile = tiles + omp_get_thread_num() * tile_cells(groups);
+    pack_tile(group, token, count, ld_tile, tile);
+    for (int64_t strip = 0; strip < groups.block; strip += kWidth) {
+      const uint32_t* b = weights_of(group) + strip * steps;
+      const int64_t output = group * groups.block + strip;
+      for (int64_t top = 0; top < count; top += kMaxRows)
+        with_rows(std::min<int64_t>(kMaxRows, count - top), [&](auto rows) {
+          Vector sums[rows.value][Vectors] = {};
+          accumulate<Type, rows.value, Vectors>(sums, tile + top * ld_tile, ld_tile, 1, b, steps);
+          for (int row = 0; row < rows.value; ++row)
+            for (int v = 0; v < Vectors; ++v) {
+              const int64_t at = output + v * kLanes;
+              const Vector sum = bias ? sums[row][v] + Type::load(bias + at) : sums[row][v];
+              Type::store(c + (token + top + row) * ldc + at, sum);
+            }
+        });
+    }
+  }
+
+  void run(int threads) const {
+    const int64_t tile = tile_tokens(groups), num_tiles = (tokens + tile - 1) / tile;
 #pragma omp parallel num_threads(threads)
-  {
+    {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < groups.count; ++group)
-      pack_weights<Type, Vectors>(static_cast<const Element*>(weight), ld_weight, transposed, groups, group,
-                                  scratch + groups.offsets[group] * block_cells);
+      for (int64_t group = 0; group < groups.count; ++group) pack_weights(group);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < num_tiles * groups.count; ++task) {
-      const int64_t token = task / groups.count * tile, group = task % groups.count;
-      product_tile<Type, Vectors>(static_cast<const Element*>(a) + token * lda, lda, std::min(tile, tokens - token),
-                                  scratch + groups.offsets[group] * block_cells, static_cast<const Element*>(bias),
-                                  static_cast<Element*>(c) + token * ldc, ldc, groups, group);
+      for (int64_t task = 0; task < num_tiles * groups.count; ++task) {
+        const int64_t token = task / groups.count * tile;
+        run_tile(task % groups.count, token, std::min(tile, tokens - token));
+      }
     }
   }
-}
-
-// Tokens [0, tokens) of `width` columns as cells along the tokens: [cell][column]; an odd last token is paired with 0.
-template <class Type>
-void pack_tokens(const typename Type::Element* from, int64_t ld, int64_t tokens, int64_t width, uint32_t* out) {
-  for (int64_t token = 0; token < tokens; token += Type::kPerCell, out += width) {
-    const auto* row = from + token * ld;
-    if constexpr (Type::kPerCell == 1) {
-      std::memcpy(out, row, width * 4);
-    } else if (token + 1 < tokens) {
-      for (int64_t i = 0; i < width; ++i) out[i] = uint32_t(row[i]) | uint32_t(row[ld + i]) << 16;
-    } else {
-      for (int64_t i = 0; i < width; ++i) out[i] = row[i];
-    }
-  }
-}
-
-// The rows of a block in panels of nearly equal height, none above kMaxRows: 64 = 9 * 6 + 2 * 5.
-struct Panels {
-  int64_t block, count = (block + kMaxRows - 1) / kMaxRows;
-  int64_t start(int64_t panel) const { return panel * (block / count) + std::min(panel, block % count); }
 };
 
+// dW = dY^T X on live blocks, and the sum of dY over the tokens.
 template <class Type, int Vectors>
 struct WeightGradient {
   using Element = typename Type::Element;
-  static constexpr int64_t kWidth = Vectors * kLanes;
+  static constexpr int64_t kWidth = Vectors * kLanes, kPerCell = Type::kPerCell;
+  static constexpr bool kInPlace = std::is_same_v<Element, float>;
   const Element *dy, *x;
-  int64_t ld_dy, ld_x, tokens;
+  int64_t ld_dy, ld_x, ld_dweight, tokens, num_columns;
   Groups rows;
-  int64_t num_columns;
-  Element* dweight;
-  int64_t ld_dweight;
-  Element* dbias;
+  Element *dweight, *dbias;
   uint32_t *packed_dy, *packed_x;
-  float *sums, *bias_sums;  // sums: [live block][block][block] where the gradient itself is not float32
+  float *sums, *bias_sums;  // sums: [live block][block][block], where the gradient itself is not float32
 
-  int64_t block_cells() const { return rows.block * kGradientTokens / Type::kPerCell; }
+  int64_t ld_packed() const { return rows.block + kPadding; }
+  int64_t packed_cells() const { return ld_packed() * kGradientTokens / kPerCell; }
 
+  // Tokens of a block row of dY: [cell][padded block].
   void pack_dy(int64_t row, int64_t token, int64_t count) const {
-    const Panels panels{rows.block};
-    const int64_t cells = (count + Type::kPerCell - 1) / Type::kPerCell;
     const Element* from = dy + token * ld_dy + row * rows.block;
-    for (int64_t panel = 0; panel < panels.count && rows.size(row); ++panel) {
-      const int64_t start = panels.start(panel);
-      pack_tokens<Type>(from + start, ld_dy, count, panels.start(panel + 1) - start,
-                        packed_dy + row * block_cells() + start * cells);
+    uint32_t* out = packed_dy + row * packed_cells();
+    for (int64_t t = 0; t < count && rows.size(row); t += kPerCell, out += ld_packed()) {
+      pack_row(from + t * ld_dy, ld_dy, t + kPerCell > count, rows.block, out);
+      __builtin_prefetch(from + (t + 8) * ld_dy);
     }
     if (!dbias) return;
-    float total[256] = {};
+    float total[kMaxBlock] = {};
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < rows.block; ++i) total[i] += Type::load(from[t * ld_dy + i]);
+      for (int64_t i = 0; i < rows.block; i += kLanes)
+        *reinterpret_cast<Vector*>(total + i) += Type::load(from + t * ld_dy + i);
     for (int64_t i = 0; i < rows.block; ++i) bias_sums[row * rows.block + i] += total[i];
   }
 
+  // Tokens of a block column of X in strips: [strip][cell][kWidth].
   void pack_x(int64_t column, int64_t token, int64_t count) const {
-    const int64_t cells = (count + Type::kPerCell - 1) / Type::kPerCell;
-    for (int64_t start = 0; start < rows.block; start += kWidth)
-      pack_tokens<Type>(x + token * ld_x + column * rows.block + start, ld_x, count, kWidth,
-                        packed_x + column * block_cells() + start * cells);
+    const Element* from = x + token * ld_x + column * rows.block;
+    uint32_t* out = packed_x + column * packed_cells();
+    const int64_t num_cells = (count + kPerCell - 1) / kPerCell;
+    for (int64_t t = 0; t < count; t += kPerCell, out += kWidth)
+      for (int64_t strip = 0; strip < rows.block; strip += kWidth) {
+        __builtin_prefetch(from + (t + 8) * ld_x + strip);
+        pack_row(from + t * ld_x + strip, ld_x, t + kPerCell > count, kWidth, out + strip * num_cells);
+      }
   }
 
-  // Adds the tile's part to live block j, which lies in block row `row`.
+  // Cells along the tokens; an odd last token stands alone, paired with zero.
+  static void pack_row(const Element* from, int64_t ld, bool alone, int64_t width, uint32_t* __restrict out) {
+    if (kPerCell == 2 && alone)
+      for (int64_t i = 0; i < width; ++i) out[i] = from[i];
+    else
+      for (int64_t i = 0; i < width; ++i) out[i] = Type::cell(from + i, ld);
+  }
+
+  // Adds a tile of tokens to live block j, which lies in block row `row`.
   void add_block(int64_t j, int64_t row, int64_t count, bool first, bool last) const {
-    const int64_t block = rows.block, column = rows.indices[j], cells = (count + Type::kPerCell - 1) / Type::kPerCell;
-    const Panels panels{block};
+    const int64_t block = rows.block, column = rows.indices[j], num_cells = (count + kPerCell - 1) / kPerCell;
+    const int64_t num_panels = (block + kMaxRows - 1) / kMaxRows;
     Element* target = dweight + row * block * ld_dweight + column * block;
-    for (int64_t start = 0; start < block; start += kWidth) {
-      const uint32_t* b = packed_x + column * block_cells() + start * cells;
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t top = panels.start(panel);
-        const uint32_t* a = packed_dy + row * block_cells() + top * cells;
-        with_rows(int(panels.start(panel + 1) - top), [&](auto height) {
+    float* kept = kInPlace ? reinterpret_cast<float*>(target) : sums + j * block * block;
+    const int64_t ld = kInPlace ? ld_dweight : block;
+    for (int64_t strip = 0; strip < block; strip += kWidth) {
+      const uint32_t* b = packed_x + column * packed_cells() + strip * num_cells;
+      for (int64_t panel = 0; panel < num_panels; ++panel) {
+        // Panels of nearly equal height: 64 rows = 9 * 6 + 2 * 5.
+        const int64_t top = panel * block / num_panels, bottom = (panel + 1) * block / num_panels;
+        with_rows(bottom - top, [&](auto height) {
           constexpr int kHeight = height.value;
           Vector part[kHeight][Vectors] = {};
-          float* kept = sums + (j * block + top) * block + start;
-          if constexpr (Type::kPerCell == 1) kept = target + top * ld_dweight + start;
-          const int64_t ld = Type::kPerCell == 1 ? ld_dweight : block;
           if (!first)
             for (int r = 0; r < kHeight; ++r)
-              for (int v = 0; v < Vectors; ++v) part[r][v] = *reinterpret_cast<Vector*>(kept + r * ld + v * kLanes);
-          accumulate<Type, kHeight, Vectors>(part, a, 1, kHeight, b, cells);
-          if (Type::kPerCell == 1 || !last) {
-            for (int r = 0; r < kHeight; ++r)
-              for (int v = 0; v < Vectors; ++v) *reinterpret_cast<Vector*>(kept + r * ld + v * kLanes) = part[r][v];
-          } else {
-            for (int r = 0; r < kHeight; ++r)
-              for (int64_t i = 0; i < kWidth; ++i)
-                target[(top + r) * ld_dweight + start + i] = Type::store(part[r][i / kLanes][i % kLanes]);
-          }
+              for (int v = 0; v < Vectors; ++v) part[r][v] = Float32::load(kept + (top + r) * ld + strip + v * kLanes);
+          accumulate<Type, kHeight, Vectors>(part, packed_dy + row * packed_cells() + top, 1, ld_packed(), b,
+                                             num_cells);
+          for (int r = 0; r < kHeight; ++r)
+            for (int v = 0; v < Vectors; ++v) {
+              const int64_t at = strip + v * kLanes;
+              if (last)
+                Type::store(target + (top + r) * ld_dweight + at, part[r][v]);
+              else
+                Float32::store(kept + (top + r) * ld + at, part[r][v]);
+            }
         });
       }
     }
@@ -291,54 +325,78 @@ struct WeightGradient {
 
   void run(const int32_t* block_rows, const int32_t* column_offsets, int threads) const {
 #pragma omp parallel num_threads(threads)
-    {
-      for (int64_t token = 0; token < tokens; token += kGradientTokens) {
-        const int64_t count = std::min(kGradientTokens, tokens - token);
+    for (int64_t token = 0; token < tokens; token += kGradientTokens) {
+      const int64_t count = std::min(kGradientTokens, tokens - token);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < rows.count + num_columns; ++task) {
-          if (task < rows.count)
-            pack_dy(task, token, count);
-          else if (column_offsets[task - rows.count + 1] > column_offsets[task - rows.count])
-            pack_x(task - rows.count, token, count);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t j = 0; j < rows.total(); ++j)
-          add_block(j, block_rows[j], count, token == 0, token + count == tokens);
+      for (int64_t task = 0; task < rows.count + num_columns; ++task) {
+        if (task < rows.count)
+          pack_dy(task, token, count);
+        else if (column_offsets[task - rows.count + 1] > column_offsets[task - rows.count])
+          pack_x(task - rows.count, token, count);
       }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t j = 0; j < rows.total(); ++j)
+        add_block(j, block_rows[j], count, token == 0, token + count == tokens);
     }
     if (dbias)
-      for (int64_t i = 0; i < rows.count * rows.block; ++i) dbias[i] = Type::store(bias_sums[i]);
+      for (int64_t i = 0; i < rows.count * rows.block; i += kLanes) Type::store(dbias + i, Float32::load(bias_sums + i));
   }
 };
 
 template <class Function>
-void with_type(int is_bfloat16, int64_t block, Function&& function) {
+auto with_type(int is_bfloat16, int64_t block, Function&& function) {
   // Blocks of 16 are as wide as one vector of AVX-512.
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
-  if (is_bfloat16)
-    block >= 2 * kLanes ? function(BFloat16{}, Two{}) : function(BFloat16{}, One{});
-  else
-    block >= 2 * kLanes ? function(Float32{}, Two{}) : function(Float32{}, One{});
+  const bool wide = block >= 2 * kLanes;
+  if (is_bfloat16) return wide ? function(BFloat16Pairs{}, Two{}) : function(BFloat16Pairs{}, One{});
+  return wide ? function(Float32{}, Two{}) : function(Float32{}, One{});
 }
 
 }  // namespace
 
 extern "C" {
 
-// Bytes of scratch memory for the weight gradient.
-int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t rows, int64_t columns, int64_t num_live, int64_t block) {
-  const int64_t cells = kGradientTokens / (is_bfloat16 ? 2 : 1);
-  return 4 * ((rows + columns) * block * cells + rows * block + (is_bfloat16 ? num_live * block * block : 0));
+// Bytes of scratch memory for a product.
+int64_t megasparse_product_scratch(int is_bfloat16, int64_t num_groups, const int32_t* offsets, int64_t block,
+                                   int threads) {
+  return with_type(is_bfloat16, block, [&](auto type, auto vectors) -> int64_t {
+    using Kernel = Product<decltype(type), vectors.value>;
+    const Groups groups{num_groups, block, offsets, nullptr};
+    return 4 * (groups.total() * block * block / Kernel::kPerCell + threads * Kernel::tile_cells(groups));
+  });
 }
 
 void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tokens, const void* weight,
                         int64_t ld_weight, int transposed, const void* bias, void* c, int64_t ldc, int64_t num_groups,
                         const int32_t* offsets, const int32_t* indices, int64_t block, void* scratch, int threads) {
   with_type(is_bfloat16, block, [&](auto type, auto vectors) {
-    product<decltype(type), vectors.value>(a, lda, tokens, weight, ld_weight, transposed, bias, c, ldc,
-                                           Groups{num_groups, block, offsets, indices},
-                                           static_cast<uint32_t*>(scratch), threads);
+    using Kernel = Product<decltype(type), vectors.value>;
+    using Element = typename Kernel::Element;
+    const Groups groups{num_groups, block, offsets, indices};
+    auto* weights = static_cast<uint32_t*>(scratch);
+    Kernel{static_cast<const Element*>(a),
+           static_cast<const Element*>(weight),
+           static_cast<const Element*>(bias),
+           lda,
+           ld_weight,
+           ldc,
+           tokens,
+           bool(transposed),
+           static_cast<Element*>(c),
+           groups,
+           weights,
+           weights + groups.total() * block * block / Kernel::kPerCell}
+        .run(threads);
+  });
+}
+
+// Bytes of scratch memory for the weight gradient.
+int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t num_rows, int64_t num_columns, int64_t num_live,
+                                    int64_t block) {
+  return with_type(is_bfloat16, block, [&](auto type, auto) -> int64_t {
+    const int64_t cells = (block + kPadding) * kGradientTokens / decltype(type)::kPerCell;
+    return 4 * ((num_rows + num_columns) * cells + num_rows * block + (is_bfloat16 ? num_live * block * block : 0));
   });
 }
 
@@ -348,14 +406,24 @@ void megasparse_weight_gradient(int is_bfloat16, const void* dy, int64_t ld_dy, 
                                 int64_t block, void* dweight, int64_t ld_dweight, void* dbias, void* scratch,
                                 int threads) {
   with_type(is_bfloat16, block, [&](auto type, auto vectors) {
-    using Type = decltype(type);
-    using Element = typename Type::Element;
-    WeightGradient<Type, vectors.value> gradient{
-        static_cast<const Element*>(dy), static_cast<const Element*>(x), ld_dy, ld_x, tokens,
-        Groups{num_rows, block, row_offsets, columns}, num_columns, static_cast<Element*>(dweight), ld_dweight,
-        static_cast<Element*>(dbias), static_cast<uint32_t*>(scratch), nullptr, nullptr, nullptr};
-    gradient.packed_x = gradient.packed_dy + num_rows * gradient.block_cells();
-    gradient.bias_sums = reinterpret_cast<float*>(gradient.packed_x + num_columns * gradient.block_cells());
+    using Kernel = WeightGradient<decltype(type), vectors.value>;
+    using Element = typename Kernel::Element;
+    Kernel gradient{static_cast<const Element*>(dy),
+                    static_cast<const Element*>(x),
+                    ld_dy,
+                    ld_x,
+                    ld_dweight,
+                    tokens,
+                    num_columns,
+                    Groups{num_rows, block, row_offsets, columns},
+                    static_cast<Element*>(dweight),
+                    static_cast<Element*>(dbias),
+                    static_cast<uint32_t*>(scratch),
+                    nullptr,
+                    nullptr,
+                    nullptr};
+    gradient.packed_x = gradient.packed_dy + num_rows * gradient.packed_cells();
+    gradient.bias_sums = reinterpret_cast<float*>(gradient.packed_x + num_columns * gradient.packed_cells());
     gradient.sums = gradient.bias_sums + num_rows * block;
     std::fill(gradient.bias_sums, gradient.sums, 0.0f);
     gradient.run(block_rows, column_offsets, threads);

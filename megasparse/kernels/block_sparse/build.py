@@ -43,10 +43,13 @@ def cache_folder() -> Path:
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """The compiled kernels. Raises BuildError where there is no compiler, or it fails."""
+def load_library(*definitions: str) -> ctypes.CDLL:
+    """The compiled kernels. Raises BuildError where there is no compiler, or it fails.
+
+    definitions: macros to define, for tests.
+    """
     compiler = find_compiler()
-    commands = [compile_flags(), openmp_runtime()]
+    commands = [[*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()]
     folder = cache_folder()
     path = folder / f"block_products-{_digest(compiler, commands)}.so"
     try:

@@ -52,9 +52,12 @@ def _product(
     """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
     a, weight = _readable(a), _readable(weight)
     c = a.new_empty(a.shape[0], weight.shape[0 if transposed else 1])
-    scratch = torch.empty(indices.numel() * unit * unit, dtype=a.dtype)
-    _library().megasparse_product(
-        a.dtype == torch.bfloat16,
+    library, is_bfloat16, threads = _library(), a.dtype == torch.bfloat16, torch.get_num_threads()
+    num_groups = offsets.numel() - 1
+    size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), unit, threads)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    library.megasparse_product(
+        is_bfloat16,
         a.data_ptr(),
         a.stride(0),
         a.shape[0],
@@ -64,12 +67,12 @@ def _product(
         None if bias is None else bias.data_ptr(),
         c.data_ptr(),
         c.stride(0),
-        offsets.numel() - 1,
+        num_groups,
         offsets.data_ptr(),
         indices.data_ptr(),
         unit,
         scratch.data_ptr(),
-        torch.get_num_threads(),
+        threads,
     )
     return c
 
@@ -123,9 +126,14 @@ def _build_failure() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library with the types of its functions declared."""
-    library = load_library()
+    return declare(load_library())
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.megasparse_product_scratch.restype = size
+    library.megasparse_product_scratch.argtypes = [number, size, address, size, number]
     library.megasparse_gradient_scratch.restype = size
     library.megasparse_gradient_scratch.argtypes = [number, size, size, size, size]
     library.megasparse_product.restype = None
