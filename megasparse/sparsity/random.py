@@ -6,12 +6,18 @@ finaliser of MurmurHash3 on 32-bit words, applied to counter words in turn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from megasparse.sparsity.chunks import chunks
 
 WORD = 0xFFFFFFFF
+
+Words = TypeVar("Words", np.ndarray, Tensor)
 
 
 def random_words(indices: Tensor, *key: int) -> Tensor:
@@ -38,36 +44,40 @@ def random_scores(indices: Tensor, *key: int) -> Tensor:
     scores = torch.empty(indices.shape, dtype=torch.float32, device=indices.device)
     for source, target in chunks(indices, scores.view(torch.int32)):
         # The upper 24 of 32 bits; the sign and the highest bit of the exponent stay 0.
-        torch.bitwise_right_shift(_hashed(source, *key), 2, out=target).bitwise_and_(0x3FFFFFC0)
+        target.copy_((_hashed(source, *key) >> 2) & 0x3FFFFFC0)
     return scores
 
 
 def _hashed(indices: Tensor, *key: int) -> Tensor:
-    """32 random bits per index, as int32: half the bytes of int64, and products that wrap around by themselves."""
-    words = indices.to(torch.int32, copy=True)
-    spare = torch.empty_like(words)
+    """32 random bits per index: the low ones of int32 or int64."""
+    if indices.device.type != "cpu":
+        return _mixed_with_key(indices & WORD, indices >> 32, key)
+    # Unsigned words of 32 bits, which torch cannot shift, are half the bytes.
+    words = indices.numpy().astype(np.uint32)
+    high = (indices >> 32).numpy().astype(np.uint32) if indices.dtype == torch.int64 else None
+    return torch.from_numpy(_mixed_with_key(words, high, key).view(np.int32))
+
+
+def _mixed_with_key(words: Words, high: Words | None, key: Sequence[int]) -> Words:
+    """high: the upper words of the indices; None: they are 0."""
     for part in key:
-        _mix_(words.bitwise_xor_(_signed(_mix_int(part & WORD) ^ _mix_int((part >> 32) + 1))), spare)
-    if indices.dtype == torch.int64:
-        words.bitwise_xor_(_mix_((indices >> 32).to(torch.int32), spare))
-    return _mix_(words, spare)
+        words ^= _mix_int(part & WORD) ^ _mix_int((part >> 32) + 1)
+        _mix_(words)
+    if high is not None:
+        words ^= _mix_(high)
+    return _mix_(words)
 
 
-def _mix_(words: Tensor, spare: Tensor) -> Tensor:
-    _shift_xor_(words, 16, spare).mul_(_signed(0x85EBCA6B))
-    _shift_xor_(words, 13, spare).mul_(_signed(0xC2B2AE35))
-    return _shift_xor_(words, 16, spare)
-
-
-def _shift_xor_(words: Tensor, shift: int, spare: Tensor) -> Tensor:
-    """words ^= words >> shift, as unsigned numbers."""
-    torch.bitwise_right_shift(words, shift, out=spare).bitwise_and_(WORD >> shift)
-    return words.bitwise_xor_(spare)
-
-
-def _signed(word: int) -> int:
-    """The int32 with the bits of a 32-bit word."""
-    return word - 2**32 if word >= 2**31 else word
+def _mix_(words: Words) -> Words:
+    """In place, on numpy's uint32 or torch's int64."""
+    words ^= words >> 16
+    words *= 0x85EBCA6B
+    words &= WORD
+    words ^= words >> 13
+    words *= 0xC2B2AE35
+    words &= WORD
+    words ^= words >> 16
+    return words
 
 
 def _mix_int(word: int) -> int:
