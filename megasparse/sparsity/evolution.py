@@ -143,7 +143,7 @@ def _tie_keys(indices: Tensor, *key: int) -> TieKeys:
 
 def _keys_at(keys: TieKeys, places: Tensor) -> TieKeys:
     """Keys of the units at some positions among `places`."""
-    return lambda positions: keys(places[positions])
+    return lambda chosen: keys(places[chosen])
 
 
 def _prefer_best_of_rows(layer: LayerPiece, score: Tensor, served: Tensor | None) -> Tensor:

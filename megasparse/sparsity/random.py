@@ -51,6 +51,7 @@ def random_scores(indices: Tensor, *key: int) -> Tensor:
 def _hashed(indices: Tensor, *key: int) -> Tensor:
     """32 random bits per index: the low ones of int32 or int64."""
     if indices.device.type != "cpu":
+        indices = indices.to(torch.int64)
         return _mixed_with_key(indices & WORD, indices >> 32, key)
     # Unsigned words of 32 bits, which torch cannot shift, are half the bytes.
     words = indices.numpy().astype(np.uint32)
