@@ -54,6 +54,9 @@ class TrainingEngine:
             mpu=mesh,
             dist_init_required=False,
         )
+        if config.deepspeed.zero_stage == 3:
+            for parameter in self.model.head_loss.head_parameters:
+                deepspeed.zero.register_external_parameter(self.model.head_loss, parameter)
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
         weights = {name: layer.weight for name, layer in controller.layers.items()}
         self.state = state_access(self._engine, self.optimizer, weights, mesh)
