@@ -54,6 +54,12 @@ class TrainingEngine:
             mpu=mesh,
             dist_init_required=False,
         )
+        if config.deepspeed.zero_stage == 3:
+            for parameter in self.model.head_loss.head_parameters:
+                deepspeed.zero.register_external_parameter(self.model.head_loss, parameter)
+        if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32" and mesh.data_parallel.size == 1:
+            # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
+            self._engine.enable_backward_allreduce = False
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
         weights = {name: layer.weight for name, layer in controller.layers.items()}
         self.state = state_access(self._engine, self.optimizer, weights, mesh)

@@ -8,7 +8,7 @@ from megasparse.layers.attention import Attention
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
-from megasparse.layers.loss import Vocabulary
+from megasparse.layers.loss import HeadLoss, Vocabulary
 from megasparse.layers.mlp import mlp
 from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
 from megasparse.parallel import partition_of
@@ -16,6 +16,7 @@ from megasparse.parallel import partition_of
 __all__ = [
     "Attention",
     "Embedding",
+    "HeadLoss",
     "InputEmbedding",
     "LayerFactory",
     "LayerNorm",

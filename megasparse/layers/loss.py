@@ -1,8 +1,13 @@
 """The end of the model: logits whose vocabulary is divided over the tensor-parallel ranks, and their cross entropy.
 
-The rows that pad the vocabulary take no part: they are sliced off the logits. A slice costs nothing in the forward
-pass, cannot overflow as -inf would in a later sum, and gives the padded rows a gradient of exactly zero.
-Tensor names: B samples, T tokens, N = B T, V entries of the vocabulary, W those of them that this rank holds.
+``HeadLoss`` computes the product of the head and the cross entropy over one chunk of tokens after the other. Where a
+gradient is wanted, it is computed in the forward pass, while the chunk's logits are there, and replaces them in place.
+So the logits of all tokens, the largest tensor of a training step by far, never exist, and no product is done twice.
+
+The rows that pad the vocabulary take no part: they are sliced off the logits, or filled with -inf, whose exponential
+and therefore whose gradient is exactly zero.
+Tensor names: B samples, T tokens, N = B T, C hidden size, V entries of the vocabulary, W those rows of their table that
+this rank holds.
 """
 
 from __future__ import annotations
@@ -10,9 +15,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
-from megasparse.parallel import Axis, TensorParallel
+from megasparse.layers.linear import Linear
+from megasparse.parallel import TensorParallel
+
+CHUNK_ELEMENTS = 2**26
+"""Logits of a chunk on a rank, at most: 256 MiB in float32. Each chunk adds the gradient of the whole weight to a sum;
+at 1,000 tokens and more that hardly shows beside the products."""
 
 
 class Vocabulary:
@@ -20,61 +32,156 @@ class Vocabulary:
 
     def __init__(self, size: int, rows: int, tensor_parallel: TensorParallel) -> None:
         self.size, self.tensor_parallel = size, tensor_parallel
-        share = rows // tensor_parallel.size
-        self.first = tensor_parallel.rank * share
-        self.width = min(max(size - self.first, 0), share)
+        self.share = rows // tensor_parallel.size
+        """Rows on each rank, padding included."""
+        self.first = tensor_parallel.rank * self.share
+        self.width = min(max(size - self.first, 0), self.share)
         """Entries on this rank that are no padding; 0 where it holds padding only."""
 
     def logits(self, logits_BTW: torch.Tensor) -> torch.Tensor:
         """Logits of all entries, [B, T, V], on every rank."""
         return self.tensor_parallel.join_channels(logits_BTW)[..., : self.size]
 
-    def cross_entropy(self, logits_BTW: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """Mean over all B * T tokens of -log softmax(logits)[target], a float32 scalar in nats, same on every rank.
+    def cross_entropy_(self, logits_NW: torch.Tensor, targets_N: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
+        """-log softmax(logits)[target] of each token, [N], float32, in nats, the same on every rank.
 
-        The logits may have any floating dtype; computed in float32. Raises RuntimeError for a target that is no entry.
+        Overwrites the logits, of any floating dtype; `wants_gradient`: with the gradient of the losses' sum. Computed
+        in float32.
         """
+        axis = self.tensor_parallel.axis
+        logits_NW[:, self.width :] = -torch.inf
+        scores_NW = logits_NW.to(torch.float32)
+        largest_N = axis.max_(scores_NW.amax(1))
+        scores_NW.sub_(largest_N.unsqueeze(1))
+        local_N = targets_N - self.first
+        here_N = (local_N >= 0) & (local_N < self.width)
+        columns_N1 = local_N.masked_fill(~here_N, 0).unsqueeze(1)
+        picked_N = scores_NW.gather(1, columns_N1).squeeze(1).masked_fill(~here_N, 0)
+        sums_N = scores_NW.exp_().sum(1)
+        picked_N, sums_N = axis.sum_(torch.stack([picked_N, sums_N]))
+        if wants_gradient:
+            scores_NW.mul_(sums_N.reciprocal().unsqueeze(1)).scatter_add_(1, columns_N1, -here_N.float().unsqueeze(1))
+            if scores_NW is not logits_NW:
+                logits_NW.copy_(scores_NW)
+        return sums_N.log() - picked_N
+
+
+class HeadLoss(nn.Module):
+    """Mean cross entropy of the head's logits. The head stays where it is in the model; nothing is registered here.
+
+    Under ZeRO stage 3 DeepSpeed must be told of `head_parameters`, which this module uses and does not own.
+    """
+
+    def __init__(self, head: Linear, vocabulary: Vocabulary, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+        super().__init__()
+        assert head.division == "column", f"{head.name} divides its inputs"
+        # In a tuple the head does not become a submodule, so its parameters keep their one place and name.
+        self._head = (head,)
+        self.vocabulary, self.chunk_elements = vocabulary, chunk_elements
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self._head[0].parameters())
+
+    def forward(self, x_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Mean over all B T tokens of -log softmax(head(x))[target], a float32 scalar in nats, same on every rank.
+
+        x_BTC lies between layers, as the head's input. Raises RuntimeError for a target that is no entry.
+        """
+        (head,), vocabulary, ranks = self._head, self.vocabulary, self.vocabulary.tensor_parallel
         targets_N = targets_BT.flatten()
         torch._assert_async(
-            ((targets_N >= 0) & (targets_N < self.size)).all(), "a target is no entry of the vocabulary"
+            ((targets_N >= 0) & (targets_N < vocabulary.size)).all(), "a target is no entry of the vocabulary"
         )
-        logits_NW = logits_BTW[..., : self.width].flatten(0, 1)
-        return _CrossEntropy.apply(logits_NW, targets_N - self.first, self.tensor_parallel.axis)
+        inputs, parameters = [ranks.enter(x_BTC)], [head.weight]
+        if head.bias is not None:
+            parameters.append(head.bias)
+        if head.low_rank:
+            inputs.append(ranks.enter(F.linear(x_BTC, ranks.shared(head.side_in))))
+            parameters.append(head.side_out)
+        inputs = [x.flatten(0, 1) for x in inputs]
+        return _ChunkedLoss.apply(self, targets_N, torch.is_grad_enabled(), len(inputs), *inputs, *parameters)
+
+    def local_logits(self, x_NC: torch.Tensor, side_NR: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, W] from what has entered the head: the activation and the middle of its side path."""
+        (head,) = self._head
+        logits_NW = head.product(x_NC, head.bias)
+        return logits_NW if side_NR is None else logits_NW + F.linear(side_NR, head.side_out)
+
+    def chunk_rows(self, num_tokens: int) -> int:
+        """Tokens of a chunk, the same on every rank: as few chunks as the size allows, all alike."""
+        chunks = -(-num_tokens * self.vocabulary.share // self.chunk_elements)
+        return -(-num_tokens // chunks)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """log softmax over the divided vocabulary: the local one, shifted by log(local sum / sum over the ranks)."""
+class _ChunkedLoss(torch.autograd.Function):
+    """(loss, targets, wants gradients, number of inputs, *inputs [N, *], *parameters of the head) -> mean loss.
+
+    Gradients are kept without the factor dloss / N until the backward pass brings it: with float16 that factor holds
+    the loss scale, without which small gradients would be lost. Those of the parameters are summed over the chunks in
+    float32 (float64 for float64): one rounding per chunk and one at the end, as far from exact as a single product.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_NW: torch.Tensor, local_targets_N: torch.Tensor, axis: Axis) -> torch.Tensor:
-        logits_NW = logits_NW.detach()
-        scores_NW = logits_NW.log_softmax(dim=-1, dtype=torch.float32)
-        shift_N = _shift(logits_NW, scores_NW, axis)
-        here_N = (local_targets_N >= 0) & (local_targets_N < scores_NW.shape[1])
-        rows, columns = here_N.nonzero().squeeze(1), local_targets_N[here_N]
-        picked_N = torch.zeros_like(shift_N)
-        picked_N[rows] = scores_NW[rows, columns] + shift_N[rows]
-        ctx.save_for_backward(scores_NW, shift_N, rows, columns)
-        ctx.dtype = logits_NW.dtype
-        return -axis.sum_(picked_N).mean()
+    def forward(
+        ctx: Any, loss: HeadLoss, targets_N: torch.Tensor, wants_gradient: bool, num_inputs: int, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        rows = loss.chunk_rows(len(targets_N))
+        losses, input_gradients = [], []
+        totals: list[torch.Tensor] = []
+        for targets, *chunk in zip(targets_N.split(rows), *(x.split(rows) for x in inputs), strict=True):
+            if wants_gradient:
+                chunk_losses, *gradients = _losses_and_gradients(loss, targets, chunk, parameters, totals)
+                input_gradients.append(gradients)
+            else:
+                chunk_losses = loss.vocabulary.cross_entropy_(loss.local_logits(*chunk), targets, False)
+            losses.append(chunk_losses)
+        if wants_gradient:
+            ctx.gradients = [*map(torch.cat, zip(*input_gradients, strict=True)), *totals]
+            ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return torch.cat(losses).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scores_NW, shift_N, rows, columns = ctx.saved_tensors
-        scale = dloss / shift_N.numel()
-        gradient_NW = (scores_NW + shift_N.unsqueeze(1)).exp_().mul_(scale)
-        gradient_NW[rows, columns] -= scale
-        return gradient_NW.to(ctx.dtype), None, None
+        assert ctx.gradients is not None, "the gradients of the head are given out once"
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = dloss / gradients[0].shape[0]
+        scaled = [_scaled(*pair, scale) for pair in zip(gradients, ctx.dtypes, strict=True)]
+        return None, None, None, None, *scaled
 
 
-def _shift(logits_NW: torch.Tensor, scores_NW: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """log of this rank's share of the probability, [N]: 0 on a rank that holds all entries, -inf without any."""
-    if axis.size == 1:
-        return torch.zeros_like(scores_NW[:, 0])
-    if logits_NW.shape[1] == 0:
-        local_N = torch.full(logits_NW.shape[:1], -torch.inf, device=logits_NW.device)
+def _losses_and_gradients(
+    loss: HeadLoss,
+    targets_N: torch.Tensor,
+    inputs: list[torch.Tensor],
+    parameters: tuple[torch.Tensor, ...],
+    totals: list[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Losses of a chunk and the gradients of its inputs; those of the parameters are added up in `totals`.
+
+    A function of its own, so that nothing large of one chunk is still there when the next one begins.
+    """
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        logits_NW = loss.local_logits(*inputs)
+    gradient_NW = logits_NW.detach()
+    losses_N = loss.vocabulary.cross_entropy_(gradient_NW, targets_N, True)
+    gradients = torch.autograd.grad(logits_NW, [*inputs, *parameters], gradient_NW)
+    of_parameters = gradients[len(inputs) :]
+    if totals:
+        for total, gradient in zip(totals, of_parameters, strict=True):
+            total.add_(gradient)
     else:
-        local_N = logits_NW.logsumexp(dim=-1) if logits_NW.dtype == torch.float32 else logits_NW.float().logsumexp(-1)
-    largest_N = axis.max_(local_N.clone())
-    return local_N - largest_N - axis.sum_((local_N - largest_N).exp()).log()
+        totals.extend(gradient.to(_wide(gradient)) for gradient in of_parameters)
+    return losses_N, *gradients[: len(inputs)]
+
+
+def _scaled(gradient: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """gradient * scale, in place where the dtype allows it."""
+    return gradient.to(_wide(gradient)).mul_(scale).to(dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import (
     Attention,
+    HeadLoss,
     InputEmbedding,
     LayerFactory,
     LayerNorm,
@@ -96,6 +97,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             tokens.tie(self.head)
         self.vocabulary = Vocabulary(vocab_size, rows, ranks)
+        self.head_loss = HeadLoss(self.head, self.vocabulary)
         self.token_multiple = ranks.size if ranks.sequence_parallel else 1
 
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -106,10 +108,8 @@ class GPT(nn.Module):
         x_BTC = self.embedding(tokens_BT)
         for block in self.layers:
             x_BTC = self._run(block, x_BTC)
-        logits = self.head(self.final_norm(x_BTC))
-        return (
-            self.vocabulary.logits(logits) if targets_BT is None else self.vocabulary.cross_entropy(logits, targets_BT)
-        )
+        x_BTC = self.final_norm(x_BTC)
+        return self.vocabulary.logits(self.head(x_BTC)) if targets_BT is None else self.head_loss(x_BTC, targets_BT)
 
     def set_attention_patterns(self, patterns: Sequence[Sequence[str]]) -> None:
         """Set the pattern of every query head: one tuple of names per layer.

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megasparse.sparsity.random import random_uniform, random_words
+from megasparse.sparsity.chunks import positions
+from megasparse.sparsity.random import random_scores, random_words
 from megasparse.sparsity.selection import INELIGIBLE, SumOverShards, TieKeys, keep_local, select_top_k
 
 # Streams of the counter-based generator.
@@ -60,7 +61,7 @@ class LayerPiece:
     stream: int
     """Number of the layer, the same on all ranks: its stream of random numbers."""
     indices: Tensor
-    """int64, global index of each unit in the layer."""
+    """int32 or int64, global index of each unit in the layer."""
     live: Tensor
     """bool."""
     drop_score: Tensor
@@ -86,33 +87,50 @@ def evolve(
     """Decide the new topology of all layers at once. See the module for the rule."""
     ties = [_tie_keys(layer.indices, seed, step, layer.stream) for layer in layers]
 
-    def best(scores: list[Tensor], counts: list[int]) -> list[Tensor]:
+    def best(scores: list[Tensor], taken: list[Tensor], counts: list[int]) -> list[Tensor]:
+        """scores: own copies."""
+        scores = [score.index_fill_(0, positions(mask), INELIGIBLE) for score, mask in zip(scores, taken, strict=True)]
+        scores = [_prefer_best_of_rows(*each) for each in zip(layers, scores, taken, strict=True)]
         return select_top_k(scores, ties, counts, sum_over_shards)
 
-    drop = [_eligible(layer.drop_score, layer.live) for layer in layers]
-    drop = [_prefer_best_of_rows(layer, score, None) for layer, score in zip(layers, drop, strict=True)]
-    kept = best(drop, [layer.counts.keep for layer in layers])
-
-    growth = [_eligible(layer.growth_score, ~keep) for layer, keep in zip(layers, kept, strict=True)]
-    growth = [_prefer_best_of_rows(*each) for each in zip(layers, growth, kept, strict=True)]
-    by_gradient = best(growth, [layer.counts.by_gradient for layer in layers])
+    kept = _best_live(layers, ties, sum_over_shards)
+    growth = [layer.growth_score.clone() for layer in layers]
+    by_gradient = best(growth, kept, [layer.counts.by_gradient for layer in layers])
+    del growth
 
     taken = [keep | grown for keep, grown in zip(kept, by_gradient, strict=True)]
-    chance = [random_uniform(layer.indices, seed, step, layer.stream, GROWTH_STREAM) for layer in layers]
-    chance = [_eligible(score, ~live) for score, live in zip(chance, taken, strict=True)]
-    chance = [_prefer_best_of_rows(*each) for each in zip(layers, chance, taken, strict=True)]
-    at_random = best(chance, [layer.counts.at_random for layer in layers])
+    chance = [random_scores(layer.indices, seed, step, layer.stream, GROWTH_STREAM) for layer in layers]
+    at_random = best(chance, taken, [layer.counts.at_random for layer in layers])
 
     return [
         Evolved(keep, gradient | random) for keep, gradient, random in zip(kept, by_gradient, at_random, strict=True)
     ]
 
 
+def _best_live(layers: Sequence[LayerPiece], ties: Sequence[TieKeys], sum_over_shards: SumOverShards) -> list[Tensor]:
+    """The live units that stay. Live ones are few, so only they are handed to the selection."""
+    live = [positions(layer.live) for layer in layers]
+    scores = [_drop_scores(layer).index_select(0, where) for layer, where in zip(layers, live, strict=True)]
+    keys = [_keys_at(tie, where) for tie, where in zip(ties, live, strict=True)]
+    chosen = select_top_k(scores, keys, [layer.counts.keep for layer in layers], sum_over_shards)
+    return [
+        torch.zeros_like(layer.live).index_fill_(0, where[best], True)
+        for layer, where, best in zip(layers, live, chosen, strict=True)
+    ]
+
+
+def _drop_scores(layer: LayerPiece) -> Tensor:
+    """Drop scores, right where units are live."""
+    if layer.row_length is None:
+        return layer.drop_score
+    return _prefer_best_of_rows(layer, torch.where(layer.live, layer.drop_score, INELIGIBLE), None)
+
+
 def random_topology(num_units: int, num_target: int, stream: int, seed: int, row_length: int | None = None) -> Tensor:
     """A random start: bool [num_units] with exactly `num_target` live units."""
     indices = torch.arange(num_units)
     nothing = torch.zeros(num_units, dtype=torch.bool)
-    chance = random_uniform(indices, seed, stream, INITIAL_STREAM)
+    chance = random_scores(indices, seed, stream, INITIAL_STREAM)
     piece = LayerPiece(stream, indices, nothing, chance, chance, StepCounts(0, 0, 0, num_target), row_length)
     chance = _prefer_best_of_rows(piece, chance, nothing)
     return select_top_k([chance], [_tie_keys(indices, seed, stream)], [num_target])[0]
@@ -123,8 +141,9 @@ def _tie_keys(indices: Tensor, *key: int) -> TieKeys:
     return lambda positions: random_words(indices[positions], *key, TIE_STREAM)
 
 
-def _eligible(score: Tensor, allowed: Tensor) -> Tensor:
-    return torch.where(allowed, score, torch.full_like(score, INELIGIBLE))
+def _keys_at(keys: TieKeys, places: Tensor) -> TieKeys:
+    """Keys of the units at some positions among `places`."""
+    return lambda chosen: keys(places[chosen])
 
 
 def _prefer_best_of_rows(layer: LayerPiece, score: Tensor, served: Tensor | None) -> Tensor:

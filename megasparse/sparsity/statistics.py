@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasparse.sparsity.chunks import CHUNK
 from megasparse.sparsity.state import Ranks
 from megasparse.sparsity.topology import Topology, unpack_bits
 from megasparse.sparsity.update import Change
@@ -52,10 +53,11 @@ def collect_statistics(
 def _vector(topology: Topology, change: Change, ever_live: Tensor) -> Tensor:
     """This shard's share: births, deaths, ever live, live units by shard, live units by row of the whole grid."""
     mask = topology.mask
-    live_in_row = mask.sum(dim=1)
+    # Sums of bools convert them to int64 first: a few rows at a time, so that the conversion stays in the cache.
+    live_in_row = torch.cat([some.sum(dim=1) for some in mask.split(max(CHUNK // mask.shape[1], 1))])
     rows = torch.zeros(topology.whole_grid.shape[0], dtype=torch.int64, device=mask.device)
     rows[topology.shard_rows.to(mask.device)] = live_in_row
     shards = torch.zeros(topology.num_shards, dtype=torch.int64, device=mask.device)
     shards[topology.rank if topology.num_shards > 1 else 0] = live_in_row.sum()
-    ever = int(unpack_bits(ever_live, topology.shard_units).sum())
+    ever = int(unpack_bits(ever_live, topology.shard_units).count_nonzero())
     return torch.cat([torch.tensor([change.born, change.died, ever], device=mask.device), shards, rows])

@@ -66,14 +66,16 @@ class Topology:
         self.mask.copy_(live.view_as(self.mask))
 
     def unit_numbers(self, start: int, numel: int) -> Tensor:
-        """Global numbers of the units [start, start + numel) of the shard, int64 [numel] on the mask's device."""
+        """Global numbers of the units [start, start + numel) of the shard, int32 [numel] on the mask's device."""
         device = self.mask.device
-        places = torch.arange(start, start + numel, device=device)
         if self.num_shards == 1:
-            return places
-        rows, columns = self.shard_rows.to(device), self.shard_columns.to(device)
-        local_row = places // columns.numel()
-        return rows[local_row] * self.whole_grid.shape[1] + columns[places - local_row * columns.numel()]
+            return torch.arange(start, start + numel, dtype=torch.int32, device=device)
+        width = self.shard_columns.numel()
+        first_row, last_row = start // width, -(-(start + numel) // width)
+        row_starts = (self.shard_rows[first_row:last_row] * self.whole_grid.shape[1]).to(device, torch.int32)
+        numbers = row_starts.unsqueeze(1) + self.shard_columns.to(device, torch.int32)
+        offset = start - first_row * width
+        return numbers.reshape(-1)[offset : offset + numel]
 
     @cached_property
     def shard_rows(self) -> Tensor:
@@ -126,7 +128,7 @@ def unpack_bits(bits: Tensor, num_units: int) -> Tensor:
     if bits.numel() != -(-num_units // 8):
         raise ValueError(f"{bits.numel()} bytes of mask bits do not hold {num_units} units")
     unpacked = np.unpackbits(bits.cpu().numpy(), count=num_units, bitorder="little")
-    return torch.from_numpy(unpacked.astype(np.bool_))
+    return torch.from_numpy(unpacked.view(np.bool_))
 
 
 def digest(topologies: Mapping[str, Topology]) -> str:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasparse.sparsity.chunks import chunks
 from megasparse.sparsity.evolution import Evolved, LayerPiece, StepCounts, evolve
 from megasparse.sparsity.scores import block_norms, block_partial_sums, drop_scores
 from megasparse.sparsity.state import StateAccess, StateFragment
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 
-# A unit in hand takes some 40 bytes of scores, numbers and masks.
+# Of one rank; a unit in hand takes some 40 bytes of scores, numbers and masks.
 UNITS_AT_ONCE = 2**22
+# Every rank of a shard receives the new masks of all of it, a byte per weight.
+MOST_SHARES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,23 @@ def update_layers(layers: Sequence[EvolvingLayer], access: StateAccess, seed: in
         (_update_blocks, [layer for layer in layers if layer.topology.unit > 1]),
         (_update_weights, [layer for layer in layers if layer.topology.unit == 1]),
     ):
-        for some in _portions(chosen):
+        for some in _portions(chosen, access.shard.size):
             changes |= update(some, fragments, access, seed, step)
     access.gradients_changed(changes)
     return changes
 
 
-def _portions(layers: Sequence[EvolvingLayer]) -> Iterator[list[EvolvingLayer]]:
-    """Layers in order, few enough at once; the same portions on every rank."""
+def _portions(layers: Sequence[EvolvingLayer], num_ranks: int) -> Iterator[list[EvolvingLayer]]:
+    """Layers, few enough at once; the same portions on every rank.
+
+    num_ranks: ranks that hold the pieces of a shard. At ZeRO stages 1 and 2 a rank holds a run of whole layers, so
+    those of one portion come from all runs: otherwise one rank would work at a time.
+    """
+    stride = max(-(-len(layers) // num_ranks), 1)
+    limit = UNITS_AT_ONCE * min(num_ranks, MOST_SHARES_AT_ONCE)
     portion: list[EvolvingLayer] = []
-    for layer in layers:
-        if portion and sum(each.topology.num_units for each in [*portion, layer]) > UNITS_AT_ONCE:
+    for layer in (layer for first in range(stride) for layer in layers[first::stride]):
+        if portion and sum(each.topology.num_units for each in [*portion, layer]) > limit:
             yield portion
             portion = []
         portion.append(layer)
@@ -195,7 +204,9 @@ def _weight_piece(layer: EvolvingLayer, fragment: StateFragment | None, counts: 
 
 
 def _weight_scores(layer: EvolvingLayer, fragment: StateFragment) -> tuple[Tensor, Tensor]:
-    gradient = fragment.gradient.to(torch.float32) / fragment.gradient_scale
+    gradient = fragment.gradient.to(torch.float32)
+    if fragment.gradient_scale != 1.0:
+        gradient = gradient / fragment.gradient_scale
     return drop_scores(layer.drop_score, fragment.master, gradient, layer.drop_score_lambda), gradient.abs()
 
 
@@ -230,21 +241,22 @@ def _exchange_masks(
 def _adopt(topology: Topology, live: Tensor) -> Change:
     """Replace the mask of the shard."""
     before = topology.mask.reshape(-1)
-    change = Change(int((live & ~before).sum()), int((before & ~live).sum()))
+    both = int((live & before).count_nonzero())
+    change = Change(int(live.count_nonzero()) - both, int(before.count_nonzero()) - both)
     topology.replace(live)
     return change
 
 
 @torch.no_grad()
 def _edit(fragment: StateFragment, topology: Topology, kept: Tensor) -> None:
-    """Weights and moments of all but kept weights become 0, gradients of dead ones too.
+    """Weights and moments of all but kept weights become 0, gradients of dead ones too."""
+    for tensor in (fragment.master, *fragment.moments.values()):
+        _clear(tensor, kept)
+    _clear(fragment.gradient, topology.weights_slice(fragment.start, fragment.numel))
 
-    masked_fill rather than a product with the mask, which would turn an infinite gradient into NaN.
-    """
-    device = fragment.master.device
-    gone = ~kept.to(device)
-    fragment.master.masked_fill_(gone, 0)
-    for moment in fragment.moments.values():
-        moment.masked_fill_(gone, 0)
-    dead = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.gradient.device)
-    fragment.gradient.masked_fill_(dead, 0)
+
+def _clear(values: Tensor, kept: Tensor) -> None:
+    """Set all but the kept values to 0, also infinite ones: an AND of bits, at a fifth of the time of masked_fill."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    for part, mask in chunks(values.view(integers), kept.to(values.device)):
+        part &= mask.to(integers).neg_()

@@ -1,4 +1,4 @@
-"""Attention, perceptrons, norms and loss, each against its equation written out."""
+"""Attention, perceptrons and norms, each against its equation written out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.kernels.hybrid_attention import pattern_mask
-from megasparse.layers import Attention, LayerFactory, Vocabulary, mlp, normalization
+from megasparse.layers import Attention, LayerFactory, mlp, normalization
 from megasparse.layers.rotary import rotate
-from megasparse.parallel import TensorParallel
 
 FACTORY = LayerFactory(seed=3)
 
@@ -96,21 +94,3 @@ def test_normalization(kind, bias) -> None:
 def test_unknown_normalization() -> None:
     with pytest.raises(ValueError, match="'batchnorm'.*layernorm, rmsnorm"):
         normalization("batchnorm", 4, epsilon=1e-5, bias=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy(dtype) -> None:
-    logits = (torch.randn(3, 5, 11) * 4).to(dtype)
-    targets = torch.randint(11, (3, 5))
-    wide = logits.double()
-    expected = (wide.exp().sum(-1).log() - wide.gather(-1, targets[..., None])[..., 0]).mean()
-    # Three columns of padding, which take no part.
-    loss = Vocabulary(11, 14, TensorParallel()).cross_entropy(F.pad(logits, (0, 3), value=50.0), targets)
-    assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("target", [-1, -100, 11])
-def test_no_target_is_skipped_silently(target) -> None:
-    with pytest.raises(RuntimeError, match="no entry of the vocabulary"):
-        Vocabulary(11, 11, TensorParallel()).cross_entropy(torch.randn(1, 2, 11), torch.tensor([[3, target]]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.sparsity.random import random_uniform, random_words
+from megasparse.sparsity.random import _mixed_with_key, random_scores, random_uniform, random_words
 
 
 def plain_word(index: int, *key: int) -> int:
@@ -26,7 +26,26 @@ def plain_word(index: int, *key: int) -> int:
 def test_words_equal_plain_integer_arithmetic() -> None:
     indices = torch.tensor([0, 1, 2, 12345, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
     for key in [(1234, 100, 7, 2), (0,), (2**40 + 3, 5)]:
-        assert random_words(indices, *key).tolist() == [plain_word(int(i), *key) for i in indices]
+        expected = [plain_word(int(i), *key) for i in indices]
+        assert random_words(indices, *key).tolist() == expected
+        # As on devices, where words are int64.
+        assert _mixed_with_key(indices & (2**32 - 1), indices >> 32, key).tolist() == expected
+
+
+def test_narrow_indices_give_the_same_words() -> None:
+    indices = torch.cat([torch.arange(70_000), torch.tensor([2**31 - 1])])
+    assert torch.equal(random_words(indices.to(torch.int32), 3, 2**40), random_words(indices, 3, 2**40))
+
+
+def test_scores_have_the_order_and_the_ties_of_uniform_numbers() -> None:
+    indices = torch.arange(2**17)
+    scores, uniform = random_scores(indices, 1, 2), random_uniform(indices, 1, 2)
+    assert scores.dtype == torch.float32 and 0.0 <= float(scores.min()) and float(scores.max()) < 2.0
+    order = scores.sort(stable=True).indices
+    assert torch.equal(order, uniform.sort(stable=True).indices)
+    in_order, uniform_in_order = scores[order], uniform[order]
+    ties = uniform_in_order.diff() == 0
+    assert torch.equal(in_order.diff() == 0, ties) and ties.any()
 
 
 def test_murmur_finaliser_has_its_known_value() -> None:

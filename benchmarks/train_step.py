@@ -1,0 +1,194 @@
+"""A training step of the ultra-sparse phase against the dense one, whole and by part, with the Amdahl ceiling.
+
+    python benchmarks/train_step.py [--model gpt2-small-width] [--precision fp32] [--density 0.1] [--block 64]
+        [--kernel auto] [--sparse-head] [--attention-pattern sparse] [--layers 4] [--tokens 2048] [--device cpu]
+
+Two trainers stand side by side in one process, dense and sparse at constant density without topology steps (those are
+`topology_step.py`'s), and take turns: each round times some steps of one, then of the other, and takes one more step of
+each apart by hooks, see `part_timer.py`. Medians over the rounds; the parts are scaled so that they add up to the step
+without hooks.
+
+The ceilings say what the rest of the step allows, with the sparse layers' products (those of a sparse head included)
+free of cost, or at exactly density times their dense cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import get_args
+
+import torch
+from bench_setup import MODELS, benchmark_config, open_trainer
+from part_timer import PartTimer
+from result_file import RESULTS, write_result
+
+from megasparse.config.schema import KernelsConfig, Pattern, RunConfig
+from megasparse.data import BatchLoader
+from megasparse.parallel import LaunchEnvironment, open_mesh
+from megasparse.training.loop import Trainer
+
+# (sequence length, vocabulary) where they are not named.
+SIZES = {"quickstart": (256, 2048), "gpt2-small-width": (1024, 50257), "gpt2-xl-width": (1024, 50257)}
+KINDS = ("dense", "sparse")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    os.environ["DS_ACCELERATOR"] = arguments.device
+    configs = {kind: make_config(arguments, kind) for kind in KINDS}
+    with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh, ExitStack() as stack:
+        runs = {kind: stack.enter_context(open_trainer(config, mesh)) for kind, config in configs.items()}
+        steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        parts: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for _ in range(arguments.rounds + 1):
+            for kind, run in runs.items():
+                steps[kind].append(seconds_per_step(*run, arguments.steps))
+            for kind, run in runs.items():
+                parts[kind].append(seconds_by_part(*run))
+    # The first round warms up caches and allocators.
+    report(arguments, configs["sparse"], *({kind: found[kind][1:] for kind in KINDS} for found in (steps, parts)))
+
+
+def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
+    length, vocabulary = SIZES[arguments.model]
+    sequences = arguments.tokens // length
+    if sequences < 1 or arguments.tokens % length:
+        raise SystemExit(f"--tokens: {arguments.tokens} is no multiple of the sequence length {length}")
+    sparse = [
+        "sparsity.algorithm=rigl",
+        f"sparsity.density={arguments.density}",
+        f"sparsity.unit={arguments.block}",
+        f"sparsity.head={str(arguments.sparse_head).lower()}",
+        "sparsity.update_interval=1000000",
+        f"attention.windows=[{{start: 0.0, end: 1.0, pattern: {arguments.attention_pattern}}}]",
+    ]
+    return benchmark_config(
+        arguments.model,
+        *(sparse if kind == "sparse" else ["sparsity.algorithm=dense"]),
+        f"kernels.block_sparse={arguments.kernel}",
+        f"model.num_layers={arguments.layers}",
+        f"model.seq_length={length}",
+        f"model.vocab_size={vocabulary}",
+        f"train.precision={arguments.precision}",
+        f"train.micro_batch_size={sequences}",
+        f"train.global_batch_size={sequences}",
+        "train.steps=2000000",
+        f"deepspeed.zero_stage={0 if arguments.precision == 'fp32' else 1}",
+    )
+
+
+def seconds_per_step(trainer: Trainer, loader: BatchLoader, steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        # A step ends with the loss and the gradient norm on the host, so the device is done too.
+        trainer.train_step(loader)
+    return (time.perf_counter() - started) / steps
+
+
+def seconds_by_part(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
+    """Of one step; `data` is the time that the loop waited for it."""
+    timer, waited = PartTimer(trainer), trainer.state.ledger.seconds.parts["data"]
+    with timer.attached():
+        trainer.train_step(loader)
+    found = timer.seconds()
+    found["data"] = trainer.state.ledger.seconds.parts["data"] - waited
+    found["other"] -= found["data"]
+    return found
+
+
+def median_parts(rounds: list[dict[str, float]], step: float) -> dict[str, float]:
+    """Medians by part, largest first, scaled to add up to `step`."""
+    medians = {name: statistics.median(parts[name] for parts in rounds) for name in rounds[0]}
+    scale = step / sum(medians.values())
+    return {name: seconds * scale for name, seconds in sorted(medians.items(), key=lambda item: -item[1])}
+
+
+def products(parts: dict[str, float], sparse_head: bool) -> float:
+    """Seconds of the products of those layers that are sparse."""
+    names = ("linear", "head") if sparse_head else ("linear",)
+    return sum(parts.get(f"{phase}.{name}", 0.0) for phase in ("forward", "backward") for name in names)
+
+
+def report(
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    steps: dict[str, list[float]],
+    rounds: dict[str, list[dict[str, float]]],
+) -> None:
+    dense, sparse = (statistics.median(steps[kind]) for kind in KINDS)
+    parts = {"dense": median_parts(rounds["dense"], dense), "sparse": median_parts(rounds["sparse"], sparse)}
+    dense_products, sparse_products = (products(parts[kind], arguments.sparse_head) for kind in KINDS)
+    rest = sparse - sparse_products
+    numbers = {
+        "model": arguments.model,
+        "layers": arguments.layers,
+        "precision": arguments.precision,
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        "tokens_per_step": arguments.tokens,
+        "sequence_length": config.model.seq_length,
+        "vocabulary": config.model.vocab_size,
+        "density": arguments.density,
+        "block": arguments.block,
+        "kernel": arguments.kernel,
+        "sparse_head": arguments.sparse_head,
+        "attention_pattern": arguments.attention_pattern,
+        "steps_per_round": arguments.steps,
+        "rounds": arguments.rounds,
+        "dense_step_seconds": dense,
+        "sparse_step_seconds": sparse,
+        "speedup_median": statistics.median(d / s for d, s in zip(steps["dense"], steps["sparse"], strict=True)),
+        "speedups": [round(d / s, 4) for d, s in zip(steps["dense"], steps["sparse"], strict=True)],
+        "dense_products_seconds": dense_products,
+        "sparse_products_seconds": sparse_products,
+        "products_speedup": dense_products / sparse_products,
+        "ceiling_products_free": dense / rest,
+        "ceiling_products_at_density": dense / (rest + arguments.density * dense_products),
+        "dense_seconds_by_part": parts["dense"],
+        "sparse_seconds_by_part": parts["sparse"],
+    }
+    suffix = f"{arguments.model}-{arguments.precision}-{arguments.kernel}" + ("-head" if arguments.sparse_head else "")
+    path = write_result("train_step", {"results": [numbers]}, suffix=suffix, folder=arguments.results)
+    print_parts(parts)
+    print(f"step: dense {dense:.4f} s, sparse {sparse:.4f} s, {numbers['speedup_median']:.3f}x {numbers['speedups']}")
+    print(f"products: dense {dense_products:.4f} s, sparse {sparse_products:.4f} s")
+    print(
+        f"ceiling: {numbers['ceiling_products_free']:.3f}x with free products, "
+        f"{numbers['ceiling_products_at_density']:.3f}x at density times dense; {path.name}"
+    )
+
+
+def print_parts(parts: dict[str, dict[str, float]]) -> None:
+    print(f"{'seconds per step':24s} {'dense':>9s} {'sparse':>9s}")
+    for name in dict.fromkeys([*parts["dense"], *parts["sparse"]]):
+        print(f"{name:24s} {parts['dense'].get(name, 0.0):9.4f} {parts['sparse'].get(name, 0.0):9.4f}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    kernels = get_args(KernelsConfig.model_fields["block_sparse"].annotation)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="gpt2-small-width")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--density", type=float, default=0.1, help="density of the sparse layers (default: 0.1)")
+    parser.add_argument("--block", type=int, default=64, help="side of the blocks (default: 64)")
+    parser.add_argument("--kernel", choices=kernels, default="auto", help="kernels.block_sparse (default: auto)")
+    parser.add_argument("--sparse-head", action="store_true", help="the head is sparse too, as in the paper")
+    parser.add_argument(
+        "--attention-pattern", choices=get_args(Pattern), default="full", help="of the sparse run (default: full)"
+    )
+    parser.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step (default: 2048)")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each trainer (default: 5)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
