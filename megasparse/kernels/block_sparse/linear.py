@@ -47,35 +47,36 @@ def apply(
 
     `dense_gradient`: the weight gradient of all blocks, by a dense product.
     """
-    return _SparseLinear.apply(x, weight, bias, index.mask, *index.lists, index.unit, dense_gradient, kernel)
+    # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
+    x_NI = x.reshape(-1, weight.shape[1])
+    y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, index.unit, dense_gradient, kernel)
+    return y_NO.view(*x.shape[:-1], weight.shape[0])
 
 
 class _SparseLinear(torch.autograd.Function):
     """The index is taken apart into tensors, as autograd and torch.compile want them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         *index, unit, dense_gradient, kernel = rest
-        ctx.save_for_backward(x, weight, *index)
+        ctx.save_for_backward(x_NI, weight, *index)
         ctx.settings = unit, dense_gradient, kernel
-        x_NI = x.reshape(-1, weight.shape[1])
-        y_NO = block_sparse_forward(x_NI, weight, bias, index, unit, kernel)
-        return y_NO.view(*x.shape[:-1], weight.shape[0])
+        return block_sparse_forward(x_NI, weight, bias, index, unit, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *index = ctx.saved_tensors
+        x_NI, weight, *index = ctx.saved_tensors
         unit, dense_gradient, kernel = ctx.settings
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        dy_NO, x_NI = dy.reshape(-1, weight.shape[0]).contiguous(), x.reshape(-1, weight.shape[1])
+        dy_NO = dy.contiguous()
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
         dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, unit, kernel, needs)
         if dense_gradient and needs_dweight:
             dweight = dy_NO.t() @ x_NI
         none = (None,) * (len(index) + 3)
         return (
-            dx.view_as(x) if needs_dx else None,
+            dx if needs_dx else None,
             dweight if needs_dweight else None,
             dbias if needs_dbias else None,
             *none,
