@@ -33,16 +33,22 @@ MIN_CAPABILITY = (8, 0)
 
 def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
-    interpreted = _is_interpreted()
-    if device != ("cpu" if interpreted else "cuda"):
-        reason = "with TRITON_INTERPRET=1 they run on cpu only" if interpreted else f"they run on cuda, not on {device}"
-        return f"{reason}; TRITON_INTERPRET=1 interprets them, slowly, on cpu" if not interpreted else reason
+    return why_not_planned(device, dtype, unit) or (_unsuited_device() if device == "cuda" else None)
+
+
+def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
+    """The same as far as it can be told where the GPU is not."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and device != "cpu":
+        return f"with TRITON_INTERPRET=1 they run on cpu only, not on {device}"
+    if not interpreted and device != "cuda":
+        return f"they run on cuda, not on {device} (there for tests only, slowly, with TRITON_INTERPRET=1)"
     dtypes = DTYPES[:1] if interpreted else DTYPES
     if dtype not in dtypes:
         return f"dtype {dtype}; supported: {', '.join(map(str, dtypes))}"
     if unit not in UNITS:
         return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
-    return _missing() or (None if interpreted else _unsuited_device())
+    return _missing()
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
@@ -242,10 +248,6 @@ def _device_name(device: torch.device) -> str:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
