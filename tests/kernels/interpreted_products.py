@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from megasparse.kernels.block_sparse import build_index, gpu, sparse_linear, tuning  # noqa: E402
+from megasparse.kernels.block_sparse import build_index, gpu, sparse_linear, tile_cache, tuning  # noqa: E402
 from megasparse.kernels.block_sparse.index import BlockIndex  # noqa: E402
 from megasparse.kernels.block_sparse.tiles import FORWARD, Tile, default_tile  # noqa: E402
 
@@ -133,7 +133,7 @@ def autograd() -> None:
 
 
 def tune() -> None:
-    """`tune` runs each product with each tile that it measures, and later calls take the winner."""
+    """`tune_layer` runs each product with each tile that it measures, and later calls take the winner."""
     seen: list[float] = []
 
     def falling(run) -> float:
@@ -141,10 +141,10 @@ def tune() -> None:
         seen.append(-len(seen))
         return seen[-1]
 
-    fastest = gpu.tune(64, 96, 32, torch.float32, 24, 0.5, torch.device("cpu"), falling, limit=3)
+    fastest = tuning.tune_layer("cpu", torch.float32, 32, 24, (96, 64), 0.5, measure=falling, limit=3)
     assert len(seen) == 9 and len(fastest) == 3
-    problem = tuning.Problem(FORWARD, "interpreter", torch.float32, 32, 24, 2, 3)
-    assert tuning.tile_for(problem) == fastest[FORWARD][0] != default_tile(FORWARD, 32, torch.float32)
+    problem = tile_cache.Problem(FORWARD, "interpreter", torch.float32, 32, 24, 2, 3)
+    assert tile_cache.tile_for(problem) == fastest[FORWARD][0] != default_tile(FORWARD, 32, torch.float32)
 
 
 CASES = {"products": products, "tiles": tiles, "inputs": inputs, "autograd": autograd, "tune": tune}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.kernels.block_sparse import check_forced, gpu
+from megasparse.kernels.block_sparse import check_forced, gpu, tuning
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SCRIPT = Path(__file__).with_name("interpreted_products.py")
@@ -49,7 +49,7 @@ def test_says_why_it_cannot_run(monkeypatch) -> None:
     if importlib.util.find_spec("triton") is not None:
         assert gpu.why_not_planned("cuda", torch.bfloat16, 64) is None
     with pytest.raises(ValueError, match="cannot be tuned here"):
-        gpu.tune(64, 64, 32, torch.float32, 8, 0.5, torch.device("cpu"))
+        tuning.tune_layer("cpu", torch.float32, 32, 8, (64, 64), 0.5)
 
 
 def test_interpreter_takes_float32_on_cpu_only(monkeypatch) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-from megasparse.kernels.block_sparse import tuning
+from megasparse.kernels.block_sparse import tile_cache, tuning
 from megasparse.kernels.block_sparse.tiles import (
     FORWARD,
     INPUT_GRADIENT,
@@ -22,31 +21,31 @@ from megasparse.kernels.block_sparse.tiles import (
     fitted,
 )
 
-PROBLEM = tuning.Problem(FORWARD, "some GPU", torch.bfloat16, 64, 4096, 32, 96)
+PROBLEM = tile_cache.Problem(FORWARD, "some GPU", torch.bfloat16, 64, 4096, 32, 96)
 TILE = Tile(64, 64, 32, warps=4, stages=2)
 
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch, tmp_path):
     monkeypatch.setenv("MEGASPARSE_CACHE", str(tmp_path / "cache"))
-    tuning._stored.cache_clear()
-    yield tmp_path / "cache" / tuning.FILE_NAME
-    tuning._stored.cache_clear()
+    tile_cache._stored.cache_clear()
+    yield tmp_path / "cache" / tile_cache.FILE_NAME
+    tile_cache._stored.cache_clear()
 
 
-def test_default_until_tuned(path) -> None:
-    assert tuning.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
-    tuning.store(path, {PROBLEM.key: TILE})
-    assert tuning.tile_for(PROBLEM) == TILE
+def test_default_until_tuned() -> None:
+    assert tile_cache.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
+    tile_cache.store({PROBLEM.key: TILE})
+    assert tile_cache.tile_for(PROBLEM) == TILE
     # What is stored holds for neighbouring sizes, and for nothing else.
     change = {**vars(PROBLEM)}
-    assert tuning.tile_for(tuning.Problem(**{**change, "tokens": 4000, "num_live": 100})) == TILE
+    assert tile_cache.tile_for(tile_cache.Problem(**{**change, "tokens": 4000, "num_live": 100})) == TILE
     others = {"kernel": INPUT_GRADIENT, "device": "another GPU", "dtype": torch.float16, "unit": 128, "tokens": 5000}
     for name, value in {**others, "groups": 64, "num_live": 500}.items():
-        assert tuning.tile_for(tuning.Problem(**{**change, name: value})) != TILE, name
+        assert tile_cache.tile_for(tile_cache.Problem(**{**change, name: value})) != TILE, name
 
 
-def test_tune_keeps_the_fastest_that_runs(path) -> None:
+def test_tune_keeps_the_fastest_that_runs() -> None:
     class OutOfResources(Exception):
         """Named as Triton's."""
 
@@ -59,7 +58,7 @@ def test_tune_keeps_the_fastest_that_runs(path) -> None:
         return tile
 
     assert tuning.tune(PROBLEM, run, lambda call: times.get(call(), 3.0)) == (fast, 1.0)
-    assert tuning.tile_for(PROBLEM) == fast
+    assert tile_cache.tile_for(PROBLEM) == fast
     with pytest.raises(ZeroDivisionError):
         tuning.tune(PROBLEM, lambda tile: 1 / 0, lambda call: call())
 
@@ -77,11 +76,11 @@ def test_limit_of_candidates() -> None:
         "{",
         "[1]",
         '{"format": "another"}',
-        f'{{"format": "{tuning.FORMAT}"}}',
-        f'{{"format": "{tuning.FORMAT}", "tiles": {{"a": {{"rows": 64}}}}}}',
-        f'{{"format": "{tuning.FORMAT}", "tiles": []}}',
-        json.dumps({"format": tuning.FORMAT, "tiles": {PROBLEM.key: {**vars(TILE), "rows": 48}}}),
-        json.dumps({"format": tuning.FORMAT, "tiles": {PROBLEM.key: {**vars(TILE), "warps": "4"}}}),
+        f'{{"format": "{tile_cache.FORMAT}"}}',
+        f'{{"format": "{tile_cache.FORMAT}", "tiles": {{"a": {{"rows": 64}}}}}}',
+        f'{{"format": "{tile_cache.FORMAT}", "tiles": []}}',
+        json.dumps({"format": tile_cache.FORMAT, "tiles": {PROBLEM.key: {**vars(TILE), "rows": 48}}}),
+        json.dumps({"format": tile_cache.FORMAT, "tiles": {PROBLEM.key: {**vars(TILE), "warps": "4"}}}),
         "\x00\xff",
     ],
 )
@@ -89,35 +88,35 @@ def test_damaged_or_foreign_file_is_ignored_with_a_warning(path, text) -> None:
     path.parent.mkdir()
     path.write_bytes(text.encode("latin-1"))
     with pytest.warns(UserWarning, match="triton_tiles.json: ignored"):
-        assert tuning.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
+        assert tile_cache.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
     # Told once, not in every step; and the next tuning makes the file whole.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuning.tile_for(PROBLEM)
+        tile_cache.tile_for(PROBLEM)
     with pytest.warns(UserWarning, match="ignored"):
-        tuning.store(path, {PROBLEM.key: TILE})
-    assert tuning.tile_for(PROBLEM) == TILE
+        tile_cache.store({PROBLEM.key: TILE})
+    assert tile_cache.tile_for(PROBLEM) == TILE
 
 
-def test_stored_tile_that_does_not_fit_is_not_used(path) -> None:
-    tuning.store(path, {PROBLEM.key: Tile(64, 128, 32, warps=4, stages=2)})
-    assert tuning.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
+def test_stored_tile_that_does_not_fit_is_not_used() -> None:
+    tile_cache.store({PROBLEM.key: Tile(64, 128, 32, warps=4, stages=2)})
+    assert tile_cache.tile_for(PROBLEM) == default_tile(FORWARD, 64, torch.bfloat16)
 
 
-def _store_many(path: Path, name: str) -> None:
+def _store_many(name: str) -> None:
     for number in range(10):
-        tuning.store(path, {f"{name} {number}": TILE})
+        tile_cache.store({f"{name} {number}": TILE})
 
 
 def test_processes_that_store_at_once_lose_nothing(path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_store_many, args=(path, name)) for name in "ab"]
+    workers = [context.Process(target=_store_many, args=(name,)) for name in "ab"]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert set(tuning.load(path)) == {f"{name} {number}" for name in "ab" for number in range(10)}
+    assert set(tile_cache.load(path)) == {f"{name} {number}" for name in "ab" for number in range(10)}
     assert sorted(file.name for file in path.parent.iterdir()) == ["triton_tiles.json", "triton_tiles.lock"]
 
 
@@ -128,7 +127,8 @@ def test_processes_that_store_at_once_lose_nothing(path) -> None:
 def test_every_candidate_can_be_used(kernel, unit, dtype, is_hip) -> None:
     tiles = list(candidates(kernel, unit, dtype, is_hip))
     assert tiles[0] == default_tile(kernel, unit, dtype, is_hip)
-    assert 4 <= len(tiles) == len(set(tiles)) <= 100
+    # Each costs a second of compilation, and more.
+    assert 4 <= len(tiles) == len(set(tiles)) <= 48
     for tile in tiles:
         assert fits(tile, kernel, unit)
         for tokens, live in ((1, 0.1), (20, 1.6), (5000, 50.0)):

@@ -2,7 +2,7 @@
 
 Grids depend only on shapes and on the number of live blocks, which the host knows: nothing waits for the device, and
 CUDA graphs can capture every launch. Nothing is read or multiplied outside of live blocks; the weight gradient is
-filled with zeros and its live blocks are written. Tile sizes come from ``tuning``. Triton is imported on first use.
+filled with zeros and its live blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on first use.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly, for tests: float32 only, as the
 interpreter's bfloat16 products are wrong.
@@ -13,17 +13,15 @@ Names: N tokens, I input width, O output width, R block rows, L live blocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse import dense, tuning
-from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+from megasparse.kernels.block_sparse import dense, tile_cache
+from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,7 +85,7 @@ def weight_gradient(
     dweight = x_NI.new_zeros(num_rows * unit, num_columns * unit)
     if not tokens or not index.num_live:
         return dweight
-    tile = tile or tuning.tile_for(_problem(WEIGHT_GRADIENT, x_NI, unit, num_rows, index.num_live))
+    tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, unit, num_rows, index.num_live))
     programs = gradient_programs(tile, unit, num_rows, index.num_live)
     splits = splits or _splits(programs, tokens, x_NI.device)
     # Splits of whole steps; the last one may be shorter.
@@ -121,50 +119,6 @@ def weight_gradient(
     return dweight
 
 
-def tune(
-    outputs: int,
-    inputs: int,
-    unit: int,
-    dtype: torch.dtype,
-    tokens: int,
-    density: float,
-    device: torch.device,
-    measure: Callable[[Callable[[], Any]], float] | None = None,
-    limit: int = 0,
-) -> dict[str, tuple[Tile, float]]:
-    """Measure tiles for a layer of random live blocks and keep the fastest ones for later runs.
-
-    Args:
-        outputs, inputs: widths of the layer.
-        unit, dtype, tokens, density, device: what to tune for.
-        measure: time of one call of a function; None: Triton's benchmark, median in milliseconds.
-        limit: measure only so many candidates for each product; 0: all.
-
-    Returns:
-        The fastest tile and its time for each of the three products.
-    """
-    reason = why_not(device.type, dtype, unit)
-    if reason is not None:
-        raise ValueError(f"block_sparse kernel: 'triton' cannot be tuned here: {reason}")
-    num_rows, num_columns = outputs // unit, inputs // unit
-    scores = torch.rand(num_rows * num_columns, generator=torch.Generator().manual_seed(0))
-    num_live = max(1, round(density * scores.numel()))
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[scores.argsort()[:num_live]] = True
-    index = build_index(mask.view(num_rows, num_columns).to(device), unit, num_live)
-    x, dy = (torch.randn(tokens, width, device=device, dtype=dtype) for width in (inputs, outputs))
-    weight = dense.apply_mask_(torch.randn(outputs, inputs, device=device, dtype=dtype), index.mask, unit)
-    products: dict[str, tuple[int, Callable[[Tile], Tensor]]] = {
-        FORWARD: (num_rows, lambda tile: forward(x, weight, None, index, tile)),
-        INPUT_GRADIENT: (num_columns, lambda tile: input_gradient(dy, weight, index, tile)),
-        WEIGHT_GRADIENT: (num_rows, lambda tile: weight_gradient(dy, x, index, tile)),
-    }
-    return {
-        kernel: tuning.tune(_problem(kernel, x, unit, groups, num_live), run, measure or _benchmark, limit)
-        for kernel, (groups, run) in products.items()
-    }
-
-
 def gradient_programs(tile: Tile, unit: int, num_rows: int, num_live: int) -> int:
     """Programs of the weight gradient: an upper bound that needs no look at the lists, which are on the device."""
     if tile.columns <= unit:
@@ -189,8 +143,8 @@ def _product(
     c = a.new_empty(tokens, outer)
     if not c.numel():
         return c
-    tile = tile or tuning.tile_for(
-        _problem(FORWARD if transposed else INPUT_GRADIENT, a, unit, order.numel(), indices.numel())
+    tile = tile or tile_cache.tile_for(
+        problem(FORWARD if transposed else INPUT_GRADIENT, a, unit, order.numel(), indices.numel())
     )
     inner_stride, outer_stride = weight.stride()[::-1] if transposed else weight.stride()
     # No live block at all leaves a list without memory behind it; it is not read then.
@@ -211,14 +165,9 @@ def _product(
     return c
 
 
-def _problem(kernel: str, a: Tensor, unit: int, groups: int, num_live: int) -> tuning.Problem:
-    return tuning.Problem(kernel, _device_name(a.device), a.dtype, unit, a.shape[0], groups, num_live)
-
-
-def _benchmark(run: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    return do_bench(run, return_mode="median")
+def problem(kernel: str, a: Tensor, unit: int, groups: int, num_live: int) -> tile_cache.Problem:
+    """What the tile of a product depends on. `a`: an input of it, a row for each token; the rest as in ``Problem``."""
+    return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, unit, a.shape[0], groups, num_live)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """Tile sizes of the Triton kernels: one default for every block side and dtype, and the candidates for tuning.
 
-A default is what runs until ``tuning`` has measured something better on the device at hand. The defaults keep to the
+A default is what runs until ``tuning`` has found something better on the device at hand. The defaults keep to the
 shared memory and the registers of sm_80, sm_90 and gfx942 (tests compile them ahead of time); which of them are
 fastest has been measured on no device yet.
 """
@@ -70,16 +70,15 @@ def candidates(kernel: str, unit: int, dtype: torch.dtype, is_hip: bool = False)
     """Tiles worth measuring, the default first. Some may not fit a device; the compiler then says so."""
     default = default_tile(kernel, unit, dtype, is_hip)
     yield default
-    if dtype == torch.float32:
-        sides, depths, stages = (32, 64, 128), (16, 32), (2, 3)
-    else:
-        sides, depths, stages = (64, 128, 256), (32, 64, 128), (2, 3, 4)
-    inner = sorted({unit, max(unit // 2, 16)})
-    for side, own, depth, warps, stage in product(sides, inner, depths, (4, 8), stages[: 2 if is_hip else None]):
+    exact = dtype == torch.float32
+    sides, depths = ((32, 64, 128), (16, 32)) if exact else ((64, 128, 256), (32, 64))
+    stages = (1, 2) if is_hip else (2, 3) if exact else (3, 4)
+    inner = (unit // 2, unit) if unit == 128 else (unit,)
+    for side, own, depth, warps, stage in product(sides, inner, depths, (4, 8), stages):
         rows, columns = (own, side) if kernel == WEIGHT_GRADIENT else (side, own)
-        # Fewer than 16 sums per thread leave too little work between two loads, more than 128 spill.
         tile = replace(default, rows=rows, columns=columns, depth=depth, warps=warps, stages=stage)
-        if tile != default and 16 <= side * own // (warps * 32) <= 128:
+        # Fewer than 8 sums for each of 32 threads leave too little work between two loads, more than 128 spill.
+        if tile != default and 8 <= side * own // (warps * 32) <= 128:
             yield tile
 
 

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Numbers that change from step to step are kept out of Triton's specialization for multiples of 16, which would compile
+# the kernel anew in the middle of a run.
+@triton.jit(do_not_specialize=["num_tokens", "num_groups"])
 def product_kernel(
     a_pointer,  # [num_tokens, inner width], unit stride along the width
     weight_pointer,  # dense storage, only live blocks are read
@@ -84,7 +86,7 @@ def product_kernel(
     tl.store(c_tile, sums.to(c_pointer.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "num_rows", "num_live"])
 def gradient_kernel(
     dy_pointer,  # [num_tokens, R * UNIT], unit stride along the width
     x_pointer,  # [num_tokens, C * UNIT], unit stride along the width
@@ -151,7 +153,7 @@ def gradient_kernel(
     tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_kernel(
     partial_pointer,  # [splits, num_live, UNIT, UNIT], float32
     dweight_pointer,
