@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import ahead_of_time as aot  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
+from megasparse.kernels.block_sparse import build_index, gpu, triton_kernels  # noqa: E402
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,6 +78,51 @@ def test_limits_are_seen_to_be_broken() -> None:
     tile = aot.Tile(256, 128, 64, warps=4, stages=4)
     made = aot.compile_kernel(FORWARD, 128, BF16, "sm_80", tile)
     assert made.spills > 0 and made.shared > aot.SHARED_LIMIT["gfx942"]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Compiled kernels of every launch of ``gpu``, which are compiled for sm_90 and not run."""
+    seen = []
+
+    def launcher(function):
+        def launch(grid):
+            return lambda *args, **options: seen.append(function.run(*args, grid=grid, warmup=True, **options))
+
+        return type("Launcher", (), {"__getitem__": lambda self, grid: launch(grid)})()
+
+    names = ("product_kernel", "gradient_kernel", "sum_kernel")
+    kernels = SimpleNamespace(**{name: launcher(getattr(triton_kernels, name)) for name in names})
+    monkeypatch.setattr(gpu, "_kernels", lambda: kernels)
+    # A number that no device has, because Triton keeps what it compiled by device.
+    device = SimpleNamespace(
+        get_current_target=lambda: aot.TARGETS["sm_90"],
+        get_current_device=lambda: 1000,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    return seen
+
+
+def test_launches_compile_once_for_all_steps(launches) -> None:
+    """As Triton specializes the arguments of real launches: wide loads, and nothing new for other numbers of tokens or
+    of live blocks, which would stall a run in the middle."""
+    unit = 64
+    sets = []
+    for tokens, num_live in ((300, 16), (304, 17), (512, 24)):
+        mask = torch.zeros(64, dtype=torch.bool)
+        mask[torch.randperm(64)[:num_live]] = True
+        index = build_index(mask.view(8, 8), unit)
+        x, dy, weight = (torch.randn(rows, 8 * unit).bfloat16() for rows in (tokens, tokens, 8 * unit))
+        launches.clear()
+        gpu.forward(x, weight, torch.zeros(8 * unit).bfloat16(), index)
+        gpu.backward(dy, x, weight, index, (True, True, True))
+        gpu.weight_gradient(dy, x, index, splits=2)
+        assert len(launches) == 5
+        sets.append([made.hash for made in launches])
+        for made in launches[:4]:
+            assert ", 0x10, " in made.asm["ptx"] and "wgmma.mma_async" in made.asm["ptx"]
+    assert sets[0] == sets[1] == sets[2]
 
 
 def check_limits(made: aot.Compiled, chip: str) -> None:
