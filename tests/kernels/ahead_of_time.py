@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from megasparse.kernels.block_sparse import triton_kernels
@@ -88,14 +89,15 @@ def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: T
 
 def _registers_and_spills(ptx: str, chip: str) -> tuple[int, int]:
     """As the assembler tells them; the metadata of a kernel that was never loaded on a device does not hold them."""
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    # Triton brings one assembler for chips up to some generation and one for newer ones.
+    assembler = get_ptxas(TARGETS[chip].arch).path
     architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
     assert architecture.startswith(chip), f"{architecture}, {chip}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [
-            str(assembler),
+            assembler,
             "-v",
             f"--gpu-name={architecture}",
             str(path),
