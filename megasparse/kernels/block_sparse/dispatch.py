@@ -11,12 +11,14 @@ from types import MappingProxyType
 
 import torch
 
-from megasparse.kernels.block_sparse import cpu
+from megasparse.kernels.block_sparse import cpu, gpu
 
-KERNELS = ("auto", "dense", "reference", "cpu")
+KERNELS = ("auto", "dense", "reference", "cpu", "triton")
 
 # Backends that save work, with the reason why they cannot run on (device type, dtype, unit), or None.
-WHY_NOT: Mapping[str, Callable[[str, torch.dtype, int], str | None]] = MappingProxyType({"cpu": cpu.why_not})
+WHY_NOT: Mapping[str, Callable[[str, torch.dtype, int], str | None]] = MappingProxyType(
+    {"cpu": cpu.why_not, "triton": gpu.why_not}
+)
 
 
 @lru_cache(maxsize=4096)

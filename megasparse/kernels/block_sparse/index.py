@@ -35,15 +35,20 @@ class BlockIndex:
     """[C + 1]: block column c holds the live blocks column_offsets[c] to column_offsets[c + 1] of `column_rows`."""
     column_rows: Tensor
     """[L]: block row of each live block, by columns, ascending within each column."""
+    row_order: Tensor
+    """[R]: block rows, those with most live blocks first: started in this order, uneven rows end together."""
+    column_order: Tensor
+    """[C]: block columns, those with most live blocks first."""
 
     @property
     def density(self) -> float:
         return self.num_live / self.mask.numel()
 
     @property
-    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """row_offsets, columns, rows, column_offsets, column_rows."""
-        return self.row_offsets, self.columns, self.rows, self.column_offsets, self.column_rows
+    def lists(self) -> tuple[Tensor, ...]:
+        """All lists, in the order of the fields."""
+        by_rows = self.row_offsets, self.columns, self.rows
+        return *by_rows, self.column_offsets, self.column_rows, self.row_order, self.column_order
 
 
 def build_index(mask: Tensor, unit: int, num_live: int | None = None) -> BlockIndex:
@@ -58,16 +63,19 @@ def build_index(mask: Tensor, unit: int, num_live: int | None = None) -> BlockIn
         num_live = int(mask.sum())
     if unit == 1:
         none = torch.empty(0, dtype=torch.int32, device=mask.device)
-        return BlockIndex(mask, unit, num_live, none, none, none, none, none)
-    row_offsets, rows, columns = _lists(mask, num_live)
-    column_offsets, _, column_rows = _lists(mask.t(), num_live)
-    return BlockIndex(mask, unit, num_live, row_offsets, columns, rows, column_offsets, column_rows)
+        return BlockIndex(mask, unit, num_live, *[none] * 7)
+    row_offsets, columns, rows, row_order = _lists(mask, num_live)
+    column_offsets, column_rows, _, column_order = _lists(mask.t(), num_live)
+    lists = row_offsets, columns, rows, column_offsets, column_rows, row_order, column_order
+    return BlockIndex(mask, unit, num_live, *lists)
 
 
-def _lists(mask: Tensor, num_live: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets, rows and columns of the live entries in row-major order."""
+def _lists(mask: Tensor, num_live: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Offsets, columns and rows of the live entries in row-major order, and the rows by falling number of them."""
+    counts = mask.sum(1)
     offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    offsets[1:] = mask.sum(1).cumsum(0)
+    offsets[1:] = counts.cumsum(0)
+    order = counts.argsort(descending=True, stable=True).to(torch.int32)
     # A stable sort brings the live entries to the front in their order; `nonzero` would wait for the device.
     places = mask.reshape(-1).to(torch.uint8).argsort(descending=True, stable=True)[:num_live]
-    return offsets, (places // mask.shape[1]).to(torch.int32), (places % mask.shape[1]).to(torch.int32)
+    return offsets, (places % mask.shape[1]).to(torch.int32), (places // mask.shape[1]).to(torch.int32), order

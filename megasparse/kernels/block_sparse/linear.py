@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasparse.kernels.block_sparse import cpu, dense, reference
+from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
 from megasparse.kernels.block_sparse.index import BlockIndex
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -37,6 +37,7 @@ PRODUCTS = {
     "reference": Products(reference.forward, reference.backward),
     "dense": Products(dense.forward, dense.backward),
     "cpu": Products(cpu.forward, cpu.backward),
+    "triton": Products(gpu.forward, gpu.backward),
 }
 
 
@@ -84,8 +85,8 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _joined(index: list[Tensor], unit: int) -> BlockIndex:
-    mask, row_offsets, columns, rows, column_offsets, column_rows = index
-    return BlockIndex(mask, unit, columns.numel(), row_offsets, columns, rows, column_offsets, column_rows)
+    mask, row_offsets, columns, *rest = index
+    return BlockIndex(mask, unit, columns.numel(), row_offsets, columns, *rest)
 
 
 @torch.library.custom_op("megasparse::block_sparse_forward", mutates_args=())

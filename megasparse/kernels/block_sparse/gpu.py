@@ -1,0 +1,225 @@
+"""The sparse linear layer on GPUs: products over live blocks by Triton kernels, float32, bfloat16 and float16.
+
+Grids depend only on shapes and on the number of live blocks, which the host knows: nothing waits for the device, and
+CUDA graphs can capture every launch. Nothing is read or multiplied outside of live blocks; the weight gradient is
+filled with zeros and its live blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on first use.
+
+With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly, for tests: float32 only, as the
+interpreter's bfloat16 products are wrong.
+
+Names: N tokens, I input width, O output width, R block rows, L live blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megasparse.kernels.block_sparse import dense, tile_cache
+from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, power_of_two
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNITS = (16, 32, 64, 128)
+MIN_CAPABILITY = (8, 0)
+
+
+def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
+    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
+    return why_not_planned(device, dtype, unit) or (_unsuited_device() if device == "cuda" else None)
+
+
+def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
+    """The same as far as it can be told where the GPU is not."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and device != "cpu":
+        return f"with TRITON_INTERPRET=1 they run on cpu only, not on {device}"
+    if not interpreted and device != "cuda":
+        return f"they run on cuda, not on {device} (there for tests only, slowly, with TRITON_INTERPRET=1)"
+    dtypes = DTYPES[:1] if interpreted else DTYPES
+    if dtype not in dtypes:
+        return f"dtype {dtype}; supported: {', '.join(map(str, dtypes))}"
+    if unit not in UNITS:
+        return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
+    return _missing()
+
+
+def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
+    """See ``linear.Products``. `tile`: instead of the tuned one."""
+    lists = index.row_offsets, index.columns, index.row_order
+    return _product(x_NI, weight, True, bias, lists, index.unit, tile)
+
+
+def backward(
+    dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``linear.Products``."""
+    dx = input_gradient(dy_NO, weight, index) if needs[0] else None
+    dweight = weight_gradient(dy_NO, x_NI, index) if needs[1] else None
+    return dx, dweight, dense.bias_gradient(dy_NO) if needs[2] else None
+
+
+def input_gradient(dy_NO: Tensor, weight: Tensor, index: BlockIndex, tile: Tile | None = None) -> Tensor:
+    """dx_NI = dy W. `tile`: instead of the tuned one."""
+    lists = index.column_offsets, index.column_rows, index.column_order
+    return _product(dy_NO, weight, False, None, lists, index.unit, tile)
+
+
+def weight_gradient(
+    dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, tile: Tile | None = None, splits: int | None = None
+) -> Tensor:
+    """dW = dy^T x, exactly zero outside of live blocks.
+
+    Args:
+        dy_NO, x_NI, index: as in ``linear.Products``.
+        tile: instead of the tuned one.
+        splits: number of parts that the tokens are cut into; None: as many as keep the device busy.
+    """
+    dy_NO, x_NI = _unit_stride(dy_NO), _unit_stride(x_NI)
+    (num_rows, num_columns), unit, tokens = index.mask.shape, index.unit, x_NI.shape[0]
+    dweight = x_NI.new_zeros(num_rows * unit, num_columns * unit)
+    if not tokens or not index.num_live:
+        return dweight
+    tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, unit, num_rows, index.num_live))
+    programs = gradient_programs(tile, unit, num_rows, index.num_live)
+    splits = splits or _splits(programs, tokens, x_NI.device)
+    # Splits of whole steps; the last one may be shorter.
+    tokens_per_split = -(-tokens // (splits * tile.depth)) * tile.depth
+    splits = -(-tokens // tokens_per_split)
+    out, stride_out = dweight, dweight.stride(0)
+    if splits > 1:
+        out, stride_out = x_NI.new_empty(splits, index.num_live, unit, unit, dtype=torch.float32), unit
+    with _on(x_NI.device):
+        _kernels().gradient_kernel[(programs, splits)](
+            *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows),
+            *(tokens, tokens_per_split, num_rows, index.num_live),
+            *(dy_NO.stride(0), x_NI.stride(0), stride_out),
+            UNIT=unit,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            MAX_ROWS=power_of_two(num_rows),
+            PARTIAL=splits > 1,
+            PRECISION=_precision(x_NI.dtype),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if splits > 1:
+            rows = min(unit, 32)
+            _kernels().sum_kernel[(index.num_live * (unit // rows),)](
+                *(out, dweight, index.columns, index.rows, splits, out.stride(0), dweight.stride(0)),
+                UNIT=unit,
+                ROWS=rows,
+            )
+    return dweight
+
+
+def gradient_programs(tile: Tile, unit: int, num_rows: int, num_live: int) -> int:
+    """Programs of the weight gradient: an upper bound that needs no look at the lists, which are on the device."""
+    if tile.columns <= unit:
+        return num_live * (unit // tile.rows) * (unit // tile.columns)
+    blocks = tile.columns // unit
+    # Each block row ends with at most one chunk that is not full.
+    return min(num_live, num_live // blocks + num_rows) * (unit // tile.rows)
+
+
+def _product(
+    a: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    bias: Tensor | None,
+    lists: tuple[Tensor, Tensor, Tensor],
+    unit: int,
+    tile: Tile | None,
+) -> Tensor:
+    """a W^T (transposed) or a W. `lists`: offsets and inner blocks by group of outputs, and the groups' order."""
+    a, weight = _unit_stride(a), _unit_stride(weight)
+    tokens, outer, (offsets, indices, order) = a.shape[0], weight.shape[0 if transposed else 1], lists
+    c = a.new_empty(tokens, outer)
+    if not c.numel():
+        return c
+    tile = tile or tile_cache.tile_for(
+        problem(FORWARD if transposed else INPUT_GRADIENT, a, unit, order.numel(), indices.numel())
+    )
+    inner_stride, outer_stride = weight.stride()[::-1] if transposed else weight.stride()
+    # No live block at all leaves a list without memory behind it; it is not read then.
+    with _on(a.device):
+        _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
+            *(a, weight, a if bias is None else bias, c, offsets, indices if indices.numel() else offsets, order),
+            *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, c.stride(0)),
+            UNIT=unit,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            GROUP=tile.group,
+            HAS_BIAS=bias is not None,
+            PRECISION=_precision(a.dtype),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return c
+
+
+def problem(kernel: str, a: Tensor, unit: int, groups: int, num_live: int) -> tile_cache.Problem:
+    """What the tile of a product depends on. `a`: an input of it, a row for each token; the rest as in ``Problem``."""
+    return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, unit, a.shape[0], groups, num_live)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 products are made: exactly, unless torch may use TF32 for its own."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _splits(programs: int, tokens: int, device: torch.device) -> int:
+    """Parts of the tokens: enough programs for two per processor, but at least 512 tokens for each."""
+    return max(1, min(-(-2 * _processors(device) // programs), tokens // 512))
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _unsuited_device() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or higher is needed"
+    return None
+
+
+@cache
+def _missing() -> str | None:
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    return None
+
+
+@cache
+def _kernels() -> ModuleType:
+    from megasparse.kernels.block_sparse import triton_kernels
+
+    return triton_kernels

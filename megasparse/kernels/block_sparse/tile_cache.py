@@ -1,0 +1,121 @@
+"""Which tile a Triton kernel uses: the winners of ``tuning``, kept in a JSON file in the cache folder, or defaults.
+
+A training run only reads the file (``tile_for``): to tune inside a step would make the other ranks wait. A file that
+cannot be read is ignored with a warning, and the next ``store`` replaces it. A file lock lets several processes store
+at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megasparse.kernels.block_sparse.build import cache_folder
+from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted, power_of_two
+
+FILE_NAME = "triton_tiles.json"
+FORMAT = "megasparse-triton-tiles-1"
+LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the best tile depends on."""
+
+    kernel: str
+    """A name from ``tiles``."""
+    device: str
+    """The device's name as torch gives it."""
+    dtype: torch.dtype
+    unit: int
+    tokens: int
+    groups: int
+    """Block rows of the output: of y (R), of dx (C), of dW (R)."""
+    num_live: int
+
+    @property
+    def live_per_group(self) -> float:
+        return self.num_live / self.groups
+
+    @property
+    def key(self) -> str:
+        """Sizes are rounded up to powers of two: neighbours share a tile."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        tokens, groups, live = map(power_of_two, (self.tokens, self.groups, max(1, round(self.live_per_group))))
+        return (
+            f"{self.kernel} | {self.device} | {dtype} | unit {self.unit} | tokens {tokens} | {groups} x {live} blocks"
+        )
+
+
+def tile_for(problem: Problem) -> Tile:
+    """The tuned tile, or the default one where none was tuned."""
+    tile = _stored(path()).get(problem.key)
+    if tile is None or not fits(tile, problem.kernel, problem.unit):
+        tile = default_tile(problem.kernel, problem.unit, problem.dtype, torch.version.hip is not None)
+    return fitted(tile, problem.kernel, problem.unit, problem.tokens, problem.live_per_group)
+
+
+def store(tiles: dict[str, Tile]) -> None:
+    """Add tiles, by the keys of their problems, to the file, beside those that other processes added meanwhile."""
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _lock(target.with_suffix(".lock")):
+        together = {**load(target), **tiles}
+        text = json.dumps({"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}}, indent=1)
+        # Readers take no lock: they see the old file or the new one, never a part.
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, target)
+    _stored.cache_clear()
+
+
+def load(file: Path) -> dict[str, Tile]:
+    """The tiles of a file by problem; none, with a warning, where it is not a file of ours."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return {key: Tile(**tile) for key, tile in content["tiles"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{file}: ignored, default tiles are used: {error}", stacklevel=2)
+        return {}
+
+
+def path() -> Path:
+    """Of the file."""
+    return cache_folder() / FILE_NAME
+
+
+@cache
+def _stored(file: Path) -> dict[str, Tile]:
+    """Read once per process: what a run uses does not change under it."""
+    return load(file)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Exclusive among processes; the system frees it when its holder dies."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path}: held by another process for {LOCK_SECONDS} s") from None
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,215 @@
+"""Triton kernels of the sparse linear layer: a product over the live blocks of each output group, and the weight
+gradient of live blocks. ``gpu`` launches them and is the only importer, as Triton may be missing.
+
+All sums are made in float32 and in a fixed order (no atomics), so that equal inputs give equal bits. Tile sizes are
+explained in ``tiles``. Triton wants capitals for compile-time constants: UNIT is the side of the blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+# Numbers that change from step to step are kept out of Triton's specialization for multiples of 16, which would compile
+# the kernel anew in the middle of a run.
+@triton.jit(do_not_specialize=["num_tokens", "num_groups"])
+def product_kernel(
+    a_pointer,  # [num_tokens, inner width], unit stride along the width
+    weight_pointer,  # dense storage, only live blocks are read
+    bias_pointer,  # [outer width]; anything where HAS_BIAS is False
+    c_pointer,  # [num_tokens, outer width]
+    offsets_pointer,  # [num_groups + 1], into `indices`
+    indices_pointer,  # inner block of each live block, by outer group
+    order_pointer,  # [num_groups], groups with most live blocks first
+    num_tokens,
+    num_groups,
+    stride_a,
+    stride_inner,  # of the weight along the summed width
+    stride_outer,  # of the weight along the width of the result
+    stride_c,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """c = a B^T + bias, where B is the weight (y = x W^T + b) or its transpose (dx = dy W).
+
+    A program computes ROWS tokens x COLUMNS features of one group of UNIT features.
+    """
+    PARTS: tl.constexpr = UNIT // COLUMNS
+    tile, slot = _place(tl.program_id(0), tl.cdiv(num_tokens, ROWS), num_groups * PARTS, GROUP)
+    group = tl.load(order_pointer + slot // PARTS)
+    first = tl.load(offsets_pointer + group)
+    last = tl.load(offsets_pointer + group + 1)
+    tokens = tile * ROWS + tl.arange(0, ROWS)
+    outer = group * UNIT + (slot % PARTS) * COLUMNS + tl.arange(0, COLUMNS)
+    # Rows past the last token repeat others and are never stored: that costs less than a mask in the loop.
+    a_rows = a_pointer + (tokens % num_tokens).to(tl.int64)[:, None] * stride_a
+    weight_columns = weight_pointer + outer.to(tl.int64)[None, :] * stride_outer
+    depth = tl.arange(0, DEPTH)
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    # The block of the next step is loaded in this one. Were it loaded where it is used, Triton's pipeliner would count
+    # the loads behind it as a second level, and would leave them a single buffer (seen in the compiled code).
+    if DEPTH <= UNIT:
+        STEPS: tl.constexpr = UNIT // DEPTH
+        a_tile = a_rows + depth[None, :]
+        weight_tile = weight_columns + depth[:, None] * stride_inner
+        block = tl.load(indices_pointer + first, mask=first < last, other=0)
+        for step in range(0, (last - first) * STEPS):
+            inner = block.to(tl.int64) * UNIT + (step % STEPS) * DEPTH
+            a = tl.load(a_tile + inner)
+            weight = tl.load(weight_tile + inner * stride_inner)
+            place = first + (step + 1) // STEPS
+            block = tl.load(indices_pointer + place, mask=place < last, other=0)
+            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+    else:
+        # Small blocks: several in one step, so that tensor cores have enough to do between two loads.
+        BLOCKS: tl.constexpr = DEPTH // UNIT
+        place = first + depth // UNIT
+        block = tl.load(indices_pointer + place, mask=place < last, other=0)
+        for _ in range(0, tl.cdiv(last - first, BLOCKS)):
+            live = place < last
+            inner = _runs(block * UNIT + depth % UNIT, UNIT)
+            a = tl.load(a_rows + inner[None, :], mask=live[None, :], other=0.0)
+            weight_tile = weight_columns + inner.to(tl.int64)[:, None] * stride_inner
+            weight = tl.load(weight_tile, mask=live[:, None], other=0.0)
+            place += BLOCKS
+            block = tl.load(indices_pointer + place, mask=place < last, other=0)
+            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+    if HAS_BIAS:
+        sums += tl.load(bias_pointer + outer).to(tl.float32)[None, :]
+    c_tile = c_pointer + tokens.to(tl.int64)[:, None] * stride_c + outer[None, :]
+    tl.store(c_tile, sums.to(c_pointer.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "num_rows", "num_live"])
+def gradient_kernel(
+    dy_pointer,  # [num_tokens, R * UNIT], unit stride along the width
+    x_pointer,  # [num_tokens, C * UNIT], unit stride along the width
+    out_pointer,  # dW [R * UNIT, C * UNIT], or sums [splits, num_live, UNIT, UNIT] in float32 where PARTIAL
+    offsets_pointer,  # [R + 1], into `columns`
+    columns_pointer,  # [num_live]
+    rows_pointer,  # [num_live]
+    num_tokens,
+    tokens_per_split,
+    num_rows,  # R
+    num_live,
+    stride_dy,
+    stride_x,
+    stride_out,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MAX_ROWS: tl.constexpr,  # a power of two, at least R
+    PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dW = dy^T x on live blocks, over the tokens of one split.
+
+    A program computes ROWS x COLUMNS of one block, or of several consecutive live blocks of a block row where COLUMNS
+    exceeds UNIT. The tile is held transposed: its many columns then feed the long side of the tensor cores.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // UNIT if COLUMNS > UNIT else 1
+    COLUMN_PARTS: tl.constexpr = 1 if COLUMNS > UNIT else UNIT // COLUMNS
+    PARTS: tl.constexpr = (UNIT // ROWS) * COLUMN_PARTS
+    chunk = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    if BLOCKS == 1:
+        row, first, last = tl.load(rows_pointer + chunk), chunk, chunk + 1
+    else:
+        row, first, last = _chunk(chunk, offsets_pointer, num_rows, BLOCKS, MAX_ROWS)
+        # The host launches as many programs as there could be chunks; it does not know how many there are.
+        if row >= num_rows:
+            return
+    i = (part // COLUMN_PARTS) * ROWS + tl.arange(0, ROWS)
+    j = (part % COLUMN_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
+    place = first + j // UNIT
+    live = place < last
+    block = tl.load(columns_pointer + place, mask=live, other=0)
+    inner = _runs(block * UNIT + j % UNIT, UNIT if COLUMNS > UNIT else COLUMNS)
+    x_columns = x_pointer + inner[:, None]
+    dy_columns = dy_pointer + row * UNIT + i[None, :]
+    start = tl.program_id(1) * tokens_per_split
+    end = tl.minimum(start + tokens_per_split, num_tokens)
+    sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    for first_token in range(start, end, DEPTH):
+        tokens = first_token + tl.arange(0, DEPTH)
+        # Both sides are masked: zero times an infinity of a token beyond the end would not be zero.
+        x_mask = (tokens < end)[None, :] & live[:, None]
+        x = tl.load(x_columns + tokens.to(tl.int64)[None, :] * stride_x, mask=x_mask, other=0.0)
+        dy_tile = dy_columns + tokens.to(tl.int64)[:, None] * stride_dy
+        dy = tl.load(dy_tile, mask=(tokens < end)[:, None], other=0.0)
+        sums = tl.dot(x, dy, sums, input_precision=PRECISION)
+    if PARTIAL:
+        base = out_pointer + (tl.program_id(1).to(tl.int64) * num_live + first) * (UNIT * UNIT)
+        out = base + (j // UNIT * (UNIT * UNIT) + j % UNIT)[:, None] + i[None, :] * UNIT
+    else:
+        out = out_pointer + (row * UNIT + i).to(tl.int64)[None, :] * stride_out + inner[:, None]
+    tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_kernel(
+    partial_pointer,  # [splits, num_live, UNIT, UNIT], float32
+    dweight_pointer,
+    columns_pointer,
+    rows_pointer,
+    splits,
+    stride_split,
+    stride_dweight,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The live blocks of dW from their sums over each split of the tokens: ROWS rows of one block per program."""
+    PARTS: tl.constexpr = UNIT // ROWS
+    place = tl.program_id(0) // PARTS
+    i = (tl.program_id(0) % PARTS) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, UNIT)
+    part = partial_pointer + place.to(tl.int64) * (UNIT * UNIT) + i[:, None] * UNIT + j[None, :]
+    sums = tl.zeros((ROWS, UNIT), dtype=tl.float32)
+    for _ in range(0, splits):
+        sums += tl.load(part)
+        part += stride_split
+    row, column = tl.load(rows_pointer + place), tl.load(columns_pointer + place)
+    out = dweight_pointer + (row * UNIT + i).to(tl.int64)[:, None] * stride_dweight + column * UNIT + j[None, :]
+    tl.store(out, sums.to(dweight_pointer.dtype.element_ty))
+
+
+@triton.jit
+def _place(program, num_tiles, num_slots, GROUP: tl.constexpr):
+    """Token tile and output slot of a program.
+
+    All slots of GROUP token tiles come one after the other, so that these tokens stay in the L2 cache; within them the
+    slots with most live blocks come first, so that the last programs to start are short ones.
+    """
+    first = program // (GROUP * num_slots) * GROUP
+    size = tl.minimum(num_tiles - first, GROUP)
+    within = program % (GROUP * num_slots)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _chunk(chunk, offsets_pointer, num_rows, BLOCKS: tl.constexpr, MAX_ROWS: tl.constexpr):
+    """Block row, first live block and end of the block row of chunk `chunk`, where every block row is cut into chunks
+    of BLOCKS live blocks; a row that does not exist where there are fewer chunks."""
+    rows = tl.arange(0, MAX_ROWS)
+    starts = tl.load(offsets_pointer + rows, mask=rows < num_rows, other=0)
+    ends = tl.load(offsets_pointer + rows + 1, mask=rows < num_rows, other=0)
+    chunks = (ends - starts + BLOCKS - 1) // BLOCKS
+    through = tl.cumsum(chunks, 0)
+    before = through <= chunk
+    row = tl.sum(before.to(tl.int32), 0)
+    within = chunk - tl.sum(tl.where(before, chunks, 0), 0)
+    safe = tl.minimum(row, num_rows - 1)
+    return row, tl.load(offsets_pointer + safe) + within * BLOCKS, tl.load(offsets_pointer + safe + 1)
+
+
+@triton.jit
+def _runs(indices, LENGTH: tl.constexpr):
+    """Tell the compiler that `indices` are aligned runs of LENGTH: loads through them are then wide."""
+    return tl.max_contiguous(tl.multiple_of(indices, LENGTH), LENGTH)

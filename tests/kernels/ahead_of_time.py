@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels for chips that are not here, and reads their registers, spills and shared memory.
+
+Used by test_block_sparse_ahead_of_time.py; `python tests/kernels/ahead_of_time.py` prints a table of all defaults.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from megasparse.kernels.block_sparse import triton_kernels
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, default_tile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SPLIT = "weight gradient, split"
+KERNELS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, SPLIT)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a kernel."""
+
+    assembly: str
+    shared: int
+    """Bytes of shared memory of one program."""
+    registers: int
+    """Of one thread."""
+    spills: int
+    """Bytes (CUDA) or registers (ROCm) kept in memory for want of registers."""
+
+
+def compile_kernel(
+    kernel: str, unit: int, dtype: torch.dtype, chip: str, tile: Tile | None = None, precision: str = "ieee"
+) -> Compiled:
+    """Compile one of KERNELS as a launch on aligned tensors of odd token count would."""
+    name = WEIGHT_GRADIENT if kernel == SPLIT else kernel
+    tile = tile or default_tile(name, unit, dtype, TARGETS[chip].backend == "hip")
+    constants = {"UNIT": unit, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": precision}
+    if name == WEIGHT_GRADIENT:
+        function = triton_kernels.gradient_kernel
+        constants |= {"MAX_ROWS": 128, "PARTIAL": kernel == SPLIT}
+    else:
+        function = triton_kernels.product_kernel
+        constants |= {"GROUP": tile.group, "HAS_BIAS": kernel == FORWARD}
+        # The weight is contiguous along its input width: the forward product sums over it, the input gradient not.
+        constants["stride_inner" if kernel == FORWARD else "stride_outer"] = 1
+    return _compile(function, constants, dtype, tile, chip)
+
+
+def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: Tile, chip: str) -> Compiled:
+    signature, attributes = {}, {}
+    for place, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_pointer"):
+            lists = argument.startswith(("offsets", "indices", "order", "columns", "rows"))
+            partial = argument == "out_pointer" and constants["PARTIAL"]
+            signature[argument] = "*i32" if lists else "*fp32" if partial else f"*{NAMES[dtype]}"
+        else:
+            signature[argument] = "i32"
+        if argument.endswith("_pointer") or argument.startswith("stride") and argument not in constants:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    target = TARGETS[chip]
+    compiled = triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        return Compiled(text, compiled.metadata.shared, registers, spills)
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, *_registers_and_spills(compiled.asm["ptx"], chip))
+
+
+def _registers_and_spills(ptx: str, chip: str) -> tuple[int, int]:
+    """As the assembler tells them; the metadata of a kernel that was never loaded on a device does not hold them."""
+    # Triton brings one assembler for chips up to some generation and one for newer ones.
+    assembler = get_ptxas(TARGETS[chip].arch).path
+    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
+    assert architecture.startswith(chip), f"{architecture}, {chip}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [
+            assembler,
+            "-v",
+            f"--gpu-name={architecture}",
+            str(path),
+            "-o",
+            str(Path(folder) / "kernel.cubin"),
+        ]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+    return int(re.search(r"Used (\d+) registers", told)[1]), spills
+
+
+def cases(units: tuple[int, ...] = (16, 32, 64, 128)) -> Iterator[tuple[str, int, torch.dtype, str]]:
+    for chip in TARGETS:
+        for dtype in NAMES:
+            for unit in units:
+                for kernel in KERNELS:
+                    yield kernel, unit, dtype, chip
+
+
+if __name__ == "__main__":
+    import time
+
+    print(f"triton {triton.__version__}")
+    for kernel, unit, dtype, chip in cases():
+        start = time.perf_counter()
+        made = compile_kernel(kernel, unit, dtype, chip)
+        wgmma = "wgmma" in made.assembly
+        print(
+            f"{chip:7}{NAMES[dtype]:5}{unit:4}  {kernel:24}{made.registers:4} registers {made.spills:4} spilled "
+            f"{made.shared / 1024:6.1f} KiB shared{'  wgmma' if wgmma else ''} {time.perf_counter() - start:.1f}s",
+            flush=True,
+        )

@@ -1,0 +1,157 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against float64 products.
+
+Run by test_block_sparse_triton.py in a process of its own, because TRITON_INTERPRET=1 must be set before Triton is
+imported and would change every other kernel of that process. `python interpreted_products.py CASE ...`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+from megasparse.kernels.block_sparse import build_index, gpu, sparse_linear, tile_cache, tuning  # noqa: E402
+from megasparse.kernels.block_sparse.index import BlockIndex  # noqa: E402
+from megasparse.kernels.block_sparse.tiles import FORWARD, Tile, default_tile  # noqa: E402
+
+
+def expand(mask: torch.Tensor, unit: int) -> torch.Tensor:
+    return mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+
+
+def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor | None = None) -> None:
+    """`got` is a b + plus within the bound for float32 sums in any order: each of K + 1 roundings is 2^-24 at most."""
+    a, b = a.double(), b.double()
+    expected, largest = a @ b, a.abs() @ b.abs()
+    if plus is not None:
+        expected, largest = expected + plus.double(), largest + plus.double().abs()
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    excess = (got.double() - expected).abs() - (a.shape[1] + 2) * 2**-24 * largest
+    assert excess.max() <= 0, f"beyond the bound by {excess.max():.2e}"
+
+
+def layer(mask: torch.Tensor, unit: int, tokens: int) -> tuple[BlockIndex, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index, x, weight and dy of a layer."""
+    keep = expand(mask, unit)
+    weight = torch.randn(keep.shape) * keep
+    return build_index(mask, unit), torch.randn(tokens, keep.shape[1]), weight, torch.randn(tokens, keep.shape[0])
+
+
+def check_products(mask: torch.Tensor, unit: int, tokens: int) -> None:
+    index, x, weight, dy = layer(mask, unit, tokens)
+    bias, keep = torch.randn(weight.shape[0]), expand(mask, unit)
+    # A dead block must not be read: what is there may be anything.
+    poisoned = weight.masked_fill(~keep, torch.nan)
+    check(gpu.forward(x, poisoned, bias, index), x, weight.t(), bias)
+    check(gpu.forward(x, poisoned, None, index), x, weight.t())
+    check(gpu.input_gradient(dy, poisoned, index), dy, weight)
+    check_masked(gpu.weight_gradient(dy, x, index), dy, x, keep)
+
+
+def check_masked(dweight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, keep: torch.Tensor) -> None:
+    """As `check`, for dW = dy^T x that is exactly zero where `keep` is False."""
+    assert (dweight[~keep.bool()] == 0).all()
+    expected, largest = dy.double().t() @ x.double(), dy.double().abs().t() @ x.double().abs()
+    excess = ((dweight - expected * keep).abs() - (len(x) + 2) * 2**-24 * largest).max()
+    assert excess <= 0, f"beyond the bound by {excess:.2e}"
+
+
+def products() -> None:
+    """All blocks; random topologies from empty to full, rows and columns without a live block, odd token counts."""
+    for unit in gpu.UNITS:
+        products_of_blocks(unit)
+
+
+def products_of_blocks(unit: int) -> None:
+    for density, tokens in ((0.0, 5), (0.1, 1), (0.35, 37), (0.7, 70), (1.0, 16)):
+        mask = torch.rand(3, 5) < density
+        if 0 < density < 1:
+            mask[1], mask[:, 3], mask[2, 0] = False, False, True
+        check_products(mask, unit, tokens)
+    # A single block row, and a single block column.
+    check_products(torch.tensor([[True, False, True]]), unit, 33)
+    check_products(torch.tensor([[True], [False], [True]]), unit, 33)
+
+
+def tiles() -> None:
+    """Steps and tiles smaller and larger than a block, uneven rows, several splits of the tokens."""
+    mask = torch.rand(4, 5) < 0.4
+    mask[0], mask[3] = True, False
+    for unit, depth, columns, group in ((16, 64, 16, 1), (32, 16, 16, 2), (32, 32, 32, 4), (64, 32, 32, 1)):
+        index, x, weight, dy = layer(mask, unit, 50)
+        tile = Tile(16, columns, depth, warps=4, stages=2, group=group)
+        check(gpu.forward(x, weight, None, index, tile), x, weight.t())
+        check(gpu.input_gradient(dy, weight, index, tile), dy, weight)
+    for unit, rows, columns, depth, splits in (
+        *((16, 16, 64, 16, 1), (16, 16, 64, 16, 3), (32, 16, 16, 32, 2)),
+        *((32, 32, 64, 32, 2), (64, 32, 32, 32, 1), (64, 64, 128, 32, 5)),
+    ):
+        index, x, weight, dy = layer(mask, unit, 83)
+        tile = Tile(rows, columns, depth, warps=4, stages=2)
+        check_masked(gpu.weight_gradient(dy, x, index, tile, splits), dy, x, expand(mask, unit))
+
+
+def inputs() -> None:
+    """Tensors that are not contiguous, no tokens at all, infinities, and equal bits in every run."""
+    unit = 16
+    mask = torch.rand(3, 4) < 0.6
+    mask[:, 2], mask[0, 1] = False, True
+    index, x, weight, dy = layer(mask, unit, 21)
+    wide = torch.randn(21, 2 * x.shape[1])[:, : x.shape[1]]
+    check(gpu.forward(wide, weight, None, index), wide, weight.t())
+    check(gpu.forward(x.t().contiguous().t(), weight.t().contiguous().t(), None, index), x, weight.t())
+    assert gpu.forward(x[:0], weight, None, index).shape == (0, weight.shape[0])
+    assert (gpu.weight_gradient(dy[:0], x[:0], index) == 0).all()
+    # What no live block multiplies cannot reach the result, not even an infinity.
+    x[:, 2 * unit : 3 * unit] = torch.inf
+    for depth in (16, 64):
+        assert gpu.forward(x, weight, None, index, Tile(16, 16, depth, warps=4, stages=2)).isfinite().all()
+    for columns in (16, 64):
+        tile = Tile(16, columns, 16, warps=4, stages=2)
+        once, twice = (gpu.weight_gradient(dy, x, index, tile, splits=2) for _ in range(2))
+        assert once.isfinite().all() and torch.equal(once, twice)
+
+
+def autograd() -> None:
+    """The public function with this kernel: all gradients, leading dimensions, and the dense gradient."""
+    unit = 16
+    mask = torch.rand(3, 4) < 0.5
+    index, x, weight, dy = layer(mask, unit, 30)
+    bias = torch.randn(weight.shape[0])
+    for dense_gradient in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x.view(5, 6, -1), weight, bias)]
+        y = sparse_linear(*leaves, index, dense_gradient, kernel="triton")
+        y.backward(dy.view_as(y))
+        dx, dweight, dbias = (leaf.grad for leaf in leaves)
+        check(y.detach().flatten(0, 1), x, weight.t(), bias)
+        check(dx.flatten(0, 1), dy, weight)
+        check_masked(dweight, dy, x, torch.ones_like(weight) if dense_gradient else expand(mask, unit))
+        check(dbias[None], torch.ones(1, 30), dy)
+
+
+def tune() -> None:
+    """`tune_layer` runs each product with each tile that it measures, and later calls take the winner."""
+    seen: list[float] = []
+
+    def falling(run) -> float:
+        run()
+        seen.append(-len(seen))
+        return seen[-1]
+
+    fastest = tuning.tune_layer("cpu", torch.float32, 32, 24, (96, 64), 0.5, measure=falling, limit=3)
+    assert len(seen) == 9 and len(fastest) == 3
+    problem = tile_cache.Problem(FORWARD, "interpreter", torch.float32, 32, 24, 2, 3)
+    assert tile_cache.tile_for(problem) == fastest[FORWARD][0] != default_tile(FORWARD, 32, torch.float32)
+
+
+CASES = {"products": products, "tiles": tiles, "inputs": inputs, "autograd": autograd, "tune": tune}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    for name in sys.argv[1:]:
+        CASES[name]()
+        print(f"{name}: passed")

@@ -1,0 +1,132 @@
+"""What Triton compiles the sparse linear layer to, for chips that are not here: spills, shared memory, tensor cores.
+
+`python tests/kernels/ahead_of_time.py` prints the numbers of all defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import ahead_of_time as aot  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from megasparse.kernels.block_sparse import build_index, gpu, triton_kernels  # noqa: E402
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
+@pytest.mark.parametrize("unit", [16, 32, 64, 128])
+@pytest.mark.parametrize("chip", list(aot.TARGETS))
+def test_defaults_in_bfloat16(chip, unit, kernel) -> None:
+    made = aot.compile_kernel(kernel, unit, BF16, chip)
+    check_limits(made, chip)
+    if chip == "gfx942":
+        assert "v_mfma" in made.assembly
+        return
+    # Loads run ahead of the products only where each operand has two buffers or more.
+    tile = default_tile(kernel, unit, BF16)
+    assert made.shared >= 2 * (tile.rows + tile.columns) * tile.depth * BF16.itemsize
+    # 16 bytes at a time, also where the columns of a tile come from several blocks.
+    assert "cp.async.cg.shared.global" in made.assembly and ", 0x10, " in made.assembly
+    if chip == "sm_90":
+        assert "wgmma.mma_async" in made.assembly
+    else:
+        assert "mma.sync.aligned.m16n8k16" in made.assembly
+
+
+@pytest.mark.parametrize(
+    "kernel, unit, dtype, chip, precision",
+    [
+        *((kernel, 128, FP32, "sm_80", "ieee") for kernel in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)),
+        (FORWARD, 16, FP32, "sm_90", "ieee"),
+        (WEIGHT_GRADIENT, 16, FP32, "gfx942", "ieee"),
+        (FORWARD, 64, FP32, "sm_80", "tf32"),
+        (WEIGHT_GRADIENT, 64, FP32, "sm_90", "tf32"),
+        (FORWARD, 64, FP16, "sm_80", "ieee"),
+        (WEIGHT_GRADIENT, 128, FP16, "gfx942", "ieee"),
+        (aot.SPLIT, 64, BF16, "sm_80", "ieee"),
+        (aot.SPLIT, 128, BF16, "sm_90", "ieee"),
+    ],
+)
+def test_other_defaults(kernel, unit, dtype, chip, precision) -> None:
+    made = aot.compile_kernel(kernel, unit, dtype, chip, precision=precision)
+    check_limits(made, chip)
+    tensor_cores = "tf32" in made.assembly or "mma" in made.assembly.replace("mmap", "")
+    if dtype == FP32 and chip != "gfx942":
+        assert tensor_cores == (precision == "tf32")
+
+
+def test_limits_are_seen_to_be_broken() -> None:
+    """A tile far too large spills: the test above would tell."""
+    tile = aot.Tile(256, 128, 64, warps=4, stages=4)
+    made = aot.compile_kernel(FORWARD, 128, BF16, "sm_80", tile)
+    assert made.spills > 0 and made.shared > aot.SHARED_LIMIT["gfx942"]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Compiled kernels of every launch of ``gpu``, which are compiled for sm_90 and not run."""
+    seen = []
+
+    def launcher(function):
+        def launch(grid):
+            return lambda *args, **options: seen.append(function.run(*args, grid=grid, warmup=True, **options))
+
+        return type("Launcher", (), {"__getitem__": lambda self, grid: launch(grid)})()
+
+    names = ("product_kernel", "gradient_kernel", "sum_kernel")
+    kernels = SimpleNamespace(**{name: launcher(getattr(triton_kernels, name)) for name in names})
+    monkeypatch.setattr(gpu, "_kernels", lambda: kernels)
+    # A number that no device has, because Triton keeps what it compiled by device.
+    device = SimpleNamespace(
+        get_current_target=lambda: aot.TARGETS["sm_90"],
+        get_current_device=lambda: 1000,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    return seen
+
+
+def test_launches_compile_once_for_all_steps(launches) -> None:
+    """As Triton specializes the arguments of real launches: wide loads, and nothing new for other numbers of tokens or
+    of live blocks, which would stall a run in the middle."""
+    unit = 64
+    sets = []
+    for tokens, num_live in ((300, 16), (304, 17), (512, 24)):
+        mask = torch.zeros(64, dtype=torch.bool)
+        mask[torch.randperm(64)[:num_live]] = True
+        index = build_index(mask.view(8, 8), unit)
+        x, dy, weight = (torch.randn(rows, 8 * unit).bfloat16() for rows in (tokens, tokens, 8 * unit))
+        launches.clear()
+        gpu.forward(x, weight, torch.zeros(8 * unit).bfloat16(), index)
+        gpu.backward(dy, x, weight, index, (True, True, True))
+        gpu.weight_gradient(dy, x, index, splits=2)
+        assert len(launches) == 5
+        sets.append([made.hash for made in launches])
+        for made in launches[:4]:
+            assert ", 0x10, " in made.asm["ptx"] and "wgmma.mma_async" in made.asm["ptx"]
+    assert sets[0] == sets[1] == sets[2]
+
+
+def check_limits(made: aot.Compiled, chip: str) -> None:
+    assert made.spills == 0
+    assert 0 < made.shared <= aot.SHARED_LIMIT[chip]
+    # 255 is what one thread can have at all; above 168 fewer than three programs of four warps run at once.
+    assert 0 < made.registers <= 192

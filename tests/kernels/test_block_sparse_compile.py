@@ -1,0 +1,115 @@
+"""torch.compile over the sparse linear layer, and the rules that its custom operators must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from megasparse.kernels.block_sparse import build_index, cpu, linear, sparse_linear
+
+UNIT, OUT, IN = 16, 48, 32
+
+needs_cpu_kernels = pytest.mark.skipif(
+    cpu.why_not("cpu", torch.float32, UNIT) is not None, reason="the C++ kernels cannot be built here"
+)
+kernels = pytest.mark.parametrize("kernel", ["dense", pytest.param("cpu", marks=needs_cpu_kernels)])
+
+
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, tuple]:
+    """Arguments of the last call of each operator."""
+    seen = {}
+    for name in ("block_sparse_forward", "block_sparse_backward"):
+        operator = getattr(linear, name)
+
+        def record(*args, name=name, operator=operator):
+            seen[name] = args
+            return operator(*args)
+
+        monkeypatch.setattr(linear, name, record)
+    return seen
+
+
+@kernels
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("needs_dx", [False, True])
+@pytest.mark.parametrize("needs_dweight", [False, True])
+def test_operators_keep_the_rules(calls, kernel, with_bias, needs_dx, needs_dweight) -> None:
+    mask = torch.rand(OUT // UNIT, IN // UNIT) < 0.6
+    mask[0, 0] = True
+    x = torch.randn(5, IN, requires_grad=needs_dx)
+    weight = torch.randn(OUT, IN) * mask.repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1)
+    weight.requires_grad_(needs_dweight)
+    bias = torch.randn(OUT, requires_grad=True) if with_bias else None
+    y = sparse_linear(x, weight, bias, build_index(mask, UNIT), kernel=kernel)
+    if y.requires_grad:
+        y.sum().backward()
+    assert len(calls) == 1 + y.requires_grad
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.megasparse, name).default, detached(arguments))
+
+
+def detached(arguments: tuple) -> tuple:
+    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+class Mlp(nn.Module):
+    """Two sparse layers with a nonlinearity between them."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.weights, self.biases, self.indices = nn.ParameterList(), nn.ParameterList(), []
+        for outputs, inputs in ((OUT, IN), (IN, OUT)):
+            mask = torch.rand(outputs // UNIT, inputs // UNIT) < 0.5
+            mask[0, 0], mask[-1, -1] = True, False
+            keep = mask.repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1)
+            self.weights.append(nn.Parameter(torch.randn(outputs, inputs) * keep))
+            self.biases.append(nn.Parameter(torch.randn(outputs)))
+            self.indices.append(build_index(mask, UNIT))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight, bias, index in zip(self.weights, self.biases, self.indices, strict=True):
+            x = torch.tanh(sparse_linear(x, weight, bias, index, kernel=self.kernel))
+        return x
+
+
+@kernels
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_module_equals_eager(kernel, backend) -> None:
+    module = Mlp(kernel)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    x = torch.randn(2, 7, IN)
+    results = []
+    for run in (module, compiled):
+        module.zero_grad()
+        given = x.clone().requires_grad_()
+        y = run(given)
+        y.square().sum().backward()
+        results.append([y.detach(), given.grad, *(parameter.grad.clone() for parameter in module.parameters())])
+    # The same kernels run in both; only their order on the graph could differ.
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@kernels
+def test_compiled_module_follows_a_new_topology(kernel) -> None:
+    module = Mlp(kernel)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    x = torch.randn(3, IN)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), module(x))
+        compiled(x).sum().backward()
+        mask = torch.rand(OUT // UNIT, IN // UNIT) < 0.5
+        module.indices[0] = build_index(mask, UNIT)
+        keep = mask.repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1)
+        with torch.no_grad():
+            module.weights[0].copy_(torch.randn(OUT, IN) * keep)
+        module.weights[0].grad = None
+    compiled(x).sum().backward()
+    assert (module.weights[0].grad[~keep] == 0).all()
+    torch._dynamo.reset()
