@@ -111,7 +111,7 @@ def tune_triton(case: Case, device: str) -> None:
 
 
 def store(path: Path, measurement: Measurement) -> None:
-    """Add to the file, in place of the last measurement of this machine. A file that is no table is a ValueError."""
+    """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
     known = read_table(path) if path.exists() else ()
     write_table(path, merged(known, measurement))
 

@@ -202,8 +202,8 @@ def test_plan_shows_every_part_with_units() -> None:
         "warm-up: steps 0 to 200", "dense: steps 1,700 to 2,000", "mean 32.3 %", "lowest 10 %",
         "1.10 PFLOPs", "4.00 PFLOPs", "27.5 %", "3.64x", "6.50 GiB", "weights 1.00 GiB", "masks 1.00 MiB",
         "8 ranks", "4 data x 2 tensor", "ZeRO stage 1", "micro-batch 4 x 2", "device: cpu",
-            "12 x mlp.up 768 -> 3072, blocks of 64: cpu at density 10 %, dense above 82 %",
-            "1 x head 768 -> 512, single weights: dense at density 20 %\n", "hybrid attention: reference",
+        "12 x mlp.up 768 -> 3072, blocks of 64: cpu at density 10 %, dense above 82 %",
+        "1 x head 768 -> 512, single weights: dense at density 20 %  ", "hybrid attention: reference",
         "warning: hybrid_attention: [bold]slow[/bold] reference", "█", "▁",
     ):  # fmt: skip
         assert value in text, value

@@ -22,8 +22,9 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,28 @@ class Row:
     out_features: int
     break_even: float
     dense_seconds: float
-    seconds: dict[str, float] = field(hash=False)
+    seconds: dict[str, float]
     """By density."""
+
+    @property
+    def case(self) -> tuple[str, str, int, int, int, int]:
+        return self.backend, self.dtype, self.block, self.tokens, self.in_features, self.out_features
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rows measured on one machine."""
+    """Rows measured by one command."""
 
     hardware: str
     device: str
     threads: int
     rows: tuple[Row, ...]
-    versions: dict[str, str] = field(hash=False)
+    versions: dict[str, str]
     command: str = ""
     date: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def machine(self) -> tuple[str, str, int]:
         return self.hardware, self.device, self.threads
 
 
@@ -122,8 +127,13 @@ def write_table(path: Path, measurements: Iterable[Measurement]) -> None:
 
 
 def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
-    """`new` in place of the measurement of the same hardware and threads, beside the others."""
-    return [*(measurement for measurement in known if measurement.key != new.key), new]
+    """`new` and what is known besides: rows of the same machine and layer are replaced."""
+    again = {row.case for row in new.rows}
+    kept = [
+        replace(old, rows=tuple(row for row in old.rows if old.machine != new.machine or row.case not in again))
+        for old in known
+    ]
+    return [*(old for old in kept if old.rows), new]
 
 
 @lru_cache(maxsize=4096)
@@ -138,19 +148,23 @@ def _look_up(
     tokens: int,
     widths: tuple[int, int] | None,
 ) -> float:
-    for measurement in _candidates(own, hardware, threads, device):
-        rows = [row for row in measurement.rows if (row.backend, row.dtype) == (backend, dtype_name(dtype))]
+    for rows in _candidates(own, hardware, threads, device):
+        rows = [row for row in rows if (row.backend, row.dtype) == (backend, dtype_name(dtype))]
         if rows:
             return min(rows, key=lambda row: _distance(row, unit, tokens, widths)).break_even
     return FALLBACK
 
 
-def _candidates(own: Path, hardware: str, threads: int, device: str) -> list[Measurement]:
-    """Measurements in the order in which they count."""
-    same = [m for m in _read_once(own)[0] if m.device == device and m.hardware == hardware]
-    mine = [m for m in same if device == "cuda" or m.threads == threads]
+def _candidates(own: Path, hardware: str, threads: int, device: str) -> list[list[Row]]:
+    """Rows of the machines that come into question, the most trusted machine first."""
+    # Threads of the host have no part in a GPU's work.
+    count = (lambda measurement: 1) if device == "cuda" else (lambda measurement: measurement.threads)
+    wanted = 1 if device == "cuda" else threads
+    mine = [m for m in _read_once(own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
     shipped = [m for m in _read_once(SHIPPED)[0] if m.device == device]
-    return mine + sorted(shipped, key=lambda m: (_ratio(m.threads, threads), m.hardware != hardware))
+    shipped.sort(key=lambda m: (_ratio(count(m), wanted), m.hardware != hardware, m.machine))
+    groups = [mine, *(list(group) for _, group in groupby(shipped, key=lambda m: m.machine))]
+    return [[row for measurement in group for row in measurement.rows] for group in groups]
 
 
 def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> tuple[float, float]:
