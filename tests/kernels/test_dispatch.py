@@ -216,6 +216,22 @@ def test_the_layer_chooses_as_the_table_says(own) -> None:
     assert used() == 32 and used(break_even=0.8) == 16 and used(kernel="cpu") == 16
 
 
+def test_compiled_code_holds_the_choice_for_any_number_of_tokens(own) -> None:
+    write_table(own, [measurement(row(0.6, block=16, tokens=64), row(0.0, block=16, tokens=4))])
+    forget()
+    mask = torch.tensor([[True, False], [False, True]])
+    weight = torch.randn(32, 32).requires_grad_()  # not masked: dense products read its dead weights
+    index = build_index(mask, 16)
+    layer = lambda x: sparse_linear(x, weight, None, index).tanh()  # noqa: E731
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (4, 64, 80):
+        x = torch.randn(tokens, 32, requires_grad=True)
+        expected, found = layer(x), compiled(x)
+        torch.testing.assert_close(found, expected)
+        for got, wanted in zip(*(torch.autograd.grad(y.sum(), [x, weight]) for y in (found, expected)), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_an_index_is_refreshed_in_place() -> None:
     mask = torch.zeros(4, 6, dtype=torch.bool)
     mask[0, :3] = True
