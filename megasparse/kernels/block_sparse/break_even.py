@@ -77,9 +77,16 @@ class Measurement:
 
 def own_table() -> Path:
     """Where tools/tune_kernels.py writes and ``measured`` reads."""
+    # Layers ask in every step: a path is not put together anew while nothing has changed.
+    return _own_table(*map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+
+@cache
+def _own_table(*variables: str | None) -> Path:
     return cache_folder() / "break_even.json"
 
 
+@cache
 def hardware_name(device: str) -> str:
     """Model of the processor, or of the GPU; empty for a GPU that is not there."""
     if device == "cuda":
