@@ -31,9 +31,9 @@ def main() -> int:
             print(to_yaml(config), end="")
             return 0
         if arguments.dry_run:
-            return dry_run(config, arguments.world_size or environment.world_size, arguments.json)
-        if arguments.json or arguments.world_size:
-            raise ConfigError("--json, --world-size: only used with --dry-run")
+            return dry_run(config, arguments.world_size or environment.world_size, arguments.device, arguments.json)
+        if arguments.json or arguments.world_size or arguments.device:
+            raise ConfigError("--json, --world-size, --device: only used with --dry-run")
         choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
@@ -45,12 +45,12 @@ def main() -> int:
     return 0
 
 
-def dry_run(config, world_size: int, as_json: bool) -> int:
+def dry_run(config, world_size: int, device: str | None, as_json: bool) -> int:
     """Print the plan for a world size; nothing is started."""
     from megasparse.training.console import make_console, print_plan
     from megasparse.training.plan import make_plan
 
-    plan = make_plan(config, world_size)
+    plan = make_plan(config, world_size, device)
     if as_json:
         print(json.dumps(plan, indent=1))
     else:
@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for, with --dry-run")
     parser.add_argument("--json", action="store_true", help="plan as JSON, with --dry-run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()

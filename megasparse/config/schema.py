@@ -349,8 +349,10 @@ class SparsityConfig(Section):
 
 
 class KernelsConfig(Section):
-    block_sparse: Literal["auto", "reference"] = "auto"
-    """Kernel of the sparse linear layers; auto takes the fastest one that this machine supports."""
+    block_sparse: Literal["auto", "dense", "reference", "cpu", "triton"] = "auto"
+    """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
+    break_even: Fraction | None = None
+    """Density above which auto takes dense products; unset: as measured (tools/tune_kernels.py)."""
     hybrid_attention: Literal["auto", "reference"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
 

@@ -45,6 +45,8 @@ class LayerFactory:
     """Kernel of the sparse linear layers."""
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     """The ranks that share each layer."""
+    break_even: float | None = None
+    """Density above which the kernel `auto` takes dense products; None: as measured."""
 
     def column(
         self,
@@ -90,6 +92,5 @@ class LayerFactory:
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
-        return SparseLinear(
-            name, in_features, out_features, unit=spec.unit, low_rank=spec.low_rank, kernel=self.kernel, **settings
-        )
+        settings |= {"kernel": self.kernel, "break_even": self.break_even}
+        return SparseLinear(name, in_features, out_features, unit=spec.unit, low_rank=spec.low_rank, **settings)

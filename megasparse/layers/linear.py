@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megasparse.kernels.block_sparse import BlockIndex, build_index, sparse_embedding, sparse_linear
+from megasparse.kernels.block_sparse import BlockIndex, build_index, refresh_index, sparse_embedding, sparse_linear
 from megasparse.layers.init import divided_parameter
 from megasparse.parallel import Partition, TensorParallel, partition_of
 
@@ -122,6 +122,7 @@ class SparseLinear(Linear):
         unit: int,
         low_rank: int = 0,
         kernel: str = "auto",
+        break_even: float | None = None,
         division: Division = "column",
         parts: tuple[int, ...] = (),
         tensor_parallel: TensorParallel | None = None,
@@ -142,7 +143,7 @@ class SparseLinear(Linear):
             weight=weight,
         )
         check_unit(name, self.partition, unit)
-        self.unit, self.low_rank, self.kernel = unit, low_rank, kernel
+        self.unit, self.low_rank, self.kernel, self.break_even = unit, low_rank, kernel, break_even
         self.index: BlockIndex | None = None
         self.collect_dense_gradient = False
         self.grid = self.partition.blocks(unit)
@@ -162,18 +163,26 @@ class SparseLinear(Linear):
 
     def topology_changed(self, num_live: int | None = None) -> None:
         """Must be called after every change of `mask`. The count of live units, where the caller knows it, saves a
-        round trip to the device.
+        round trip to the device. Where it stays the same the lists of `index` are changed in place, and otherwise made
+        anew.
         """
         if num_live is None:
             num_live = int(self.mask.sum())
-        self.index = None if num_live == self.mask.numel() else build_index(self.mask, self.unit, num_live)
+        if num_live == self.mask.numel():
+            self.index = None
+        elif self.index is not None and self.index.mask is self.mask and self.index.num_live == num_live:
+            refresh_index(self.index)
+        else:
+            self.index = build_index(self.mask, self.unit, num_live)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.kernel)
+        return sparse_linear(
+            x, self.weight, bias, self.index, self.collect_dense_gradient, self.kernel, self.break_even
+        )
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         """The side path: its thin middle crosses between the ranks instead of the wide ends."""

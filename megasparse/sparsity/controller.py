@@ -329,8 +329,8 @@ class Controller:
     def _adopt(self, name: str, live: Tensor) -> None:
         """Take over the mask of a whole layer, bool [num_units], which every rank has."""
         topology = self.topologies[name]
-        live = live.to(topology.mask.device)
-        topology.replace(topology.pick(live))
+        topology.replace(topology.pick(live).to(topology.mask.device))
+        # Counted where the mask comes from, the host: no layer waits for the device.
         self._set_live(name, tuple(int(topology.pick(live, rank).sum()) for rank in range(topology.num_shards)))
 
     def _set_live(self, name: str, shard_live: tuple[int, ...]) -> None:

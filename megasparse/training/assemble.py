@@ -15,7 +15,8 @@ from megasparse.training.build import build_model
 def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh) -> tuple[Controller, TrainingEngine]:
     """Model, controller and engine of a run on this rank, at its beginning."""
     with model_construction(config, mesh) as opened:
-        model = build_model(config, vocab_size, mesh.tensor_parallel)
+        # Topologies and their index lists hold the masks: these must not move afterwards.
+        model = build_model(config, vocab_size, mesh.tensor_parallel).to(mesh.device)
         controller = Controller(config, model.sparse_layers(), mesh.tensor_parallel)
         controller.start_topologies(opened)
     return controller, TrainingEngine(model, controller, config, mesh)

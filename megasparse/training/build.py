@@ -49,7 +49,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Axis | None
             config.model,
             config.attention,
             vocab_size,
-            LayerFactory(sparse_rule, config.run.seed, config.kernels.block_sparse, ranks),
+            LayerFactory(sparse_rule, config.run.seed, config.kernels.block_sparse, ranks, config.kernels.break_even),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
         )

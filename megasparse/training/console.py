@@ -25,6 +25,7 @@ from rich.text import Text
 
 from megasparse.training.units import (
     MISSING,
+    describe_kernel,
     divide,
     finite,
     format_bytes,
@@ -213,10 +214,14 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         ("Memory per rank", _memory(memory)),
         ("Sent per rank", _communication(_part(plan, "communication"))),
         ("Parallel", _parallel(parallel)),
-        ("Kernels", "\n".join(f"{name}: {_words(value)}" for name, value in kernels.items())),
+        ("Kernels", _kernels(kernels)),
     ]
     _print_table(f"Plan of {plan.get('run', 'the run')}", rows, console)
-    for warning in plan.get("warnings") or []:
+    print_warnings(plan.get("warnings") or [], console)
+
+
+def print_warnings(warnings: Iterable[str], console: Console) -> None:
+    for warning in warnings:
         console.print(Text(_printable(f"warning: {warning}"), style="yellow"), soft_wrap=True)
 
 
@@ -325,6 +330,17 @@ def _parallel(parallel: Mapping[str, Any]) -> str:
         f"ZeRO stage {count.get('zero_stage')}; micro-batch {count.get('micro_batch_size')} x "
         f"{count.get('accumulation_steps')} accumulation steps"
     )
+
+
+def _kernels(kernels: Mapping[str, Any]) -> str:
+    """A line per kind of sparse layer, and one for each other choice."""
+    lines = []
+    for name, value in kernels.items():
+        if name == "block_sparse" and isinstance(value, list):
+            lines += [describe_kernel(row) for row in value] or ["no sparse layers"]
+        else:
+            lines.append(f"{str(name).replace('_', ' ')}: {_words(value)}")
+    return "\n".join(lines)
 
 
 def _print_table(title: str, rows: list[tuple[str, str]], console: Console) -> None:

@@ -6,21 +6,17 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+
+from megasparse.kernels.block_sparse.break_even import hardware_name
 
 PACKAGES = ("megasparse", "torch", "deepspeed", "numpy", "sentencepiece")
 
 
 def describe_hardware(device: torch.device, world_size: int) -> str:
     """Such as `AMD EPYC, 2 cores, 2 ranks`; with several nodes, rank 0's."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    name = hardware_name(device.type)
     return f"{name}, {os.cpu_count()} cores, {world_size} rank{'s' if world_size > 1 else ''}"
 
 

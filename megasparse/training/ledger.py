@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from megasparse.config.schema import RunConfig
-from megasparse.kernels.block_sparse import executed_density
 from megasparse.kernels.hybrid_attention import executed_entries
 from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import StepDecision
+from megasparse.training.kernels import LayerKernels
 
 PARTS = ("data", "forward", "backward", "optimizer", "topology")
 
@@ -40,10 +40,10 @@ class Flops:
 
 
 class FlopCounter:
-    """FLOPs of one optimizer step over the global batch, from the step's densities and patterns."""
+    """FLOPs of one optimizer step over the global batch, from the step's densities, patterns and kernels."""
 
-    def __init__(self, config: RunConfig, model: GPT) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: RunConfig, model: GPT, kernels: LayerKernels) -> None:
+        self._config, self._model, self._kernels = config, model, kernels
         self._samples, self._length = config.train.global_batch_size, config.model.seq_length
         layers = model.sparse_layers()
         tokens = self._samples * self._length
@@ -59,12 +59,11 @@ class FlopCounter:
 
     def step(self, decision: StepDecision, densities: Mapping[str, float]) -> Flops:
         """Count one step. densities: of each sparse layer in the forward pass of this step."""
-        kernel = self._config.kernels.block_sparse
         algorithmic = executed = 0.0
         recomputed = float(self._recomputed_rest)
         for name, product in self._products.items():
             density = densities[name]
-            work = executed_density(kernel, density)
+            work = self._kernels.executed_density(name, density)
             wants_dense = name in decision.dense_gradient_layers
             algorithmic += product * (2 * density + (1.0 if wants_dense else density))
             executed += product * (2 * work + (1.0 if wants_dense else work))

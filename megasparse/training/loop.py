@@ -7,6 +7,7 @@ is one optimizer step and nothing else. Everything the loop works with is passed
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from megasparse.sparsity.replicas import check_replicas, is_replica_check_due
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, QuietProgress
 from megasparse.training.evaluation import validation_loss
+from megasparse.training.kernels import LayerKernels, describe_changes
 from megasparse.training.ledger import FlopCounter
 from megasparse.training.lr_schedule import learning_rate
 from megasparse.training.records import RunRecords
@@ -63,7 +65,9 @@ class Trainer:
     """None: nobody looks whether the run hangs."""
 
     def __post_init__(self) -> None:
-        self._flops = FlopCounter(self.config, self.engine.model)
+        kernels = LayerKernels(self.config, self.engine.model, self.mesh.device.type)
+        self._kernels, self._flops = kernels, FlopCounter(self.config, self.engine.model, kernels)
+        self._chosen = kernels.choices(self.controller.live_densities())
         self._pictures = _picture_steps(self.config)
         self._first_step = self.state.step + 1
 
@@ -169,8 +173,10 @@ class Trainer:
         train, step = self.config.train, self.state.step
         self._beat(step, "records")
         last = step == train.steps
-        if result.topology is not None and self.records is not None:
-            self.records.topology(result.topology)
+        if result.topology is not None:
+            self._note_kernels(step)
+            if self.records is not None:
+                self.records.topology(result.topology, self.kernel_counts())
         if step in self._pictures or last:
             self._draw_topologies(step)
         validates = self.valid_data is not None and (
@@ -181,6 +187,16 @@ class Trainer:
         if validates or last or step % train.log_interval == 0:
             self._beat(step, "records")
             self._write_metrics(result, self.state.last_val_loss if validates else None)
+
+    def kernel_counts(self) -> dict[str, int]:
+        """Number of sparse layers by the kernel that computes them."""
+        return dict(Counter(self._chosen.values()))
+
+    def _note_kernels(self, step: int) -> None:
+        chosen = self._kernels.choices(self.controller.live_densities())
+        for change in describe_changes(self._chosen, chosen):
+            self.progress.message(f"step {step:,}: kernels: {change}")
+        self._chosen = chosen
 
     def _validate(self) -> float:
         train = self.config.train

@@ -1,6 +1,6 @@
 """The plan of a run: every derived number, before anything is started, at any world size, on one process.
 
-    plan = make_plan(config, world_size=16)
+    plan = make_plan(config, world_size=16, device="cuda")
 
 The model is built on the meta device (shapes only) and the schedule is walked through step by step, so that the plan
 and the run share their arithmetic. Raises ConfigError for what cannot be trained.
@@ -15,21 +15,28 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
-from megasparse.kernels import block_sparse, hybrid_attention
+from megasparse.kernels import hybrid_attention
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.kernels import LayerKernels, target_device
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
 
 CURVE_POINTS = 60
 
 
-def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Plain numbers and strings, as printed, saved as ``plan.json`` and shown in the report."""
+def make_plan(
+    config: RunConfig, world_size: int, device: str | None = None, *, planned_kernels: bool = True
+) -> dict[str, Any]:
+    """Plain numbers and strings, as printed, saved as ``plan.json`` and shown in the report.
+
+    device: type of the device that trains; None: that of this machine. planned_kernels: kernels are not compiled, and
+    the device need not be there; False: ask them.
+    """
     check_run(config, world_size)
     check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
@@ -38,9 +45,10 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(config, vocab_size, ranks)
     controller = Controller(config, model.sparse_layers(), ranks)
+    kernels = LayerKernels(config, model, device or target_device(), planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
-    flops, mean_density = walk_schedule(config, model, controller)
+    flops, mean_density = walk_schedule(config, model, controller, kernels)
     return {
         "run": config.run.name,
         "parameters": _parameters(model, controller),
@@ -70,20 +78,21 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             // (train.micro_batch_size * (world_size // config.parallel.tensor_parallel_size)),
         },
         "kernels": {
-            "block_sparse": block_sparse.select_kernel(config.kernels.block_sparse),
+            "device": kernels.device,
+            "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": hybrid_attention.select_kernel(config.kernels.hybrid_attention),
         },
-        "warnings": unused_settings(config),
+        "warnings": [*unused_settings(config), *kernels.warnings()],
     }
 
 
-def walk_schedule(config: RunConfig, model: GPT, controller: Controller) -> tuple[Flops, float]:
+def walk_schedule(config: RunConfig, model: GPT, controller: Controller, kernels: LayerKernels) -> tuple[Flops, float]:
     """FLOPs of the whole run and the mean density of the sparse weights over the steps.
 
     Steps between two topology steps of one phase cost the same, so only the steps where something changes are counted.
     """
     steps, interval = config.train.steps, config.sparsity.update_interval
-    counter, total, density_sum = FlopCounter(config, model), Flops(), 0.0
+    counter, total, density_sum = FlopCounter(config, model, kernels), Flops(), 0.0
     units = {name: topology.num_units for name, topology in controller.topologies.items()}
     sizes = {name: topology.numel for name, topology in controller.topologies.items()}
     set_live(controller, 0.0)

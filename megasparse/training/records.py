@@ -48,9 +48,10 @@ class RunRecords:
                 if isinstance(value, int | float) and name != "step":
                     self._scalars.add_scalar(name, value, values["step"])
 
-    def topology(self, report: TopologyReport) -> None:
+    def topology(self, report: TopologyReport, kernels: Mapping[str, int]) -> None:
+        """kernels: number of sparse layers by kernel after the change."""
         # Counted like the metrics, by finished steps: the change belongs to the step that it ended.
-        _write_line(self._topology, {**asdict(report), "step": report.step + 1})
+        _write_line(self._topology, {**asdict(report), "step": report.step + 1, "kernels": dict(kernels)})
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""

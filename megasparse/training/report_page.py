@@ -20,6 +20,7 @@ from megasparse.training.report_svg import thin_out, tinted_picture
 from megasparse.training.report_template import STYLE, TEMPLATE
 from megasparse.training.units import (
     MISSING,
+    describe_kernel,
     divide,
     finite,
     format_bytes,
@@ -249,7 +250,7 @@ def ledger_rows(run: RunData) -> list[dict[str, Any]]:
         ),
         "executed": (
             "What the kernels that ran really multiplied, dense steps and fallbacks included. "
-            "Where it exceeds the algorithmic figure, the difference was saved on paper only."
+            "Where it exceeds the algorithmic figure, the difference was saved on paper only." + _kernels_used(run)
         ),
     }
     names = {"dense": "Dense-equivalent", "algorithmic": "Algorithmic", "executed": "Executed"}
@@ -266,6 +267,17 @@ def ledger_rows(run: RunData) -> list[dict[str, Any]]:
         }
         for kind, value in values.items()
     ]
+
+
+def _kernels_used(run: RunData) -> str:
+    """Which kernels the sparse layers had where they are sparsest, as the plan says."""
+    counts: dict[str, int] = {}
+    for row in items(lookup(run.summary, "kernels", "block_sparse") or lookup(run.plan, "kernels", "block_sparse")):
+        counts[str(row.get("kernel"))] = counts.get(str(row.get("kernel")), 0) + int(finite(row.get("count")) or 0)
+    if not counts:
+        return ""
+    words = ", ".join(f"{number:,} by the kernel {kernel}" for kernel, number in counts.items())
+    return f" Of the sparse layers, at their lowest density: {words}."
 
 
 def phase_rows(run: RunData) -> list[dict[str, str]]:
@@ -388,6 +400,9 @@ def plan_groups(plan: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
                     words = [f"density {' to '.join(dict.fromkeys(ends))}"] if ends else []
                     words += [f"attention {phase['pattern']}"] if "pattern" in phase else []
                     rows.append(Row(format_phase(phase.get("name")), f"steps {span}", ", ".join(words)))
+                continue
+            if key == "kernels" and name == "block_sparse" and isinstance(entry, list):
+                rows += [Row(str(row.get("layer")), describe_kernel(row)) for row in items(entry)]
                 continue
             if isinstance(entry, list) and len(entry) > 12:
                 continue

@@ -25,8 +25,9 @@ from megasparse.parallel.watchdog import Watchdog
 from megasparse.training.assemble import build_engine
 from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import Progress, make_console, print_plan, print_summary, quiet
+from megasparse.training.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
 from megasparse.training.environment import describe_hardware, package_versions
+from megasparse.training.kernels import prepare_kernels
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
@@ -47,6 +48,10 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     check_folder(folder, config)
     if environment.rank == 0:
         print_plan(plan, make_console())
+    if not prepare_kernels(config, plan):
+        known, plan = plan["warnings"], make_plan(config, environment.world_size, planned_kernels=False)
+        if environment.rank == 0:
+            print_warnings([warning for warning in plan["warnings"] if warning not in known], make_console())
     with ExitStack() as stack:
         timeout, size = config.train.distributed_timeout_seconds, config.parallel.tensor_parallel_size
         mesh = stack.enter_context(open_mesh(environment, timeout, size))
@@ -126,6 +131,7 @@ def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason:
         "flops_executed": state.ledger.flops.executed,
         "seconds": state.ledger.seconds.total,
         "seconds_by_part": state.ledger.by_part(),
+        "kernels": {**plan["kernels"], "layers_at_end": trainer.kernel_counts()},
         "parameters": plan["parameters"]["total"],
         "hardware": describe_hardware(trainer.mesh.device, trainer.mesh.world_size),
         "versions": package_versions(),

@@ -102,7 +102,8 @@ def time_limit_seconds(text: str) -> int:
 
 def write_job(config: RunConfig, job: SlurmJob, code: Path) -> Path:
     """Check the run at the job's size, then write its job folder. code: the repository."""
-    make_plan(config, job.world_size)
+    # Whether the nodes have GPUs is known only where the job asks for them; this machine may have none.
+    make_plan(config, job.world_size, "cuda" if job.gpus_per_node else None)
     build_data(config, vocabulary_size(config, open_tokenizer(config)))
     check_monitor(config)
     run_folder = (Path(config.run.folder) / config.run.name).absolute()

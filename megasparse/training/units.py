@@ -6,6 +6,7 @@ Every function takes a number or None and returns a short string; what is not a 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MISSING = "n/a"
@@ -121,3 +122,12 @@ def _scaled(value: Any, base: float, units: tuple[str, ...]) -> str:
         return f"{number:,.0f} {units[0]}".strip()
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     return f"{number:.{digits}f} {units[index]}"
+
+
+def describe_kernel(row: Mapping[str, Any]) -> str:
+    """A row of the plan's table of kernels: `12 x mlp.up 768 x 3072, blocks of 64: cpu, dense above density 80 %`."""
+    unit, limit = row.get("unit"), finite(row.get("break_even"))
+    units = "single weights" if unit == 1 else f"blocks of {unit}"
+    shape = f"{row.get('count')} x {row.get('layer')} {row.get('in')} -> {row.get('out')}, {units}"
+    kernel = f"{row.get('kernel')} at density {format_share(row.get('density'))}"
+    return f"{shape}: {kernel}" + (f", dense above {format_share(limit)}" if limit is not None else "")

@@ -46,7 +46,34 @@ PLAN = {
         "micro_batch_size": 4,
         "accumulation_steps": 2,
     },
-    "kernels": {"block_sparse": {"choice": "cpu", "unit": 64}, "hybrid_attention": "reference"},
+    "kernels": {
+        "device": "cpu",
+        "block_sparse": [
+            {
+                "layer": "mlp.up",
+                "count": 12,
+                "in": 768,
+                "out": 3072,
+                "tokens": 2048,
+                "unit": 64,
+                "density": 0.1,
+                "kernel": "cpu",
+                "break_even": 0.82,
+            },
+            {
+                "layer": "head",
+                "count": 1,
+                "in": 768,
+                "out": 512,
+                "tokens": 2048,
+                "unit": 1,
+                "density": 0.2,
+                "kernel": "dense",
+                "break_even": None,
+            },
+        ],
+        "hybrid_attention": "reference",
+    },  # fmt: skip
     "warnings": ["hybrid_attention: [bold]slow[/bold] reference"],
 }
 
@@ -174,7 +201,9 @@ def test_plan_shows_every_part_with_units() -> None:
         "mst-small", "124 M", "84.9 M", "48.0 M", "2,000 steps", "32,768 tokens", "65.5 M tokens",
         "warm-up: steps 0 to 200", "dense: steps 1,700 to 2,000", "mean 32.3 %", "lowest 10 %",
         "1.10 PFLOPs", "4.00 PFLOPs", "27.5 %", "3.64x", "6.50 GiB", "weights 1.00 GiB", "masks 1.00 MiB",
-        "8 ranks", "4 data x 2 tensor", "ZeRO stage 1", "micro-batch 4 x 2", "block_sparse: choice cpu, unit 64",
+        "8 ranks", "4 data x 2 tensor", "ZeRO stage 1", "micro-batch 4 x 2", "device: cpu",
+        "12 x mlp.up 768 -> 3072, blocks of 64: cpu at density 10 %, dense above 82 %",
+        "1 x head 768 -> 512, single weights: dense at density 20 %  ", "hybrid attention: reference",
         "warning: hybrid_attention: [bold]slow[/bold] reference", "█", "▁",
     ):  # fmt: skip
         assert value in text, value

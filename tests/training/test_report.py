@@ -109,7 +109,21 @@ def make_plan(name: str, steps: int) -> dict:
             "micro_batch_size": 4,
             "accumulation_steps": 1,
         },
-        "kernels": {"block_sparse": "cpu-brgemm", "hybrid_attention": "reference"},
+        "kernels": {
+            "block_sparse": [
+                {
+                    "layer": "mlp.up",
+                    "count": 12,
+                    "in": 768,
+                    "out": 3072,
+                    "unit": 64,
+                    "density": 0.1,
+                    "kernel": "cpu",
+                    "break_even": 0.82,
+                },
+            ],
+            "hybrid_attention": "reference",
+        },  # fmt: skip
         "warnings": ["hybrid_attention: the reference kernel is slow on this machine"],
     }
 
@@ -264,7 +278,8 @@ def test_whole_run_shows_everything(whole_run: Path, whole_page: str) -> None:
         "mst-small", "Loss over steps", "Loss over FLOPs", "Dense-equivalent", "Algorithmic", "Executed",
         "Seconds by part", "Speed over steps", "Density of every layer", "flip rate", "ever live", "Film strips",
         "Learning rate and gradient norm", "num_layers: 12", "The river kept its own count", "124 M", "84.9 M",
-        "steps 200 to 1,400", "cpu-brgemm", "hybrid_attention: the reference kernel is slow", "2 x AVX-512 CPU",
+        "steps 200 to 1,400", "blocks of 64: cpu at density 10 %, dense above 82 %", "12 by the kernel cpu",
+        "hybrid_attention: the reference kernel is slow", "2 x AVX-512 CPU",
         "48.0 M", "deepspeed 0.19.8", "layers.0.attention.qkv.weight", "What each phase cost",
         "dense-equivalent: 4.00 PFLOPs",
     ):  # fmt: skip

@@ -7,13 +7,15 @@ computes them is decided in ``dispatch``. A unit is a square block of `unit` x `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from megasparse.kernels.block_sparse import linear
 from megasparse.kernels.block_sparse.dense import SparseEmbedding, apply_mask_
-from megasparse.kernels.block_sparse.dispatch import KERNELS, check_forced, check_name, choose
-from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+from megasparse.kernels.block_sparse.dispatch import KERNELS, check_forced, check_name, choose, explain
+from megasparse.kernels.block_sparse.index import BlockIndex, build_index, refresh_index
 
 __all__ = [
     "KERNELS",
@@ -24,6 +26,8 @@ __all__ = [
     "check_name",
     "choose",
     "executed_density",
+    "explain",
+    "refresh_index",
     "sparse_embedding",
     "sparse_linear",
 ]
@@ -36,6 +40,7 @@ def sparse_linear(
     index: BlockIndex | None,
     dense_gradient: bool = False,
     kernel: str = "auto",
+    break_even: float | None = None,
 ) -> torch.Tensor:
     """y = x W^T + b for a weight that is already exactly zero in its dead units.
 
@@ -47,6 +52,7 @@ def sparse_linear(
         dense_gradient: return the gradient of all weights, as a topology step needs it; otherwise the gradient of
             dead units is exactly zero.
         kernel: `auto` for the fastest one, or a name from `KERNELS`.
+        break_even: density above which `auto` takes dense products; None: as measured.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -58,9 +64,7 @@ def sparse_linear(
     if index is None:
         return F.linear(x, weight, bias)
     assert weight.shape == tuple(size * index.unit for size in index.mask.shape), f"{weight.shape}, {index.mask.shape}"
-    tokens = x.numel() // max(x.shape[-1], 1)
-    backend = choose(kernel, x.device.type, x.dtype, index.unit, tokens, index.density)
-    return linear.apply(x, weight, bias, index, dense_gradient, backend)
+    return linear.apply(x, weight, bias, index, dense_gradient, kernel, break_even)
 
 
 def sparse_embedding(
@@ -75,6 +79,16 @@ def sparse_embedding(
     return SparseEmbedding.apply(ids, weight, index.mask, index.unit, dense_gradient)
 
 
-def executed_density(kernel: str, device: str, dtype: torch.dtype, unit: int, tokens: int, density: float) -> float:
+def executed_density(
+    kernel: str,
+    device: str,
+    dtype: torch.dtype,
+    unit: int,
+    tokens: int,
+    density: float,
+    widths: tuple[int, int] | None = None,
+    **options: Any,
+) -> float:
     """Share of the dense work that is really done at this density; the arguments are those of `choose`."""
-    return density if choose(kernel, device, dtype, unit, tokens, density) not in ("dense", "reference") else 1.0
+    backend = choose(kernel, device, dtype, unit, tokens, density, widths, **options)
+    return 1.0 if backend in ("dense", "reference") else density

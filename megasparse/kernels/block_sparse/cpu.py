@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse.build import BuildError, load_library
+from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
 from megasparse.kernels.block_sparse.index import BlockIndex
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -20,14 +20,26 @@ UNITS = (16, 32, 64, 128)
 
 
 def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
-    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
+    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can.
+
+    Builds them, if nothing else is in the way.
+    """
+    return _unsupported(device, dtype, unit) or _build_failure()
+
+
+def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
+    """The same as far as it can be told without a build."""
+    return _unsupported(device, dtype, unit) or _no_compiler()
+
+
+def _unsupported(device: str, dtype: torch.dtype, unit: int) -> str | None:
     if device != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
     if unit not in UNITS:
         return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
-    return _build_failure()
+    return None
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -113,6 +125,14 @@ def _readable(matrix: Tensor) -> Tensor:
     """The kernels read rows without gaps, in words of 32 bits."""
     words = matrix.stride(0) * matrix.element_size() % 4 == 0 and matrix.data_ptr() % 4 == 0
     return matrix if matrix.stride(1) == 1 and words else matrix.contiguous()
+
+
+def _no_compiler() -> str | None:
+    try:
+        find_compiler()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 @cache

@@ -1,28 +1,44 @@
 """Which kernel computes a sparse linear layer: forced by name, or by measured break-even densities.
 
-``choose`` decides for one layer at one density; ``check_forced`` tells before a run whether a forced kernel can serve.
+``choose`` decides for one layer at one density; ``check_forced`` tells before a run whether a forced kernel can serve,
+``explain`` which kernel `auto` would use at low densities, or why there is none.
+
+`planned`, where a function takes it: nothing is compiled, and the device need not be there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from types import MappingProxyType
 
 import torch
 
 from megasparse.kernels.block_sparse import cpu, gpu
+from megasparse.kernels.block_sparse.break_even import measured
 
 KERNELS = ("auto", "dense", "reference", "cpu", "triton")
 
+WhyNot = Callable[[str, torch.dtype, int], str | None]
+
 # Backends that save work, with the reason why they cannot run on (device type, dtype, unit), or None.
-WHY_NOT: Mapping[str, Callable[[str, torch.dtype, int], str | None]] = MappingProxyType(
-    {"cpu": cpu.why_not, "triton": gpu.why_not}
-)
+WHY_NOT: Mapping[str, WhyNot] = MappingProxyType({"cpu": cpu.why_not, "triton": gpu.why_not})
+
+# The same for plans.
+WHY_NOT_PLANNED: Mapping[str, WhyNot] = MappingProxyType({"cpu": cpu.why_not_planned, "triton": gpu.why_not_planned})
 
 
-@lru_cache(maxsize=4096)
-def choose(kernel: str, device: str, dtype: torch.dtype, unit: int, tokens: int, density: float) -> str:
+def choose(
+    kernel: str,
+    device: str,
+    dtype: torch.dtype,
+    unit: int,
+    tokens: int,
+    density: float,
+    widths: tuple[int, int] | None = None,
+    *,
+    break_even: float | None = None,
+    planned: bool = False,
+) -> str:
     """The backend that `kernel` stands for.
 
     Args:
@@ -32,18 +48,32 @@ def choose(kernel: str, device: str, dtype: torch.dtype, unit: int, tokens: int,
         unit: side of the square units.
         tokens: rows of the input.
         density: share of live units.
+        widths: (in, out) of the layer; None: nothing is known of them.
+        break_even: density above which dense products are used; None: as measured.
 
     Raises:
         ValueError: unknown kernel, or a forced one that cannot run here.
     """
     check_name(kernel)
     if kernel != "auto":
-        check_forced(kernel, device, dtype, unit)
+        check_forced(kernel, device, dtype, unit, planned=planned)
         return kernel
-    for name, why_not in WHY_NOT.items():
-        if why_not(device, dtype, unit) is None and density <= break_even(name, dtype, unit, tokens):
-            return name
-    return "dense"
+    name, _ = explain(device, dtype, unit, planned=planned)
+    if name is None:
+        return "dense"
+    limit = measured(name, device, dtype, unit, tokens, widths) if break_even is None else break_even
+    return name if density <= limit else "dense"
+
+
+def explain(device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> tuple[str | None, str]:
+    """(The backend that saves work there, "") or (None, the reasons why none does)."""
+    reasons = []
+    for name in WHY_NOT:
+        reason = _why_not(name, planned)(device, dtype, unit)
+        if reason is None:
+            return name, ""
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)
 
 
 def check_name(kernel: str) -> None:
@@ -52,14 +82,14 @@ def check_name(kernel: str) -> None:
         raise ValueError(f"block_sparse kernel: {kernel!r} is unknown; legal values: {', '.join(KERNELS)}")
 
 
-def check_forced(kernel: str, device: str, dtype: torch.dtype, unit: int) -> None:
+def check_forced(kernel: str, device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> None:
     """Raise ValueError where a kernel that was asked for by name cannot run."""
-    reason = WHY_NOT[kernel](device, dtype, unit) if kernel in WHY_NOT else None
+    check_name(kernel)
+    reason = _why_not(kernel, planned)(device, dtype, unit) if kernel in WHY_NOT else None
     if reason is not None:
-        legal = ", ".join(name for name in KERNELS if name not in WHY_NOT or WHY_NOT[name](device, dtype, unit) is None)
-        raise ValueError(f"block_sparse kernel: {kernel!r} cannot run: {reason}; legal values here: {legal}")
+        runs = [k for k in KERNELS if k not in WHY_NOT or _why_not(k, planned)(device, dtype, unit) is None]
+        raise ValueError(f"block_sparse kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(runs)}")
 
 
-def break_even(backend: str, dtype: torch.dtype, unit: int, tokens: int) -> float:
-    """Density above which dense products are faster than `backend`."""
-    return 0.8
+def _why_not(kernel: str, planned: bool) -> WhyNot:
+    return (WHY_NOT_PLANNED if planned else WHY_NOT)[kernel]

@@ -70,6 +70,16 @@ def build_index(mask: Tensor, unit: int, num_live: int | None = None) -> BlockIn
     return BlockIndex(mask, unit, num_live, *lists)
 
 
+def refresh_index(index: BlockIndex) -> None:
+    """Bring the lists up to date after a change of the mask that left as many blocks alive.
+
+    In place: CUDA graphs and compiled code that hold the addresses of the lists see the new ones.
+    """
+    fresh = build_index(index.mask, index.unit, index.num_live)
+    for held, new in zip(index.lists, fresh.lists, strict=True):
+        held.copy_(new)
+
+
 def _lists(mask: Tensor, num_live: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Offsets, columns and rows of the live entries in row-major order, and the rows by falling number of them."""
     counts = mask.sum(1)

@@ -1,6 +1,6 @@
 """The sparse linear layer as an autograd function over two custom operators.
 
-``apply`` runs the products of one backend, forward and backward. The operators carry the backend's name, so that
+``apply`` runs the products of one backend, forward and backward. The backend is chosen inside the operators, so that
 torch.compile sees two opaque calls with known output shapes and CUDA graphs capture whatever they launch.
 
 Names: N tokens, I input width, O output width, L live blocks.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
+from megasparse.kernels.block_sparse.dispatch import choose
 from megasparse.kernels.block_sparse.index import BlockIndex
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -42,15 +43,22 @@ PRODUCTS = {
 
 
 def apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, dense_gradient: bool, kernel: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: BlockIndex,
+    dense_gradient: bool,
+    kernel: str,
+    break_even: float | None = None,
 ) -> Tensor:
-    """y = x W^T + b by the backend `kernel`: x [..., I] -> [..., O].
+    """y = x W^T + b: x [..., I] -> [..., O]. `kernel` and `break_even` are those of ``dispatch.choose``.
 
     `dense_gradient`: the weight gradient of all blocks, by a dense product.
     """
+    settings = index.unit, dense_gradient, kernel, break_even
     # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
     x_NI = x.reshape(-1, weight.shape[1])
-    y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, index.unit, dense_gradient, kernel)
+    y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)
     return y_NO.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -59,29 +67,35 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *index, unit, dense_gradient, kernel = rest
+        *index, unit, dense_gradient, kernel, break_even = rest
         ctx.save_for_backward(x_NI, weight, *index)
-        ctx.settings = unit, dense_gradient, kernel
-        return block_sparse_forward(x_NI, weight, bias, index, unit, kernel)
+        ctx.settings = unit, dense_gradient, kernel, break_even
+        return block_sparse_forward(x_NI, weight, bias, index, unit, kernel, break_even)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight, *index = ctx.saved_tensors
-        unit, dense_gradient, kernel = ctx.settings
+        unit, dense_gradient, kernel, break_even = ctx.settings
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dy_NO = dy.contiguous()
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
-        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, unit, kernel, needs)
+        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, unit, kernel, break_even, needs)
         if dense_gradient and needs_dweight:
             dweight = dy_NO.t() @ x_NI
-        none = (None,) * (len(index) + 3)
+        none = (None,) * (len(index) + len(ctx.settings))
         return (
             dx if needs_dx else None,
             dweight if needs_dweight else None,
             dbias if needs_dbias else None,
             *none,
         )
+
+
+def _products(x_NI: Tensor, weight: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Products:
+    """Those of the backend that is chosen for the layer."""
+    device, dtype, tokens, widths = x_NI.device.type, x_NI.dtype, x_NI.shape[0], (weight.shape[1], weight.shape[0])
+    return PRODUCTS[choose(kernel, device, dtype, index.unit, tokens, index.density, widths, break_even=break_even)]
 
 
 def _joined(index: list[Tensor], unit: int) -> BlockIndex:
@@ -91,30 +105,44 @@ def _joined(index: list[Tensor], unit: int) -> BlockIndex:
 
 @torch.library.custom_op("megasparse::block_sparse_forward", mutates_args=())
 def block_sparse_forward(
-    x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: list[Tensor], unit: int, kernel: str
+    x_NI: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    unit: int,
+    kernel: str,
+    break_even: float | None,
 ) -> Tensor:
-    """``Products.forward`` of the backend `kernel`. `index`: mask and lists of a ``BlockIndex``."""
-    return PRODUCTS[kernel].forward(x_NI, weight, bias, _joined(index, unit))
+    """``Products.forward`` of the chosen backend. `index`: mask and lists of a ``BlockIndex``."""
+    lists = _joined(index, unit)
+    return _products(x_NI, weight, lists, kernel, break_even).forward(x_NI, weight, bias, lists)
 
 
 @block_sparse_forward.register_fake
-def _(x_NI, weight, bias, index, unit, kernel):
+def _(x_NI, weight, bias, index, unit, kernel, break_even):
     return x_NI.new_empty(x_NI.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("megasparse::block_sparse_backward", mutates_args=())
 def block_sparse_backward(
-    dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: list[Tensor], unit: int, kernel: str, needs: list[bool]
+    dy_NO: Tensor,
+    x_NI: Tensor,
+    weight: Tensor,
+    index: list[Tensor],
+    unit: int,
+    kernel: str,
+    break_even: float | None,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Products.backward`` of the backend `kernel`; an empty tensor where a gradient is not needed."""
-    needed = (needs[0], needs[1], needs[2])
-    gradients = PRODUCTS[kernel].backward(dy_NO, x_NI, weight, _joined(index, unit), needed)
+    """``Products.backward`` of the chosen backend; an empty tensor where a gradient is not needed."""
+    lists, needed = _joined(index, unit), (needs[0], needs[1], needs[2])
+    gradients = _products(x_NI, weight, lists, kernel, break_even).backward(dy_NO, x_NI, weight, lists, needed)
     dx, dweight, dbias = (dy_NO.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias
 
 
 @block_sparse_backward.register_fake
-def _(dy_NO, x_NI, weight, index, unit, kernel, needs):
+def _(dy_NO, x_NI, weight, index, unit, kernel, break_even, needs):
     shapes = (x_NI.shape, weight.shape, weight.shape[:1])
     dx, dweight, dbias = (
         dy_NO.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)

@@ -1,0 +1,239 @@
+"""Break-even densities: below them a block-sparse kernel is faster than dense products, by measurement.
+
+``measured(backend, device, dtype, unit, tokens, widths)`` looks a layer up, first in the user's own table (a file in
+the cache folder that tools/tune_kernels.py writes), then in the table beside this module. Both are JSON:
+
+    {"format": "megasparse-break-even-1", "measurements": [{
+        "hardware": "AMD EPYC 7543", "device": "cpu", "threads": 2, "versions": {...}, "command": "...", "date": "...",
+        "rows": [{"backend": "cpu", "dtype": "float32", "block": 64, "tokens": 2048, "in": 768, "out": 3072,
+                  "break_even": 0.93, "dense_seconds": 0.4, "seconds": {"0.1": 0.04, ...}}, ...]}]}
+
+The user's table counts for the hardware and the number of threads that it was measured with; in the other one the
+measurement of the same device type counts whose number of threads is nearest. Among its rows of the same backend and
+dtype the nearest one wins: nearest block first, then tokens and widths, by the sum of the distances of their
+logarithms. Where no row fits, FALLBACK is assumed. A table is read once per process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.kernels.block_sparse.build import cache_folder
+
+FORMAT = "megasparse-break-even-1"
+SHIPPED = Path(__file__).with_name("break_even.json")
+FALLBACK = 0.5
+"""For backends that nobody measured: saves most of what can be saved, and costs little where it is wrong."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, forward and backward, against dense products. Fields are named as in the file but for the widths."""
+
+    backend: str
+    dtype: str
+    block: int
+    tokens: int
+    in_features: int
+    out_features: int
+    break_even: float
+    dense_seconds: float
+    seconds: dict[str, float]
+    """By density."""
+
+    @property
+    def case(self) -> tuple[str, str, int, int, int, int]:
+        return self.backend, self.dtype, self.block, self.tokens, self.in_features, self.out_features
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Rows measured by one command."""
+
+    hardware: str
+    device: str
+    threads: int
+    rows: tuple[Row, ...]
+    versions: dict[str, str]
+    command: str = ""
+    date: str = ""
+
+    @property
+    def machine(self) -> tuple[str, str, int]:
+        return self.hardware, self.device, self.threads
+
+
+def own_table() -> Path:
+    """Where tools/tune_kernels.py writes and ``measured`` reads."""
+    # Layers ask in every step: a path is not put together anew while nothing has changed.
+    return _own_table(*map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+
+@cache
+def _own_table(*variables: str | None) -> Path:
+    return cache_folder() / "break_even.json"
+
+
+@cache
+def hardware_name(device: str) -> str:
+    """Model of the processor, or of the GPU; empty for a GPU that is not there."""
+    if device == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return _processor_name()
+
+
+def measured(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    unit: int,
+    tokens: int,
+    widths: tuple[int, int] | None = None,
+) -> float:
+    """Density above which dense products are faster than `backend`. widths: (in, out); None: of any layer."""
+    threads = torch.get_num_threads()
+    return _look_up(own_table(), hardware_name(device), threads, backend, device, dtype, unit, tokens, widths)
+
+
+def table_problem() -> str | None:
+    """What is wrong with the user's own table, which is then passed over; None where nothing is."""
+    return _read_once(own_table())[1]
+
+
+def read_table(path: Path) -> tuple[Measurement, ...]:
+    """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return tuple(_measurement(entry) for entry in content["measurements"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: no table of break-even densities: {detail}") from None
+
+
+def write_table(path: Path, measurements: Iterable[Measurement]) -> None:
+    """Replace the file at once, so that a reader sees the old table or the new one."""
+    content = {"format": FORMAT, "measurements": [_entry(measurement) for measurement in measurements]}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+    os.replace(file.name, path)
+
+
+def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
+    """`new` and what is known besides: rows of the same machine and layer are replaced."""
+    again = {row.case for row in new.rows}
+    kept = [
+        replace(old, rows=tuple(row for row in old.rows if old.machine != new.machine or row.case not in again))
+        for old in known
+    ]
+    return [*(old for old in kept if old.rows), new]
+
+
+@lru_cache(maxsize=4096)
+def _look_up(
+    own: Path,
+    hardware: str,
+    threads: int,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    unit: int,
+    tokens: int,
+    widths: tuple[int, int] | None,
+) -> float:
+    for rows in _candidates(own, hardware, threads, device):
+        rows = [row for row in rows if (row.backend, row.dtype) == (backend, dtype_name(dtype))]
+        if rows:
+            return min(rows, key=lambda row: _distance(row, unit, tokens, widths)).break_even
+    return FALLBACK
+
+
+def _candidates(own: Path, hardware: str, threads: int, device: str) -> list[list[Row]]:
+    """Rows of the machines that come into question, the most trusted machine first."""
+    # Threads of the host have no part in a GPU's work.
+    count = (lambda measurement: 1) if device == "cuda" else (lambda measurement: measurement.threads)
+    wanted = 1 if device == "cuda" else threads
+    mine = [m for m in _read_once(own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
+    shipped = [m for m in _read_once(SHIPPED)[0] if m.device == device]
+    shipped.sort(key=lambda m: (_ratio(count(m), wanted), m.hardware != hardware, m.machine))
+    groups = [mine, *(list(group) for _, group in groupby(shipped, key=lambda m: m.machine))]
+    return [[row for measurement in group for row in measurement.rows] for group in groups]
+
+
+def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> tuple[float, float]:
+    rest = _ratio(row.tokens, tokens)
+    if widths is not None:
+        rest += _ratio(row.in_features, widths[0]) + _ratio(row.out_features, widths[1])
+    return _ratio(row.block, unit), rest
+
+
+def _ratio(a: int, b: int) -> float:
+    return abs(math.log(max(a, 1) / max(b, 1)))
+
+
+@cache
+def _read_once(path: Path) -> tuple[tuple[Measurement, ...], str | None]:
+    """The measurements, and what is wrong with the file; a file that is not there holds none."""
+    if not path.exists():
+        return (), None
+    try:
+        return read_table(path), None
+    except ValueError as error:
+        return (), str(error)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _measurement(entry: dict[str, Any]) -> Measurement:
+    rows = tuple(_row(row) for row in entry["rows"])
+    facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
+    return Measurement(threads=int(entry["threads"]), versions=dict(entry["versions"]), rows=rows, **facts)
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    break_even = float(entry["break_even"])
+    if not 0.0 <= break_even <= 1.0:
+        raise ValueError(f"break_even: {break_even} is out of range; legal values: 0 to 1")
+    numbers = {name: int(entry[name]) for name in ("block", "tokens")}
+    return Row(
+        backend=str(entry["backend"]),
+        dtype=str(entry["dtype"]),
+        in_features=int(entry["in"]),
+        out_features=int(entry["out"]),
+        break_even=break_even,
+        dense_seconds=float(entry["dense_seconds"]),
+        seconds={str(density): float(value) for density, value in entry["seconds"].items()},
+        **numbers,
+    )
+
+
+def _entry(measurement: Measurement) -> dict[str, Any]:
+    names = {"in_features": "in", "out_features": "out"}
+    rows = [{names.get(name, name): value for name, value in asdict(row).items()} for row in measurement.rows]
+    return {**asdict(measurement), "rows": rows}
+
+
+@cache
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fallback = platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), fallback)

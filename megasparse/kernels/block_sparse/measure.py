@@ -1,0 +1,153 @@
+"""Measures one sparse layer against dense products, forward and backward through autograd as training runs it.
+
+    row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(768, 3072))
+
+Ours and dense take turns, so that a machine that is busy for a while is unfair to neither; times are medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megasparse.kernels.block_sparse import linear
+from megasparse.kernels.block_sparse.break_even import Row, dtype_name
+from megasparse.kernels.block_sparse.dense import apply_mask_
+from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+
+DENSITIES = (0.1, 0.4, 0.7, 1.0)
+"""Times grow linearly with the density, but for caches: a coarse grid with straight lines between serves."""
+
+LAYERS = {
+    "quickstart": ((256, 768), (256, 256), (256, 1024), (1024, 256)),
+    "gpt2-small": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
+    "gpt2-medium": ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)),
+    "gpt2-xl": ((1600, 4800), (1600, 1600), (1600, 6400), (6400, 1600)),
+    "llama-1b": ((2048, 2048), (2048, 8192), (8192, 2048)),
+    "llama-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
+}
+"""(in, out) of the distinct layers of a model."""
+
+
+def measure_row(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    block: int,
+    tokens: int,
+    widths: tuple[int, int],
+    densities: Sequence[float] = DENSITIES,
+    rounds: int = 3,
+) -> Row:
+    """Times of one layer at each density, and its break-even density. widths, (in, out): multiples of `block`."""
+    in_features, out_features = widths
+    x, dense_weight, bias, dy = (
+        torch.randn(*shape, device=device).to(dtype)
+        for shape in ((tokens, in_features), (out_features, in_features), (out_features,), (tokens, out_features))
+    )
+    layers = [_random_layer(dense_weight, block, density) for density in densities]
+    passes = [_training_pass(F.linear, x, dense_weight, bias, dy)]
+    for weight, index in layers:
+        passes.append(_training_pass(_sparse(index, backend), x, weight, bias, dy))
+    dense_seconds, *seconds = _medians(passes, device, rounds)
+    by_density = {index.density: value for (_, index), value in zip(layers, seconds, strict=True)}
+    return Row(
+        backend=backend,
+        dtype=dtype_name(dtype),
+        block=block,
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        break_even=round(break_even(dense_seconds, by_density), 3),
+        dense_seconds=round(dense_seconds, 7),
+        seconds={f"{density:.4g}": round(value, 7) for density, value in by_density.items()},
+    )
+
+
+def break_even(dense_seconds: float, seconds: dict[float, float]) -> float:
+    """Largest density up to which ours is no slower than dense, on straight lines between the measured densities.
+
+    0 where ours is slower already at the lowest one; the highest one where it never is.
+    """
+    points = sorted(seconds.items())
+    below = points[0]
+    if below[1] > dense_seconds:
+        return 0.0
+    for above in points[1:]:
+        if above[1] > dense_seconds:
+            share = (dense_seconds - below[1]) / (above[1] - below[1])
+            return below[0] + share * (above[0] - below[0])
+        below = above
+    return below[0]
+
+
+def speedup(row: Row, density: float) -> float:
+    """Dense time over ours at the measured density that is nearest."""
+    nearest = min(row.seconds, key=lambda measured: abs(float(measured) - density))
+    return row.dense_seconds / row.seconds[nearest]
+
+
+def efficiency(row: Row, density: float) -> float:
+    """Speed-up times density: 1 where a live weight costs what a dense one does."""
+    nearest = min(row.seconds, key=lambda measured: abs(float(measured) - density))
+    return row.dense_seconds / row.seconds[nearest] * float(nearest)
+
+
+def parse_shape(words: str) -> tuple[tuple[int, int], ...]:
+    """Layers of a model by name, or one as `768x3072`, in x out. Raises ValueError for anything else."""
+    if words in LAYERS:
+        return LAYERS[words]
+    sides = words.split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"shape: {words!r} is unknown; legal values: {', '.join(LAYERS)}, or in x out as 768x3072")
+    return ((int(sides[0]), int(sides[1])),)
+
+
+def _random_layer(dense_weight: Tensor, block: int, density: float) -> tuple[Tensor, BlockIndex]:
+    grid = dense_weight.shape[0] // block, dense_weight.shape[1] // block
+    num_units = grid[0] * grid[1]
+    mask = torch.zeros(num_units, dtype=torch.bool)
+    mask[torch.randperm(num_units)[: max(round(density * num_units), 1)]] = True
+    mask = mask.view(grid).to(dense_weight.device)
+    return apply_mask_(dense_weight.clone(), mask, block), build_index(mask, block)
+
+
+def _sparse(index: BlockIndex, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, weight, bias: linear.apply(x, weight, bias, index, False, backend)
+
+
+def _training_pass(
+    layer: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor
+) -> Callable[[], None]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+
+    def run() -> None:
+        torch.autograd.grad(layer(*leaves), leaves, dy)
+
+    return run
+
+
+def _medians(passes: Sequence[Callable[[], None]], device: str, rounds: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in passes]
+    for number in range(rounds + 1):
+        for own, run in zip(times, passes, strict=True):
+            elapsed = _seconds(run, device)
+            if number:  # the first round warms up
+                own.append(elapsed)
+    return [statistics.median(own) for own in times]
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

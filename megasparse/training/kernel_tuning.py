@@ -1,0 +1,138 @@
+"""What tools/tune_kernels.py does: measures the layers of models on this machine, and keeps what it found.
+
+todo, notes = cases("cpu", ["fp32"], [64], [2048], [(768, 3072)])
+store(own_table(), measure_all(todo, "cpu", rounds=3, command="..."))
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megasparse.kernels import block_sparse
+from megasparse.kernels.block_sparse.break_even import (
+    Measurement,
+    Row,
+    dtype_name,
+    hardware_name,
+    merged,
+    read_table,
+    write_table,
+)
+from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
+from megasparse.kernels.block_sparse.tuning import tune_layer
+from megasparse.training.environment import package_versions
+from megasparse.training.kernels import DTYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure."""
+
+    backend: str
+    dtype: torch.dtype
+    block: int
+    tokens: int
+    widths: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.widths[0]} -> {self.widths[1]}, blocks of {self.block}, {self.tokens:,} tokens, "
+            f"{dtype_name(self.dtype)}, {self.backend}"
+        )
+
+
+def cases(
+    device: str, precisions: Sequence[str], blocks: Sequence[int], tokens: Sequence[int], shapes: Sequence[tuple]
+) -> tuple[list[Case], list[str]]:
+    """What can be measured on the device, and sentences about what cannot."""
+    found, notes = [], []
+    for precision, block in product(precisions, blocks):
+        backend, reason = block_sparse.explain(device, DTYPES[precision], block)
+        if backend is None:
+            notes.append(f"{precision}, blocks of {block}: {reason}")
+            continue
+        for widths, rows in product(dict.fromkeys(shapes), tokens):
+            if any(width % block for width in widths):
+                notes.append(f"{widths[0]} x {widths[1]}: blocks of {block} do not fit")
+            else:
+                found.append(Case(backend, DTYPES[precision], block, rows, widths))
+    return found, list(dict.fromkeys(notes))
+
+
+def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str, tune_tiles: bool = True) -> Measurement:
+    """All rows, with a bar on standard error where that is a terminal."""
+    rows = []
+    for case in _with_bar(todo):
+        if device == "cuda" and tune_tiles:
+            tune_triton(case, device)
+        rows.append(
+            measure_row(
+                case.backend,
+                device,
+                case.dtype,
+                block=case.block,
+                tokens=case.tokens,
+                widths=case.widths,
+                densities=DENSITIES,
+                rounds=rounds,
+            )
+        )
+    return Measurement(
+        hardware=hardware_name(device),
+        device=device,
+        threads=torch.get_num_threads(),
+        rows=tuple(rows),
+        versions=package_versions(("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")),
+        command=command,
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def tune_triton(case: Case, device: str) -> None:
+    """Let the Triton kernels find their tiles for a layer first."""
+    for density in DENSITIES:
+        tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
+
+
+def store(path: Path, measurement: Measurement) -> None:
+    """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
+    known = read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement))
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Speed-up and efficiency at density 0.1, and the break-even density."""
+    table = Table("layer", "block", "tokens", "dtype", "kernel", "dense ms", "x at 0.1", "e at 0.1", "break-even")
+    for row in rows:
+        table.add_row(
+            f"{row.in_features} -> {row.out_features}",
+            str(row.block),
+            f"{row.tokens:,}",
+            row.dtype,
+            row.backend,
+            f"{1e3 * row.dense_seconds:.2f}",
+            f"{speedup(row, 0.1):.2f}",
+            f"{efficiency(row, 0.1):.2f}",
+            f"{row.break_even:.2f}",
+        )
+    console.print(table)
+
+
+def _with_bar(todo: Sequence[Case]) -> Iterator[Case]:
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(todo))
+        for case in todo:
+            bar.update(task, description=str(case))
+            yield case
+            bar.advance(task)

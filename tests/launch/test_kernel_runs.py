@@ -1,0 +1,59 @@
+"""Runs whose sparse layers change their kernel on the way, from the outside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from runs import REPOSITORY, command, curve, metrics, run
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_kernels_change_at_the_break_even_density_and_leave_the_curve(corpus: Path, tmp_path: Path) -> None:
+    mixed = run(command(corpus, tmp_path, "run.name=mixed", "kernels.break_even=0.5"))
+    run(command(corpus, tmp_path, "run.name=dense", "kernels.block_sparse=dense", ranks=1))
+    lines, dense = metrics(tmp_path / "mixed"), metrics(tmp_path / "dense")
+    # Sums in float32 in another order, over 24 steps.
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in dense], rel=1e-4)
+    assert [line[4:] for line in curve(tmp_path / "mixed")][0] == [line[4:] for line in curve(tmp_path / "dense")][0]
+    # Below the break-even density the FLOPs that are executed fall with the algorithmic ones.
+    assert lines[-1]["flops_executed"] < dense[-1]["flops_executed"]
+    assert "kernels: 8 layers dense -> cpu (attention.qkv, attention.output, mlp.up, mlp.down)" in mixed.stdout
+    assert "8 layers cpu -> dense" in mixed.stdout
+    plan = json.loads((tmp_path / "mixed" / "plan.json").read_text())
+    assert lines[-1]["flops_executed"] == pytest.approx(plan["flops"]["executed"], rel=1e-12)
+    assert {row["kernel"] for row in plan["kernels"]["block_sparse"]} == {"cpu"}
+    for line in (tmp_path / "mixed" / "topology.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry["kernels"] == ({"cpu": 8} if max(entry["densities"].values()) <= 0.5 else {"dense": 8})
+    summary = json.loads((tmp_path / "mixed" / "summary.json").read_text())
+    assert summary["kernels"]["layers_at_end"] == {"dense": 8} and summary["kernels"]["device"] == "cpu"
+    assert "8 by the kernel cpu" in (tmp_path / "mixed" / "report.html").read_text()
+
+
+def test_without_a_compiler_a_run_is_dense_and_says_so_once(corpus: Path, tmp_path: Path) -> None:
+    variables = {"CXX": "no-such-compiler", "MEGASPARSE_CACHE": str(tmp_path / "cache")}
+    words = ["run.name=plain", "train.stop_after=6"]
+    done = run(command(corpus, tmp_path, *words, ranks=1), variables=variables)
+    assert done.stdout.count("no C++ compiler found: no-such-compiler") == 1
+    assert not list((tmp_path / "cache").glob("*.so"))
+    forced = run(command(corpus, tmp_path, "kernels.block_sparse=cpu", ranks=1), variables=variables, expect=2)
+    assert "kernels.block_sparse: 'cpu' cannot run: no C++ compiler" in forced.stdout
+
+
+def test_the_tuner_writes_a_table_that_its_machine_reads(tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "tune_kernels.py"), "--shapes", "32x64", "--blocks", "16", "24"]
+    tool += ["--tokens", "16", "--rounds", "1", "--precisions", "fp32"]
+    variables = {"MEGASPARSE_CACHE": str(tmp_path)}
+    table = tmp_path / "break_even.json"
+    dry = run([*tool, "--dry-run"], variables=variables)
+    assert "break-even" in dry.stdout and "sparsity.unit 24" in dry.stdout and not table.exists()
+    run(tool, variables=variables)
+    (measurement,) = json.loads(table.read_text())["measurements"]
+    assert measurement["device"] == "cpu" and measurement["threads"] == 1 and len(measurement["rows"]) == 1
+    table.write_text("{")
+    assert "no table of break-even densities" in run(tool, variables=variables, expect=2).stdout
+    assert table.read_text() == "{"
