@@ -351,7 +351,7 @@ class SparsityConfig(Section):
 class KernelsConfig(Section):
     block_sparse: Literal["auto", "reference"] = "auto"
     """Kernel of the sparse linear layers; auto takes the fastest one that this machine supports."""
-    hybrid_attention: Literal["auto", "reference"] = "auto"
+    hybrid_attention: Literal["auto", "reference", "parts"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
 
 

@@ -1,7 +1,9 @@
-"""The heads of one attention call, in groups and with a margin around their tokens, for the tiles of a pattern.
+"""The heads of one attention call, in groups of equal size, with a margin around their tokens for overhanging tiles.
 
-Tensor names: B samples, G key-value heads, R query heads of each, T tokens, D head dimension, small letters those of
-one group; X = b x g x r, L = T with the margin on both sides, N tiles.
+A group is loaded into buffers that all groups use in turn, so that the views of the tiles on them are made once.
+
+Tensor names: B samples, G key-value heads, R query heads of each, T tokens, D head dimension; X = b x g x r samples and
+heads of one group, L = T with the margin on both sides, N tiles, Q queries and K keys of a tile.
 """
 
 from __future__ import annotations
@@ -18,81 +20,119 @@ from megasparse.kernels.hybrid_attention.tiles import Tiles, View, overhang, pat
 # Scores that are in work at a time: on a CPU what lies in a core's cache, elsewhere enough to fill the device.
 CPU_SCORES, DEVICE_SCORES = 2**18, 2**26
 
-Group = tuple[slice, slice, slice]
+Group = tuple[slice, slice]
+
+
+class TileView:
+    """The tiles of a view on a buffer [X, L, D] as matrices [X N, tokens, D], to read and to write."""
+
+    def __init__(self, x_XLD: Tensor, tiles: Tiles, view: View, front: int) -> None:
+        self._strided = view.of(x_XLD, front, tiles.num_tiles)
+        self._flat = self._strided.flatten(2, -2).flatten(0, 1)
+        # Matrices that are no view of the buffer are copied whenever they are read.
+        self._copied = self._flat.data_ptr() != self._strided.data_ptr()
+        self._pieces = [
+            (piece.of(x_XLD, front, tiles.num_tiles), first, last)
+            for piece, first, last in view.disjoint(tiles.num_tiles)
+        ]
+
+    def read(self) -> Tensor:
+        if self._copied:
+            self._flat.view(self._strided.shape).copy_(self._strided)
+        return self._flat
+
+    def write(self, values: Tensor) -> None:
+        self._strided.copy_(values.view(self._strided.shape))
+
+    def add(self, values: Tensor) -> None:
+        """Add to the buffer; a token that lies in several tiles gets a summand from each."""
+        for target, first, last in self._pieces:
+            target.add_(values[:, first:last].unflatten(0, target.shape[:2]).view(target.shape))
+
+    def memory(self) -> Tensor | None:
+        """The part of the buffer itself, where it is contiguous: a result can be computed into it."""
+        return self._flat if not self._copied and self._flat.is_contiguous() else None
 
 
 class Layout:
-    """The tiles of one call with their masks, and the heads in groups whose scores fit into the cache."""
+    """Groups, buffers and masks of one call.
+
+    Args:
+        q, k: as in `hybrid_attention`; only shape, dtype and device matter.
+        documents_BT: as in `hybrid_attention`.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, documents_BT: Tensor | None, pattern: str, stride: int) -> None:
-        self.samples, num_heads, self.length, _ = q.shape
-        self.heads = k.shape[1], num_heads // k.shape[1]
+        self._samples, num_heads, self._length, _ = q.shape
+        self._key_heads, self.device = k.shape[1], q.device
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.limit = CPU_SCORES if q.device.type == "cpu" else DEVICE_SCORES
-        tiles = pattern_tiles(pattern, self.length, stride)
-        self.front, self.end = overhang(tiles)
-        self.tiles = [
-            (piece, piece.masks(self.dtype, q.device)) for part in tiles for piece in part.slices(self.limit)
-        ]
-        self.documents, self.device = documents_BT, q.device
-        self.scratch: dict[str, Tensor] = {}
+        tiles = pattern_tiles(pattern, self._length, stride)
+        self._front, self._end = overhang(tiles)
+        limit = CPU_SCORES if q.device.type == "cpu" else DEVICE_SCORES
+        share = num_heads // self._key_heads
+        fitting = limit // (share * max(part.entries for part in tiles))
+        heads = _divisor(self._key_heads, fitting)
+        self._shape = _divisor(self._samples, fitting // self._key_heads), heads, share
+        self.tiles = [piece for part in tiles for piece in part.slices(limit // math.prod(self._shape))]
+        self._masks = [piece.masks(self.dtype, q.device) for piece in self.tiles]
+        self._scratch: dict[str, Tensor] = {}
+        self._documents_BT = documents_BT
+        if documents_BT is not None:
+            self._documents = documents_BT.new_full((self._shape[0], self._front + self._end, 1), -1)
 
     def groups(self) -> Iterator[Group]:
-        """Slices of samples, key-value heads and query heads of each."""
-        num_groups, share = self.heads
-        heads = max(1, self.limit // max(part.entries for part, _ in self.tiles))
-        each = max(1, heads // (num_groups * share)), min(num_groups, max(1, heads // share)), min(share, heads)
-        sizes = self.samples, num_groups, share
-        starts = (range(0, size, step) for size, step in zip(sizes, each, strict=True))
-        for first in product(*starts):
-            yield tuple(
-                slice(start, min(start + step, size)) for start, step, size in zip(first, each, sizes, strict=True)
-            )
+        """Slices of samples and key-value heads."""
+        starts = (
+            range(0, size, step) for size, step in zip((self._samples, self._key_heads), self._shape, strict=False)
+        )
+        for sample, head in product(*starts):
+            yield slice(sample, sample + self._shape[0]), slice(head, head + self._shape[1])
 
-    def load(self, x_bgrTD: Tensor, scale: float = 1.0) -> Tensor:
-        """The heads of a group with zeros around, [X, L, D] in the dtype of the products."""
-        *shape, T, D = x_bgrTD.shape
-        loaded = torch.empty(*shape, self.front + self.end, D, dtype=self.dtype, device=x_bgrTD.device)
-        loaded[..., : self.front, :].zero_()
-        loaded[..., self.front + T :, :].zero_()
-        inner = loaded[..., self.front : self.front + T, :]
-        inner.copy_(x_bgrTD)
-        if scale != 1:
-            inner.mul_(scale)
-        return loaded.flatten(0, 2)
+    def by_key_head(self, x_BHTD: Tensor) -> Tensor:
+        """[B, H, T, D] -> [B, G, R, T, D], where H may be G; a group is the index of a part of it."""
+        return x_BHTD.unflatten(1, (self._key_heads, -1))
 
-    def load_keys(self, x_BGTD: Tensor, group: Group) -> Tensor:
-        """`load` for keys or values, repeated for the query heads of the group."""
-        shared = x_BGTD[group[:2]].unsqueeze(2)
-        return self.load(shared.expand(-1, -1, group[2].stop - group[2].start, -1, -1))
+    def buffer(self, width: int) -> Tensor:
+        """[X, L, width] of zeros."""
+        size = math.prod(self._shape), self._front + self._end, width
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
 
-    def load_documents(self, group: Group) -> Tensor | None:
-        """[samples, L, 1]; -1 around."""
-        if self.documents is None:
-            return None
-        documents_bT = self.documents[group[0]]
-        loaded = documents_bT.new_full((documents_bT.shape[0], self.front + self.end), -1)
-        loaded[:, self.front : self.front + self.length] = documents_bT
-        return loaded.unsqueeze(-1)
+    def tokens(self, x_XLD: Tensor) -> Tensor:
+        """A buffer without its margin, [b, g, R, T, D]."""
+        return x_XLD[:, self._front : self._front + self._length].unflatten(0, self._shape)
 
-    def tokens(self, x_XLD: Tensor, group: Group) -> Tensor:
-        """What `load` put together, [b, g, r, T, D] without the margin."""
-        sizes = [piece.stop - piece.start for piece in group]
-        return x_XLD[:, self.front : self.front + self.length].unflatten(0, sizes)
+    def load_documents(self, group: Group) -> None:
+        if self._documents_BT is not None:
+            self._documents[:, self._front : self._front + self._length, 0] = self._documents_BT[group[0]]
 
-    def of(self, x_XLD: Tensor, tiles: Tiles, view: View) -> Tensor:
-        """The tokens of a view, [X, N, *counts, D], without a copy."""
-        return view.of(x_XLD, self.front, tiles.num_tiles)
+    def queries(self, x_XLD: Tensor) -> list[TileView]:
+        """For each of `tiles` its queries in a buffer."""
+        return [TileView(x_XLD, tiles, tiles.queries, self._front) for tiles in self.tiles]
 
-    def add(self, total_XLD: Tensor, tiles: Tiles, view: View, values: Tensor) -> None:
-        """Add [X N, tokens, D] to the tokens of a view; those that lie in several tiles get a summand from each."""
-        for piece, first, last in view.disjoint(tiles.num_tiles):
-            target = self.of(total_XLD, tiles, piece)
-            target.add_(values[:, first:last].view(target.shape))
+    def keys(self, x_XLD: Tensor) -> list[TileView]:
+        """For each of `tiles` its keys in a buffer."""
+        return [TileView(x_XLD, tiles, tiles.keys, self._front) for tiles in self.tiles]
+
+    def mask_(self, scores: Tensor, number: int) -> None:
+        """Set dead pairs of `tiles[number]` in [X N, Q, K] to -inf."""
+        tiles = self.tiles[number]
+        by_tile = scores.unflatten(0, (-1, tiles.num_tiles))
+        for piece, mask in self._masks[number]:
+            by_tile[:, piece].add_(mask)
+        if self._documents_BT is not None:
+            views = tiles.queries, tiles.keys
+            query, key = (view.of(self._documents, self._front, tiles.num_tiles).flatten(2, -2) for view in views)
+            apart_bNQK = query != key.mT
+            by_tile.unflatten(0, (self._shape[0], -1)).masked_fill_(apart_bNQK.unsqueeze(1), -math.inf)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Memory that is used again for every batch of tiles."""
+        """Memory that is used again by every batch of tiles."""
         size = math.prod(shape)
-        if name not in self.scratch or self.scratch[name].numel() < size:
-            self.scratch[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.scratch[name][:size].view(shape)
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._scratch[name][:size].view(shape)
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor up to `limit`, at least 1."""
+    return next((size for size in range(min(number, limit), 0, -1) if number % size == 0), 1)

@@ -9,8 +9,8 @@ Scores and probabilities are float32 (float64 for float64 inputs), and so are th
 whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
 instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
 
-Tensor names: B samples, G key-value heads, R query heads of each, T tokens, D head dimension; within a group of heads
-X = samples x heads, L = T with a margin on both sides, N tiles, Q queries and K keys of a tile.
+Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
+group of heads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasparse.kernels.hybrid_attention.layout import Group, Layout
-from megasparse.kernels.hybrid_attention.tiles import Tiles, View, pattern_tiles
+from megasparse.kernels.hybrid_attention.layout import Layout, TileView
+from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 
 def attend(
@@ -55,12 +55,11 @@ class PartsAttention(torch.autograd.Function):
         layout = Layout(q, k, documents, pattern, stride)
         out = empty_tokens_first(q)
         lse = torch.empty(*q.shape[:3], 1, dtype=layout.dtype, device=q.device)
-        q_BGRTD, out_BGRTD, lse_BGRT1 = (x.unflatten(1, layout.heads) for x in (q, out, lse))
+        attend_group = GroupForward(layout, q.shape[-1])
+        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
         for group in layout.groups():
-            loaded = layout.load(q_BGRTD[group], scale), layout.load_keys(k, group), layout.load_keys(v, group)
-            out_XLD, lse_XL1 = _attend_group(layout, group, *loaded)
-            out_BGRTD[group] = layout.tokens(out_XLD, group)
-            lse_BGRT1[group] = layout.tokens(lse_XL1, group)
+            layout.load_documents(group)
+            attend_group(*(x[group] for x in by_key_head), scale)
         ctx.save_for_backward(q, k, v, documents, out, lse)
         ctx.settings = pattern, stride, scale
         return out
@@ -71,97 +70,130 @@ class PartsAttention(torch.autograd.Function):
         q, k, v, documents, out, lse = ctx.saved_tensors
         pattern, stride, scale = ctx.settings
         layout = Layout(q, k, documents, pattern, stride)
-        dq = empty_tokens_first(q)
-        dk, dv = (empty_tokens_first(x, layout.dtype).zero_() for x in (k, v))
-        names = q, dq, out, dout, lse
-        q_BGRTD, dq_BGRTD, out_BGRTD, dout_BGRTD, lse_BGRT1 = (x.unflatten(1, layout.heads) for x in names)
+        gradients = [empty_tokens_first(x) for x in (q, k, v)]
+        differentiate_group = GroupBackward(layout, q.shape[-1])
+        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, *gradients)]
         for group in layout.groups():
-            loaded = layout.load(q_BGRTD[group], scale), layout.load_keys(k, group), layout.load_keys(v, group)
-            dout_XLD, lse_XL1 = layout.load(dout_BGRTD[group]), layout.load(lse_BGRT1[group])
-            delta_XL1 = (layout.load(out_BGRTD[group]) * dout_XLD).sum(-1, keepdim=True)
-            gradients = _differentiate_group(layout, group, *loaded, dout_XLD, lse_XL1, delta_XL1)
-            dq_BGRTD[group] = layout.tokens(gradients[0].mul_(scale), group)
-            for total, gradient in ((dk, gradients[1]), (dv, gradients[2])):
-                total[group[:2]] += layout.tokens(gradient, group).sum(2)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+            layout.load_documents(group)
+            differentiate_group(*(x[group] for x in by_key_head), scale)
+        return (*gradients, None, None, None, None)
 
 
+class GroupForward:
+    """Forward pass of a group of heads, in buffers that the groups share."""
 
-def _attend_group(
-    layout: Layout, group: Group, q_XLD: Tensor, k_XLD: Tensor, v_XLD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs and log-sum-exps [X, L, 1]; the margin holds no meaning."""
-    documents = layout.load_documents(group)
-    out_XLD = torch.zeros_like(q_XLD)
-    top_XL1, total_XL1 = (q_XLD.new_zeros(*q_XLD.shape[:2], 1) for _ in range(2))
-    for tiles, masks in layout.tiles:
-        scores, (_, _, values) = _masked_scores(layout, tiles, masks, q_XLD, k_XLD, v_XLD, documents)
-        tops, totals, outs = (layout.of(x, tiles, tiles.queries) for x in (top_XL1, total_XL1, out_XLD))
-        top = scores.amax(-1, keepdim=True)
-        if tiles.joins:
-            before = tops.reshape(top.shape)
-            top = torch.maximum(top, before)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out = torch.bmm(weights, values, out=layout.take("rows", *weights.shape[:2], values.shape[-1]))
-        if tiles.joins:
-            factor = before.sub_(top).exp_()
-            total.addcmul_(factor, totals.reshape(top.shape))
-            out.addcmul_(factor, outs.reshape(out.shape))
-        for whole, part in ((tops, top), (totals, total), (outs, out)):
-            whole.copy_(part.view(whole.shape))
-    return out_XLD.div_(total_XL1), total_XL1.log_().add_(top_XL1)
+    def __init__(self, layout: Layout, head_dim: int) -> None:
+        self._layout = layout
+        q, k, v, out = (layout.buffer(head_dim) for _ in range(4))
+        top, total = layout.buffer(1), layout.buffer(1)
+        self._q, self._k, self._v, self._out, self._top, self._total = map(layout.tokens, (q, k, v, out, top, total))
+        self._tiles = list(zip(*map(layout.queries, (q, out, top, total)), *map(layout.keys, (k, v)), strict=True))
 
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+        """Fill `out` and `lse` of the group from its queries, keys and values."""
+        self._q.copy_(q).mul_(scale)
+        self._k.copy_(k)
+        self._v.copy_(v)
+        for number, views in enumerate(self._tiles):
+            self._attend(number, *views)
+        torch.log(self._total, out=lse).add_(self._top)
+        out.copy_(self._out.div_(self._total))
 
-def _differentiate_group(
-    layout: Layout,
-    group: Group,
-    q_XLD: Tensor,
-    k_XLD: Tensor,
-    v_XLD: Tensor,
-    dout_XLD: Tensor,
-    lse_XL1: Tensor,
-    delta_XL1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the loaded queries, keys and values."""
-    documents = layout.load_documents(group)
-    gradients = tuple(torch.zeros_like(x) for x in (q_XLD, k_XLD, v_XLD))
-    for tiles, masks in layout.tiles:
-        weights, (queries, keys, values) = _masked_scores(layout, tiles, masks, q_XLD, k_XLD, v_XLD, documents)
-        douts, lse, delta = (layout.of(x, tiles, tiles.queries).flatten(2, -2).flatten(0, 1) for x in (dout_XLD, lse_XL1, delta_XL1))
-        weights.sub_(lse).exp_()
-        keys_shape = "rows", *keys.shape
-        layout.add(gradients[2], tiles, tiles.keys, torch.bmm(weights.mT, douts, out=layout.take(*keys_shape)))
-        dscores = torch.bmm(douts, values.mT, out=layout.take("dscores", *weights.shape))
-        dscores.sub_(delta).mul_(weights)
-        layout.add(gradients[1], tiles, tiles.keys, torch.bmm(dscores.mT, queries, out=layout.take(*keys_shape)))
-        layout.add(gradients[0], tiles, tiles.queries, torch.bmm(dscores, keys, out=layout.take("rows", *queries.shape)))
-    return gradients
+    def _attend(
+        self, number: int, q: TileView, out: TileView, top: TileView, total: TileView, k: TileView, v: TileView
+    ) -> None:
+        """Join what the queries of one batch of tiles get from its keys to what they have: sum, divisor, maximum."""
+        take, joins = self._layout.take, self._layout.tiles[number].joins
+        queries, keys, values = q.read(), k.read(), v.read()
+        shape = *queries.shape[:2], keys.shape[1]
+        scores = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        self._layout.mask_(scores, number)
+        maximum = torch.amax(scores, -1, keepdim=True, out=take("maximum", *shape[:2], 1))
+        if joins:
+            before = top.read()
+            torch.maximum(maximum, before, out=maximum)
+        weights = scores.sub_(maximum).exp_()
+        divisor = torch.sum(weights, -1, keepdim=True, out=take("divisor", *shape[:2], 1))
+        into = None if joins else out.memory()
+        result = torch.bmm(weights, values, out=take("rows", *queries.shape) if into is None else into)
+        if joins:
+            factor = torch.sub(before, maximum, out=take("factor", *shape[:2], 1)).exp_()
+            divisor.addcmul_(factor, total.read())
+            result.addcmul_(factor, out.read())
+        if into is None:
+            out.write(result)
+        top.write(maximum)
+        total.write(divisor)
 
 
-def _masked_scores(
-    layout: Layout,
-    tiles: Tiles,
-    masks: list[tuple[slice, Tensor]],
-    q_XLD: Tensor,
-    k_XLD: Tensor,
-    v_XLD: Tensor,
-    documents_bL1: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Scores [X N, Q, K] with -inf where a pair is dead, and queries, keys and values of the tiles."""
-    views = (q_XLD, tiles.queries), (k_XLD, tiles.keys), (v_XLD, tiles.keys)
-    queries, keys, values = (layout.of(x, tiles, view).flatten(2, -2).flatten(0, 1) for x, view in views)
-    scores = torch.bmm(queries, keys.mT, out=layout.take("scores", *queries.shape[:2], keys.shape[1]))
-    by_tile = scores.unflatten(0, (-1, tiles.num_tiles))
-    for piece, mask in masks:
-        by_tile[:, piece].add_(mask)
-    if documents_bL1 is not None:
-        query, key = (layout.of(documents_bL1, tiles, view).flatten(2, -2) for view in (tiles.queries, tiles.keys))
-        apart = query != key.mT
-        by_tile.unflatten(0, (apart.shape[0], -1)).masked_fill_(apart.unsqueeze(1), -math.inf)
-    return scores, (queries, keys, values)
+class GroupBackward:
+    """Backward pass of a group of heads, in buffers that the groups share."""
+
+    def __init__(self, layout: Layout, head_dim: int) -> None:
+        self._layout = layout
+        q, k, v, dout, dq, dk, dv = (layout.buffer(head_dim) for _ in range(7))
+        lse, delta = layout.buffer(1), layout.buffer(1)
+        self._inputs = list(map(layout.tokens, (q, k, v, lse, dout)))
+        self._delta, self._sums = layout.tokens(delta), (dq, dk, dv)
+        self._tiles = list(
+            zip(*map(layout.queries, (q, lse, dout, delta, dq)), *map(layout.keys, (k, v, dk, dv)), strict=True)
+        )
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        scale: float,
+    ) -> None:
+        """Fill the gradients of the group, summed over the query heads of a key-value head."""
+        for mine, given in zip(self._inputs, (q, k, v, lse, dout), strict=True):
+            mine.copy_(given)
+        self._inputs[0].mul_(scale)
+        products = torch.mul(self._inputs[-1], out, out=self._layout.take("products", *out.shape))
+        torch.sum(products, -1, keepdim=True, out=self._delta)
+        for total in self._sums:
+            total.zero_()
+        for number, views in enumerate(self._tiles):
+            self._differentiate(number, *views)
+        dq_sum, dk_sum, dv_sum = map(self._layout.tokens, self._sums)
+        dq.copy_(dq_sum.mul_(scale))
+        for gradient, total in ((dk, dk_sum), (dv, dv_sum)):
+            gradient.copy_(total if total.shape == gradient.shape else total.sum(2, keepdim=True))
+
+    def _differentiate(
+        self,
+        number: int,
+        q: TileView,
+        lse: TileView,
+        dout: TileView,
+        delta: TileView,
+        dq: TileView,
+        k: TileView,
+        v: TileView,
+        dk: TileView,
+        dv: TileView,
+    ) -> None:
+        """Add the gradients of one batch of tiles."""
+        take = self._layout.take
+        queries, douts, keys, values = q.read(), dout.read(), k.read(), v.read()
+        shape = *queries.shape[:2], keys.shape[1]
+        weights = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        self._layout.mask_(weights, number)
+        weights.sub_(lse.read()).exp_()
+        dv.add(torch.bmm(weights.mT, douts, out=take("columns", *keys.shape)))
+        dscores = torch.bmm(douts, values.mT, out=take("dscores", *shape))
+        dscores.sub_(delta.read()).mul_(weights)
+        dk.add(torch.bmm(dscores.mT, queries, out=take("columns", *keys.shape)))
+        dq.add(torch.bmm(dscores, keys, out=take("rows", *queries.shape)))
 
 
-def empty_tokens_first(x_BHTD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
     """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

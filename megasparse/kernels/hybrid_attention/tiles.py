@@ -57,7 +57,6 @@ class View:
         strides = (L * D, *(step * D for step in steps), 1)
         return x_XLD.as_strided((X, *counts, D), strides, x_XLD.storage_offset() + (front + self.start) * D)
 
-
     def disjoint(self, num_tiles: int) -> list[tuple[View, int, int]]:
         """Views whose tiles share no token, and the range of this view's tokens that each of them holds."""
         count, _ = self.rows[-1]
@@ -173,7 +172,9 @@ def _strided(seq_length: int, stride: int, sees: Callable) -> tuple[Tiles, ...]:
     for first in range(0, length, TILE):
         last = min(first + TILE, length)
         queries = View(first * stride, together, ((last - first, stride), (together, 1)))
-        tiles.append(Tiles(stride // together, queries, View(0, together, ((last, stride), (together, 1))), sees, stride))
+        tiles.append(
+            Tiles(stride // together, queries, View(0, together, ((last, stride), (together, 1))), sees, stride)
+        )
     return tuple(tiles)
 
 
