@@ -14,23 +14,39 @@ from types import MappingProxyType
 
 import torch
 
-from megasparse.kernels.hybrid_attention import reference
+from megasparse.kernels.hybrid_attention import parts, reference
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern, live_entries, pattern_mask
 
-__all__ = ["PATTERNS", "check_pattern", "executed_entries", "hybrid_attention", "live_entries", "pattern_mask"]
+__all__ = [
+    "PATTERNS",
+    "check_pattern",
+    "executed_entries",
+    "hybrid_attention",
+    "live_entries",
+    "pattern_mask",
+    "select_kernel",
+]
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
     """A way to compute attention under one pattern, and the count of the scores that it computes."""
 
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None], torch.Tensor]
+    attend: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None], torch.Tensor
+    ]
     executed_entries: Callable[[str, int, int], int]
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
-    {"reference": AttentionKernel(reference.attend, reference.executed_entries)}
+    {
+        "reference": AttentionKernel(reference.attend, reference.executed_entries),
+        "parts": AttentionKernel(parts.attend, parts.executed_entries),
+    }
 )
+
+# Tokens from which `auto` prefers parts to a T x T mask; measured, see `benchmarks/hybrid_attention.py`.
+FASTER_FROM = 512
 
 
 def hybrid_attention(
@@ -41,6 +57,7 @@ def hybrid_attention(
     stride: int,
     kernel: str = "auto",
     scale: float | None = None,
+    documents_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention in which each query head sees the keys of its pattern.
 
@@ -51,12 +68,16 @@ def hybrid_attention(
         stride: s of the patterns, in tokens.
         kernel: `auto` for the fastest one that supports the input, or a name from `KERNELS`.
         scale: factor of the scores before the softmax; None: 1 / sqrt(D).
+        documents_BT: number of the document of each token, integers that never decrease along the tokens. No query
+            sees a key of another document. Positions in the patterns stay those in the sequence: a document does
+            not start new blocks or residues.
 
     Returns:
         [B, H, T, D] in the dtype of the queries.
 
     Raises:
-        ValueError: unknown kernel or pattern, a count of patterns other than 1 or H, or H not a multiple of G.
+        ValueError: unknown kernel or pattern, a count of patterns other than 1 or H, H not a multiple of G, or
+            documents of another shape or type.
     """
     num_heads, num_groups = q_BHTD.shape[1], k_BGTD.shape[1]
     names = (patterns,) * num_heads if isinstance(patterns, str) else tuple(patterns)
@@ -67,21 +88,21 @@ def hybrid_attention(
         )
     if num_heads % num_groups:
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
-    for name in dict.fromkeys(names):
-        check_pattern(name, stride)
-    attend = KERNELS[select_kernel(kernel)].attend
-    if len(set(names)) == 1:
-        return attend(q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale)
+    seq_length = q_BHTD.shape[2]
+    check_documents(documents_BT, q_BHTD.shape[0], seq_length)
+    attends = {name: KERNELS[select_kernel(kernel, name, seq_length, stride)].attend for name in dict.fromkeys(names)}
+    if len(attends) == 1:
+        return attends[names[0]](q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale, documents_BT)
 
     # Heads of one pattern run together. Keys and values are repeated before the heads are picked, so that no index
     # occurs twice and the backward pass stays deterministic.
     k_BHTD, v_BHTD = repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
     order, outputs = [], []
-    for name in dict.fromkeys(names):
+    for name, attend in attends.items():
         heads = [head for head, pattern in enumerate(names) if pattern == name]
         index = torch.tensor(heads, device=q_BHTD.device)
         picked = (tensor.index_select(1, index) for tensor in (q_BHTD, k_BHTD, v_BHTD))
-        outputs.append(attend(*picked, name, stride, scale))
+        outputs.append(attend(*picked, name, stride, scale, documents_BT))
         order += heads
     back = torch.tensor(order, device=q_BHTD.device).argsort()
     return torch.cat(outputs, dim=1).index_select(1, back)
@@ -89,19 +110,30 @@ def hybrid_attention(
 
 def executed_entries(kernel: str, pattern: str, seq_length: int, stride: int) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
+    return KERNELS[select_kernel(kernel, pattern, seq_length, stride)].executed_entries(pattern, seq_length, stride)
+
+
+def select_kernel(kernel: str, pattern: str, seq_length: int, stride: int) -> str:
+    """The name in `KERNELS` that `kernel` stands for. Raises ValueError where there is none, and as `check_pattern`."""
     check_pattern(pattern, stride)
-    return KERNELS[select_kernel(kernel)].executed_entries(pattern, seq_length, stride)
-
-
-def select_kernel(kernel: str) -> str:
-    """The name in `KERNELS` that `kernel` stands for. Raises ValueError where there is none."""
     if kernel == "auto":
-        return "reference"
+        return "parts" if pattern != "full" and seq_length >= FASTER_FROM else "reference"
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
         )
     return kernel
+
+
+def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
+    """Raise ValueError unless there is an integer for every token, or None."""
+    if documents_BT is None:
+        return
+    if documents_BT.shape != (samples, seq_length) or documents_BT.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"attention documents: got {documents_BT.dtype} of shape {list(documents_BT.shape)}; legal values: int32 "
+            f"or int64 of shape {[samples, seq_length]}, or None"
+        )
 
 
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:

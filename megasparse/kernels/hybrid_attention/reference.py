@@ -14,15 +14,23 @@ from megasparse.kernels.hybrid_attention.patterns import live_entries, pattern_m
 
 
 def attend(
-    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, pattern: str, stride: int, scale: float | None
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    pattern: str,
+    stride: int,
+    scale: float | None,
+    documents_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
     seq_length = q_BHTD.shape[2]
-    if pattern == "full":
+    if pattern == "full" and documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=grouped)
-    mask_TT = cached_mask(pattern, seq_length, stride, q_BHTD.device)
-    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask_TT, scale=scale, enable_gqa=grouped)
+    mask = cached_mask(pattern, seq_length, stride, q_BHTD.device)
+    if documents_BT is not None:
+        mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int) -> int:

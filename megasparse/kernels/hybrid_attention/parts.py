@@ -1,0 +1,199 @@
+"""Hybrid sparse attention by parts: exact, in plain PyTorch, at the cost of about the live entries.
+
+A pattern is a few batches of equal tiles (`tiles.py`), and each batch is a batched matrix product. The forward pass
+joins what a query gets from several of them by the log-sum-exp. The backward pass gives every tile the joined output
+and the joined log-sum-exp, with which its probabilities are the final ones: p = exp(s - lse), ds = p (dp - delta),
+delta = sum(dO O), as in ring attention. So there is no gradient through the joining.
+
+Scores and probabilities are float32 (float64 for float64 inputs), and so are the products: heads are widened in groups
+whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
+instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
+
+Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
+group of heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megasparse.kernels.hybrid_attention.layout import Layout, TileView
+from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    pattern: str,
+    stride: int,
+    scale: float | None,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
+    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    return PartsAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, scale)
+
+
+def executed_entries(pattern: str, seq_length: int, stride: int) -> int:
+    """Scores computed per head: all entries of the tiles, masked ones and overhanging tokens included."""
+    return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride))
+
+
+class PartsAttention(torch.autograd.Function):
+    """See the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, scale: float
+    ) -> Tensor:
+        layout = Layout(q, k, documents, pattern, stride)
+        out = empty_tokens_first(q)
+        lse = torch.empty(*q.shape[:3], 1, dtype=layout.dtype, device=q.device)
+        attend_group = GroupForward(layout, q.shape[-1])
+        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
+        for group in layout.groups():
+            layout.load_documents(group)
+            attend_group(*(x[group] for x in by_key_head), scale)
+        ctx.save_for_backward(q, k, v, documents, out, lse)
+        ctx.settings = pattern, stride, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, documents, out, lse = ctx.saved_tensors
+        pattern, stride, scale = ctx.settings
+        layout = Layout(q, k, documents, pattern, stride)
+        gradients = [empty_tokens_first(x) for x in (q, k, v)]
+        differentiate_group = GroupBackward(layout, q.shape[-1])
+        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, *gradients)]
+        for group in layout.groups():
+            layout.load_documents(group)
+            differentiate_group(*(x[group] for x in by_key_head), scale)
+        return (*gradients, None, None, None, None)
+
+
+class GroupForward:
+    """Forward pass of a group of heads, in buffers that the groups share."""
+
+    def __init__(self, layout: Layout, head_dim: int) -> None:
+        self._layout = layout
+        q, k, v, out = (layout.buffer(head_dim) for _ in range(4))
+        top, total = layout.buffer(1), layout.buffer(1)
+        self._q, self._k, self._v, self._out, self._top, self._total = map(layout.tokens, (q, k, v, out, top, total))
+        self._tiles = list(zip(*map(layout.queries, (q, out, top, total)), *map(layout.keys, (k, v)), strict=True))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+        """Fill `out` and `lse` of the group from its queries, keys and values."""
+        self._q.copy_(q).mul_(scale)
+        self._k.copy_(k)
+        self._v.copy_(v)
+        for number, views in enumerate(self._tiles):
+            self._attend(number, *views)
+        torch.log(self._total, out=lse).add_(self._top)
+        out.copy_(self._out.div_(self._total))
+
+    def _attend(
+        self, number: int, q: TileView, out: TileView, top: TileView, total: TileView, k: TileView, v: TileView
+    ) -> None:
+        """Join what the queries of one batch of tiles get from its keys to what they have: sum, divisor, maximum."""
+        take, joins = self._layout.take, self._layout.tiles[number].joins
+        queries, keys, values = q.read(), k.read(), v.read()
+        shape = *queries.shape[:2], keys.shape[1]
+        scores = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        self._layout.mask_(scores, number)
+        maximum = torch.amax(scores, -1, keepdim=True, out=take("maximum", *shape[:2], 1))
+        if joins:
+            before = top.read()
+            torch.maximum(maximum, before, out=maximum)
+        weights = scores.sub_(maximum).exp_()
+        divisor = torch.sum(weights, -1, keepdim=True, out=take("divisor", *shape[:2], 1))
+        into = None if joins else out.memory()
+        result = torch.bmm(weights, values, out=take("rows", *queries.shape) if into is None else into)
+        if joins:
+            factor = torch.sub(before, maximum, out=take("factor", *shape[:2], 1)).exp_()
+            divisor.addcmul_(factor, total.read())
+            result.addcmul_(factor, out.read())
+        if into is None:
+            out.write(result)
+        top.write(maximum)
+        total.write(divisor)
+
+
+class GroupBackward:
+    """Backward pass of a group of heads, in buffers that the groups share."""
+
+    def __init__(self, layout: Layout, head_dim: int) -> None:
+        self._layout = layout
+        q, k, v, dout, dq, dk, dv = (layout.buffer(head_dim) for _ in range(7))
+        lse, delta = layout.buffer(1), layout.buffer(1)
+        self._inputs = list(map(layout.tokens, (q, k, v, lse, dout)))
+        self._delta, self._sums = layout.tokens(delta), (dq, dk, dv)
+        self._tiles = list(
+            zip(*map(layout.queries, (q, lse, dout, delta, dq)), *map(layout.keys, (k, v, dk, dv)), strict=True)
+        )
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        scale: float,
+    ) -> None:
+        """Fill the gradients of the group, summed over the query heads of a key-value head."""
+        for mine, given in zip(self._inputs, (q, k, v, lse, dout), strict=True):
+            mine.copy_(given)
+        self._inputs[0].mul_(scale)
+        products = torch.mul(self._inputs[-1], out, out=self._layout.take("products", *out.shape))
+        torch.sum(products, -1, keepdim=True, out=self._delta)
+        for total in self._sums:
+            total.zero_()
+        for number, views in enumerate(self._tiles):
+            self._differentiate(number, *views)
+        dq_sum, dk_sum, dv_sum = map(self._layout.tokens, self._sums)
+        dq.copy_(dq_sum.mul_(scale))
+        for gradient, total in ((dk, dk_sum), (dv, dv_sum)):
+            gradient.copy_(total if total.shape == gradient.shape else total.sum(2, keepdim=True))
+
+    def _differentiate(
+        self,
+        number: int,
+        q: TileView,
+        lse: TileView,
+        dout: TileView,
+        delta: TileView,
+        dq: TileView,
+        k: TileView,
+        v: TileView,
+        dk: TileView,
+        dv: TileView,
+    ) -> None:
+        """Add the gradients of one batch of tiles."""
+        take = self._layout.take
+        queries, douts, keys, values = q.read(), dout.read(), k.read(), v.read()
+        shape = *queries.shape[:2], keys.shape[1]
+        weights = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        self._layout.mask_(weights, number)
+        weights.sub_(lse.read()).exp_()
+        dv.add(torch.bmm(weights.mT, douts, out=take("columns", *keys.shape)))
+        dscores = torch.bmm(douts, values.mT, out=take("dscores", *shape))
+        dscores.sub_(delta.read()).mul_(weights)
+        dk.add(torch.bmm(dscores.mT, queries, out=take("columns", *keys.shape)))
+        dq.add(torch.bmm(dscores, keys, out=take("rows", *queries.shape)))
+
+
+def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
+    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
+    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

@@ -1,0 +1,226 @@
+"""The attention patterns cut into tiles: which queries meet which keys, so that most of what is computed is live.
+
+``pattern_tiles`` gives the tiles of a pattern. Every live (query, key) pair lies in exactly one tile, and every query
+meets a live key in the first tile that it is in. How the patterns are cut, for stride s:
+
+    local     tiles of consecutive queries against the s - 1 tokens before them and themselves
+    strided   one sequence of the tokens of equal position modulo s, in rows of tiles up to the diagonal
+    sparse    local, then strided without the keys that local has
+    fixed     the block diagonal, then the last tokens of the earlier blocks, gathered
+    full      strided with s = 1
+
+Tokens are counted from 0; `of` reads tensors that hold `front` rows before token 0 and some rows after the last token,
+so that tiles may overhang: keys before token 0 are masked, and no token sees the ones after the last.
+
+Tensor names: X any leading dimension, L front + tokens + overhang, N tiles, Q queries of a tile, K keys of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from megasparse.kernels.hybrid_attention.patterns import check_pattern
+
+# Queries in a tile. Fewer waste less of a window; more make faster products. Measured from 32 to 128 on CPUs.
+TILE = 64
+# Tokens whose keys of the same residue meet in one tile: tiny products cost more than the masked entries.
+FEWEST = 32
+# Queries that share a product with the gathered last tokens of the blocks.
+SUMMARY_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class View:
+    """Tokens as tiles: token `start + tile * step + sum(index * step)` over `rows`, pairs of (count, step)."""
+
+    start: int
+    step: int
+    rows: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(count for count, _ in self.rows)
+
+    def end(self, num_tiles: int) -> int:
+        """One more than the last token."""
+        return self.start + (num_tiles - 1) * self.step + sum((count - 1) * step for count, step in self.rows) + 1
+
+    def of(self, x_XLD: torch.Tensor, front: int, num_tiles: int) -> torch.Tensor:
+        """The tiles of a contiguous tensor, a view of [X, N, *counts of the rows, D]."""
+        X, L, D = x_XLD.shape
+        counts, steps = zip((num_tiles, self.step), *self.rows, strict=True)
+        strides = (L * D, *(step * D for step in steps), 1)
+        return x_XLD.as_strided((X, *counts, D), strides, x_XLD.storage_offset() + (front + self.start) * D)
+
+    def disjoint(self, num_tiles: int) -> list[tuple[View, int, int]]:
+        """Views whose tiles share no token, and the range of this view's tokens that each of them holds."""
+        count, _ = self.rows[-1]
+        if num_tiles == 1 or count <= self.step:
+            return [(self, 0, self.size)]
+        return [
+            (replace(self, start=self.start + first, rows=((self.step, 1),)), first, first + self.step)
+            for first in range(0, count, self.step)
+        ]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Products of equal shape.
+
+    Attributes:
+        num_tiles: N.
+        queries, keys: the tokens of each tile.
+        sees: (query position, key position, s) -> whether the pair is live and belongs to these tiles.
+        stride: s.
+        edge: tiles at the beginning whose masks differ from the last one's; all others share that one.
+        joins: earlier tiles have the same queries.
+    """
+
+    num_tiles: int
+    queries: View
+    keys: View
+    sees: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    stride: int
+    edge: int = 0
+    joins: bool = False
+
+    @property
+    def entries(self) -> int:
+        return self.num_tiles * self.queries.size * self.keys.size
+
+    def masks(self, dtype: torch.dtype, device: torch.device) -> list[tuple[slice, torch.Tensor]]:
+        """0 where a pair is live and -inf elsewhere, [1 or tiles, Q, K], for each slice of the tiles."""
+        edge = min(self.edge, self.num_tiles)
+        pieces = [(slice(0, edge), 0, edge)] if edge else []
+        if edge < self.num_tiles:
+            pieces.append((slice(edge, None), edge, 1))
+        masks = []
+        for tiles, first, count in pieces:
+            queries, keys = (self._positions(view, first, count, device) for view in (self.queries, self.keys))
+            live = self.sees(queries[:, :, None], keys[:, None, :], self.stride)
+            masks.append((tiles, torch.zeros(live.shape, dtype=dtype, device=device).masked_fill_(~live, -math.inf)))
+        return masks
+
+    @staticmethod
+    def _positions(view: View, first: int, count: int, device: torch.device) -> torch.Tensor:
+        moved = replace(view, start=0)
+        tokens = torch.arange(moved.end(first + count), device=device).view(1, -1, 1)
+        return moved.of(tokens, 0, first + count)[0].reshape(first + count, -1)[first:] + view.start
+
+    def slices(self, limit: int) -> list[Tiles]:
+        """The same tiles in pieces of at most `limit` entries, or of one tile where it has more."""
+        each = max(1, limit // (self.queries.size * self.keys.size))
+        return [
+            replace(
+                self,
+                num_tiles=min(each, self.num_tiles - first),
+                queries=replace(self.queries, start=self.queries.start + first * self.queries.step),
+                keys=replace(self.keys, start=self.keys.start + first * self.keys.step),
+                edge=max(0, self.edge - first),
+            )
+            for first in range(0, self.num_tiles, each)
+        ]
+
+
+@lru_cache(maxsize=64)
+def pattern_tiles(pattern: str, seq_length: int, stride: int) -> tuple[Tiles, ...]:
+    """The tiles of a pattern over `seq_length` >= 1 tokens. Raises ValueError as `check_pattern`."""
+    check_pattern(pattern, stride)
+    stride = min(stride, seq_length)  # a longer one changes nothing
+    if pattern == "full":
+        return _strided(seq_length, 1, _same_residue)
+    if pattern == "local":
+        return _local(seq_length, stride)
+    if pattern == "strided":
+        return _strided(seq_length, stride, _same_residue)
+    if pattern == "sparse":
+        far = _strided(seq_length, stride, _earlier_of_same_residue) if seq_length > stride else ()
+        return (*_local(seq_length, stride), *_joining(far))
+    return (*_block_diagonal(seq_length, stride), *_joining(_summaries(seq_length, stride)))
+
+
+def overhang(tiles: tuple[Tiles, ...]) -> tuple[int, int]:
+    """Rows that the tiles reach before token 0, and one more than the last token that they reach."""
+    front = max(-part.keys.start for part in tiles)
+    return max(front, 0), max(view.end(part.num_tiles) for part in tiles for view in (part.queries, part.keys))
+
+
+def _joining(tiles: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
+    return tuple(replace(part, joins=True) for part in tiles)
+
+
+def _local(seq_length: int, stride: int) -> tuple[Tiles, ...]:
+    # A short window with long tiles would be mostly masked.
+    size = min(TILE, max(16, 2 ** (stride - 1).bit_length()))
+    before = _ceil(stride - 1, size)
+    num_tiles = _ceil(seq_length, size)
+    keys = View(-before * size, size, (((before + 1) * size, 1),))
+    return (Tiles(num_tiles, View(0, size, ((size, 1),)), keys, _in_window, stride, edge=before),)
+
+
+def _strided(seq_length: int, stride: int, sees: Callable) -> tuple[Tiles, ...]:
+    length = _ceil(seq_length, stride)
+    together = 1
+    while stride % (2 * together) == 0 and 2 * together * length <= FEWEST:
+        together *= 2
+    tiles = []
+    for first in range(0, length, TILE):
+        last = min(first + TILE, length)
+        queries = View(first * stride, together, ((last - first, stride), (together, 1)))
+        tiles.append(
+            Tiles(stride // together, queries, View(0, together, ((last, stride), (together, 1))), sees, stride)
+        )
+    return tuple(tiles)
+
+
+def _block_diagonal(seq_length: int, stride: int) -> tuple[Tiles, ...]:
+    together = max(1, 16 // stride)  # blocks in a tile
+    span = together * stride
+    num_tiles = _ceil(seq_length, span)
+    tiles = []
+    for first in range(0, span, TILE):
+        last = min(first + TILE, span)
+        queries, keys = View(first, span, ((last - first, 1),)), View(0, span, ((last, 1),))
+        tiles.append(Tiles(num_tiles, queries, keys, _in_block, stride))
+    return tuple(tiles)
+
+
+def _summaries(seq_length: int, stride: int) -> tuple[Tiles, ...]:
+    num_blocks, together = _ceil(seq_length, stride), max(1, SUMMARY_ROWS // stride)
+    tiles = []
+    for first in range(1, num_blocks, together):  # the first block has none before it
+        last = min(first + together, num_blocks)
+        for begin in range(first * stride, last * stride, SUMMARY_ROWS):
+            end = min(begin + SUMMARY_ROWS, last * stride)
+            keys = View(stride - 1, 0, ((last - 1, stride),))
+            tiles.append(Tiles(1, View(begin, 0, ((end - begin, 1),)), keys, _ends_earlier_block, stride))
+    return tuple(tiles)
+
+
+def _in_window(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+    return (key >= 0) & (key <= query) & (query - key < stride)
+
+
+def _same_residue(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+    return (key <= query) & ((query - key) % stride == 0)
+
+
+def _earlier_of_same_residue(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+    return (key < query) & ((query - key) % stride == 0)
+
+
+def _in_block(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+    return (key <= query) & (query // stride == key // stride)
+
+
+def _ends_earlier_block(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+    return key // stride < query // stride
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
