@@ -1,6 +1,6 @@
 """Seconds and FLOPs to the same validation loss: dense training, MST, and MST on dense products.
 
-    sh launch/quickstart.sh train.steps=1            # prepares the data
+    sh launch/quickstart.sh --dry-run                # prepares the data
     python benchmarks/time_to_loss.py [--config configs/quickstart.yaml] [--processes 2] [words for all runs ...]
 
 Whole runs through the entry script, one after the other, on real text. The target is the highest of the runs' final

@@ -111,7 +111,7 @@ def test_the_nearest_row_counts(own) -> None:
     ]
     write_table(own, [measurement(*rows[:2]), measurement(*rows[2:])])
     find = lambda *case: measured("cpu", "cpu", F32, *case)  # noqa: E731
-    assert find(16, 512, (768, 3072)) == 0.1, "the block counts before all else"
+    assert find(16, 1024, (768, 3072)) == 0.1 and find(32, 512, (768, 3072)) == 0.3, "block and tokens count alike"
     assert find(64, 2048, (768, 2304)) == find(128, 4096, (768, 3072)) == 0.2
     assert find(64, 700, (768, 3072)) == find(64, 700) == 0.3
     assert find(64, 2048, (3072, 1024)) == 0.4

@@ -10,8 +10,8 @@ the cache folder that tools/tune_kernels.py writes), then in the table beside th
 
 The user's table counts for the hardware and the number of threads that it was measured with; in the other one the
 measurement of the same device type counts whose number of threads is nearest. Among its rows of the same backend and
-dtype the nearest one wins: nearest block first, then tokens and widths, by the sum of the distances of their
-logarithms. Where no row fits, FALLBACK is assumed. A table is read once per process.
+dtype the nearest one wins, by the sum of the distances of the logarithms of block, tokens and widths. Where no row
+fits, FALLBACK is assumed. A table is read once per process.
 """
 
 from __future__ import annotations
@@ -174,11 +174,11 @@ def _candidates(own: Path, hardware: str, threads: int, device: str) -> list[lis
     return [[row for measurement in group for row in measurement.rows] for group in groups]
 
 
-def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> tuple[float, float]:
-    rest = _ratio(row.tokens, tokens)
+def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> float:
+    distance = _ratio(row.block, unit) + _ratio(row.tokens, tokens)
     if widths is not None:
-        rest += _ratio(row.in_features, widths[0]) + _ratio(row.out_features, widths[1])
-    return _ratio(row.block, unit), rest
+        distance += _ratio(row.in_features, widths[0]) + _ratio(row.out_features, widths[1])
+    return distance
 
 
 def _ratio(a: int, b: int) -> float:
