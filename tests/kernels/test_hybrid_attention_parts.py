@@ -189,7 +189,8 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_work_is_what_is_counted_and_memory_is_linear(pattern: str) -> None:
+def test_work_is_what_is_counted_and_memory_is_linear(pattern: str, monkeypatch) -> None:
+    monkeypatch.setattr(layout_module, "CPU_SCORES", 2**15)  # else the scores in work hide what depends on T
     D = 4
     largest = []
     for seq_length in (2048, 4096):

@@ -9,7 +9,7 @@ heads of one group, L = T with the margin on both sides, N tiles, Q queries and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -24,34 +24,54 @@ Group = tuple[slice, slice]
 
 
 class TileView:
-    """The tiles of a view on a buffer [X, L, D] as matrices [X N, tokens, D], to read and to write."""
+    """The tiles of a view on a buffer [X, L, D] as matrices, to read and to write.
+
+    Matrices come as a list: one tensor [X N, tokens, D], or X tensors [N, tokens, D] where only those are views of the
+    buffer. Which of the two depends on the step between tiles alone, so lists of queries and of keys correspond.
+    `strided` is the whole as a view of the buffer, [X, N, *counts of the rows, D].
+    """
 
     def __init__(self, x_XLD: Tensor, tiles: Tiles, view: View, front: int) -> None:
-        self._strided = view.of(x_XLD, front, tiles.num_tiles)
-        self._flat = self._strided.flatten(2, -2).flatten(0, 1)
-        # Matrices that are no view of the buffer are copied whenever they are read.
-        self._copied = self._flat.data_ptr() != self._strided.data_ptr()
+        self.strided = view.of(x_XLD, front, tiles.num_tiles)
+        self._matrices, self._copy = self._as_matrices(), None
+        if any(matrix.untyped_storage().data_ptr() != x_XLD.untyped_storage().data_ptr() for matrix in self._matrices):
+            # Matrices that are no views are copied whenever they are read.
+            self._copy = x_XLD.new_empty(self.strided.shape)
+            self._matrices = [self._copy.flatten(2, -2).flatten(0, 1)]
         self._pieces = [
             (piece.of(x_XLD, front, tiles.num_tiles), first, last)
             for piece, first, last in view.disjoint(tiles.num_tiles)
         ]
 
-    def read(self) -> Tensor:
-        if self._copied:
-            self._flat.view(self._strided.shape).copy_(self._strided)
-        return self._flat
+    def _as_matrices(self) -> list[Tensor]:
+        heads, num_tiles = self.strided.shape[:2]
+        if heads == 1 or num_tiles == 1 or self.strided.stride(0) == num_tiles * self.strided.stride(1):
+            return [self.strided.flatten(2, -2).flatten(0, 1)]
+        return [head.flatten(1, -2) for head in self.strided]
 
-    def write(self, values: Tensor) -> None:
-        self._strided.copy_(values.view(self._strided.shape))
+    def read(self) -> list[Tensor]:
+        if self._copy is not None:
+            self._copy.copy_(self.strided)
+        return self._matrices
 
     def add(self, values: Tensor) -> None:
-        """Add to the buffer; a token that lies in several tiles gets a summand from each."""
+        """Add a tensor like `strided` to the buffer; a token in several tiles gets a summand from each."""
+        if len(self._pieces) == 1:
+            self.strided.add_(values)
+            return
         for target, first, last in self._pieces:
-            target.add_(values[:, first:last].unflatten(0, target.shape[:2]).view(target.shape))
+            target.add_(values[:, :, first:last])
 
-    def memory(self) -> Tensor | None:
-        """The part of the buffer itself, where it is contiguous: a result can be computed into it."""
-        return self._flat if not self._copied and self._flat.is_contiguous() else None
+    def memory(self) -> list[Tensor] | None:
+        """The matrices, where they are the buffer's own memory and contiguous: results can be computed into them."""
+        own = self._copy is None and all(matrix.is_contiguous() for matrix in self._matrices)
+        return self._matrices if own else None
+
+
+def products(lefts: Sequence[Tensor], rights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Batched matrix products, pair by pair."""
+    for left, right, result in zip(lefts, rights, out, strict=True):
+        torch.bmm(left, right, out=result)
 
 
 class Layout:
@@ -114,9 +134,9 @@ class Layout:
         return [TileView(x_XLD, tiles, tiles.keys, self._front) for tiles in self.tiles]
 
     def mask_(self, scores: Tensor, number: int) -> None:
-        """Set dead pairs of `tiles[number]` in [X N, Q, K] to -inf."""
+        """Set dead pairs of `tiles[number]` in contiguous [X, N, *counts of the queries, K] to -inf."""
         tiles = self.tiles[number]
-        by_tile = scores.unflatten(0, (-1, tiles.num_tiles))
+        by_tile = scores.flatten(2, -2)
         for piece, mask in self._masks[number]:
             by_tile[:, piece].add_(mask)
         if self._documents_BT is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasparse.kernels.hybrid_attention.layout import Layout, TileView
+from megasparse.kernels.hybrid_attention.layout import Layout, TileView, products
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 
@@ -105,25 +105,26 @@ class GroupForward:
         """Join what the queries of one batch of tiles get from its keys to what they have: sum, divisor, maximum."""
         take, joins = self._layout.take, self._layout.tiles[number].joins
         queries, keys, values = q.read(), k.read(), v.read()
-        shape = *queries.shape[:2], keys.shape[1]
-        scores = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        rows = top.strided.shape[:-1]
+        scores = take("scores", *rows, keys[0].shape[1])
+        products(queries, [key.mT for key in keys], matrices(scores, queries))
         self._layout.mask_(scores, number)
-        maximum = torch.amax(scores, -1, keepdim=True, out=take("maximum", *shape[:2], 1))
+        maximum = torch.amax(scores, -1, keepdim=True, out=take("maximum", *rows, 1))
         if joins:
-            before = top.read()
-            torch.maximum(maximum, before, out=maximum)
+            torch.maximum(maximum, top.strided, out=maximum)
         weights = scores.sub_(maximum).exp_()
-        divisor = torch.sum(weights, -1, keepdim=True, out=take("divisor", *shape[:2], 1))
+        divisor = torch.sum(weights, -1, keepdim=True, out=take("divisor", *rows, 1))
         into = None if joins else out.memory()
-        result = torch.bmm(weights, values, out=take("rows", *queries.shape) if into is None else into)
+        result = take("rows", *out.strided.shape)
+        products(matrices(weights, queries), values, matrices(result, queries) if into is None else into)
         if joins:
-            factor = torch.sub(before, maximum, out=take("factor", *shape[:2], 1)).exp_()
-            divisor.addcmul_(factor, total.read())
-            result.addcmul_(factor, out.read())
+            factor = torch.sub(top.strided, maximum, out=take("factor", *rows, 1)).exp_()
+            divisor.addcmul_(factor, total.strided)
+            result.addcmul_(factor, out.strided)
         if into is None:
-            out.write(result)
-        top.write(maximum)
-        total.write(divisor)
+            out.strided.copy_(result)
+        top.strided.copy_(maximum)
+        total.strided.copy_(divisor)
 
 
 class GroupBackward:
@@ -183,15 +184,28 @@ class GroupBackward:
         """Add the gradients of one batch of tiles."""
         take = self._layout.take
         queries, douts, keys, values = q.read(), dout.read(), k.read(), v.read()
-        shape = *queries.shape[:2], keys.shape[1]
-        weights = torch.bmm(queries, keys.mT, out=take("scores", *shape))
+        shape = *lse.strided.shape[:-1], keys[0].shape[1]
+        weights, dscores = take("scores", *shape), take("dscores", *shape)
+        columns, rows = take("columns", *dk.strided.shape), take("rows", *dq.strided.shape)
+        of_weights, of_dscores, of_columns = (matrices(x, queries) for x in (weights, dscores, columns))
+        products(queries, [key.mT for key in keys], of_weights)
         self._layout.mask_(weights, number)
-        weights.sub_(lse.read()).exp_()
-        dv.add(torch.bmm(weights.mT, douts, out=take("columns", *keys.shape)))
-        dscores = torch.bmm(douts, values.mT, out=take("dscores", *shape))
-        dscores.sub_(delta.read()).mul_(weights)
-        dk.add(torch.bmm(dscores.mT, queries, out=take("columns", *keys.shape)))
-        dq.add(torch.bmm(dscores, keys, out=take("rows", *queries.shape)))
+        weights.sub_(lse.strided).exp_()
+        products([weight.mT for weight in of_weights], douts, of_columns)
+        dv.add(columns)
+        products(douts, [value.mT for value in values], of_dscores)
+        dscores.sub_(delta.strided).mul_(weights)
+        products([dscore.mT for dscore in of_dscores], queries, of_columns)
+        dk.add(columns)
+        into = None if self._layout.tiles[number].joins else dq.memory()
+        products(of_dscores, keys, matrices(rows, queries) if into is None else into)
+        if into is None:
+            dq.add(rows)
+
+
+def matrices(x: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Contiguous [X, N, *counts of the rows, K] as matrices, in as many tensors as `like`."""
+    return list(x.flatten(2, -2).flatten(0, 1).chunk(len(like)))
 
 
 def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
