@@ -158,15 +158,15 @@ def test_tiles_hold_every_live_pair_once(pattern: str, seq_length: int, stride: 
 
 
 def test_executed_entries_are_those_of_the_tiles() -> None:
-    # 16 tiles of 64 queries against 128 keys before them and their own; 128 sequences of 8 tokens, four in a tile.
-    window, residues = 16 * 64 * (128 + 64), 32 * 32 * 32
+    # 32 tiles of 32 queries against the 128 keys before them and their own; 128 sequences of 8 tokens.
+    window, residues = 32 * 32 * (128 + 32), 128 * 8 * 8
     assert executed_entries("parts", "local", 1024, 128) == window
     assert executed_entries("parts", "strided", 1024, 128) == residues
     assert executed_entries("parts", "sparse", 1024, 128) == window + residues
-    # Blocks in two tiles, of 64 and 128 keys; then the 7 last tokens, for the queries of all blocks but the first.
-    assert executed_entries("parts", "fixed", 1024, 128) == 8 * 64 * (64 + 128) + 7 * 128 * 7
-    # Half of the square, in rows of 64.
-    assert executed_entries("parts", "full", 1024, 128) == sum(64 * 64 * (row + 1) for row in range(16))
+    # Blocks in four tiles, of 32 to 128 keys; then the 7 last tokens, for the queries of all blocks but the first.
+    assert executed_entries("parts", "fixed", 1024, 128) == 8 * 32 * (32 + 64 + 96 + 128) + 7 * 128 * 7
+    # Half of the square, in rows of 32.
+    assert executed_entries("parts", "full", 1024, 128) == sum(32 * 32 * (row + 1) for row in range(32))
     for pattern, seq_length in product(PATTERNS, (1, 100, 4096)):
         assert executed_entries("parts", pattern, seq_length, 128) >= live_entries(pattern, seq_length, 128)
 

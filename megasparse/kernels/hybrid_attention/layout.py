@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megasparse.kernels.hybrid_attention.tiles import Tiles, View, overhang, pattern_tiles
 
-# Scores that are in work at a time: on a CPU what lies in a core's cache, elsewhere enough to fill the device.
-CPU_SCORES, DEVICE_SCORES = 2**18, 2**26
+# Scores that are in work at a time: on a CPU what lies in its caches, elsewhere enough to fill the device.
+CPU_SCORES, DEVICE_SCORES = 2**19, 2**26
 
 Group = tuple[slice, slice]
 
@@ -28,7 +28,7 @@ class TileView:
 
     Matrices come as a list: one tensor [X N, tokens, D], or X tensors [N, tokens, D] where only those are views of the
     buffer. Which of the two depends on the step between tiles alone, so lists of queries and of keys correspond.
-    `strided` is the whole as a view of the buffer, [X, N, *counts of the rows, D].
+    `strided` is the whole as a view of the buffer, [X, N, count, D].
     """
 
     def __init__(self, x_XLD: Tensor, tiles: Tiles, view: View, front: int) -> None:
@@ -37,7 +37,7 @@ class TileView:
         if any(matrix.untyped_storage().data_ptr() != x_XLD.untyped_storage().data_ptr() for matrix in self._matrices):
             # Matrices that are no views are copied whenever they are read.
             self._copy = x_XLD.new_empty(self.strided.shape)
-            self._matrices = [self._copy.flatten(2, -2).flatten(0, 1)]
+            self._matrices = [self._copy.flatten(0, 1)]
         self._pieces = [
             (piece.of(x_XLD, front, tiles.num_tiles), first, last)
             for piece, first, last in view.disjoint(tiles.num_tiles)
@@ -46,8 +46,8 @@ class TileView:
     def _as_matrices(self) -> list[Tensor]:
         heads, num_tiles = self.strided.shape[:2]
         if heads == 1 or num_tiles == 1 or self.strided.stride(0) == num_tiles * self.strided.stride(1):
-            return [self.strided.flatten(2, -2).flatten(0, 1)]
-        return [head.flatten(1, -2) for head in self.strided]
+            return [self.strided.flatten(0, 1)]
+        return [*self.strided]
 
     def read(self) -> list[Tensor]:
         if self._copy is not None:
@@ -134,14 +134,14 @@ class Layout:
         return [TileView(x_XLD, tiles, tiles.keys, self._front) for tiles in self.tiles]
 
     def mask_(self, scores: Tensor, number: int) -> None:
-        """Set dead pairs of `tiles[number]` in contiguous [X, N, *counts of the queries, K] to -inf."""
+        """Set dead pairs of `tiles[number]` in contiguous [X, N, Q, K] to -inf."""
         tiles = self.tiles[number]
-        by_tile = scores.flatten(2, -2)
+        by_tile = scores
         for piece, mask in self._masks[number]:
             by_tile[:, piece].add_(mask)
         if self._documents_BT is not None:
             views = tiles.queries, tiles.keys
-            query, key = (view.of(self._documents, self._front, tiles.num_tiles).flatten(2, -2) for view in views)
+            query, key = (view.of(self._documents, self._front, tiles.num_tiles) for view in views)
             apart_bNQK = query != key.mT
             by_tile.unflatten(0, (self._shape[0], -1)).masked_fill_(apart_bNQK.unsqueeze(1), -math.inf)
 

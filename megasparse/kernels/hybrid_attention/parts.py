@@ -204,8 +204,8 @@ class GroupBackward:
 
 
 def matrices(x: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Contiguous [X, N, *counts of the rows, K] as matrices, in as many tensors as `like`."""
-    return list(x.flatten(2, -2).flatten(0, 1).chunk(len(like)))
+    """Contiguous [X, N, Q, K] as matrices, in as many tensors as `like`."""
+    return list(x.flatten(0, 1).chunk(len(like)))
 
 
 def empty_tokens_first(x_BHTD: Tensor) -> Tensor:

@@ -26,45 +26,40 @@ import torch
 
 from megasparse.kernels.hybrid_attention.patterns import check_pattern
 
-# Queries in a tile. Fewer waste less of a window; more make faster products. Measured from 32 to 128 on CPUs.
-TILE = 64
-# Tokens whose keys of the same residue meet in one tile: tiny products cost more than the masked entries.
-FEWEST = 32
+# Queries in a tile. Fewer waste less of a window; more make faster products. Measured from 16 to 128 on a CPU.
+TILE = 32
 # Queries that share a product with the gathered last tokens of the blocks.
 SUMMARY_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class View:
-    """Tokens as tiles: token `start + tile * step + sum(index * step)` over `rows`, pairs of (count, step)."""
+    """Tokens as tiles: row `row` of a tile is token `start + tile * step + row * row_step`."""
 
     start: int
     step: int
-    rows: tuple[tuple[int, int], ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(count for count, _ in self.rows)
+    count: int
+    row_step: int = 1
 
     def end(self, num_tiles: int) -> int:
         """One more than the last token."""
-        return self.start + (num_tiles - 1) * self.step + sum((count - 1) * step for count, step in self.rows) + 1
+        return self.start + (num_tiles - 1) * self.step + (self.count - 1) * self.row_step + 1
 
     def of(self, x_XLD: torch.Tensor, front: int, num_tiles: int) -> torch.Tensor:
-        """The tiles of a contiguous tensor, a view of [X, N, *counts of the rows, D]."""
+        """The tiles of a contiguous tensor, a view of [X, N, count, D]."""
         X, L, D = x_XLD.shape
-        counts, steps = zip((num_tiles, self.step), *self.rows, strict=True)
-        strides = (L * D, *(step * D for step in steps), 1)
-        return x_XLD.as_strided((X, *counts, D), strides, x_XLD.storage_offset() + (front + self.start) * D)
+        strides = L * D, self.step * D, self.row_step * D, 1
+        return x_XLD.as_strided(
+            (X, num_tiles, self.count, D), strides, x_XLD.storage_offset() + (front + self.start) * D
+        )
 
     def disjoint(self, num_tiles: int) -> list[tuple[View, int, int]]:
-        """Views whose tiles share no token, and the range of this view's tokens that each of them holds."""
-        count, _ = self.rows[-1]
-        if num_tiles == 1 or count <= self.step:
-            return [(self, 0, self.size)]
+        """Views whose tiles share no token, and the range of this view's rows that each of them holds."""
+        if num_tiles == 1 or self.row_step > 1 or self.count <= self.step:
+            return [(self, 0, self.count)]
         return [
-            (replace(self, start=self.start + first, rows=((self.step, 1),)), first, first + self.step)
-            for first in range(0, count, self.step)
+            (replace(self, start=self.start + first, count=self.step), first, first + self.step)
+            for first in range(0, self.count, self.step)
         ]
 
 
@@ -91,7 +86,7 @@ class Tiles:
 
     @property
     def entries(self) -> int:
-        return self.num_tiles * self.queries.size * self.keys.size
+        return self.num_tiles * self.queries.count * self.keys.count
 
     def masks(self, dtype: torch.dtype, device: torch.device) -> list[tuple[slice, torch.Tensor]]:
         """0 where a pair is live and -inf elsewhere, [1 or tiles, Q, K], for each slice of the tiles."""
@@ -110,11 +105,11 @@ class Tiles:
     def _positions(view: View, first: int, count: int, device: torch.device) -> torch.Tensor:
         moved = replace(view, start=0)
         tokens = torch.arange(moved.end(first + count), device=device).view(1, -1, 1)
-        return moved.of(tokens, 0, first + count)[0].reshape(first + count, -1)[first:] + view.start
+        return moved.of(tokens, 0, first + count)[0, first:, :, 0] + view.start
 
     def slices(self, limit: int) -> list[Tiles]:
         """The same tiles in pieces of at most `limit` entries, or of one tile where it has more."""
-        each = max(1, limit // (self.queries.size * self.keys.size))
+        each = max(1, limit // (self.queries.count * self.keys.count))
         return [
             replace(
                 self,
@@ -159,22 +154,17 @@ def _local(seq_length: int, stride: int) -> tuple[Tiles, ...]:
     size = min(TILE, max(16, 2 ** (stride - 1).bit_length()))
     before = _ceil(stride - 1, size)
     num_tiles = _ceil(seq_length, size)
-    keys = View(-before * size, size, (((before + 1) * size, 1),))
-    return (Tiles(num_tiles, View(0, size, ((size, 1),)), keys, _in_window, stride, edge=before),)
+    keys = View(-before * size, size, (before + 1) * size)
+    return (Tiles(num_tiles, View(0, size, size), keys, _in_window, stride, edge=before),)
 
 
 def _strided(seq_length: int, stride: int, sees: Callable) -> tuple[Tiles, ...]:
     length = _ceil(seq_length, stride)
-    together = 1
-    while stride % (2 * together) == 0 and 2 * together * length <= FEWEST:
-        together *= 2
     tiles = []
     for first in range(0, length, TILE):
         last = min(first + TILE, length)
-        queries = View(first * stride, together, ((last - first, stride), (together, 1)))
-        tiles.append(
-            Tiles(stride // together, queries, View(0, together, ((last, stride), (together, 1))), sees, stride)
-        )
+        queries, keys = View(first * stride, 1, last - first, stride), View(0, 1, last, stride)
+        tiles.append(Tiles(stride, queries, keys, sees, stride))
     return tuple(tiles)
 
 
@@ -185,7 +175,7 @@ def _block_diagonal(seq_length: int, stride: int) -> tuple[Tiles, ...]:
     tiles = []
     for first in range(0, span, TILE):
         last = min(first + TILE, span)
-        queries, keys = View(first, span, ((last - first, 1),)), View(0, span, ((last, 1),))
+        queries, keys = View(first, span, last - first), View(0, span, last)
         tiles.append(Tiles(num_tiles, queries, keys, _in_block, stride))
     return tuple(tiles)
 
@@ -197,8 +187,8 @@ def _summaries(seq_length: int, stride: int) -> tuple[Tiles, ...]:
         last = min(first + together, num_blocks)
         for begin in range(first * stride, last * stride, SUMMARY_ROWS):
             end = min(begin + SUMMARY_ROWS, last * stride)
-            keys = View(stride - 1, 0, ((last - 1, stride),))
-            tiles.append(Tiles(1, View(begin, 0, ((end - begin, 1),)), keys, _ends_earlier_block, stride))
+            keys = View(stride - 1, 0, last - 1, stride)
+            tiles.append(Tiles(1, View(begin, 0, end - begin), keys, _ends_earlier_block, stride))
     return tuple(tiles)
 
 
