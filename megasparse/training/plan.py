@@ -80,7 +80,7 @@ def make_plan(
         "kernels": {
             "device": kernels.device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
-            "hybrid_attention": _attention_kernels(config),
+            "hybrid_attention": _attention_kernels(config, kernels.device),
         },
         "warnings": [*unused_settings(config), *kernels.warnings()],
     }
@@ -132,11 +132,11 @@ def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
     return next((at for at in range(step + 1, last) if pattern(at) != here), last) - step
 
 
-def _attention_kernels(config: RunConfig) -> str:
+def _attention_kernels(config: RunConfig, device: str) -> str:
     """Kernel of the attention, or the kernels with their patterns."""
     patterns: dict[str, list[str]] = {}
     for pattern in hybrid_attention.PATTERNS:
-        shape = pattern, config.model.seq_length, config.attention.stride
+        shape = pattern, config.model.seq_length, config.attention.stride, device
         patterns.setdefault(hybrid_attention.select_kernel(config.kernels.hybrid_attention, *shape), []).append(pattern)
     if len(patterns) == 1:
         return next(iter(patterns))

@@ -90,7 +90,8 @@ def hybrid_attention(
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
     seq_length = q_BHTD.shape[2]
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    attends = {name: KERNELS[select_kernel(kernel, name, seq_length, stride)].attend for name in dict.fromkeys(names)}
+    shape = seq_length, stride, q_BHTD.device.type
+    attends = {name: KERNELS[select_kernel(kernel, name, *shape)].attend for name in dict.fromkeys(names)}
     if len(attends) == 1:
         return attends[names[0]](q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale, documents_BT)
 
@@ -108,16 +109,22 @@ def hybrid_attention(
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
-def executed_entries(kernel: str, pattern: str, seq_length: int, stride: int) -> int:
+def executed_entries(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
-    return KERNELS[select_kernel(kernel, pattern, seq_length, stride)].executed_entries(pattern, seq_length, stride)
+    chosen = select_kernel(kernel, pattern, seq_length, stride, device)
+    return KERNELS[chosen].executed_entries(pattern, seq_length, stride)
 
 
-def select_kernel(kernel: str, pattern: str, seq_length: int, stride: int) -> str:
-    """The name in `KERNELS` that `kernel` stands for. Raises ValueError where there is none, and as `check_pattern`."""
+def select_kernel(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> str:
+    """The name in `KERNELS` that `kernel` stands for on a device type.
+
+    Raises ValueError where there is none, and as `check_pattern`.
+    """
     check_pattern(pattern, stride)
     if kernel == "auto":
-        return "parts" if pattern != "full" and seq_length >= FASTER_FROM else "reference"
+        # On GPUs parts have not been measured.
+        faster = device == "cpu" and pattern != "full" and seq_length >= FASTER_FROM
+        return "parts" if faster else "reference"
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
