@@ -22,7 +22,16 @@ settings.load_profile("megasparse")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-layouts", action="store_true", help="every layout of distributed/test_mst_equivalence.py")
+    parser.addoption("--exhaustive", action="store_true", help="also what repeats other tests in further layouts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(
+                    pytest.mark.skip(reason="repeats other tests in a further layout: --exhaustive runs it")
+                )
 
 
 @pytest.fixture(scope="session")

@@ -33,20 +33,36 @@ RECIPES = {
     "tied_head": [*BLOCKS, "sparsity.head=true", f"{PERSISTENCE}=5000"],
     "bfloat16": [*BLOCKS, "train.precision=bf16", "deepspeed.offload_optimizer=cpu"],
 }
-# Recipe, where it is saved, where it goes on.
+# Recipe, where it is saved, where it goes on. The later ones repeat the earlier ones with other recipes and stages.
 RESUMES = [
     ("blocks", Layout(data=2), [Layout(), Layout(data=4)]),
     ("weights", Layout(data=2), [Layout(zero=0), Layout(zero=3), Layout(tensor=2)]),
-    ("ages", Layout(data=2, zero=3), [Layout(), Layout(data=4, zero=3), Layout(tensor=2, zero=3)]),
     ("tied_head", Layout(tensor=2), [Layout(), Layout(tensor=4), Layout(data=2, tensor=2, zero=3)]),
+    ("weights", Layout(), [Layout(data=2), Layout(tensor=2), Layout(zero=2), Layout(zero=3)]),
+    ("blocks", Layout(zero=3), [Layout(), Layout(data=2, zero=3)]),
+    ("ages", Layout(data=2, zero=3), [Layout(), Layout(data=4, zero=3), Layout(tensor=2, zero=3)]),
     ("blocks", Layout(tensor=2, zero=3), [Layout(zero=0), Layout(tensor=4, zero=3), Layout(data=2, zero=2)]),
     ("ages", Layout(tensor=2, zero=2), [Layout(), Layout(data=2, tensor=2)]),
-    ("weights", Layout(), [Layout(data=2), Layout(tensor=2), Layout(zero=2), Layout(zero=3)]),
     ("tied_head", Layout(zero=0), [Layout(), Layout(data=2), Layout(tensor=2, zero=3)]),
-    ("blocks", Layout(zero=3), [Layout(), Layout(data=2, zero=3)]),
     ("bfloat16", Layout(data=2, zero=2), [Layout(zero=3), Layout(tensor=2)]),
 ]
-CASES = [(recipe, source, target) for recipe, source, targets in RESUMES for target in targets]
+NUM_USUAL = 5
+
+
+def resumes(everything: bool) -> list[tuple[str, Layout, list[Layout]]]:
+    return RESUMES if everything else RESUMES[:NUM_USUAL]
+
+
+def resumed_cases(everything: bool) -> list[tuple[str, Layout, Layout]]:
+    return [(recipe, source, target) for recipe, source, targets in resumes(everything) for target in targets]
+
+
+def marked(usual: list[tuple], everything: list[tuple]) -> list:
+    return [pytest.param(*case, marks=() if case in usual else pytest.mark.exhaustive) for case in everything]
+
+
+SOURCES = marked(*([(recipe, source) for recipe, source, _ in resumes(each)] for each in (False, True)))
+CASES = marked(resumed_cases(False), resumed_cases(True))
 
 # As between layouts of an uninterrupted run, see test_mst_equivalence.
 LOSS_RTOL = 1e-5
@@ -85,10 +101,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sources(folder) -> dict[str, list[dict]]:
+def sources(folder, pytestconfig) -> dict[str, list[dict]]:
     """What every rank of every source returns."""
+    wanted = resumes(pytestconfig.getoption("exhaustive"))
     found = {}
-    for world_size in sorted({source.world_size for _, source, _ in RESUMES}):
+    for world_size in sorted({source.world_size for _, source, _ in wanted}):
         cases = [
             (
                 source_name(recipe, source),
@@ -96,7 +113,7 @@ def sources(folder) -> dict[str, list[dict]]:
                 overrides(recipe),
                 folder / source_name(recipe, source) / "checkpoints",
             )
-            for recipe, source, _ in RESUMES
+            for recipe, source, _ in wanted
             if source.world_size == world_size
         ]
         ranks = run_distributed(run_layouts, world_size, "save", cases, timeout=300)
@@ -114,13 +131,14 @@ def universal(folder, sources) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def resumed(universal) -> dict[str, list[dict]]:
+def resumed(universal, pytestconfig) -> dict[str, list[dict]]:
     """What every rank of every resumed run returns."""
+    wanted = resumed_cases(pytestconfig.getoption("exhaustive"))
     found = {}
-    for world_size in sorted({target.world_size for _, _, target in CASES}):
+    for world_size in sorted({target.world_size for _, _, target in wanted}):
         cases = [
             (case_name(*case), case[2], overrides(case[0]), universal[source_name(*case[:2])].parent)
-            for case in CASES
+            for case in wanted
             if case[2].world_size == world_size
         ]
         ranks = run_distributed(run_layouts, world_size, "resume", cases, timeout=300)
@@ -128,7 +146,7 @@ def resumed(universal) -> dict[str, list[dict]]:
     return found
 
 
-@pytest.mark.parametrize(("recipe", "source"), [(recipe, source) for recipe, source, _ in RESUMES], ids=str)
+@pytest.mark.parametrize(("recipe", "source"), SOURCES, ids=str)
 def test_the_reader_gives_what_the_engine_held(sources, universal, recipe, source) -> None:
     name = source_name(recipe, source)
     saved = sources[name][0]["saved"]
@@ -150,7 +168,7 @@ def test_the_reader_gives_what_the_engine_held(sources, universal, recipe, sourc
     verify_universal(universal[name])
 
 
-@pytest.mark.parametrize(("recipe", "source"), [(recipe, source) for recipe, source, _ in RESUMES], ids=str)
+@pytest.mark.parametrize(("recipe", "source"), SOURCES, ids=str)
 def test_weights_of_any_layout_load_without_an_engine(sources, universal, recipe, source) -> None:
     name = source_name(recipe, source)
     weights, saved = load_model_weights(universal[name]), sources[name][0]["saved"]["weights"]

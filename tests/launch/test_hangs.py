@@ -37,6 +37,7 @@ def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: P
     assert_named_and_nothing_lost(output, 1, corpus, straight, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_rank_0_may_be_the_one_that_stops(corpus: Path, straight: Path, tmp_path: Path) -> None:
     """Two ranks without a launcher."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -82,6 +82,7 @@ def test_mpirun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tup
     assert runs.curve(tmp_path / "run") == expected(2)
 
 
+@pytest.mark.exhaustive
 def test_mpirun_with_more_ranks_than_cores(
     corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]
 ) -> None:
@@ -124,6 +125,7 @@ def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
     process = runs.start([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)])
     lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120

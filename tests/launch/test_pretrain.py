@@ -174,7 +174,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path
     assert curve(tmp_path / "straight") == curve(straight)
 
 
-@pytest.mark.parametrize("algorithm", ["dense", "static", "set", "rigl", "gradual", "spdf"])
+FURTHER_ALGORITHMS = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("static", "set", "spdf")]
+
+
+@pytest.mark.parametrize("algorithm", ["dense", "rigl", "gradual", *FURTHER_ALGORITHMS])
 def test_every_algorithm_is_one_override_away(corpus: Path, tmp_path: Path, algorithm: str) -> None:
     run(command(corpus, tmp_path, f"run.name={algorithm}", f"sparsity.algorithm={algorithm}", ranks=1))
     final = metrics(tmp_path / algorithm)[-1]["density"]

@@ -51,6 +51,7 @@ def test_a_run_that_is_warned_saves_requeues_itself_and_gives_the_uninterrupted_
     assert curve(folder / "run") == curve(straight)
 
 
+@pytest.mark.exhaustive
 def test_torchrun_on_each_node_passes_a_warning_on_and_a_killed_rank_requeues_the_job(
     cluster: SlurmCluster, corpus: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_users_mistake_ends_the_job(cluster: SlurmCluster, tmp_path: Path) -> 
     assert f"error: {tmp_path / 'data'}" in output.replace("data.train: ", "") and "must be mended" in output, output
 
 
+@pytest.mark.exhaustive
 def test_a_batch_script_that_was_edited_by_hand_finishes(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
     words = " ".join(shlex.quote(word) for word in settings(corpus, tmp_path, "run.name=run"))
     changes = {

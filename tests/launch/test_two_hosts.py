@@ -64,6 +64,7 @@ def test_deepspeed_with_a_hostfile_over_ssh(corpus: Path, tmp_path: Path, expect
     assert runs.curve(tmp_path / "run") == expected
 
 
+@pytest.mark.exhaustive
 def test_deepspeed_started_on_each_host(corpus: Path, tmp_path: Path, expected: list[tuple]) -> None:
     script = runs.command(corpus, tmp_path, *SHORT, ranks=1)[1:]
     commands = [
@@ -86,6 +87,7 @@ def test_mpirun_over_ssh(corpus: Path, tmp_path: Path, expected: list[tuple]) ->
     assert runs.curve(tmp_path / "run") == expected
 
 
+@pytest.mark.exhaustive
 def test_srun_meets_at_the_first_host_of_the_step(corpus: Path, tmp_path: Path, expected: list[tuple]) -> None:
     task = {
         "SLURM_JOB_ID": "17",
