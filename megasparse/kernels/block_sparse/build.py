@@ -9,7 +9,6 @@ to seconds and free of version conflicts.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -17,13 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from megasparse.kernels.block_sparse.file_lock import locked
 
 SOURCE = Path(__file__).with_name("block_products.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,7 +53,7 @@ def load_library(*definitions: str) -> ctypes.CDLL:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
-            with _lock(folder / "build.lock"):
+            with locked(folder / "build.lock", BUILD_SECONDS):
                 if not path.exists():
                     _build(compiler, *commands, path)
         return ctypes.CDLL(str(path))
@@ -108,22 +106,6 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise BuildError(f"{' '.join(command)}: exit status {done.returncode}\n{last}")
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Exclusive among processes; the system frees it when its holder dies. Raises BuildError after BUILD_SECONDS."""
-    deadline = time.monotonic() + BUILD_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildError(f"{path}: another process has held the lock for {BUILD_SECONDS} s") from None
-                time.sleep(0.1)
-        yield
 
 
 def _digest(compiler: str, commands: list[list[str]]) -> str:

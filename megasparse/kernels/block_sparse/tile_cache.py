@@ -7,14 +7,10 @@ at once.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megasparse.kernels.block_sparse.build import cache_folder
+from megasparse.kernels.block_sparse.file_lock import locked
 from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted, power_of_two
 
 FILE_NAME = "triton_tiles.json"
@@ -70,7 +67,7 @@ def store(tiles: dict[str, Tile]) -> None:
     """Add tiles, by the keys of their problems, to the file, beside those that other processes added meanwhile."""
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _lock(target.with_suffix(".lock")):
+    with locked(target.with_suffix(".lock"), LOCK_SECONDS):
         together = {**load(target), **tiles}
         text = json.dumps({"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}}, indent=1)
         # Readers take no lock: they see the old file or the new one, never a part.
@@ -103,19 +100,3 @@ def path() -> Path:
 def _stored(file: Path) -> dict[str, Tile]:
     """Read once per process: what a run uses does not change under it."""
     return load(file)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Exclusive among processes; the system frees it when its holder dies."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{path}: held by another process for {LOCK_SECONDS} s") from None
-                time.sleep(0.05)
-        yield
