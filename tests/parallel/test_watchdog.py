@@ -32,7 +32,8 @@ def misbehave(mesh: Mesh, folder: str, how: str, wrong: int) -> None:
             mesh.barrier()
             time.sleep(0.2)
         if mesh.rank == wrong:
-            time.sleep(0.5)
+            # Late enough that the other's time is up first, also on a loaded machine.
+            time.sleep(1.2 if how == "sleep" else 0.5)
             watchdog.beat("step 4: data")
             time.sleep(0.5)
             be_wrong(how)
