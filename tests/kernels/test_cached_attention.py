@@ -68,3 +68,15 @@ def test_new_tokens_get_what_the_whole_sequence_gives_them(patterns, groups) -> 
     for first in (1, 3, 4, 7, 8, 15, 21, 22):
         got = attend_cached(q[:, :, first:], *kept, patterns, stride, first, scale=0.7)
         torch.testing.assert_close(got, expected[:, :, first:])
+
+
+def test_each_head_has_its_own_offset() -> None:
+    T, stride, offsets = 19, 5, (0, 3, 4, 1, 2, 2)
+    q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    masks = [
+        [[sees(name, position, key, stride, o) for key in range(T)] for position in range(T)]
+        for name, o in zip(MIXED, offsets, strict=True)
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.tensor(masks), enable_gqa=True)
+    got = attend_cached(q[:, :, 1:], k, v, MIXED, stride, 1, offsets=offsets)
+    torch.testing.assert_close(got, expected[:, :, 1:])

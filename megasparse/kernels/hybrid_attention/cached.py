@@ -22,6 +22,7 @@ def attend_cached(
     stride: int,
     first: int,
     scale: float | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """What `hybrid_attention` gives for the last N of first + N tokens.
 
@@ -30,6 +31,7 @@ def attend_cached(
         k_BGLD, v_BGLD: keys and values by position; what lies behind the queries is not looked at.
         patterns: one name per query head.
         stride, scale: as in `hybrid_attention`.
+        offsets: offset of the stride for each query head, see `visible_keys`; None: 0 for all.
 
     Returns:
         [B, H, N, D] in the dtype of the queries.
@@ -37,12 +39,13 @@ def attend_cached(
     H, N, G = q_BHND.shape[1], q_BHND.shape[2], k_BGLD.shape[1]
     assert len(patterns) == H and first + N <= k_BGLD.shape[2]
     out_BHND = torch.empty_like(q_BHND)
-    for pattern in dict.fromkeys(patterns):
-        heads = torch.tensor([h for h, name in enumerate(patterns) if name == pattern], device=q_BHND.device)
+    kinds = list(zip(patterns, offsets or (0,) * H, strict=True))
+    for kind in dict.fromkeys(kinds):
+        heads = torch.tensor([head for head in range(H) if kinds[head] == kind], device=q_BHND.device)
         # Query heads that share keys lie together as rows of one product; heads picked from many get keys of their own.
         groups, rows = (None, H // G) if len(heads) == H else (heads // (H // G), 1)
         for number in range(N):
-            ranges = visible_keys(pattern, first + number, stride)
+            ranges = visible_keys(kind[0], first + number, stride, kind[1])
             k_BGKD, v_BGKD = (_seen(x, groups, ranges) for x in (k_BGLD, v_BGLD))
             q_BGRD = q_BHND[:, heads, number].unflatten(1, (-1, rows))
             y_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, scale=scale)
