@@ -10,7 +10,7 @@ from engine_runs import Layout
 from harness import run_distributed
 from trainer_runs import run_trainers, write_documents
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 COMMON = [
     "model.hidden_size=32",
@@ -38,11 +38,10 @@ MASKED = [
 RECOMPUTED = [*MASKED, "train.activation_recomputation=true"]
 SEQUENCE = [*MASKED, "parallel.sequence_parallel=true", "kernels.hybrid_attention=parts"]
 
-# One step from equal weights differs by rounding alone: float32 carries 1.2e-7, and a loss averages hundreds of losses
-# after some thousand operations each. AdamW divides by the size of the gradient, so that the rounding of small
-# gradients comes back as a part of the learning rate; over 12 steps it grows.
-LAYOUT_RTOL = 1e-5
-KERNEL_RTOL = 1e-5
+# As between layouts in test_mst_equivalence: float32 carries 1.2e-7, and a loss averages 256 losses or more after some
+# thousand operations each, which were done in another order. Measured over all steps: 1.4e-7. Another pattern shows as
+# 7e-3, other positions or no masking as 1.4e-2.
+LOSS_RTOL = 2e-6
 
 
 def switching(kernel: str) -> list[str]:
@@ -59,8 +58,6 @@ def one_rank(mesh, folder: Path) -> dict[str, Any]:
     cases.append(("auto resumed", [*switching("auto"), long, pair], alone, [2, 6]))
     cases += [
         ("masked", [*COMMON, *MASKED, short], alone, []),
-        ("masked recomputed", [*COMMON, *RECOMPUTED, short], Layout(accumulation=4), []),
-        ("masked parts", [*COMMON, *MASKED, short, "kernels.hybrid_attention=parts"], alone, []),
         ("positions go on", [*COMMON, *MASKED, short, "data.reset_positions=false"], alone, []),
         ("not masked", [*COMMON, *MASKED, short, "data.document_masking=false"], alone, []),
     ]
@@ -89,12 +86,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, list[dict]]:
-    return run_distributed(one_rank, 1, folder, timeout=150)[0]
+    return run_distributed(one_rank, 1, folder, timeout=250)[0]
 
 
 @pytest.fixture(scope="module")
 def divided(folder) -> dict[str, list[dict]]:
-    first, second = run_distributed(two_ranks, 2, folder, timeout=150)
+    first, second = run_distributed(two_ranks, 2, folder, timeout=250)
     assert first == second
     return first
 
@@ -113,33 +110,29 @@ def test_every_kernel_gives_the_same_curve_over_changes_of_the_pattern(alone) ->
     assert [line["pattern"] for line in reference] == ["full"] * 3 + ["sparse"] * 6 + ["full"] * 3
     assert reference[-1]["loss"] < reference[0]["loss"] - 0.3, "nothing was learned"
     for kernel in ("parts", "auto"):
-        assert distance(alone[kernel], reference) < KERNEL_RTOL, kernel
+        assert distance(alone[kernel], reference) < LOSS_RTOL, kernel
         assert [line["flops_algorithmic"] for line in alone[kernel]] == [
             line["flops_algorithmic"] for line in reference
         ]
         assert alone[kernel][-1]["flops_executed"] < reference[-1]["flops_executed"]
     # The curve would tell another pattern.
-    assert distance(alone["full"], reference) > 100 * KERNEL_RTOL
+    assert distance(alone["full"], reference) > 500 * LOSS_RTOL
 
 
 def test_a_run_resumes_exactly_before_and_between_changes_of_the_pattern(alone) -> None:
     assert alone["auto resumed"] == alone["auto"]
 
 
-@pytest.mark.parametrize("name", ["masked recomputed", "masked parts"])
-def test_document_masking_with_accumulation_recomputation_and_parts(alone, name) -> None:
-    assert distance(alone[name], alone["masked"]) < LAYOUT_RTOL
-
-
 @pytest.mark.parametrize("name", ["not masked", "positions go on"])
 def test_the_curve_tells_what_is_masked(alone, name) -> None:
     assert len(alone["masked"]) == 12 and alone["masked"][-1]["loss"] < alone["masked"][0]["loss"] - 0.01
-    assert distance(alone[name], alone["masked"]) > 100 * LAYOUT_RTOL
+    assert distance(alone[name], alone["masked"]) > 500 * LOSS_RTOL
 
 
 @pytest.mark.parametrize("name", ["data", "stage 3", "tensor", "sequence"])
 def test_document_masking_is_the_same_on_two_ranks(alone, divided, name) -> None:
-    assert distance(divided[name], alone["masked"]) < LAYOUT_RTOL
+    """With accumulation; with recomputation at stage 3; by parts where tokens are divided."""
+    assert distance(divided[name], alone["masked"]) < LOSS_RTOL
 
 
 def test_a_run_with_document_masking_resumes_exactly(divided) -> None:
