@@ -142,6 +142,10 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "attention.windows replaces attention.phases"
     if config.data.valid is not None and "valid_fraction" in _given(config.data):
         yield "data.valid replaces data.valid_fraction"
+    if config.data.reset_positions and not config.data.document_masking:
+        yield "data.reset_positions is used with data.document_masking true only"
+    if config.data.reset_positions and config.model.position_embedding == "rope":
+        yield "data.reset_positions changes nothing under model.position_embedding rope, which knows distances only"
     if "decay_fraction" in _given(config.optimizer) and config.optimizer.schedule != "wsd":
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
     if "rope_theta" in _given(config.model) and config.model.position_embedding != "rope":

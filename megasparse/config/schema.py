@@ -168,6 +168,10 @@ class DataConfig(Section):
     """Indexed data sets for validation; unset: `valid_fraction` of each training set, cut off at its end."""
     valid_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     """Share of each training set kept for validation where `valid` is unset."""
+    document_masking: bool = False
+    """Tokens attend within their document only, though a sample holds several (Megatron-LM: reset_attention_mask)."""
+    reset_positions: bool = False
+    """With document masking: learned positions begin anew with each document (Megatron-LM: reset_position_ids)."""
     tokenizer: Literal["sentencepiece", "huggingface", "bytes"] | None = None
     """Kind of the tokenizer (for samples and the vocabulary size)."""
     tokenizer_path: str | None = None

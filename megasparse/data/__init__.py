@@ -6,16 +6,19 @@ from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRan
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megasparse.data.sampler import (
+    Batch,
     BatchLoader,
     BlendedDataset,
     ShuffledDataset,
     derive_seed,
     permuted_index,
     permuted_indices,
+    split_samples,
 )
 from megasparse.data.tokenizer import TOKENIZER_KINDS, Tokenizer, load_tokenizer
 
 __all__ = [
+    "Batch",
     "BatchLoader",
     "BlendedDataset",
     "ConcatenatedDataset",
@@ -37,4 +40,5 @@ __all__ = [
     "permuted_indices",
     "smallest_dtype",
     "split_documents",
+    "split_samples",
 ]

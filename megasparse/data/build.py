@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fspath
+from typing import Any
 
-from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
+from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
@@ -25,13 +26,15 @@ def build_datasets(
     seq_length: int,
     vocab_size: int,
     seed: int,
+    documents: bool = False,
 ) -> tuple[ShuffledDataset | BlendedDataset, ConcatenatedDataset | PackedDataset | None]:
     """Returns (train, valid): train takes any global sample number, valid has a length and a fixed order.
 
     With `valid_sources`, these are the validation set, whole and one after the other (weights, where given, play no
     part), and the training sources are used whole. Without, each training source is cut by `split_fractions`
     (train, valid and, optionally, a test share that neither uses), and valid joins the validation parts; valid is
-    None where there is no validation share. ValueError or `DatasetError` for what cannot be used.
+    None where there is no validation share. `documents`: samples tell the document of each token, see `PackedDataset`.
+    ValueError or `DatasetError` for what cannot be used.
     """
     if not train_sources:
         raise ValueError("train_sources is empty; give at least one (prefix, weight)")
@@ -44,20 +47,21 @@ def build_datasets(
     if valid_sources is None and split_fractions[0] <= 0:
         raise ValueError(f"split_fractions {list(split_fractions)}: the training share must be greater than 0")
 
+    settings = {"seq_length": seq_length, "vocab_size": vocab_size, "documents": documents}
     train_parts, valid_parts = [], []
     for prefix, _ in train_sources:
         indexed = IndexedDataset(prefix)
         if valid_sources is not None:
-            train_parts.append(PackedDataset(indexed, 0, len(indexed), seq_length, vocab_size=vocab_size))
+            train_parts.append(PackedDataset(indexed, 0, len(indexed), **settings))
             continue
         train_range, valid_range = split_documents(indexed, split_fractions)[:2]
         for name, piece, parts in (("training", train_range, train_parts), ("validation", valid_range, valid_parts)):
             if len(piece):
-                parts.append(_packed(indexed, piece, seq_length, vocab_size, name))
+                parts.append(_packed(indexed, piece, name, settings))
     for source in valid_sources or ():
         prefix = source if isinstance(source, str | PathLike) else source[0]
         indexed = IndexedDataset(prefix)
-        valid_parts.append(PackedDataset(indexed, 0, len(indexed), seq_length, vocab_size=vocab_size))
+        valid_parts.append(PackedDataset(indexed, 0, len(indexed), **settings))
 
     shuffled = [ShuffledDataset(part, derive_seed(seed, number)) for number, part in enumerate(train_parts)]
     weights = [weight for _, weight in train_sources]
@@ -68,8 +72,8 @@ def build_datasets(
     return train, valid
 
 
-def _packed(indexed: IndexedDataset, piece, seq_length: int, vocab_size: int, name: str) -> PackedDataset:
+def _packed(indexed: IndexedDataset, piece: TokenRange, name: str, settings: dict[str, Any]) -> PackedDataset:
     try:
-        return PackedDataset.from_tokens(indexed, piece.start, piece.stop, seq_length, vocab_size=vocab_size)
+        return PackedDataset.from_tokens(indexed, piece.start, piece.stop, **settings)
     except DatasetError as error:
         raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error

@@ -3,11 +3,12 @@
 Packing rule. Documents are stored one after the other, each with its end-of-document token. The stream of a split is
 cut into windows of T + 1 tokens (T = seq_length) that overlap by one: sample i is tokens [i T, i T + T + 1), so
 inputs are its first T tokens and targets its last T, and every token but the first is a target exactly once. Windows
-cross documents. The tail that does not fill a window is dropped.
+cross documents. The tail that does not fill a window is dropped. With `documents=True` a sample also tells the document
+of each of its tokens, taken from the index file and not from the end-of-document tokens.
 
     train, valid = split_documents(indexed, (0.99, 0.01))
     samples = PackedDataset.from_tokens(indexed, train.start, train.stop, seq_length=1024, vocab_size=50257)
-    samples[0]                                      # int64 [1025]
+    samples[0]                                      # int64 [1025]; with documents=True [2, 1025]: tokens, documents
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class PackedDataset:
 
     With `vocab_size` every fetched sample is checked, and a token id outside the vocabulary raises `DatasetError`.
     A range shorter than one window raises `DatasetError`.
+
+    documents: samples are int64 [2, seq_length + 1], tokens and below them the number of the document of each.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class PackedDataset:
         seq_length: int,
         *,
         vocab_size: int | None = None,
+        documents: bool = False,
     ):
         if not 0 <= first_document <= last_document <= indexed.num_documents:
             raise ValueError(
@@ -56,14 +60,23 @@ class PackedDataset:
             )
         offsets = indexed.document_offsets
         self._set_range(indexed, int(offsets[first_document]), int(offsets[last_document]), seq_length, vocab_size)
+        self.documents = documents
 
     @classmethod
     def from_tokens(
-        cls, indexed: IndexedDataset, start: int, stop: int, seq_length: int, *, vocab_size: int | None = None
+        cls,
+        indexed: IndexedDataset,
+        start: int,
+        stop: int,
+        seq_length: int,
+        *,
+        vocab_size: int | None = None,
+        documents: bool = False,
     ) -> PackedDataset:
         """The samples of tokens [start, stop), which need not begin or end with a document."""
         dataset = cls.__new__(cls)
         dataset._set_range(indexed, start, stop, seq_length, vocab_size)
+        dataset.documents = documents
         return dataset
 
     def _set_range(
@@ -86,14 +99,14 @@ class PackedDataset:
         return self._length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index`, 0 <= index < len, as a new int64 array [seq_length + 1]."""
+        """Sample `index`, 0 <= index < len, as a new int64 array [seq_length + 1], or [2, seq_length + 1]."""
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} is outside the {self._length} samples of {self.indexed.prefix}")
         first = self.start + int(index) * self.seq_length
         sample = self.indexed.tokens(first, first + self.seq_length + 1).astype(np.int64)
         if self.vocab_size is not None:
             self._check_ids(sample, first)
-        return sample
+        return np.stack((sample, self.indexed.documents_of(first, len(sample)))) if self.documents else sample
 
     def _check_ids(self, sample: np.ndarray, first: int) -> None:
         # Seen as unsigned, negative ids are huge: one pass finds both kinds of bad id.

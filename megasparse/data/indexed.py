@@ -86,6 +86,12 @@ class IndexedDataset:
         """The document that holds the token at `token_offset`."""
         return int(np.searchsorted(self.document_offsets, token_offset, side="right")) - 1
 
+    def documents_of(self, start: int, count: int) -> np.ndarray:
+        """The document of each of the tokens [start, start + count), int64."""
+        first, last = self.document_at(start), self.document_at(start + count - 1)
+        ends = self.document_offsets[first + 1 : last + 2].clip(max=start + count)
+        return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))
+
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """Reads dtype, lengths int32 [S], pointers int64 [S] and document indices int64 [E] (memory-mapped)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,31 @@ if TYPE_CHECKING:
     import torch
 
 
-class BatchLoader:
-    """Iterator over micro-batches, torch int64 [micro_batch_size, seq_length + 1]; a context manager.
+class Batch(NamedTuple):
+    """Samples as a model takes them, each int64 [B, T]."""
 
-    `dataset[n]` gives global sample n as an int64 array. The first step begins at sample `consumed_samples`; the
-    property of that name grows by `global_batch_size` when the last micro-batch of a step has been handed out, and
-    is what a checkpoint saves. The iterator is endless, or ends after `num_steps` steps. An exception of the dataset
-    is raised by the `next` that would have returned the failed batch, and the loader is then closed.
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    documents: torch.Tensor | None
+    """The document of each input token, where samples tell it."""
+
+
+def split_samples(samples: torch.Tensor) -> Batch:
+    """Inputs and targets of samples [B, T + 1], or [B, 2, T + 1] with documents below the tokens."""
+    if samples.ndim == 2:
+        return Batch(samples[:, :-1], samples[:, 1:], None)
+    tokens, documents = samples.unbind(1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], documents[:, :-1])
+
+
+class BatchLoader:
+    """Iterator over micro-batches, torch int64 [micro_batch_size, *shape of a sample]; a context manager.
+
+    `dataset[n]` gives global sample n as an int64 array, [seq_length + 1] or [2, seq_length + 1]. The first step
+    begins at sample `consumed_samples`; the property of that name grows by `global_batch_size` when the last
+    micro-batch of a step has been handed out, and is what a checkpoint saves. The iterator is endless, or ends after
+    `num_steps` steps. An exception of the dataset is raised by the `next` that would have returned the failed batch,
+    and the loader is then closed.
     """
 
     def __init__(

@@ -21,15 +21,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megasparse.data.loader import BatchLoader
+from megasparse.data.loader import Batch, BatchLoader, split_samples
 
 __all__ = [
+    "Batch",
     "BatchLoader",
     "BlendedDataset",
     "ShuffledDataset",
     "derive_seed",
     "permuted_index",
     "permuted_indices",
+    "split_samples",
 ]
 
 MASK_64 = 2**64 - 1

@@ -68,9 +68,9 @@ class TrainingEngine:
     def accumulation_steps(self) -> int:
         return self._engine.gradient_accumulation_steps()
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a micro-batch, float32 scalar with graph. inputs, targets: int64 [micro_batch_size, T]."""
-        return self._engine(inputs, targets)
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Mean loss of a micro-batch, float32 scalar with graph. All arguments: int64 [micro_batch_size, T]."""
+        return self._engine(inputs, targets, documents)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients; the last micro-batch of a step also averages them over the ranks."""
@@ -105,10 +105,10 @@ class TrainingEngine:
         return float(squares.sum().sqrt())
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean loss without a graph."""
         self.model.eval()
-        loss = self.model(inputs, targets)
+        loss = self.model(inputs, targets, documents)
         self.model.train()
         return loss
 

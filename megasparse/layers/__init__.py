@@ -5,6 +5,7 @@ Linear layers come from a ``LayerFactory``, which knows which of them are sparse
 
 from megasparse.kernels.hybrid_attention import live_entries
 from megasparse.layers.attention import Attention
+from megasparse.layers.cache import KeyValueCache, LayerCache
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
@@ -18,6 +19,8 @@ __all__ = [
     "Embedding",
     "HeadLoss",
     "InputEmbedding",
+    "KeyValueCache",
+    "LayerCache",
     "LayerFactory",
     "LayerNorm",
     "Linear",

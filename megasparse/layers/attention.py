@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
-from megasparse.kernels.hybrid_attention import check_pattern, hybrid_attention
+from megasparse.kernels.hybrid_attention import attend_cached, check_pattern, hybrid_attention
+from megasparse.layers.cache import LayerCache
 from megasparse.layers.factory import LayerFactory
 from megasparse.layers.rotary import rotate
 
@@ -64,14 +65,22 @@ class Attention(nn.Module):
             check_pattern(pattern, self.stride)
         self.patterns = tuple(patterns)
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """documents_BT: see `hybrid_attention`. cache: what the tokens before these ones left; takes these ones too."""
         q, k, v = self.qkv(x_BTC).split(self.local_widths, dim=-1)
         B, T, _ = q.shape
         q_BHTD = q.view(B, T, self.local_heads, self.head_dim).transpose(1, 2)
         k_BGTD = k.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
+        first = 0 if cache is None else cache.length
         if self.rope_theta is not None:
-            q_BHTD, k_BGTD = rotate(q_BHTD, self.rope_theta), rotate(k_BGTD, self.rope_theta)
+            q_BHTD, k_BGTD = (rotate(x, self.rope_theta, first) for x in (q_BHTD, k_BGTD))
         own = self.patterns[self.first_head : self.first_head + self.local_heads]
-        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel)
+        kept = None if cache is None else cache.store(k_BGTD, v_BGTD)
+        if first > 0:
+            y_BHTD = attend_cached(q_BHTD, *kept, own, self.stride, first)
+        else:
+            y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel, documents_BT=documents_BT)
         return self.output(y_BHTD.transpose(1, 2).flatten(2))

@@ -66,22 +66,39 @@ class Embedding(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """Token embedding plus, where there is a table for them, learned positions."""
+    """Token embedding plus, where there is a table for them, learned positions.
 
-    def __init__(self, tokens: Embedding, positions: Embedding | None) -> None:
+    reset_positions: positions count from the first token of each document.
+    """
+
+    def __init__(self, tokens: Embedding, positions: Embedding | None, reset_positions: bool = False) -> None:
         super().__init__()
         self.tokens = tokens
         self.positions = positions
+        self.reset_positions = reset_positions
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, first: int = 0
+    ) -> torch.Tensor:
         """Returns [B, T, C], under sequence parallelism this rank's share of the T tokens.
 
-        Raises ValueError where T exceeds the table of learned positions.
+        documents_BT: see `GPT.forward`. first: position of the first token.
+        Raises ValueError where the positions exceed the table of learned ones.
         """
         x_BTC = self.tokens(tokens_BT)
         if self.positions is not None:
-            T = tokens_BT.shape[1]
-            if T > self.positions.rows:
-                raise ValueError(f"seq_length: {T} tokens exceed the {self.positions.rows} learned positions")
-            x_BTC = x_BTC + self.positions(torch.arange(T, device=tokens_BT.device))
+            end = first + tokens_BT.shape[1]
+            if end > self.positions.rows:
+                raise ValueError(f"seq_length: {end} tokens exceed the {self.positions.rows} learned positions")
+            position = torch.arange(first, end, device=tokens_BT.device)
+            if self.reset_positions and documents_BT is not None:
+                position = position - document_starts(documents_BT)
+            x_BTC = x_BTC + self.positions(position)
         return self.tokens.tensor_parallel.divide_tokens(x_BTC)
+
+
+def document_starts(documents_BT: torch.Tensor) -> torch.Tensor:
+    """For each token the position of the first token of its document in the sample, int64 [B, T]."""
+    position = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    return (position * begins).cummax(dim=1).values

@@ -25,10 +25,13 @@ def rotary_tables(seq_length: int, head_dim: int, theta: float, device: torch.de
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def rotate(x_BHTD: torch.Tensor, theta: float) -> torch.Tensor:
-    """Turn queries or keys by their positions 0 .. T - 1; returned in the dtype of the input."""
+def rotate(x_BHTD: torch.Tensor, theta: float, first: int = 0) -> torch.Tensor:
+    """Turn queries or keys by their positions first .. first + T - 1; returned in the dtype of the input."""
     T, D = x_BHTD.shape[-2:]
-    cos_TD, sin_TD = rotary_tables(T, D, theta, x_BHTD.device)
+    end = first + T
+    # Generation comes here with one position after the other: a table of twice the length serves many of them.
+    length = end if first == 0 else 1 << (end - 1).bit_length()
+    cos_TD, sin_TD = (table[first:end] for table in rotary_tables(length, D, theta, x_BHTD.device))
     # The float32 tables promote lower types, so the arithmetic is float32 at least.
     first, second = x_BHTD.chunk(2, dim=-1)
     turned = torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD), dim=-1)

@@ -5,6 +5,7 @@ one percent and count as 0. Algorithmic work by default: density times the dense
 entries for an attention pattern. For the work that kernels really execute, pass their own counts
 (``executed_entries``, ``executed_density``). Work done twice is not algorithmic and not counted: neither activation
 recomputation nor the fifth product of fused attention kernels, which recompute the scores in the backward pass.
+Under document masking the entries are still those of the pattern, so both kinds of count are upper bounds there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Sampling of text from a model, by plain re-evaluation of the context for each new token.
+"""Sampling of text from a model.
 
-For looking at what a run has learned; there is no key-value cache.
+Keys and values of the tokens so far are kept, and a new token reads those that its attention patterns show to it. So a
+token costs a forward pass of one token, and attention costs the live entries. A context that outgrows the model's
+`seq_length` slides, and with it every position changes: from there on it is evaluated anew for each token.
+Tensor names: B samples, T tokens, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -8,13 +11,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megasparse.layers import KeyValueCache
 from megasparse.models.gpt import GPT
 
 
 @torch.no_grad()
 def generate(
     model: GPT,
-    tokens_1T: torch.Tensor,
+    tokens_BT: torch.Tensor,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -22,64 +26,99 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     end_token: int | None = None,
+    use_cache: bool = True,
 ) -> torch.Tensor:
-    """Continue a prompt of at least one token.
+    """Continue prompts of equal length, of at least one token.
 
     Args:
         model: only its last `config.seq_length` tokens of context are used.
-        tokens_1T: the prompt, int64 [1, T].
+        tokens_BT: the prompts, int64 [B, T].
         max_new_tokens: tokens to add at most.
         temperature: divides the logits; 0 takes the most likely token always (greedy).
         top_k: sample among the k most likely tokens; None: all.
         top_p: sample among the fewest most likely tokens whose probabilities reach p together; None: all.
         generator: source of the random numbers, on any device; the result depends on it and the model alone.
-        end_token: stop after this token; None: never.
+        end_token: stop after this token; a row that ends before others is filled up with it. None: never.
+        use_cache: keep keys and values; False: evaluate the whole context for each token.
 
     Returns:
-        int64 [1, T + n], prompt and new tokens, n <= max_new_tokens.
+        int64 [B, T + n], prompts and new tokens, n <= max_new_tokens.
 
     Raises:
-        ValueError: the prompt is empty or not a single row, or an option is out of range.
+        ValueError: a prompt is empty, or an option is out of range.
     """
-    _check_options(tokens_1T, temperature, top_k, top_p)
+    _check_options(tokens_BT, temperature, top_k, top_p)
+    evaluate = LastLogits(model, tokens_BT.shape[1] + max_new_tokens, use_cache)
+    ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     for _ in range(max_new_tokens):
-        context = tokens_1T[:, -model.config.seq_length :]
-        # Tokens to the right change nothing to their left: attention is causal.
-        padded = F.pad(context, (0, -context.shape[1] % model.token_multiple))
-        logits_V = model(padded)[0, context.shape[1] - 1].float()
-        token = _choose(logits_V, temperature, top_k, top_p, generator)
-        tokens_1T = torch.cat((tokens_1T, token.to(tokens_1T.device).view(1, 1)), dim=1)
-        if end_token is not None and token.item() == end_token:
+        chosen_B = _choose(evaluate(tokens_BT), temperature, top_k, top_p, generator).to(tokens_BT.device)
+        if end_token is not None:
+            chosen_B = chosen_B.masked_fill(ended_B, end_token)
+            ended_B |= chosen_B == end_token
+        tokens_BT = torch.cat((tokens_BT, chosen_B.unsqueeze(1)), dim=1)
+        if ended_B.all():
             break
-    return tokens_1T
+    return tokens_BT
+
+
+class LastLogits:
+    """The logits of the last token of a text that grows from call to call, float32 [B, V].
+
+    max_tokens: length that the text may reach. use_cache: keep keys and values as long as the text fits into the
+    model's `seq_length`.
+    """
+
+    def __init__(self, model: GPT, max_tokens: int, use_cache: bool = True) -> None:
+        self.model, self.seq_length, self._multiple = model, model.config.seq_length, model.token_multiple
+        capacity = min(max_tokens + self._multiple, self.seq_length)
+        self._cache = KeyValueCache(model.config.num_layers, capacity) if use_cache else None
+
+    def __call__(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        T, start = tokens_BT.shape[1], 0 if self._cache is None else self._cache.length
+        assert start < T, f"{start} tokens are known already"
+        if self._cache is None or start + self._padded(T - start) > self.seq_length:
+            # The context slides, or the padding would not fit.
+            self._cache, start = None, max(T - self.seq_length, 0)
+        new = T - start
+        # Tokens to the right change nothing to their left: attention is causal.
+        padded = F.pad(tokens_BT[:, start:], (0, self._padded(new) - new))
+        if self._cache is None:
+            return self.model(padded)[:, new - 1].float()
+        logits_BTV = self.model(padded, cache=self._cache)
+        self._cache.advance(new)
+        return logits_BTV[:, new - 1].float()
+
+    def _padded(self, num_tokens: int) -> int:
+        return num_tokens + -num_tokens % self._multiple
 
 
 def _choose(
-    logits_V: torch.Tensor,
+    logits_BV: torch.Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
+    """A token for each row."""
     if temperature == 0:
-        return logits_V.argmax()
+        return logits_BV.argmax(dim=1)
     # Sorted once, both cuts are prefixes: the k most likely, and those that the probability p is not reached before.
-    probabilities, order = (logits_V / temperature).softmax(dim=0).sort(descending=True, stable=True)
+    probabilities, order = (logits_BV / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
     if top_k is not None:
-        probabilities[top_k:] = 0
-        probabilities /= probabilities.sum()
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(dim=1, keepdim=True)
     if top_p is not None:
-        before = probabilities.cumsum(0) - probabilities
+        before = probabilities.cumsum(dim=1) - probabilities
         probabilities[before >= top_p] = 0
     if generator is not None:
         probabilities = probabilities.to(generator.device)
     rank = torch.multinomial(probabilities, 1, generator=generator)
-    return order[rank.to(order.device)]
+    return order.gather(1, rank.to(order.device)).squeeze(1)
 
 
-def _check_options(tokens_1T: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if tokens_1T.ndim != 2 or tokens_1T.shape[0] != 1 or tokens_1T.shape[1] == 0:
-        raise ValueError(f"prompt: shape {tuple(tokens_1T.shape)}; legal values: [1, T] with at least one token")
+def _check_options(tokens_BT: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
+        raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; legal values: [B, T] with at least one token each")
     if temperature < 0:
         raise ValueError(f"temperature: {temperature} is negative; legal values: 0 (greedy) or more")
     if top_k is not None and top_k < 1:

@@ -23,6 +23,8 @@ from megasparse.layers import (
     Attention,
     HeadLoss,
     InputEmbedding,
+    KeyValueCache,
+    LayerCache,
     LayerFactory,
     LayerNorm,
     RMSNorm,
@@ -49,8 +51,10 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config, factory)
         self.mlp = mlp(f"{name}.mlp", config, factory, output_std=output_std)
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
+    def forward(
+        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
@@ -64,6 +68,7 @@ class GPT(nn.Module):
         factory: makes the layers, dense or sparse, whole or divided over tensor-parallel ranks.
         recompute: keep only the input of each block and recompute the block in the backward pass.
         attention_kernel: kernel of `hybrid_attention`.
+        reset_positions: learned positions begin anew with each document.
 
     Raises:
         ValueError: a sparse layer's widths are not multiples of its unit.
@@ -78,6 +83,7 @@ class GPT(nn.Module):
         *,
         recompute: bool = False,
         attention_kernel: str = "auto",
+        reset_positions: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.recompute = config, vocab_size, recompute
@@ -87,7 +93,7 @@ class GPT(nn.Module):
         positions = None
         if config.position_embedding == "learned":
             positions = factory.embedding("embedding.positions", config.seq_length, C, std)
-        self.embedding = InputEmbedding(tokens, positions)
+        self.embedding = InputEmbedding(tokens, positions, reset_positions)
         self.layers = nn.ModuleList(
             Block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
         )
@@ -100,14 +106,27 @@ class GPT(nn.Module):
         self.head_loss = HeadLoss(self.head, self.vocabulary)
         self.token_multiple = ranks.size if ranks.sequence_parallel else 1
 
-    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
         """Logits [B, T, V] for int64 tokens, or the mean cross entropy (float32 scalar) where targets are given.
 
-        Raises ValueError where T exceeds a table of learned positions.
+        Args:
+            documents_BT: number of the document of each token, never decreasing along the tokens; no token sees
+                another document. None: one document.
+            cache: keys and values of earlier tokens, which these ones follow; not with documents.
+
+        Raises ValueError where the positions exceed a table of learned ones.
         """
-        x_BTC = self.embedding(tokens_BT)
-        for block in self.layers:
-            x_BTC = self._run(block, x_BTC)
+        assert cache is None or documents_BT is None, "a cache holds one document"
+        x_BTC = self.embedding(tokens_BT, documents_BT, first=0 if cache is None else cache.length)
+        for number, block in enumerate(self.layers):
+            x_BTC = self._run(block, x_BTC, documents_BT, None if cache is None else cache.layers[number])
         x_BTC = self.final_norm(x_BTC)
         return self.vocabulary.logits(self.head(x_BTC)) if targets_BT is None else self.head_loss(x_BTC, targets_BT)
 
@@ -129,11 +148,13 @@ class GPT(nn.Module):
         """Parameters over all ranks, dead ones included; shared and replicated ones count once."""
         return sum(prod(partition_of(parameter).shape) for parameter in self.parameters())
 
-    def _run(self, block: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, block: nn.Module, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state needs to be kept.
-            return checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
-        return block(x_BTC)
+            return checkpoint(block, x_BTC, documents_BT, use_reentrant=False, preserve_rng_state=False)
+        return block(x_BTC, documents_BT, cache=cache)
 
 
 def _norm(config: ModelConfig, factory: LayerFactory) -> LayerNorm | RMSNorm:

@@ -52,6 +52,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Axis | None
             LayerFactory(sparse_rule, config.run.seed, config.kernels.block_sparse, ranks, config.kernels.break_even),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
+            reset_positions=config.data.document_masking and config.data.reset_positions,
         )
     except ValueError as error:
         raise ConfigError(f"sparsity.{error}") from None
@@ -71,4 +72,5 @@ def build_data(config: RunConfig, vocab_size: int):
         seq_length=config.model.seq_length,
         vocab_size=vocab_size,
         seed=config.run.seed,
+        documents=config.data.document_masking,
     )

@@ -199,6 +199,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             f"{format_integer(plan.get('steps'))} steps of {format_integer(tokens.get('per_step'))} tokens, "
             f"{format_count(tokens.get('total'))} tokens in all",
         ),
+        ("Documents", _words(plan.get("documents") or "")),
         ("Phases", "\n".join(f"{format_phase(name)}: steps {start:,} to {end:,}" for name, start, end in phases)),
         (
             "Density",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megasparse.config.schema import RunConfig
-from megasparse.data import BatchLoader
+from megasparse.data import BatchLoader, split_samples
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
 from megasparse.parallel.watchdog import Watchdog
@@ -121,10 +121,10 @@ class Trainer:
             for _ in range(engine.accumulation_steps):
                 self._beat(step, "data")
                 with seconds.part("data"):
-                    tokens = next(loader).to(self.mesh.device)
+                    batch = split_samples(next(loader).to(self.mesh.device))
                 self._beat(step, "forward")
                 with seconds.part("forward"):
-                    loss = engine.forward(tokens[:, :-1], tokens[:, 1:])
+                    loss = engine.forward(*batch)
                 self._beat(step, "backward")
                 with seconds.part("backward"):
                     engine.backward(loss)

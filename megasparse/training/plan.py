@@ -54,6 +54,7 @@ def make_plan(
         "parameters": _parameters(model, controller),
         "tokens": {"total": tokens_per_step * train.steps, "per_step": tokens_per_step},
         "steps": train.steps,
+        "documents": _documents(config),
         "schedule": {
             "phases": _phases(config, controller),
             "mean_density": mean_density,
@@ -130,6 +131,14 @@ def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
 
     here = pattern(step)
     return next((at for at in range(step + 1, last) if pattern(at) != here), last) - step
+
+
+def _documents(config: RunConfig) -> str:
+    """What tokens see of the other documents in their sample."""
+    if not config.data.document_masking:
+        return "not masked: tokens attend to all earlier ones of their sample"
+    restart = config.data.reset_positions and config.model.position_embedding == "learned"
+    return "masked: tokens attend within their document" + ("; positions begin anew with each" if restart else "")
 
 
 def _attention_kernels(config: RunConfig, device: str) -> str:

@@ -385,7 +385,7 @@ def plan_groups(plan: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
     """The plan as titled tables, with units; keys that are not known are shown as they are."""
     formats = {"parameters": format_count, "flops": format_flops, "memory": format_bytes, "tokens": format_count}
     groups: list[tuple[str, list[Row]]] = []
-    single = [Row(str(key).replace("_", " "), flat(plan[key])) for key in ("run", "steps") if key in plan]
+    single = [Row(str(key).replace("_", " "), flat(plan[key])) for key in ("run", "steps", "documents") if key in plan]
     if single:
         groups.append(("run", single))
     for key, value in plan.items():

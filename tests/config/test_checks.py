@@ -109,6 +109,11 @@ def test_contradictions_name_field_value_and_legal_values(world_size, overrides,
             "attention.windows replaces attention.phases",
         ),
         (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),
+        (["data.reset_positions=true"], "data.reset_positions is used with data.document_masking true only"),
+        (
+            ["data.document_masking=true", "data.reset_positions=true", "model.position_embedding=rope"],
+            "data.reset_positions changes nothing under model.position_embedding rope",
+        ),
         (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],
@@ -128,6 +133,7 @@ def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
         ["sparsity.algorithm=spdf", "sparsity.restoration_start=0.5"],
         ["sparsity.warmup_shape=steps", "sparsity.shape_steps=3"],
         ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1"],
+        ["data.document_masking=true", "data.reset_positions=true"],
     ],
 )
 def test_settings_with_an_effect_are_not_named(overrides) -> None:

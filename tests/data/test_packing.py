@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasparse.data import (
+    BatchLoader,
     BlendedDataset,
     ConcatenatedDataset,
     DatasetError,
@@ -18,6 +19,7 @@ from megasparse.data import (
     PackedDataset,
     build_datasets,
     split_documents,
+    split_samples,
 )
 
 
@@ -45,6 +47,33 @@ def test_windows_overlap_by_one_and_cross_documents(tmp_path):
 @pytest.mark.parametrize("tokens, expected", [(5, 1), (8, 1), (9, 2)])
 def test_number_of_windows(tmp_path, tokens, expected):
     assert len(PackedDataset(write(tmp_path / "set", [tokens]), 0, 1, seq_length=4)) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=20), st.integers(1, 9), st.data())
+def test_a_sample_tells_the_document_of_each_token(tmp_path_factory, lengths, seq_length, data):
+    """Against a list of the documents of all tokens; ranges begin and end inside documents, some of which are empty."""
+    indexed = write(tmp_path_factory.mktemp("data") / "set", lengths)
+    of_tokens = [number for number, length in enumerate(lengths) for _ in range(length)]
+    start = data.draw(st.integers(0, len(of_tokens)))
+    if len(of_tokens) - start <= seq_length:
+        return
+    samples = PackedDataset.from_tokens(indexed, start, len(of_tokens), seq_length, documents=True)
+    for i in range(len(samples)):
+        first = start + i * seq_length
+        tokens, documents = samples[i]
+        assert tokens.tolist() == list(range(first, first + seq_length + 1))
+        assert documents.tolist() == of_tokens[first : first + seq_length + 1]
+        assert samples[i].dtype == np.int64
+
+
+def test_documents_come_from_the_index_not_from_the_end_tokens(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_document([7, 0, 7])  # holds an end token, 0, and lacks one at its end
+        writer.add_document([])
+        writer.add_document([7, 7, 0])
+    samples = PackedDataset(IndexedDataset(tmp_path / "set"), 0, 3, seq_length=5, documents=True)
+    assert samples[0].tolist() == [[7, 0, 7, 7, 7, 0], [0, 0, 0, 2, 2, 2]]
 
 
 def test_less_than_a_window_is_refused(tmp_path):
@@ -157,6 +186,30 @@ def test_several_sources_and_separate_validation(tmp_path):
     with pytest.warns(UserWarning, match="inside a document"):
         _, joined = build(tmp_path, train_sources=sources)
     assert [joined[i][0] for i in range(len(joined))] == [80, 84, 88, 92, *range(1160, 1196, 4)]
+
+
+def test_documents_travel_through_blends_splits_and_batches(tmp_path):
+    """Tokens name their place in the stream, so the documents of every batch can be counted by hand."""
+    lengths = {0: [3, 14, 5, 1, 9] * 8, 1000: [2, 30, 7] * 10}
+    write(tmp_path / "set", lengths[0])
+    write(tmp_path / "two", lengths[1000], start=1000)
+    sources = [(tmp_path / "set", 2), (tmp_path / "two", 1)]
+    of_token = {}
+    for start, documents in lengths.items():
+        of_token |= dict(enumerate(np.repeat(np.arange(len(documents)), documents).tolist(), start))
+    train, valid = build(tmp_path, train_sources=sources, documents=True)
+    plain, plain_valid = build(tmp_path, train_sources=sources)
+    settings = {"global_batch_size": 8, "micro_batch_size": 4, "data_parallel_rank": 1, "data_parallel_size": 2}
+    with BatchLoader(train, **settings, num_steps=20) as loader, BatchLoader(plain, **settings, num_steps=20) as same:
+        for samples, tokens in zip(loader, same, strict=True):
+            batch, without = split_samples(samples), split_samples(tokens)
+            assert batch.inputs.equal(without.inputs) and batch.targets.equal(without.targets)
+            assert without.documents is None
+            assert batch.documents.tolist() == [[of_token[token] for token in row] for row in batch.inputs.tolist()]
+    assert {len(set(row)) for i in range(len(valid)) for row in [valid[i][1].tolist()]} == {1, 2, 3}
+    for i in range(len(valid)):
+        tokens, documents = valid[i].tolist()
+        assert tokens == plain_valid[i].tolist() and documents == [of_token[token] for token in tokens]
 
 
 def test_no_validation_share(tmp_path):

@@ -86,9 +86,14 @@ def results(case: str, model: nn.Module, axis: Axis) -> dict[str, Tensor]:
 
 def divided_results(mesh: Mesh) -> dict[str, dict[str, Tensor]]:
     found = {case: results(case, build(case, mesh.world), mesh.world) for case in CASES}
-    model = build("llama-sequence", mesh.world).eval()
-    found["generated"] = {"tokens": generate(model, torch.tensor([[3, 1, 4]]), 9, temperature=0)}
+    for case in ("llama", "llama-sequence", "gpt2-sequence"):
+        found[f"generated {case}"] = {"tokens": continued(build(case, mesh.world))}
     return found
+
+
+def continued(model: GPT) -> Tensor:
+    """Three tokens and fifteen more, beyond the context of sixteen."""
+    return generate(model.eval(), torch.tensor([[3, 1, 4], [2, 7, 1]]), 15, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +113,13 @@ def test_a_divided_model_is_the_same_model(divided, world, case) -> None:
             torch.testing.assert_close(found[case][name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}")
 
 
+@pytest.mark.parametrize("case", ["llama", "llama-sequence", "gpt2-sequence"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_divided_model_continues_a_prompt_alike(divided, world) -> None:
-    """The prompt's length is no multiple of the ranks that divide its tokens."""
-    expected = generate(build("llama", Axis()).eval(), torch.tensor([[3, 1, 4]]), 9, temperature=0)
+def test_a_divided_model_continues_a_prompt_alike(divided, world, case) -> None:
+    """Neither the prompt's length nor a single token is a multiple of the ranks that divide the tokens."""
+    expected = continued(build(case, Axis()))
     for found in divided[world]:
-        assert torch.equal(found["generated"]["tokens"], expected)
+        assert torch.equal(found[f"generated {case}"]["tokens"], expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sampling: determinism, greedy choice, cuts of the distribution, context, end token."""
+"""Sampling: determinism, greedy choice, cuts of the distribution, context, end token; with kept keys and without."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ from torch import nn
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import LayerFactory
 from megasparse.models import GPT, generate
+from megasparse.models.generate import LastLogits
 
 V, T = 30, 8
+
+
+SHAPE = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "seq_length": 21, "init_std": 0.5}
+STYLES = {
+    "learned": {},
+    "rope": {"position_embedding": "rope", "num_key_value_heads": 2},
+    "one key head": {"position_embedding": "rope", "num_key_value_heads": 1},
+}
+MIXED = [
+    ("full", "sparse", "local", "sparse", "fixed", "strided"),
+    ("strided", "fixed", "full", "local", "local", "full"),
+]
+PATTERNS = {name: [(name,) * 6] * 2 for name in ("full", "local", "strided", "sparse", "fixed")} | {"mixed": MIXED}
 
 
 def build() -> GPT:
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, seq_length=T, init_std=0.5)
     return GPT(config, AttentionConfig(), V, LayerFactory(seed=1))
+
+
+def build_with_patterns(style: str, patterns: str, stride: int = 4) -> GPT:
+    model = GPT(ModelConfig(**SHAPE, **STYLES[style]), AttentionConfig(stride=stride), V, LayerFactory(seed=1))
+    model.set_attention_patterns(PATTERNS[patterns])
+    return model
 
 
 class Fixed(nn.Module):
@@ -26,7 +46,7 @@ class Fixed(nn.Module):
         self.config, self.token_multiple = ModelConfig(seq_length=T), 1
         self.logits = torch.tensor(probabilities).log()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
         return self.logits.expand(*tokens.shape, -1)
 
 
@@ -56,6 +76,41 @@ def test_greedy_takes_the_most_likely_token_of_the_cropped_context() -> None:
     assert torch.equal(got, tokens)
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns) -> None:
+    """At every length from a prompt of 1 or 6 tokens to beyond the context, where both evaluate the whole."""
+    model, text = build_with_patterns(style, patterns), torch.randint(V, (3, 26))
+    for prompt in (1, 6):
+        kept, whole = LastLogits(model, 26), LastLogits(model, 26, use_cache=False)
+        with torch.no_grad():
+            for length in range(prompt, 27):
+                got, expected = kept(text[:, :length]), whole(text[:, :length])
+                # Sums of at most 24 products in float32, in another order; logits are of order 10.
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5, msg=f"length {length}")
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5, 64])
+def test_greedy_text_is_the_same_without_kept_keys(stride) -> None:
+    for style in STYLES:
+        model, prompt = build_with_patterns(style, "mixed", stride), torch.tensor([[7, 1, 2], [3, 3, 9]])
+        kept = generate(model, prompt, 22, temperature=0)
+        assert torch.equal(kept, generate(model, prompt, 22, temperature=0, use_cache=False)), style
+        rows = [generate(model, row.unsqueeze(0), 22, temperature=0) for row in prompt]
+        assert torch.equal(kept, torch.cat(rows)), style
+
+
+def test_a_token_is_evaluated_once_while_the_context_holds_it() -> None:
+    model, evaluated = build(), []
+    model.register_forward_pre_hook(lambda module, arguments: evaluated.append(arguments[0].shape[1]))
+    generate(model, torch.tensor([[1, 2, 3]]), 8)
+    # Eight tokens fit; then the context slides.
+    assert evaluated == [3, 1, 1, 1, 1, 1, T, T]
+    evaluated.clear()
+    generate(model, torch.zeros(1, T + 4, dtype=torch.int64), 2)
+    assert evaluated == [T, T]
+
+
 def test_temperature() -> None:
     # Probabilities 0.8 and 0.2 become 16/17 and 1/17 at half the temperature; 400 draws, deviation 0.012.
     share = (sample([0.8, 0.2], temperature=0.5) == 1).double().mean()
@@ -82,10 +137,18 @@ def test_stops_after_the_end_token() -> None:
     assert sample([0.5, 0.5], 100, end_token=1).tolist() == drawn[: first + 1]
 
 
+def test_rows_that_end_wait_for_the_others() -> None:
+    prompt = torch.zeros(6, 1, dtype=torch.int64)
+    rows = generate(Fixed([0.7, 0.3]), prompt, 100, generator=seeded(3), end_token=1)[:, 1:]
+    firsts = [row.index(1) for row in rows.tolist()]
+    assert len(set(firsts)) > 1 and rows.shape[1] == max(firsts) + 1
+    assert all(row[first:].eq(1).all() for row, first in zip(rows, firsts, strict=True))
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([[1], [2]], {}, r"prompt: shape \(2, 1\)"),
+        ([1, 2], {}, r"prompt: shape \(2,\)"),
         ([[]], {}, r"prompt: shape \(1, 0\)"),
         ([[1]], {"temperature": -0.1}, "temperature: -0.1"),
         ([[1]], {"top_k": 0}, "top_k: 0"),

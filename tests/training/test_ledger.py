@@ -119,6 +119,15 @@ def test_the_plan_says_what_it_is_asked() -> None:
     assert one["parameters"]["total"] == sum(p.numel() for p in parameters.parameters())
 
 
+def test_the_plan_says_what_tokens_see_of_other_documents() -> None:
+    masked = [*SETTINGS, "data.document_masking=true"]
+    reset = [*masked, "data.reset_positions=true"]
+    cases = [SETTINGS, masked, reset, [*reset, "model.position_embedding=rope"]]
+    words = [make_plan(load_config([], overrides), 1)["documents"] for overrides in cases]
+    assert words[0].startswith("not masked") and words[1] == "masked: tokens attend within their document"
+    assert words[2] == f"{words[1]}; positions begin anew with each" and words[3] == words[1]
+
+
 def test_the_ledger_survives_a_restart() -> None:
     ledger = Ledger()
     with ledger.seconds.step(), ledger.seconds.part("forward"):

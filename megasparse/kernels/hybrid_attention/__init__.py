@@ -15,16 +15,25 @@ from types import MappingProxyType
 import torch
 
 from megasparse.kernels.hybrid_attention import parts, reference
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern, live_entries, pattern_mask
+from megasparse.kernels.hybrid_attention.cached import attend_cached
+from megasparse.kernels.hybrid_attention.patterns import (
+    PATTERNS,
+    check_pattern,
+    live_entries,
+    pattern_mask,
+    visible_keys,
+)
 
 __all__ = [
     "PATTERNS",
+    "attend_cached",
     "check_pattern",
     "executed_entries",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
     "select_kernel",
+    "visible_keys",
 ]
 
 

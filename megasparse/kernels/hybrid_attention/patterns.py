@@ -65,5 +65,34 @@ def live_entries(pattern: str, seq_length: int, stride: int) -> int:
     return {"local": local, "strided": seq_length + earlier_blocks, "sparse": local + earlier_blocks}[pattern]
 
 
+def visible_keys(pattern: str, position: int, stride: int, offset: int = 0) -> tuple[range, ...]:
+    """The keys that the query at `position` sees: `pattern_mask(...)[position]` as ranges, ascending and disjoint.
+
+    offset: o in [0, stride); strided keys are those with (q - k) mod s = o, and position p lies in block (p + o) // s,
+    whose last token is the one with (p + o) mod s = s - 1. The query itself is always among the keys.
+
+    Raises ValueError for an unknown pattern or a stride below 1.
+    """
+    check_pattern(pattern, stride)
+    assert 0 <= offset < stride and position >= 0, (position, stride, offset)
+    end = position + 1
+    if pattern == "full":
+        return (range(end),)
+    if pattern == "fixed":
+        block = max((position + offset) // stride * stride - offset, 0)
+        return _filled(range(stride - 1 - offset, block, stride), range(block, end))
+    window = range(max(end - stride, 0), end)
+    if pattern == "local":
+        return (window,)
+    first = (position - offset) % stride
+    if pattern == "sparse":
+        return _filled(range(first, window.start, stride), window)
+    return _filled(range(first, end - offset, stride), range(position if offset else end, end))
+
+
+def _filled(*ranges: range) -> tuple[range, ...]:
+    return tuple(keys for keys in ranges if keys)
+
+
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2

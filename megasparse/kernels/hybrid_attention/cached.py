@@ -1,0 +1,61 @@
+"""Attention of new tokens to the keys and values of all tokens before them, at the cost of the live entries.
+
+Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), N new tokens, L tokens kept, D head
+dimension; K keys that a query sees, R query heads that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from megasparse.kernels.hybrid_attention.patterns import visible_keys
+
+
+def attend_cached(
+    q_BHND: torch.Tensor,
+    k_BGLD: torch.Tensor,
+    v_BGLD: torch.Tensor,
+    patterns: Sequence[str],
+    stride: int,
+    first: int,
+    scale: float | None = None,
+    offsets: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """What `hybrid_attention` gives for the last N of first + N tokens.
+
+    Args:
+        q_BHND: queries of the positions first .. first + N - 1.
+        k_BGLD, v_BGLD: keys and values by position; what lies behind the queries is not looked at.
+        patterns: one name per query head.
+        stride, scale: as in `hybrid_attention`.
+        offsets: offset of the stride for each query head, see `visible_keys`; None: 0 for all.
+
+    Returns:
+        [B, H, N, D] in the dtype of the queries.
+    """
+    H, N, G = q_BHND.shape[1], q_BHND.shape[2], k_BGLD.shape[1]
+    assert len(patterns) == H and first + N <= k_BGLD.shape[2]
+    out_BHND = torch.empty_like(q_BHND)
+    kinds = list(zip(patterns, offsets or (0,) * H, strict=True))
+    for kind in dict.fromkeys(kinds):
+        heads = torch.tensor([head for head in range(H) if kinds[head] == kind], device=q_BHND.device)
+        # Query heads that share keys lie together as rows of one product; heads picked from many get keys of their own.
+        groups, rows = (None, H // G) if len(heads) == H else (heads // (H // G), 1)
+        for number in range(N):
+            ranges = visible_keys(kind[0], first + number, stride, kind[1])
+            k_BGKD, v_BGKD = (_seen(x, groups, ranges) for x in (k_BGLD, v_BGLD))
+            q_BGRD = q_BHND[:, heads, number].unflatten(1, (-1, rows))
+            y_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, scale=scale)
+            out_BHND[:, heads, number] = y_BGRD.flatten(1, 2)
+    return out_BHND
+
+
+def _seen(x_BGLD: torch.Tensor, groups: torch.Tensor | None, ranges: Sequence[range]) -> torch.Tensor:
+    """The tokens of `ranges`, of all heads (None) or of `groups`; a view where it is one range of all heads."""
+    pieces = [x_BGLD[:, :, keys.start : keys.stop : keys.step] for keys in ranges]
+    if groups is not None:
+        pieces = [piece[:, groups] for piece in pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)

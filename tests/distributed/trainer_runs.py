@@ -1,0 +1,95 @@
+"""Whole runs of the real trainer inside one process per rank, many runs in a row: data, loop, validation, checkpoints.
+
+They are what the entry script starts, but for the plan, the records on disk and the seconds it takes to start.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine_runs import Layout, divided, run_config
+
+from megasparse.config.schema import RunConfig
+from megasparse.data import IndexedDatasetWriter
+from megasparse.parallel import Mesh
+from megasparse.training.assemble import build_engine
+from megasparse.training.build import build_data
+from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.console import quiet
+from megasparse.training.loop import Trainer
+from megasparse.training.signals import StopSignal
+from megasparse.training.state import TrainState
+
+# What depends on the clock.
+PASSING = ("tokens_per_s", "seconds")
+
+Case = tuple[str, list[str], Layout, list[int]]
+"""Name, overrides, layout, and the steps after which the run is stopped and built anew."""
+
+
+@dataclass
+class Lines:
+    """Takes the place of the records on disk."""
+
+    metrics_lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        self.metrics_lines.append({key: value for key, value in line.items() if not key.startswith(PASSING)})
+
+    def topology(self, *_: object) -> None: ...
+
+    def picture(self, *_: object) -> None: ...
+
+
+def write_documents(prefix: Path, lengths: tuple[int, int], total: int, vocab_size: int = 64) -> Path:
+    """Documents of random lengths between two bounds, `total` tokens or a few more. Each walks through the vocabulary
+    in steps of its own, which its last token, 0, does not tell: whoever sees a document alone must find its step."""
+    chance = random.Random(0)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        while writer.num_tokens < total:
+            first, step = chance.randrange(vocab_size), chance.randrange(1, 8)
+            length = chance.randint(*lengths)
+            writer.add_document([1 + (first + i * step) % (vocab_size - 1) for i in range(length - 1)] + [0])
+    return prefix
+
+
+def train_run(mesh: Mesh, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
+    controller, engine = build_engine(config, config.model.vocab_size, mesh)
+    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
+    train_data, valid_data = build_data(config, config.model.vocab_size)
+    lines = Lines()
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        engine=engine,
+        controller=controller,
+        train_data=train_data,
+        valid_data=valid_data,
+        checkpointer=checkpointer,
+        records=lines,
+        progress=quiet(),
+        state=checkpointer.restore() or TrainState(),
+    )
+    with StopSignal(mesh) as stop:
+        trainer.run(stop)
+    return lines.metrics_lines
+
+
+def run_trainers(mesh: Mesh, cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of metrics of each case."""
+    results = {}
+    for name, overrides, layout, stops in cases:
+        own, results[name] = divided(mesh, layout.tensor), []
+        try:
+            for stop in [*stops, None]:
+                ending = [] if stop is None else [f"train.stop_after={stop}"]
+                config = run_config([*overrides, *ending], layout)
+                results[name] += train_run(own, config, folder / name)
+                assert results[name][-1]["step"] == (stop or config.train.steps)
+        except Exception as error:
+            raise RuntimeError(f"case {name}") from error
+    return results
