@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
-from megasparse.kernels.hybrid_attention import check_pattern, hybrid_attention
+from megasparse.kernels.hybrid_attention import check_pattern, hybrid_attention, widened
 from megasparse.layers.factory import LayerFactory
 from megasparse.layers.rotary import rotate
 
@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
     Args:
         name: name in the model, such as `layers.3.attention`.
-        config, attention: shapes, and the stride of the patterns.
+        config, attention: shapes, and the stride of the patterns and its offsets.
         factory: makes the two projections.
         output_std: standard deviation of the initial output projection.
         kernel: kernel of `hybrid_attention`.
@@ -47,6 +47,8 @@ class Attention(nn.Module):
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
         self.stride, self.kernel = attention.stride, kernel
+        self.offsets, self.dense_fallback = attention.head_offsets(self.num_heads), attention.dense_fallback
+        self.seq_length = config.seq_length
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
@@ -72,6 +74,11 @@ class Attention(nn.Module):
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         if self.rope_theta is not None:
             q_BHTD, k_BGTD = rotate(q_BHTD, self.rope_theta), rotate(k_BGTD, self.rope_theta)
-        own = self.patterns[self.first_head : self.first_head + self.local_heads]
-        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel)
+        own = slice(self.first_head, self.first_head + self.local_heads)
+        patterns, offsets = self.patterns[own], self.offsets[own]
+        if self.dense_fallback:
+            # By the length of training, so that a shorter text meets the same patterns.
+            shape = self.seq_length, self.stride, x_BTC.device.type, q.dtype, self.head_dim
+            patterns = widened(self.kernel, patterns, *shape)
+        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, patterns, self.stride, self.kernel, offsets=offsets)
         return self.output(y_BHTD.transpose(1, 2).flatten(2))

@@ -132,8 +132,8 @@ class PatternSchedule:
         table = [[pattern] * self.num_heads for _ in range(self.num_layers)]
         if pattern != "full":
             for override in self.attention.overrides:
-                for layer in override.layers if override.layers is not None else range(self.num_layers):
-                    for head in override.heads if override.heads is not None else range(self.num_heads):
+                for layer in override.layer_numbers(self.num_layers):
+                    for head in override.head_numbers(self.num_heads):
                         table[layer][head] = override.pattern
         return [tuple(row) for row in table]
 

@@ -10,7 +10,7 @@ in the same way (``dispatch.choose``), from the live blocks of their own tensor-
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.kernels import block_sparse
+from megasparse.kernels import block_sparse, hybrid_attention
 from megasparse.kernels.block_sparse.break_even import measured, table_problem
+from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.models.gpt import GPT
 from megasparse.parallel import choose_accelerator
 
@@ -133,6 +134,44 @@ class LayerKernels:
             kinds = ", ".join(dict.fromkeys(map(layer_kind, names)))
             found.append(f"kernels.block_sparse auto saves no work in {kinds}: {reason}")
         return found
+
+
+def attention_in_force(config: RunConfig, patterns: Sequence[str], device: str) -> tuple[str, ...]:
+    """The patterns that really run: `full` where attention.dense_fallback lets it take a pattern's place."""
+    if not config.attention.dense_fallback:
+        return tuple(patterns)
+    model, dtype = config.model, DTYPES[config.train.precision]
+    shape = model.seq_length, config.attention.stride, device, dtype, model.head_dim
+    return hybrid_attention.widened(config.kernels.hybrid_attention, patterns, *shape)
+
+
+def describe_attention(config: RunConfig, device: str) -> str:
+    """Kernel of the attention, or the kernels with their patterns."""
+    asked, patterns = config.kernels.hybrid_attention, hybrid_attention.PATTERNS
+    dtype, head_dim = DTYPES[config.train.precision], config.model.head_dim
+    shape = config.model.seq_length, config.attention.stride, device, dtype, head_dim
+    found: dict[str, list[str]] = {}
+    for pattern, runs in zip(patterns, attention_in_force(config, patterns, device), strict=True):
+        kernel = hybrid_attention.select_kernel(asked, runs, *shape)
+        found.setdefault(kernel, []).append(pattern if runs == pattern else f"{pattern} (as full)")
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{kernel} for {', '.join(names)}" for kernel, names in found.items())
+
+
+def attention_warnings(config: RunConfig, device: str) -> list[str]:
+    """Patterns that are not computed as the configuration names them; a table that is unreadable."""
+    found = []
+    if config.kernels.hybrid_attention == "auto" and (problem := attention_tables.table_problem()):
+        found.append(problem)
+    named = sorted(config.attention.named_patterns())
+    wide = [name for name, runs in zip(named, attention_in_force(config, named, device), strict=True) if runs != name]
+    if wide:
+        found.append(
+            f"attention.dense_fallback: full attention runs in place of {', '.join(wide)}: at "
+            f"{config.model.seq_length:,} tokens it was measured to be faster"
+        )
+    return found
 
 
 def check_kernel(kernel: str, device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
-from megasparse.kernels.hybrid_attention import executed_entries
+from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask
 from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
@@ -88,6 +88,50 @@ def test_recomputation_is_executed_and_not_algorithmic() -> None:
     head = 2 * 4 * 24 * model.head.in_features * model.head.out_features
     forward = count_flops(model, 4, 24)
     assert again.executed - once.executed == pytest.approx(forward.forward + forward.attention_forward - head)
+
+
+@pytest.mark.parametrize("offsets", ["none", "spread", "[3,1]"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_attention_is_counted_as_a_count_of_the_mask_gives_it(pattern: str, offsets: str) -> None:
+    config, model, controller = parts(
+        f"attention.phases={{ultra_sparse: {pattern}}}", f"attention.stride_offsets={offsets}"
+    )
+    decision, densities = controller.begin_step(20), controller.live_densities()
+    assert decision.patterns == [(pattern,) * 2] * 2
+    counted = counter_of(config, model).step(decision, densities)
+    shifts = {"none": (0, 0), "spread": (0, 2), "[3,1]": (3, 1)}[offsets]
+    live = sum(int(pattern_mask(pattern, 24, 4, offset=offset).sum()) for offset in shifts)
+    without = count_flops(model, 4, 24, patterns=decision.patterns, densities=densities, attention_entries=nothing)
+    # Two products forward and four backward, for 4 samples, 2 layers and a head dimension of 16.
+    assert counted.algorithmic - without.total == 6 * 2 * 4 * 2 * 16 * live
+    entries = sum(executed_entries("auto", pattern, 24, 4, offset=offset) for offset in shifts)
+    # No kernel takes blocks of 8.
+    dense = partial(count_flops, linear_density=lambda density: 1.0, attention_entries=nothing)
+    assert counted.executed == pytest.approx(dense(model, 4, 24).total + 6 * 2 * 4 * 2 * 16 * entries, rel=1e-9)
+
+
+def nothing(*shape, offset: int) -> int:
+    return 0
+
+
+def test_a_widened_pattern_is_counted_and_told(monkeypatch) -> None:
+    """As if dense attention had been measured to be faster than `strided` below 100 tokens."""
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 100 * (pattern == "strided"))
+    words = ["attention.phases={ultra_sparse: strided, restoration: local}"]
+    exact, model, controller = parts(*words)
+    allowed, _, _ = parts(*words, "attention.dense_fallback=true")
+    decision, densities = controller.begin_step(20), controller.live_densities()
+    counts = [counter_of(config, model).step(decision, densities) for config in (exact, allowed)]
+    full = count_flops(model, 4, 24, densities=densities)
+    assert counts[1].algorithmic == pytest.approx(full.total) and counts[0].algorithmic < counts[1].algorithmic
+    plans = [make_plan(config, 1, "cpu") for config in (exact, allowed)]
+    assert not any("dense_fallback" in words for words in plans[0]["warnings"])
+    assert [words for words in plans[1]["warnings"] if "dense_fallback" in words] == [
+        "attention.dense_fallback: full attention runs in place of strided: at 24 tokens it was measured to be faster"
+    ]
+    assert "strided (as full)" in plans[1]["kernels"]["hybrid_attention"]
+    assert "local (as full)" not in plans[1]["kernels"]["hybrid_attention"]
+    assert "as full" not in plans[0]["kernels"]["hybrid_attention"]
 
 
 def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
