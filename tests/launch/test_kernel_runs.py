@@ -57,3 +57,17 @@ def test_the_tuner_writes_a_table_that_its_machine_reads(tmp_path: Path) -> None
     table.write_text("{")
     assert "no table of break-even densities" in run(tool, variables=variables, expect=2).stdout
     assert table.read_text() == "{"
+
+
+def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "tune_kernels.py"), "--attention", "--lengths", "16", "24"]
+    tool += ["--strides", "8", "--head-dims", "8", "--rounds", "1", "--precisions", "fp32"]
+    variables = {"MEGASPARSE_CACHE": str(tmp_path)}
+    table = tmp_path / "attention_break_even.json"
+    assert "beats dense" in run([*tool, "--dry-run"], variables=variables).stdout and not table.exists()
+    run(tool, variables=variables)
+    (measurement,) = json.loads(table.read_text())["measurements"]
+    assert [row["pattern"] for row in measurement["rows"]] == ["local", "strided", "sparse", "fixed"]
+    assert measurement["device"] == "cpu" and "--attention" in measurement["command"]
+    table.write_text("{")
+    assert "attention_break_even.json: no table" in run(tool, variables=variables, expect=2).stdout
