@@ -31,7 +31,7 @@ from megasparse.kernels.block_sparse.break_even import (
 )
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
-from megasparse.kernels.hybrid_attention import FAST
+from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
@@ -109,7 +109,8 @@ def measure_attention(
     rows: list[AttentionRow] = []
     for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
         options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
-        rows += measure_rows(FAST, device, DTYPES[precision], **options)
+        kernel = fast_kernel(device, DTYPES[precision], head_dim)
+        rows += measure_rows(kernel, device, DTYPES[precision], **options)
     return as_measurement(rows, device, command)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "WITH_OFFSET",
     "check_pattern",
     "executed_entries",
+    "fast_kernel",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
@@ -61,9 +62,6 @@ KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
         "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
     }
 )
-
-# What `auto` prefers to a boolean mask, from the measured number of tokens on.
-FAST = "parts"
 
 
 def hybrid_attention(
@@ -171,8 +169,9 @@ def select_kernel(
     if kernel == "auto":
         if pattern == "full":
             return "causal"
-        limit = break_even.mask_limit(FAST, pattern, stride, device, dtype, head_dim)
-        return FAST if seq_length >= limit else "reference"
+        fast = fast_kernel(device, dtype, head_dim)
+        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+        return fast if seq_length >= limit else "reference"
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
@@ -201,10 +200,15 @@ def widened(
     """
     if kernel != "auto":
         return tuple(patterns)
-    shape = stride, device, dtype, head_dim
+    fast, shape = fast_kernel(device, dtype, head_dim), (stride, device, dtype, head_dim)
     return tuple(
-        "full" if seq_length < break_even.dense_limit(FAST, pattern, *shape) else pattern for pattern in patterns
+        "full" if seq_length < break_even.dense_limit(fast, pattern, *shape) else pattern for pattern in patterns
     )
+
+
+def fast_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
+    return "parts"
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
