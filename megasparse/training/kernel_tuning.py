@@ -31,8 +31,8 @@ from megasparse.kernels.block_sparse.break_even import (
 )
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
-from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
 from megasparse.training.environment import package_versions
