@@ -54,8 +54,8 @@ def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype)
         torch.library.opcheck(getattr(torch.ops.megasparse, name).default, plain)
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("kernel", ["auto", "reference", "parts"])
+# At this length `auto` takes the reference, and torch's causal kernel for `full`.
+@pytest.mark.parametrize(("kernel", "with_documents"), [("auto", False), ("auto", True), ("parts", True)])
 @pytest.mark.parametrize("patterns", [*PATTERNS, MIXED], ids=str)
 def test_compiled_equals_eager(patterns, kernel, with_documents) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None
@@ -117,20 +117,20 @@ def test_caches_are_bounded() -> None:
     """Whatever is switched to, what is kept for it has a limit; a switch back makes nothing anew."""
     for cached in (pattern_tiles, _look_up, reference.cached_mask, reference.cached_offset_mask):
         assert cached.cache_info().maxsize is not None
-    q, k, v = inputs(seq_length=40)
+    q, k, v = (x.detach() for x in inputs(seq_length=24))
 
-    def train_on(stride: int) -> None:
+    def attend(stride: int) -> None:
         for kernel in ("parts", "reference"):
-            for patterns in (*PATTERNS, MIXED):
-                hybrid_attention(q, k, v, patterns, stride, kernel, offsets=(0, 1, 2, 3)).sum().backward()
+            for pattern in PATTERNS:
+                hybrid_attention(q, k, v, pattern, stride, kernel, offsets=(0, 1, 2, 3))
 
-    train_on(STRIDE)
+    attend(STRIDE)
     caches = pattern_tiles, reference.cached_offset_mask
     misses = [cached.cache_info().misses for cached in caches]
-    train_on(STRIDE)
+    attend(STRIDE)
     assert [cached.cache_info().misses for cached in caches] == misses
-    for stride in range(5, 40):
-        train_on(stride)
+    for stride in range(5, 25):
+        attend(stride)
     for cached in (*caches, reference.cached_mask):
         assert cached.cache_info().currsize <= cached.cache_info().maxsize
     # Masks of 1,024 tokens at most, a byte for each pair: 64 MiB.
