@@ -156,8 +156,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "attention.windows replaces attention.phases"
     if "stride_offsets" in _given(config.attention) and not config.attention.named_patterns() - {"local"}:
         yield "attention.stride_offsets is used by the patterns strided, sparse and fixed only"
-    if config.attention.dense_fallback and config.kernels.hybrid_attention != "auto":
-        yield "attention.dense_fallback is used with kernels.hybrid_attention auto only"
+    if config.attention.dense_fallback is True and config.kernels.hybrid_attention != "auto":
+        yield "attention.dense_fallback true is used with kernels.hybrid_attention auto only"
     if config.data.valid is not None and "valid_fraction" in _given(config.data):
         yield "data.valid replaces data.valid_fraction"
     if "decay_fraction" in _given(config.optimizer) and config.optimizer.schedule != "wsd":

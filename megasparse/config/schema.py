@@ -180,15 +180,21 @@ class AttentionConfig(Section):
     """Pattern by training progress; replaces `phases`. Outside every window the pattern is `full`."""
     overrides: list[PatternOverride] = []
     """Exceptions by layer and head; the last that matches wins."""
-    dense_fallback: bool = False
-    """Allow full attention in place of a pattern where the table of measurements says that it is faster at this
-    sequence length (tools/tune_kernels.py --attention). It changes the model, and may differ between machines."""
+    dense_fallback: bool | list[Pattern] = False
+    """Full attention in place of patterns, which changes the model; true: of those for which the table of measurements
+    (tools/tune_kernels.py --attention) says that full attention is faster at this sequence length. A run settles at its
+    start which these are, and its config.yaml lists them. Or a list of patterns."""
 
     def head_offsets(self, num_heads: int) -> tuple[int, ...]:
         """Offset of each query head."""
         if self.stride_offsets == "spread":
             return tuple(head * self.stride // num_heads for head in range(num_heads))
         return (0,) * num_heads if self.stride_offsets == "none" else tuple(self.stride_offsets)
+
+    @property
+    def widened_patterns(self) -> frozenset[Pattern]:
+        """Patterns in whose place full attention runs."""
+        return frozenset(self.dense_fallback if isinstance(self.dense_fallback, list) else ())
 
     def named_patterns(self) -> set[Pattern]:
         """All patterns that occur, `full` aside."""

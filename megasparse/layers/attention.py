@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
-from megasparse.kernels.hybrid_attention import check_pattern, hybrid_attention, widened
+from megasparse.kernels.hybrid_attention import check_pattern, hybrid_attention
 from megasparse.layers.factory import LayerFactory
 from megasparse.layers.rotary import rotate
 
@@ -47,8 +47,7 @@ class Attention(nn.Module):
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
         self.stride, self.kernel = attention.stride, kernel
-        self.offsets, self.dense_fallback = attention.head_offsets(self.num_heads), attention.dense_fallback
-        self.seq_length = config.seq_length
+        self.offsets = attention.head_offsets(self.num_heads)
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
@@ -75,10 +74,6 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             q_BHTD, k_BGTD = rotate(q_BHTD, self.rope_theta), rotate(k_BGTD, self.rope_theta)
         own = slice(self.first_head, self.first_head + self.local_heads)
-        patterns, offsets = self.patterns[own], self.offsets[own]
-        if self.dense_fallback:
-            # By the length of training, so that a shorter text meets the same patterns.
-            shape = self.seq_length, self.stride, x_BTC.device.type, q.dtype, self.head_dim
-            patterns = widened(self.kernel, patterns, *shape)
-        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, patterns, self.stride, self.kernel, offsets=offsets)
+        heads = self.patterns[own], self.stride, self.kernel
+        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, offsets=self.offsets[own])
         return self.output(y_BHTD.transpose(1, 2).flatten(2))

@@ -20,7 +20,7 @@ from megasparse.kernels.hybrid_attention import executed_entries
 from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import StepDecision
-from megasparse.training.kernels import LayerKernels, attention_in_force
+from megasparse.training.kernels import LayerKernels
 
 PARTS = ("data", "forward", "backward", "optimizer", "topology")
 
@@ -78,9 +78,7 @@ class FlopCounter:
     def _attention_forward(self, patterns: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
         """Algorithmic and executed FLOPs of the attention scores and sums, forward."""
         if patterns not in self._attention:
-            # What dense attention takes the place of is dense work, executed and algorithmic.
-            in_force = [attention_in_force(self._config, heads, self._kernels.device) for heads in patterns]
-            count = partial(count_flops, self._model, self._samples, self._length, patterns=in_force)
+            count = partial(count_flops, self._model, self._samples, self._length, patterns=patterns)
             shape = {"dtype": self._kernels.dtype, "head_dim": self._config.model.head_dim}
             kernel, device = self._config.kernels.hybrid_attention, self._kernels.device
             entries = partial(executed_entries, kernel, device=device, **shape)

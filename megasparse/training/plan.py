@@ -21,7 +21,13 @@ from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
-from megasparse.training.kernels import LayerKernels, attention_warnings, describe_attention, target_device
+from megasparse.training.kernels import (
+    LayerKernels,
+    attention_warnings,
+    describe_attention,
+    settle_dense_fallback,
+    target_device,
+)
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
 
@@ -37,6 +43,7 @@ def make_plan(
     the device need not be there; False: ask them.
     """
     check_run(config, world_size)
+    config = settle_dense_fallback(config, device or target_device())
     check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
     # Rank 0's shard: the shapes of all shards are alike.
@@ -81,7 +88,7 @@ def make_plan(
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": describe_attention(config, kernels.device),
         },
-        "warnings": [*unused_settings(config), *kernels.warnings(), *attention_warnings(config, kernels.device)],
+        "warnings": [*unused_settings(config), *kernels.warnings(), *attention_warnings(config)],
     }
 
 

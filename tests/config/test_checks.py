@@ -129,7 +129,7 @@ def test_contradictions_name_field_value_and_legal_values(world_size, overrides,
         ),
         (
             ["attention.dense_fallback=true", "kernels.hybrid_attention=parts"],
-            "attention.dense_fallback is used with kernels.hybrid_attention auto only",
+            "attention.dense_fallback true is used with kernels.hybrid_attention auto only",
         ),
         (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),
         (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
@@ -21,7 +20,6 @@ from megasparse.kernels.hybrid_attention import (
 )
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row, dense_limit, mask_limit, read_table
 from megasparse.kernels.hybrid_attention.measure import measure_rows
-from megasparse.layers import Attention, LayerFactory
 
 TIMES = {
     "128": {"kernel": 3.0, "mask": 2.0, "dense": 1.0},
@@ -120,21 +118,6 @@ def test_no_pattern_is_widened_unless_that_is_allowed(monkeypatch) -> None:
     assert torch.equal(hybrid_attention(q, k, v, "sparse", 4), sparse)
     assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, dense_fallback=True), full)
     assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, "reference", dense_fallback=True), sparse)
-
-
-def test_a_layer_widens_by_the_length_of_training(monkeypatch) -> None:
-    monkeypatch.setattr(break_even, "dense_limit", lambda *case: 30)
-    for seq_length, widens in ((32, False), (16, True)):
-        config = ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=seq_length)
-        layers = []
-        for allowed in (False, True):
-            torch.manual_seed(3)
-            attention = AttentionConfig(stride=4, dense_fallback=allowed)
-            layers.append(Attention("a", config, attention, LayerFactory(lambda name: None), output_std=0.1))
-            layers[-1].set_patterns(("strided",) * 2)
-        x = torch.randn(1, 14, 16)
-        exact, given = (layer(x) for layer in layers)
-        assert torch.equal(exact, given) != widens
 
 
 def test_measured_rows_are_what_was_asked_for() -> None:

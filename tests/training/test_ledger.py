@@ -6,15 +6,22 @@ from functools import partial
 
 import pytest
 import torch
+from harness import run_distributed
 
-from megasparse.config.loader import load_config
+from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask
 from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
+from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_model
-from megasparse.training.kernels import LayerKernels
+from megasparse.training.kernels import (
+    LayerKernels,
+    agree_on_dense_fallback,
+    settle_dense_fallback,
+    with_dense_fallback,
+)
 from megasparse.training.ledger import FlopCounter, Ledger
 from megasparse.training.plan import make_plan, walk_schedule
 
@@ -119,19 +126,53 @@ def test_a_widened_pattern_is_counted_and_told(monkeypatch) -> None:
     monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 100 * (pattern == "strided"))
     words = ["attention.phases={ultra_sparse: strided, restoration: local}"]
     exact, model, controller = parts(*words)
-    allowed, _, _ = parts(*words, "attention.dense_fallback=true")
-    decision, densities = controller.begin_step(20), controller.live_densities()
-    counts = [counter_of(config, model).step(decision, densities) for config in (exact, allowed)]
+    asked = load_config([], [*SETTINGS, *words, "attention.dense_fallback=true"])
+    allowed = settle_dense_fallback(asked, "cpu")
+    decisions = [Controller(config, model.sparse_layers()).begin_step(20) for config in (exact, allowed)]
+    assert [decision.patterns[0][0] for decision in decisions] == ["strided", "full"]
+    densities = controller.live_densities()
+    counts = [counter_of(exact, model).step(decision, densities) for decision in decisions]
     full = count_flops(model, 4, 24, densities=densities)
     assert counts[1].algorithmic == pytest.approx(full.total) and counts[0].algorithmic < counts[1].algorithmic
-    plans = [make_plan(config, 1, "cpu") for config in (exact, allowed)]
-    assert not any("dense_fallback" in words for words in plans[0]["warnings"])
-    assert [words for words in plans[1]["warnings"] if "dense_fallback" in words] == [
-        "attention.dense_fallback: full attention runs in place of strided: at 24 tokens it was measured to be faster"
-    ]
+    plans = [make_plan(config, 1, "cpu") for config in (exact, asked, allowed)]
+    assert plans[1] == plans[2] and plans[0]["flops"]["algorithmic"] < plans[1]["flops"]["algorithmic"]
+    told = [[words for words in plan["warnings"] if "dense_fallback" in words] for plan in plans[:2]]
+    assert told == [[], ["attention.dense_fallback: full attention runs in place of strided"]]
     assert "strided (as full)" in plans[1]["kernels"]["hybrid_attention"]
     assert "local (as full)" not in plans[1]["kernels"]["hybrid_attention"]
     assert "as full" not in plans[0]["kernels"]["hybrid_attention"]
+
+
+def test_what_is_widened_is_settled_once(monkeypatch, tmp_path) -> None:
+    """Later measurements change nothing for a run that goes on, or for the model that it has trained."""
+    words = ["attention.phases={ultra_sparse: strided, restoration: local}", "attention.dense_fallback=true"]
+    asked = load_config([], [*SETTINGS, *words])
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 25 * (pattern == "strided"))
+    settled = settle_dense_fallback(asked, "cpu")
+    assert settled.attention.dense_fallback == ["strided"]
+    save_config(settled, tmp_path / "config.yaml")
+    assert load_config([tmp_path / "config.yaml"]) == settled
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 0)
+    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == []
+    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml") == settled
+    (tmp_path / "config.yaml").write_text("{")
+    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml").attention.dense_fallback == []
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 24)
+    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == [], "at 24 tokens it is no slower"
+    forced = load_config([], [*SETTINGS, "attention.dense_fallback=[sparse]", "kernels.hybrid_attention=parts"])
+    assert settle_dense_fallback(forced, "cpu") is forced
+
+
+def test_ranks_agree_on_what_is_widened() -> None:
+    """Rank 0's patterns hold, whatever the table of another rank says."""
+    lists = run_distributed(agreed_fallback, 2, timeout=60)
+    assert lists == [["fixed", "strided"]] * 2
+
+
+def agreed_fallback(mesh: Mesh) -> list[str]:
+    mine = [["strided", "fixed"], ["local"]][mesh.rank]
+    config = with_dense_fallback(load_config([], SETTINGS), mine)
+    return sorted(agree_on_dense_fallback(config, mesh).attention.dense_fallback)
 
 
 def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
