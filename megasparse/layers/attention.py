@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
     Args:
         name: name in the model, such as `layers.3.attention`.
-        config, attention: shapes, and the stride of the patterns.
+        config, attention: shapes, and the stride of the patterns and its offsets.
         factory: makes the two projections.
         output_std: standard deviation of the initial output projection.
         kernel: kernel of `hybrid_attention`.
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
         self.stride, self.kernel = attention.stride, kernel
+        self.offsets = attention.head_offsets(self.num_heads)
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
@@ -77,10 +78,12 @@ class Attention(nn.Module):
         first = 0 if cache is None else cache.length
         if self.rope_theta is not None:
             q_BHTD, k_BGTD = (rotate(x, self.rope_theta, first) for x in (q_BHTD, k_BGTD))
-        own = self.patterns[self.first_head : self.first_head + self.local_heads]
+        own = slice(self.first_head, self.first_head + self.local_heads)
+        patterns, offsets = self.patterns[own], self.offsets[own]
         kept = None if cache is None else cache.store(k_BGTD, v_BGTD)
         if first > 0:
-            y_BHTD = attend_cached(q_BHTD, *kept, own, self.stride, first)
+            y_BHTD = attend_cached(q_BHTD, *kept, patterns, self.stride, first, offsets=offsets)
         else:
-            y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel, documents_BT=documents_BT)
+            heads = patterns, self.stride, self.kernel
+            y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, documents_BT=documents_BT, offsets=offsets)
         return self.output(y_BHTD.transpose(1, 2).flatten(2))
