@@ -1,0 +1,94 @@
+"""What the Triton kernels of hybrid sparse attention launch: the parts of each pattern, and the tile sizes.
+
+``launches`` says which parts of a pattern are computed together, ``forward_tile`` and the like how large their tiles
+are, ``executed_entries`` how many scores that makes. The sizes keep to the shared memory and the registers of sm_80,
+sm_90 and gfx942 (tests compile them ahead of time); which are fastest has been measured on no device yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Tokens of one residue from which far keys are tiles of their residue: 16 x 16 is the smallest tile of tensor cores.
+# Under `sparse` that costs one launch more, and a pass over what the other launch made.
+STRIDED_TILES_FROM, SPARSE_TILES_FROM = 16, 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The parts that one launch joins; see `triton_kernels.py`."""
+
+    near: str
+    far: str
+    beyond: bool = False
+    """Far keys without those of the window."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries x keys of one tile of scores; far keys that a row takes at a time."""
+
+    queries: int
+    keys: int
+    chunk: int
+    warps: int
+    stages: int
+    """Steps whose loads are under way at once."""
+
+
+def launches(pattern: str, seq_length: int, stride: int) -> tuple[Launch, ...]:
+    """Launches of the forward pass and of each gradient. `full` is `strided` with s = 1."""
+    length = class_length(seq_length, stride)
+    if pattern == "local":
+        return (Launch("window", "none"),)
+    if pattern == "fixed":
+        return (Launch("block", "summaries"),)
+    if pattern in ("strided", "full"):
+        return (Launch("none", "residues" if length >= STRIDED_TILES_FROM else "rows"),)
+    assert pattern == "sparse", pattern
+    if length < SPARSE_TILES_FROM:
+        return (Launch("window", "rows", beyond=True),)
+    return Launch("none", "residues", beyond=True), Launch("window", "none")
+
+
+def class_length(seq_length: int, stride: int) -> int:
+    """Tokens of equal position modulo the stride, at most."""
+    return -(-seq_length // stride)
+
+
+def width(head_dim: int) -> int:
+    """The head dimension as it lies in a tile: a power of two, at least 16."""
+    return max(16, power_of_two(head_dim))
+
+
+def forward_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the forward pass. `length`: ``class_length``.
+
+    64 queries cost a window of s keys s + 63 scores per query instead of s; 128 of them would be faster per score, but
+    make 64 more of them. 64 rows are also what one group of warps gives to Hopper's tensor cores.
+    """
+    return _tile(launch, length, dtype, head_dim, is_hip)
+
+
+def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradient of the queries."""
+    return _tile(launch, length, dtype, head_dim, is_hip)
+
+
+def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradients of keys and values."""
+    return _tile(launch, length, dtype, head_dim, is_hip)
+
+
+def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool) -> Tile:
+    side = 32 if dtype == torch.float32 else 64
+    if launch.far == "residues":
+        side = min(side, max(16, power_of_two(length)))
+    return Tile(side, side, chunk=4, warps=4, stages=2)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
