@@ -1,7 +1,8 @@
 """Hybrid sparse attention: causal softmax attention under one pattern per head.
 
 Use ``hybrid_attention``; which kernel computes it is decided here and nowhere else. ``executed_entries`` tells how
-many attention scores that kernel really computes, ``live_entries`` how many the pattern asks for.
+many attention scores that kernel really computes, ``live_entries`` how many the pattern asks for, ``widened`` which
+patterns give way to dense attention where the user allows it.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -10,43 +11,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import parts, reference
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern, live_entries, pattern_mask
+from megasparse.kernels.hybrid_attention import break_even, causal, parts, reference
+from megasparse.kernels.hybrid_attention.patterns import (
+    PATTERNS,
+    WITH_OFFSET,
+    check_pattern,
+    live_entries,
+    pattern_mask,
+)
 
 __all__ = [
     "PATTERNS",
+    "WITH_OFFSET",
     "check_pattern",
     "executed_entries",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
     "select_kernel",
+    "widened",
+]
+
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None, int], torch.Tensor
 ]
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """A way to compute attention under one pattern, and the count of the scores that it computes."""
+    """A way to compute attention under one pattern and offset, and the count of the scores that it computes."""
 
-    attend: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None], torch.Tensor
-    ]
-    executed_entries: Callable[[str, int, int], int]
+    attend: Attend
+    """(queries, keys, values, pattern, stride, scale, documents, offset) -> outputs."""
+    executed_entries: Callable[[str, int, int, int], int]
+    """(pattern, seq_length, stride, offset) -> scores."""
+    patterns: tuple[str, ...] = PATTERNS
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "parts": AttentionKernel(parts.attend, parts.executed_entries),
+        "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
     }
 )
 
-# Tokens from which `auto` prefers parts to a T x T mask; measured, see `benchmarks/hybrid_attention.py`.
-FASTER_FROM = 512
+# What `auto` prefers to a boolean mask, from the measured number of tokens on.
+FAST = "parts"
 
 
 def hybrid_attention(
@@ -58,6 +75,10 @@ def hybrid_attention(
     kernel: str = "auto",
     scale: float | None = None,
     documents_BT: torch.Tensor | None = None,
+    *,
+    offsets: int | Sequence[int] = 0,
+    dropout: float = 0.0,
+    dense_fallback: bool = False,
 ) -> torch.Tensor:
     """Causal softmax attention in which each query head sees the keys of its pattern.
 
@@ -71,65 +92,119 @@ def hybrid_attention(
         documents_BT: number of the document of each token, integers that never decrease along the tokens. No query
             sees a key of another document. Positions in the patterns stay those in the sequence: a document does
             not start new blocks or residues.
+        offsets: offset of the stride, one for all heads, or one per query head.
+        dropout: probability with which a weight of the softmax is dropped; the reference kernel only.
+        dense_fallback: `auto` may widen a pattern to `full` where that was measured to be faster, see `widened`.
 
     Returns:
         [B, H, T, D] in the dtype of the queries.
 
     Raises:
-        ValueError: unknown kernel or pattern, a count of patterns other than 1 or H, H not a multiple of G, or
-            documents of another shape or type.
+        ValueError: unknown kernel or pattern, a count of patterns or offsets other than 1 or H, an offset outside
+            [0, stride), H not a multiple of G, documents of another shape or type, or a kernel without dropout.
     """
-    num_heads, num_groups = q_BHTD.shape[1], k_BGTD.shape[1]
-    names = (patterns,) * num_heads if isinstance(patterns, str) else tuple(patterns)
-    if len(names) != num_heads:
-        raise ValueError(
-            f"attention patterns: got {len(names)} for {num_heads} query heads; legal values: 1 name, or "
-            f"{num_heads} names"
-        )
+    num_heads, num_groups, seq_length = q_BHTD.shape[1], k_BGTD.shape[1], q_BHTD.shape[2]
+    names = _per_head("patterns", patterns, str, num_heads)
+    shifts = _per_head("offsets", offsets, int, num_heads)
     if num_heads % num_groups:
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
-    seq_length = q_BHTD.shape[2]
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    shape = seq_length, stride, q_BHTD.device.type
-    attends = {name: KERNELS[select_kernel(kernel, name, *shape)].attend for name in dict.fromkeys(names)}
-    if len(attends) == 1:
-        return attends[names[0]](q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale, documents_BT)
+    check_dropout(dropout, kernel)
+    shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
+    if dense_fallback:
+        names = widened(kernel, names, seq_length, *shape)
+    heads_of: dict[tuple[str, int], list[int]] = {}
+    for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
+        check_pattern(name, stride, offset)
+        heads_of.setdefault((name, offset if name in WITH_OFFSET else 0), []).append(head)
 
-    # Heads of one pattern run together. Keys and values are repeated before the heads are picked, so that no index
-    # occurs twice and the backward pass stays deterministic.
-    k_BHTD, v_BHTD = repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
+    def attend(name: str, offset: int, *tensors: torch.Tensor) -> torch.Tensor:
+        function = KERNELS[select_kernel(kernel, name, seq_length, *shape)].attend
+        if dropout:
+            function = partial(reference.attend, dropout=dropout)
+        return function(*tensors, name, stride, scale, documents_BT, offset)
+
+    if len(heads_of) == 1:
+        return attend(*next(iter(heads_of)), q_BHTD, k_BGTD, v_BGTD)
+    # Heads of one pattern and offset run together. Keys and values are repeated before the heads are picked, so that
+    # no index occurs twice and the backward pass stays deterministic.
+    tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
     order, outputs = [], []
-    for name, attend in attends.items():
-        heads = [head for head, pattern in enumerate(names) if pattern == name]
+    for (name, offset), heads in heads_of.items():
         index = torch.tensor(heads, device=q_BHTD.device)
-        picked = (tensor.index_select(1, index) for tensor in (q_BHTD, k_BHTD, v_BHTD))
-        outputs.append(attend(*picked, name, stride, scale, documents_BT))
+        outputs.append(attend(name, offset, *(tensor.index_select(1, index) for tensor in tensors)))
         order += heads
-    back = torch.tensor(order, device=q_BHTD.device).argsort()
+    back = torch.tensor(sorted(range(num_heads), key=order.__getitem__), device=q_BHTD.device)
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
-def executed_entries(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> int:
+def executed_entries(
+    kernel: str,
+    pattern: str,
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    *,
+    offset: int = 0,
+) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
-    chosen = select_kernel(kernel, pattern, seq_length, stride, device)
-    return KERNELS[chosen].executed_entries(pattern, seq_length, stride)
+    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, head_dim)
+    return KERNELS[chosen].executed_entries(pattern, seq_length, stride, offset if pattern in WITH_OFFSET else 0)
 
 
-def select_kernel(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> str:
+def select_kernel(
+    kernel: str,
+    pattern: str,
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+) -> str:
     """The name in `KERNELS` that `kernel` stands for on a device type.
 
     Raises ValueError where there is none, and as `check_pattern`.
     """
     check_pattern(pattern, stride)
     if kernel == "auto":
-        # On GPUs parts have not been measured.
-        faster = device == "cpu" and pattern != "full" and seq_length >= FASTER_FROM
-        return "parts" if faster else "reference"
+        if pattern == "full":
+            return "causal"
+        limit = break_even.mask_limit(FAST, pattern, stride, device, dtype, head_dim)
+        return FAST if seq_length >= limit else "reference"
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
         )
+    if pattern not in KERNELS[kernel].patterns:
+        able = ["auto", *(name for name, other in KERNELS.items() if pattern in other.patterns)]
+        raise ValueError(
+            f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; legal values: "
+            f"{', '.join(able)}"
+        )
     return kernel
+
+
+def widened(
+    kernel: str,
+    patterns: Sequence[str],
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+) -> tuple[str, ...]:
+    """`patterns` with `full` in place of those that dense causal attention was measured to be faster than.
+
+    Only `auto` widens, and nothing is widened where nobody measured.
+    """
+    if kernel != "auto":
+        return tuple(patterns)
+    shape = stride, device, dtype, head_dim
+    return tuple(
+        "full" if seq_length < break_even.dense_limit(FAST, pattern, *shape) else pattern for pattern in patterns
+    )
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
@@ -143,7 +218,25 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
         )
 
 
+def check_dropout(dropout: float, kernel: str) -> None:
+    """Raise ValueError for an impossible probability, or a kernel that does not drop."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"attention dropout: {dropout} is out of range; legal values: 0 to below 1")
+    if dropout and kernel not in ("auto", "reference"):
+        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; legal values: auto, reference")
+
+
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Repeat each of the G heads for the query heads that share it: [B, G, T, D] -> [B, num_heads, T, D]."""
     B, G, T, D = x_BGTD.shape
     return x_BGTD[:, :, None].expand(B, G, num_heads // G, T, D).reshape(B, num_heads, T, D)
+
+
+def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:
+    """One value for each query head."""
+    values = (given,) * num_heads if isinstance(given, single) else tuple(given)
+    if len(values) != num_heads:
+        raise ValueError(
+            f"attention {what}: got {len(values)} for {num_heads} query heads; legal values: 1 for all, or {num_heads}"
+        )
+    return values
