@@ -76,9 +76,14 @@ def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: T
             signature[argument] = "i32"
         if argument.endswith("_pointer") or argument.startswith("stride") and argument not in constants:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
+    return compile_source(
+        ASTSource(function, signature, constants, attributes), chip, num_warps=tile.warps, num_stages=tile.stages
+    )
+
+
+def compile_source(source: ASTSource, chip: str, **options: int) -> Compiled:
     target = TARGETS[chip]
-    compiled = triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))

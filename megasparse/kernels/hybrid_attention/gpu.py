@@ -13,8 +13,8 @@ Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dime
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,12 +24,17 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.kernels import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
-from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, launches, width
+from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
 from megasparse.kernels.hybrid_attention.parts import empty_tokens_first
+from megasparse.kernels.hybrid_attention.patterns import WITH_OFFSET
+
+__all__ = ["attend", "executed_entries", "why_not"]
 
 MAX_HEAD_DIM = 128
 
 
+# The compiler takes the answer as a constant: the environment is nothing that it could trace.
+@torch.compiler.assume_constant_result
 def why_not(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a head dimension; None where they can.
 
@@ -51,24 +56,27 @@ def attend(
     stride: int,
     scale: float | None,
     documents_BT: Tensor | None = None,
-    offsets_H: Tensor | None = None,
+    offset: int | Sequence[int] = 0,
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`.
 
-    offsets_H: int32, offset of each query head, at least 0 and below the stride; None: zeros.
+    offset: one for all query heads, or one for each.
     """
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    offsets = [offset] * q_BHTD.shape[1] if isinstance(offset, int) else list(offset)
     if pattern == "full":
-        stride, offsets_H = 1, None
-    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets_H, pattern, stride, scale)
+        stride = 1
+    if pattern not in WITH_OFFSET or not any(offsets):
+        offsets = []
+    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        documents, offsets, *ctx.settings = settings
+        documents, *ctx.settings = settings
         out, lse = triton_attention_forward(q, k, v, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, documents, offsets)
+        ctx.save_for_backward(q, k, v, out, lse, documents)
         return out
 
     @staticmethod
@@ -84,12 +92,12 @@ def triton_attention_forward(
     k: Tensor,
     v: Tensor,
     documents: Tensor | None,
-    offsets: Tensor | None,
+    offsets: list[int],
     pattern: str,
     stride: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and log-sum-exp in units of log2, [B, H, T] in float32."""
+    """Output, and log-sum-exp in units of log2, [B, H, T] in float32. `offsets`: one for each head, or none."""
     out, lse = empty_tokens_first(q), _rows_of(q)
     if not q.numel():
         return out, lse
@@ -102,7 +110,7 @@ def triton_attention_forward(
         num_tiles = _count_tiles(launch, tile.queries, q.shape[2], stride)
         with triton_device.current(q.device):
             _kernels().forward_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
-                *(q, k, v, target, previous, lse, starts, offsets),
+                *(q, k, v, target, previous, lse, starts, _offsets_H(offsets, q)),
                 *(q.shape[2], stride, num_tiles, q.shape[1], q.shape[1] // k.shape[1], scale),
                 *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
                 **_constants(launch, tile, q),
@@ -125,7 +133,7 @@ def triton_attention_backward(
     out: Tensor,
     lse: Tensor,
     documents: Tensor | None,
-    offsets: Tensor | None,
+    offsets: list[int],
     pattern: str,
     stride: int,
     scale: float,
@@ -141,7 +149,7 @@ def triton_attention_backward(
     for launch in steps:
         final = launch is steps[-1]
         targets = gradients if final else [_float32_like(x) for x in gradients]
-        inputs = launch, dout, q, k, v, rows, bounds, offsets, stride, scale
+        inputs = launch, dout, q, k, v, rows, bounds, _offsets_H(offsets, q), stride, scale
         _query_gradient(*inputs, targets[0], previous[0])
         _key_gradients(*inputs, targets[1:], previous[1:])
         previous = targets
@@ -250,6 +258,17 @@ def _document_bounds(documents_BT: Tensor | None) -> tuple[Tensor | None, Tensor
         return None, None
     rows = documents_BT.contiguous()
     return torch.searchsorted(rows, rows, out_int32=True), torch.searchsorted(rows, rows, out_int32=True, right=True)
+
+
+def _offsets_H(offsets: list[int], q: Tensor) -> Tensor | None:
+    return _on_device(tuple(offsets), q.device) if offsets else None
+
+
+# A copy from the host waits for it; there are as many offsets as kinds of layers.
+@lru_cache(maxsize=256)
+def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def _rows_of(q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ sm_90 and gfx942 (tests compile them ahead of time); which are fastest has been 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -87,6 +88,48 @@ def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip
     if launch.far == "residues":
         side = min(side, max(16, power_of_two(length)))
     return Tile(side, side, chunk=4, warps=4, stages=2)
+
+
+@lru_cache(maxsize=256)
+def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
+    """Scores that the forward pass computes per head in bfloat16 or float16: tiles as they are, and rows."""
+    stride, total = 1 if pattern == "full" else stride, 0
+    length = class_length(seq_length, stride)
+    for launch in launches(pattern, seq_length, stride):
+        tile = forward_tile(launch, length, torch.bfloat16, 64)
+        by_residue = launch.far == "residues"
+        step = stride if by_residue else 1
+        starts = range(0, length * stride, tile.queries * stride) if by_residue else range(0, seq_length, tile.queries)
+        for first in (start + residue for start in starts for residue in range(step)):
+            if first < seq_length:
+                last = min(first + (tile.queries - 1) * step, seq_length - 1)
+                total += tile.queries * _scores_per_query(launch, tile, first, last, stride, offset)
+    return total
+
+
+def _scores_per_query(launch: Launch, tile: Tile, first: int, last: int, stride: int, offset: int) -> int:
+    """Scores of each row of a tile of queries from `first` to `last`."""
+    scores = 0
+    if launch.near == "window":
+        scores += _up(last + 1 - max(0, first - stride + 1), tile.keys)
+    elif launch.near == "block":
+        scores += _up(last + 1 - max(0, (first + offset) // stride * stride - offset), tile.keys)
+    if launch.far == "summaries":
+        scores += _up((last + offset) // stride, tile.keys)
+    elif launch.far == "rows":
+        multiples = max(0, last - offset + stride) // stride
+        scores += _up(multiples - launch.beyond, tile.chunk)
+    elif launch.far == "residues":
+        base, limit = (first + stride - offset) % stride, last - stride * launch.beyond
+        scores += _up((limit - base + stride) // stride, tile.keys)
+    if offset and not launch.beyond and launch.far in ("rows", "residues"):
+        scores += 1
+    return scores
+
+
+def _up(count: int, size: int) -> int:
+    """The multiple of `size` from `count` on."""
+    return max(0, -(-count // size)) * size
 
 
 def power_of_two(number: int) -> int:
