@@ -74,7 +74,11 @@ def compile_kernel(
         elif name in LISTS and not masked or name.startswith("previous") and not second:
             constants[name], signature[name] = None, "constexpr"
         elif name.endswith("_pointer"):
-            made = name in ("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer") and kernel != QUERIES or name == "dq_pointer"
+            made = (
+                name in ("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer")
+                and kernel != QUERIES
+                or name == "dq_pointer"
+            )
             wide = name in FLOATS or name.startswith("previous") or first and made
             signature[name] = "*i32" if name in LISTS else "*fp32" if wide else f"*{NAMES[dtype]}"
             attributes[(place,)] = [["tt.divisibility", 16]]

@@ -65,29 +65,29 @@ def width(head_dim: int) -> int:
 
 
 def forward_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
-    """Tile of the forward pass. `length`: ``class_length``.
-
-    64 queries cost a window of s keys s + 63 scores per query instead of s; 128 of them would be faster per score, but
-    make 64 more of them. 64 rows are also what one group of warps gives to Hopper's tensor cores.
-    """
-    return _tile(launch, length, dtype, head_dim, is_hip)
+    """Tile of the forward pass. `length`: ``class_length``."""
+    return _tile(launch, length, dtype, head_dim, is_hip, chunk=2)
 
 
-def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+def query_gradient_tile(
+    launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False
+) -> Tile:
     """Tile of the gradient of the queries."""
-    return _tile(launch, length, dtype, head_dim, is_hip)
+    return _tile(launch, length, dtype, head_dim, is_hip, chunk=2)
 
 
 def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
     """Tile of the gradients of keys and values."""
-    return _tile(launch, length, dtype, head_dim, is_hip)
+    return _tile(launch, length, dtype, head_dim, is_hip, chunk=1)
 
 
-def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool) -> Tile:
+def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool, chunk: int) -> Tile:
+    wide = width(head_dim) > 64
     side = 32 if dtype == torch.float32 else 64
     if launch.far == "residues":
         side = min(side, max(16, power_of_two(length)))
-    return Tile(side, side, chunk=4, warps=4, stages=2)
+    warps = 8 if launch.far == "rows" or wide else max(1, side // 16)
+    return Tile(side, side, chunk=1 if wide else chunk, warps=warps, stages=1 if is_hip else 2)
 
 
 @lru_cache(maxsize=256)
