@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_forced",
     "check_pattern",
     "executed_entries",
+    "fast_kernel",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
@@ -67,9 +68,6 @@ KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
         "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
     }
 )
-
-# What `auto` prefers to a boolean mask, from the measured number of tokens on.
-FAST = "parts"
 
 
 def hybrid_attention(
@@ -140,10 +138,10 @@ def hybrid_attention(
     tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
     order, outputs = [], []
     for (name, offset), heads in heads_of.items():
-        index = torch.tensor(heads, device=q_BHTD.device)
+        index = _head_index(tuple(heads), q_BHTD.device)
         outputs.append(attend(name, offset, heads, *(tensor.index_select(1, index) for tensor in tensors)))
         order += heads
-    back = torch.tensor(sorted(range(num_heads), key=order.__getitem__), device=q_BHTD.device)
+    back = _head_index(tuple(sorted(range(num_heads), key=order.__getitem__)), q_BHTD.device)
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
@@ -180,13 +178,12 @@ def select_kernel(
     """
     check_pattern(pattern, stride)
     if kernel == "auto":
-        # On GPUs documents cannot be cut apart without waiting for the device.
-        if device == "cuda" and (pattern != "full" or documents) and gpu.why_not(device, dtype, head_dim) is None:
-            return "triton"
+        fast = fast_kernel(device, dtype, head_dim)
         if pattern == "full":
-            return "causal"
-        limit = break_even.mask_limit(FAST, pattern, stride, device, dtype, head_dim)
-        return FAST if seq_length >= limit else "reference"
+            # On GPUs documents cannot be cut apart without waiting for the device.
+            return fast if documents and fast == "triton" else "causal"
+        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+        return fast if seq_length >= limit else "reference"
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
@@ -227,10 +224,15 @@ def widened(
     """
     if kernel != "auto":
         return tuple(patterns)
-    shape = stride, device, dtype, head_dim
+    fast, shape = fast_kernel(device, dtype, head_dim), (stride, device, dtype, head_dim)
     return tuple(
-        "full" if seq_length < break_even.dense_limit(FAST, pattern, *shape) else pattern for pattern in patterns
+        "full" if seq_length < break_even.dense_limit(fast, pattern, *shape) else pattern for pattern in patterns
     )
+
+
+def fast_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
+    return "triton" if device == "cuda" and gpu.why_not(device, dtype, head_dim) is None else "parts"
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
@@ -256,6 +258,14 @@ def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Repeat each of the G heads for the query heads that share it: [B, G, T, D] -> [B, num_heads, T, D]."""
     B, G, T, D = x_BGTD.shape
     return x_BGTD[:, :, None].expand(B, G, num_heads // G, T, D).reshape(B, num_heads, T, D)
+
+
+# A copy from the host waits for it. There are as many lists of heads as kinds of layers.
+@lru_cache(maxsize=256)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # One that is first made under inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:
