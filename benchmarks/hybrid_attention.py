@@ -7,6 +7,8 @@ In each round every contender makes a forward and a backward pass, in turn, on t
 the rounds. Contenders: our kernel, causal scaled_dot_product_attention (flash where it supports the input), the same
 with the pattern as a boolean mask (up to --longest-mask tokens), and on CUDA compiled FlexAttention with the same
 pattern. Speed-up is the contender's time over ours, so causal attention says what the pattern gains over no pattern.
+On CUDA a pass is timed from an idle device to an idle device, with what the host takes to launch it: take enough
+--samples for short sequences.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ def main() -> None:
         "stride": arguments.stride,
         "precision": arguments.precision,
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "rounds": arguments.rounds,
         "results": results,
     }
@@ -81,7 +84,9 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
         for name, directions in medians.items()
         if name != "megasparse"
     }
-    kernel = select_kernel(arguments.kernel, pattern, seq_length, arguments.stride)
+    entries = pattern, seq_length, arguments.stride
+    place = arguments.device, dtype, arguments.head_dim
+    kernel = select_kernel(arguments.kernel, *entries, *place)
     print(
         f"T {seq_length}, {pattern} ({kernel}): {1e3 * ours['total']:.1f} ms; faster than "
         + "; ".join(
@@ -90,13 +95,12 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
         ),
         flush=True,
     )
-    entries = pattern, seq_length, arguments.stride
     return {
         "seq_length": seq_length,
         "pattern": pattern,
         "kernel": kernel,
         "live_entries": live_entries(*entries),
-        "executed_entries": executed_entries(arguments.kernel, *entries),
+        "executed_entries": executed_entries(arguments.kernel, *entries, *place),
         "seconds": medians,
         "speedup": speedup,
     }
@@ -154,7 +158,9 @@ def now(x: torch.Tensor) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens (default: 512 to 4,096 by twos, on CUDA to 32,768)"
+    )
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["local", "strided", "sparse", "fixed"])
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--samples", type=int, default=1)
@@ -167,7 +173,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0")))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry-run", action="store_true", help="write no result file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.lengths is None:
+        arguments.lengths = [512 * 2**power for power in range(7 if arguments.device == "cuda" else 4)]
+    return arguments
 
 
 if __name__ == "__main__":

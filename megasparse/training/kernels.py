@@ -50,6 +50,7 @@ class LayerKernels:
     def __init__(self, config: RunConfig, model: GPT, device: str, *, planned: bool = False) -> None:
         self.kernel, self.forced_limit = config.kernels.block_sparse, config.kernels.break_even
         self.device, self.dtype, self.planned = device, DTYPES[config.train.precision], planned
+        check_attention_kernel(config, device)
         tokens = config.train.micro_batch_size * config.model.seq_length
         # The head sees a chunk of the tokens at a time.
         rows = {model.head.name: model.head_loss.chunk_rows(tokens)}
@@ -199,6 +200,15 @@ def check_kernel(kernel: str, device: str, dtype: torch.dtype, unit: int, *, pla
         block_sparse.check_forced(kernel, device, dtype, unit, planned=planned)
     except ValueError as error:
         raise ConfigError(f"kernels.block_sparse: {str(error).removeprefix('block_sparse kernel: ')}") from None
+
+
+def check_attention_kernel(config: RunConfig, device: str) -> None:
+    """Raise ConfigError where an attention kernel that was asked for by name cannot run."""
+    kernel, dtype = config.kernels.hybrid_attention, DTYPES[config.train.precision]
+    try:
+        hybrid_attention.check_forced(kernel, device, dtype, config.model.head_dim)
+    except ValueError as error:
+        raise ConfigError(f"kernels.hybrid_attention: {str(error).removeprefix('hybrid_attention kernel: ')}") from None
 
 
 def prepare_kernels(config: RunConfig, plan: Mapping[str, Any]) -> bool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import break_even, causal, parts, reference
+from megasparse.kernels.hybrid_attention import break_even, causal, gpu, parts, reference
 from megasparse.kernels.hybrid_attention.cached import attend_cached
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
@@ -32,6 +32,7 @@ __all__ = [
     "PATTERNS",
     "WITH_OFFSET",
     "attend_cached",
+    "check_forced",
     "check_pattern",
     "executed_entries",
     "fast_kernel",
@@ -57,6 +58,10 @@ class AttentionKernel:
     executed_entries: Callable[[str, int, int, int], int]
     """(pattern, seq_length, stride, offset) -> scores."""
     patterns: tuple[str, ...] = PATTERNS
+    offset_by_head: bool = False
+    """`attend` takes a sequence of offsets too, one for each query head."""
+    why_not: Callable[[str, torch.dtype, int], str | None] = lambda device, dtype, head_dim: None
+    """Why it cannot run on (device type, dtype, head_dim), or None."""
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
@@ -64,6 +69,7 @@ KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "parts": AttentionKernel(parts.attend, parts.executed_entries),
         "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
+        "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
     }
 )
 
@@ -115,28 +121,31 @@ def hybrid_attention(
     shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
     if dense_fallback:
         names = widened(kernel, names, seq_length, *shape)
+    asked, masked = "reference" if dropout else kernel, documents_BT is not None
+    chosen = {name: KERNELS[select_kernel(asked, name, seq_length, *shape, documents=masked)] for name in set(names)}
     heads_of: dict[tuple[str, int], list[int]] = {}
     for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
         check_pattern(name, stride, offset)
-        heads_of.setdefault((name, offset if name in WITH_OFFSET else 0), []).append(head)
+        together = name not in WITH_OFFSET or chosen[name].offset_by_head
+        heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
-    def attend(name: str, offset: int, *tensors: torch.Tensor) -> torch.Tensor:
-        function = KERNELS[select_kernel(kernel, name, seq_length, *shape)].attend
-        if dropout:
-            function = partial(reference.attend, dropout=dropout)
-        return function(*tensors, name, stride, scale, documents_BT, offset)
+    def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
+        function = partial(chosen[name].attend, dropout=dropout) if dropout else chosen[name].attend
+        given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
+        return function(*tensors, name, stride, scale, documents_BT, given)
 
     if len(heads_of) == 1:
-        return attend(*next(iter(heads_of)), q_BHTD, k_BGTD, v_BGTD)
+        ((name, offset), heads), *_ = heads_of.items()
+        return attend(name, offset, heads, q_BHTD, k_BGTD, v_BGTD)
     # Heads of one pattern and offset run together. Keys and values are repeated before the heads are picked, so that
     # no index occurs twice and the backward pass stays deterministic.
     tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
     order, outputs = [], []
     for (name, offset), heads in heads_of.items():
-        index = torch.tensor(heads, device=q_BHTD.device)
-        outputs.append(attend(name, offset, *(tensor.index_select(1, index) for tensor in tensors)))
+        index = _head_index(tuple(heads), q_BHTD.device)
+        outputs.append(attend(name, offset, heads, *(tensor.index_select(1, index) for tensor in tensors)))
         order += heads
-    back = torch.tensor(sorted(range(num_heads), key=order.__getitem__), device=q_BHTD.device)
+    back = _head_index(tuple(sorted(range(num_heads), key=order.__getitem__)), q_BHTD.device)
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
@@ -164,16 +173,19 @@ def select_kernel(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
+    *,
+    documents: bool = False,
 ) -> str:
-    """The name in `KERNELS` that `kernel` stands for on a device type.
+    """The name in `KERNELS` that `kernel` stands for on a device type. `documents`: they bound what queries see.
 
-    Raises ValueError where there is none, and as `check_pattern`.
+    Raises ValueError where there is none, or a forced one cannot run, and as `check_pattern`.
     """
     check_pattern(pattern, stride)
     if kernel == "auto":
-        if pattern == "full":
-            return "causal"
         fast = fast_kernel(device, dtype, head_dim)
+        if pattern == "full":
+            # On GPUs documents cannot be cut apart without waiting for the device.
+            return fast if documents and fast == "triton" else "causal"
         limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
         return fast if seq_length >= limit else "reference"
     if kernel not in KERNELS:
@@ -186,7 +198,19 @@ def select_kernel(
             f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; legal values: "
             f"{', '.join(able)}"
         )
+    check_forced(kernel, device, dtype, head_dim)
     return kernel
+
+
+def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ValueError where a kernel that was asked for by name cannot run."""
+    reason = KERNELS[kernel].why_not(device, dtype, head_dim) if kernel in KERNELS else None
+    if reason is not None:
+        whole = {name: other for name, other in KERNELS.items() if other.patterns == PATTERNS}
+        able = ["auto", *(name for name, other in whole.items() if other.why_not(device, dtype, head_dim) is None)]
+        raise ValueError(
+            f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(able)}"
+        )
 
 
 def widened(
@@ -212,7 +236,7 @@ def widened(
 
 def fast_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
     """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
-    return "parts"
+    return "triton" if device == "cuda" and gpu.why_not(device, dtype, head_dim) is None else "parts"
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
@@ -238,6 +262,14 @@ def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Repeat each of the G heads for the query heads that share it: [B, G, T, D] -> [B, num_heads, T, D]."""
     B, G, T, D = x_BGTD.shape
     return x_BGTD[:, :, None].expand(B, G, num_heads // G, T, D).reshape(B, num_heads, T, D)
+
+
+# A copy from the host waits for it. There are as many lists of heads as kinds of layers.
+@lru_cache(maxsize=256)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # One that is first made under inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:

@@ -27,9 +27,9 @@ from megasparse.kernels.block_sparse import break_even as tables
 
 FORMAT = "megasparse-attention-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
-UNMEASURED = {"cpu": 512}
-"""Tokens from which a kernel is taken where no row fits, by device type (benchmarks/hybrid_attention.py); never on
-other devices."""
+UNMEASURED = {("parts", "cpu"): 512, ("triton", "cuda"): 0}
+"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `parts` were
+measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def mask_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch
     """
     row = _nearest(kernel, pattern, stride, device, dtype, head_dim)
     if row is None:
-        return UNMEASURED.get(device, sys.maxsize)
+        return UNMEASURED.get((kernel, device), sys.maxsize)
     limit = row.limit("mask")
     return row.lengths[0] if limit is None else limit
 
