@@ -80,7 +80,8 @@ class FlopCounter:
         if patterns not in self._attention:
             count = partial(count_flops, self._model, self._samples, self._length, patterns=patterns)
             kernel, device = self._config.kernels.hybrid_attention, self._kernels.device
-            entries = partial(executed_entries, kernel, device=device)
+            settings = {"dtype": self._kernels.dtype, "planned": self._kernels.planned}
+            entries = partial(executed_entries, kernel, device=device, **settings)
             algorithmic = count().attention_forward
             self._attention[patterns] = algorithmic, count(attention_entries=entries).attention_forward
         return self._attention[patterns]

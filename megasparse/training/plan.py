@@ -15,12 +15,12 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
-from megasparse.kernels import hybrid_attention
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
+from megasparse.training.attention_kernels import attention_kernels, attention_warnings, check_attention
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
 from megasparse.training.kernels import LayerKernels, target_device
 from megasparse.training.ledger import FlopCounter, Flops
@@ -46,6 +46,7 @@ def make_plan(
         model = build_model(config, vocab_size, ranks)
     controller = Controller(config, model.sparse_layers(), ranks)
     kernels = LayerKernels(config, model, device or target_device(), planned=planned_kernels)
+    check_attention(config, kernels.device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops, mean_density = walk_schedule(config, model, controller, kernels)
@@ -80,9 +81,13 @@ def make_plan(
         "kernels": {
             "device": kernels.device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
-            "hybrid_attention": _attention_kernels(config, kernels.device),
+            "hybrid_attention": attention_kernels(config, kernels.device, planned=planned_kernels),
         },
-        "warnings": [*unused_settings(config), *kernels.warnings()],
+        "warnings": [
+            *unused_settings(config),
+            *kernels.warnings(),
+            *attention_warnings(config, kernels.device, planned=planned_kernels),
+        ],
     }
 
 
@@ -130,17 +135,6 @@ def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
 
     here = pattern(step)
     return next((at for at in range(step + 1, last) if pattern(at) != here), last) - step
-
-
-def _attention_kernels(config: RunConfig, device: str) -> str:
-    """Kernel of the attention, or the kernels with their patterns."""
-    patterns: dict[str, list[str]] = {}
-    for pattern in hybrid_attention.PATTERNS:
-        shape = pattern, config.model.seq_length, config.attention.stride, device
-        patterns.setdefault(hybrid_attention.select_kernel(config.kernels.hybrid_attention, *shape), []).append(pattern)
-    if len(patterns) == 1:
-        return next(iter(patterns))
-    return "; ".join(f"{kernel} for {', '.join(names)}" for kernel, names in patterns.items())
 
 
 def _parameters(model: GPT, controller: Controller) -> dict[str, int]:

@@ -14,39 +14,52 @@ from types import MappingProxyType
 
 import torch
 
-from megasparse.kernels.hybrid_attention import parts, reference
+from megasparse.kernels.hybrid_attention import cpu, parts, reference
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern, live_entries, pattern_mask
 
 __all__ = [
     "PATTERNS",
+    "check_kernel",
     "check_pattern",
     "executed_entries",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
     "select_kernel",
+    "why_slow",
 ]
+
+
+def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """A way to compute attention under one pattern, and the count of the scores that it computes."""
+    """A way to compute attention under one pattern, and the count of the scores that it computes.
+
+    `why_not` says why it cannot run on a device type with a dtype (None where it can), and may build it;
+    `why_not_planned` says what can be told without a build.
+    """
 
     attend: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None], torch.Tensor
     ]
     executed_entries: Callable[[str, int, int], int]
+    why_not: Callable[[str, torch.dtype], str | None] = _runs_everywhere
+    why_not_planned: Callable[[str, torch.dtype], str | None] = _runs_everywhere
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "parts": AttentionKernel(parts.attend, parts.executed_entries),
+        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, cpu.why_not, cpu.why_not_planned),
     }
 )
 
-# Tokens from which `auto` prefers parts to a T x T mask; measured, see `benchmarks/hybrid_attention.py`.
-FASTER_FROM = 512
+# Tokens from which `auto` prefers a kernel to a T x T mask; measured, see `benchmarks/hybrid_attention.py`.
+FASTER_FROM = MappingProxyType({"cpu": 128, "parts": 512})
 
 
 def hybrid_attention(
@@ -90,8 +103,11 @@ def hybrid_attention(
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
     seq_length = q_BHTD.shape[2]
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    shape = seq_length, stride, q_BHTD.device.type
-    attends = {name: KERNELS[select_kernel(kernel, name, *shape)].attend for name in dict.fromkeys(names)}
+    shape = seq_length, stride, q_BHTD.device.type, q_BHTD.dtype
+    chosen = {name: select_kernel(kernel, name, *shape) for name in dict.fromkeys(names)}
+    if set(chosen.values()) == {"cpu"}:  # one call for heads of all patterns
+        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT)
+    attends = {name: KERNELS[kernel].attend for name, kernel in chosen.items()}
     if len(attends) == 1:
         return attends[names[0]](q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale, documents_BT)
 
@@ -109,27 +125,69 @@ def hybrid_attention(
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
-def executed_entries(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> int:
+def executed_entries(
+    kernel: str,
+    pattern: str,
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    planned: bool = False,
+) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
-    chosen = select_kernel(kernel, pattern, seq_length, stride, device)
+    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, planned=planned)
     return KERNELS[chosen].executed_entries(pattern, seq_length, stride)
 
 
-def select_kernel(kernel: str, pattern: str, seq_length: int, stride: int, device: str = "cpu") -> str:
-    """The name in `KERNELS` that `kernel` stands for on a device type.
+def select_kernel(
+    kernel: str,
+    pattern: str,
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    planned: bool = False,
+) -> str:
+    """The name in `KERNELS` that `kernel` stands for on a device type. planned: nothing is compiled.
 
-    Raises ValueError where there is none, and as `check_pattern`.
+    Raises ValueError where there is none, or it cannot run, and as `check_pattern`.
     """
     check_pattern(pattern, stride)
-    if kernel == "auto":
-        # On GPUs parts have not been measured.
-        faster = device == "cpu" and pattern != "full" and seq_length >= FASTER_FROM
-        return "parts" if faster else "reference"
-    if kernel not in KERNELS:
+    if kernel != "auto":
+        check_kernel(kernel, device, dtype, planned=planned)
+        return kernel
+    # Elsewhere nothing has been measured.
+    if device == "cpu" and pattern != "full":
+        for name, tokens in FASTER_FROM.items():
+            if seq_length >= tokens and _why_not(name, device, dtype, planned) is None:
+                return name
+    return "reference"
+
+
+def check_kernel(kernel: str, device: str, dtype: torch.dtype, *, planned: bool = False) -> None:
+    """Raise ValueError unless `kernel` is `auto`, or a name in `KERNELS` that can run there."""
+    if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
         )
-    return kernel
+    reason = None if kernel == "auto" else _why_not(kernel, device, dtype, planned)
+    if reason is not None:
+        able = ["auto", *(name for name in KERNELS if _why_not(name, device, dtype, planned) is None)]
+        raise ValueError(
+            f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(able)}"
+        )
+
+
+def why_slow(device: str, dtype: torch.dtype, *, planned: bool = False) -> str | None:
+    """Why `auto` cannot take the compiled kernel on a CPU; None where it can, and on other devices."""
+    return _why_not("cpu", device, dtype, planned) if device == "cpu" else None
+
+
+def _why_not(kernel: str, device: str, dtype: torch.dtype, planned: bool) -> str | None:
+    entry = KERNELS[kernel]
+    return (entry.why_not_planned if planned else entry.why_not)(device, dtype)
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:

@@ -91,7 +91,7 @@ struct Parts {
   Part list[2];
   int count;
 
-  Parts(int pattern, int64_t stride, int64_t offset, int64_t length) : count(0) {
+  Parts(int64_t pattern, int64_t stride, int64_t offset, int64_t length) : count(0) {
     const auto add = [&](Part::Kind kind, int64_t step) { list[count++] = Part{kind, step, offset, length}; };
     if (pattern == kFull) {
       offset = 0;
@@ -116,8 +116,8 @@ struct Operand {
 
 // The arguments of a call; cpu.py has the same structure.
 struct Call {
-  int64_t type, pattern, samples, heads, key_heads, length, width, stride;
-  const int64_t* offsets;                              // of the query heads
+  int64_t type, samples, heads, key_heads, length, width, stride;
+  const int64_t *patterns, *offsets;                   // of the query heads
   const int32_t *document_starts, *document_ends;      // [samples, tokens], or null
   Operand q, k, v, out, dout, dq, dk, dv;
   float* lse;                                          // [samples, heads, tokens], base 2
@@ -268,7 +268,7 @@ struct Forward : Pass<Type> {
 
   void head(int64_t sample, int64_t head) const {
     const int64_t key_head = head / (call.heads / call.key_heads);
-    const Parts parts(int(call.pattern), call.stride, call.offsets[head], call.length);
+    const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
     if (parts.count > 1) {
       std::fill(state, state + call.length * row, 0.0f);
       std::fill(tops, tops + call.length, -kInfinity);
@@ -401,7 +401,7 @@ struct Backward : Pass<Type> {
     std::fill(dk, dk + call.length * row, 0.0f);
     std::fill(dv, dv + call.length * row, 0.0f);
     for (int64_t head = key_head * share; head < (key_head + 1) * share; ++head) {
-      const Parts parts(int(call.pattern), call.stride, call.offsets[head], call.length);
+      const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
       std::fill(dq, dq + call.length * row, 0.0f);
       prepare(sample, head);
       for (int p = 0; p < parts.count; ++p) {

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern
+from megasparse.kernels.hybrid_attention.patterns import PATTERNS
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::type`
@@ -31,7 +31,10 @@ TILE, ROWS, COLUMNS = 24, 6, 16
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run on a device type with a dtype; None where it can. Builds it, if nothing is in the way."""
+    """Why the kernel cannot run on a device type with a dtype; None where it can.
+
+    Builds it, if nothing else is in the way.
+    """
     return _unsupported(device, dtype) or _build_failure()
 
 
@@ -52,32 +55,34 @@ def attend(
     q_BHTD: Tensor,
     k_BGTD: Tensor,
     v_BGTD: Tensor,
-    pattern: str,
+    patterns: str | Sequence[str],
     stride: int,
     scale: float | None,
     documents_BT: Tensor | None = None,
-    offsets: Sequence[int] | None = None,
+    offsets: int | Sequence[int] = 0,
 ) -> Tensor:
-    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`.
+    """Softmax attention. Returns [B, H, T, D] in the dtype of `q_BHTD`.
 
-    offsets: of the stride, one per query head, 0 or more and less than the stride; None: 0.
+    patterns, offsets: for all heads, or one per query head. With an offset o, 0 <= o < stride, the strided keys of a
+    query are those with (query - key) mod stride = o, besides itself; token p lies in block (p + o) // stride.
     """
+    num_heads = q_BHTD.shape[1]
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
-    offsets = [0] * q_BHTD.shape[1] if offsets is None else list(offsets)
-    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, PATTERNS.index(pattern), stride, offsets, scale)
+    names = [patterns] * num_heads if isinstance(patterns, str) else patterns
+    shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
+    numbers = [PATTERNS.index(name) for name in names]
+    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
 
 
 class _Attention(torch.autograd.Function):
     """Saves the merged output and the logarithm of the divisor, from which the backward pass has the weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: int, *settings: Any
-    ) -> Tensor:
-        out, lse = attention_cpu_forward(q, k, v, documents, pattern, *settings)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
+        out, lse = attention_cpu_forward(q, k, v, documents, *settings)
         ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = pattern, *settings
+        ctx.settings = settings
         return out
 
     @staticmethod
@@ -90,20 +95,27 @@ class _Attention(torch.autograd.Function):
 
 @torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
 def attention_cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: int, stride: int, offsets: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score), [B, H, T] float32.
 
-    pattern: index in PATTERNS.
+    patterns: of the query heads, as indices in PATTERNS.
     """
     out, lse = _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "out": out}
-    _run(False, tensors, lse, documents, pattern, stride, offsets, scale)
+    _run(False, tensors, lse, documents, patterns, stride, offsets, scale)
     return out, lse
 
 
 @attention_cpu_forward.register_fake
-def _(q, k, v, documents, pattern, stride, offsets, scale):
+def _(q, k, v, documents, patterns, stride, offsets, scale):
     return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -116,7 +128,7 @@ def attention_cpu_backward(
     documents: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    pattern: int,
+    patterns: list[int],
     stride: int,
     offsets: list[int],
     scale: float,
@@ -125,12 +137,12 @@ def attention_cpu_backward(
     gradients = _tokens_first(q), _tokens_first(k), _tokens_first(v)
     tensors = {name: _rows(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
-    _run(True, tensors, lse.contiguous(), documents, pattern, stride, offsets, scale)
+    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
     return gradients
 
 
 @attention_cpu_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, pattern, stride, offsets, scale):
+def _(dout, q, k, v, documents, out, lse, patterns, stride, offsets, scale):
     return _tokens_first(q), _tokens_first(k), _tokens_first(v)
 
 
@@ -152,9 +164,9 @@ class _Call(ctypes.Structure):
     """`Call` in attention.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("type", "pattern", "samples", "heads", "key_heads", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("type", "samples", "heads", "key_heads", "length", "width")),
         ("stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("offsets", "document_starts", "document_ends")),
+        *((name, ctypes.c_void_p) for name in ("patterns", "offsets", "document_starts", "document_ends")),
         *((name, _Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "scratch")),
         ("threads", ctypes.c_int64),
@@ -167,20 +179,20 @@ def _run(
     tensors: dict[str, Tensor],
     lse: Tensor,
     documents: Tensor | None,
-    pattern: int,
+    patterns: list[int],
     stride: int,
     offsets: list[int],
     scale: float,
 ) -> None:
     q, k = tensors["q"], tensors["k"]
-    check_pattern(PATTERNS[pattern], stride)
-    assert len(offsets) == q.shape[1] and all(0 <= offset < stride for offset in offsets), (offsets, stride)
+    assert len(patterns) == len(offsets) == q.shape[1], (patterns, offsets, q.shape)
+    assert all(0 <= offset < stride for offset in offsets), (offsets, stride)
     B, H, T, D = q.shape
     if q.numel() == 0:
         return
     library, edges = _library(), _document_edges(documents)
-    heads = (ctypes.c_int64 * H)(*offsets)
-    call = _Call(DTYPES.index(q.dtype), pattern, B, H, k.shape[1], T, D, stride, ctypes.addressof(heads))
+    per_head = (ctypes.c_int64 * H)(*patterns), (ctypes.c_int64 * H)(*offsets)
+    call = _Call(DTYPES.index(q.dtype), B, H, k.shape[1], T, D, stride, *map(ctypes.addressof, per_head))
     if edges is not None:
         call.document_starts, call.document_ends = edges[0].data_ptr(), edges[1].data_ptr()
     for name, x in tensors.items():
