@@ -351,30 +351,30 @@ def test_auto_takes_the_fastest_that_runs() -> None:
     assert select_kernel("auto", "sparse", long, 64, "cuda") == "reference"
 
 
-USE = """
+WITHOUT_COMPILER = """
 import torch
 from megasparse.kernels.hybrid_attention import hybrid_attention, select_kernel
 x = torch.randn(1, 1, 512, 4)
-print(tuple(hybrid_attention(x, x, x, "sparse", 16, {kernel!r}).shape), select_kernel("auto", "sparse", 512, 16))
+print(tuple(hybrid_attention(x, x, x, "sparse", 16).shape), select_kernel("auto", "sparse", 512, 16))
+hybrid_attention(x, x, x, "sparse", 16, "cpu")
 """
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def test_without_a_working_compiler_parts_run_and_a_forced_kernel_is_refused(tmp_path) -> None:
+    broken = {"CXX": "/bin/false", "MEGASPARSE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    done = subprocess.run(command, env={**os.environ, **broken}, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "(1, 1, 512, 4) parts\n", done.stderr
+    assert done.returncode != 0
+    assert "ValueError: hybrid_attention kernel: 'cpu' cannot run: /bin/false" in done.stderr
+    assert "exit status 1" in done.stderr and "legal values here: auto, reference, parts" in done.stderr
 
 
-def test_without_a_compiler_parts_run_and_a_forced_kernel_is_refused(tmp_path) -> None:
-    broken = {"CXX": "/bin/false", "MEGASPARSE_CACHE": str(tmp_path)}
-    done = python(USE.format(kernel="auto"), **broken)
-    assert done.returncode == 0 and done.stdout == "(1, 1, 512, 4) parts\n", done.stderr
-    for compiler, words in (("/bin/false", "exit status 1"), ("no-such-compiler", "no C++ compiler found")):
-        done = python(USE.format(kernel="cpu"), **{**broken, "CXX": compiler})
-        assert done.returncode != 0
-        assert "ValueError" in done.stderr and "'cpu' cannot run" in done.stderr and words in done.stderr
-        assert "legal values here: auto, reference, parts" in done.stderr
+def test_a_plan_looks_for_a_compiler_and_builds_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("it builds"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "parts"
+    with pytest.raises(ValueError, match="'cpu' cannot run: no C.. compiler found: no-such-compiler"):
+        select_kernel("cpu", "sparse", 4096, 64, planned=True)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "cpu"

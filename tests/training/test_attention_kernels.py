@@ -15,11 +15,12 @@ SETTINGS = [
     "model.num_attention_heads=2",
     f"model.seq_length={FASTER_FROM['parts']}",
     "model.vocab_size=64",
-    "train.steps=10",
+    "train.steps=40",
     "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "train.precision=fp32",
     "sparsity.unit=16",
+    "sparsity.update_interval=3",
     "attention.stride=16",
 ]
 PATTERNS = "local, strided, sparse, fixed"

@@ -30,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::t
 TILE, ROWS, COLUMNS = 24, 6, 16
 
 
+@torch.compiler.assume_constant_result  # it looks for files, which cannot be traced
 def why_not(device: str, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot run on a device type with a dtype; None where it can.
 
