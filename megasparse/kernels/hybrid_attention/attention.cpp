@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kTile = 24;        // queries of a forward tile, keys of a backward one: a multiple of kMaxRows
 constexpr int64_t kColumns = 192;    // scores of a tile's row that are in work at a time: a multiple of kWidth
 constexpr int64_t kColumnStride = kColumns + 16;
+constexpr int64_t kAhead = 8;        // rows that are asked for before they are read
 constexpr float kLog2E = 1.44269504f;
 
 enum Pattern { kFull, kLocal, kStrided, kSparse, kFixed };  // the order of patterns.PATTERNS
@@ -215,12 +216,20 @@ struct Pass {
     return static_cast<Element*>(x.data) + sample * x.sample + head * x.head + token * x.token;
   }
 
+  template <int Write = 0>
+  void expect(const Operand& x, int64_t sample, int64_t head, int64_t token) const {
+    prefetch<Write>(at(x, sample, head, token), call.width * sizeof(Element));
+  }
+
   // Rows `first` to `first + count` of a sequence, and zeros up to `padded` rows.
   void gather(const Operand& x, int64_t sample, int64_t head, const Sequence& tokens, int64_t first, int64_t count,
               int64_t padded, float factor, float* to) const {
     const int64_t step = tokens.step * x.token, size = call.width, columns = width, ld = row;
     const Element* from = at(x, sample, head, tokens.token(first));
-    for (int64_t i = 0; i < count; ++i) widen_row<Type>(from + i * step, size, factor, columns, to + i * ld);
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch(from + (i + kAhead) * step, size * sizeof(Element));
+      widen_row<Type>(from + i * step, size, factor, columns, to + i * ld);
+    }
     for (int64_t i = count; i < padded; ++i) std::fill(to + i * ld, to + i * ld + columns, 0.0f);
   }
 
@@ -320,6 +329,7 @@ struct Forward : Pass<Type> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
+        this->template expect<1>(call.out, sample, head, own.token(first + i + kAhead));
         narrow_row<Type>(out + i * row, call.width, 1.0f / sum[i], at(call.out, sample, head, token));
         call.lse[(sample * call.heads + head) * call.length + token] = top[i] + std::log2(sum[i]);
       } else {
@@ -414,14 +424,17 @@ struct Backward : Pass<Type> {
             tile(sample, key_head, parts.list[p], own, other, first, finishes);
         }
       }
-      for (int64_t token = 0; token < call.length; ++token)
+      for (int64_t token = 0; token < call.length; ++token) {
+        this->template expect<1>(call.dq, sample, head, token + kAhead);
         narrow_row<Type>(dq + token * row, call.width, call.scale, at(call.dq, sample, head, token));
+      }
     }
   }
 
   void prepare(int64_t sample, int64_t head) const {
     const int64_t columns = width;
     for (int64_t token = 0; token < call.length; ++token) {
+      for (const Operand& x : {call.out, call.dout}) this->expect(x, sample, head, token + kAhead);
       widen_row<Type>(at(call.out, sample, head, token), call.width, 1.0f, columns, keys);
       widen_row<Type>(at(call.dout, sample, head, token), call.width, 1.0f, columns, values);
       Vector total = {};
@@ -472,6 +485,8 @@ struct Backward : Pass<Type> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
+        for (const Operand& x : {call.dk, call.dv})
+          this->template expect<1>(x, sample, key_head, own.token(first + i + kAhead));
         narrow_row<Type>(dkeys + i * row, call.width, call.scale, at(call.dk, sample, key_head, token));
         narrow_row<Type>(dvalues + i * row, call.width, 1.0f, at(call.dv, sample, key_head, token));
       } else {

@@ -30,7 +30,7 @@ typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-inline Vector broadcast(float value) { return Vector{} + value; }
+inline Vector broadcast(float value) { return value - Vector{}; }  // value + 0 is an addition: it turns -0 into 0
 
 inline int64_t round_down(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -129,12 +129,18 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float*
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 12
     for (int row = 0; row < Rows; ++row) {
-      const Vector left = broadcast(a[row * a_row]);
+      const float left = a[row * a_row];
       for (int v = 0; v < kVectors; ++v) sums[row][v] += left * right[v];
     }
   }
   for (int row = 0; row < Rows; ++row)
     for (int v = 0; v < kVectors; ++v) store(c + row * c_row + v * kLanes, sums[row][v]);
+}
+
+// Asks for `bytes` of memory ahead of its use: rows of a head are too far apart for the processor to foresee them.
+template <int Write = 0>
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, Write);
 }
 
 // Writes `count` widened elements times `factor`, then zeros up to `padded`, a multiple of kLanes.
