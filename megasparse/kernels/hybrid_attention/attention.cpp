@@ -189,8 +189,10 @@ inline void add_weighted_rows(const Groups& groups, int64_t from, int64_t to, co
 // Sets the vectors of a row of scores that hold live columns to -inf outside of those; returns them as an interval.
 inline Interval mask_row(Interval live, float* scores) {
   const Interval vectors{round_down(live.first, kLanes), round_up(live.last, kLanes)};
-  std::fill(scores + vectors.first, scores + live.first, -kInfinity);
-  std::fill(scores + live.last, scores + vectors.last, -kInfinity);
+  const Vector dead = broadcast(-kInfinity);
+  float *head = scores + vectors.first, *tail = scores + vectors.last - kLanes;
+  store(head, lane_numbers() < int32_t(live.first - vectors.first) ? dead : load(head));
+  store(tail, lane_numbers() < int32_t(live.last - vectors.last + kLanes) ? load(tail) : dead);
   return vectors;
 }
 
@@ -225,12 +227,13 @@ struct Pass {
   void gather(const Operand& x, int64_t sample, int64_t head, const Sequence& tokens, int64_t first, int64_t count,
               int64_t padded, float factor, float* to) const {
     const int64_t step = tokens.step * x.token, size = call.width, columns = width, ld = row;
+    const int64_t bytes = size * sizeof(Element), left = tokens.count - first;  // then comes the next class
     const Element* from = at(x, sample, head, tokens.token(first));
     for (int64_t i = 0; i < count; ++i) {
-      prefetch(from + (i + kAhead) * step, size * sizeof(Element));
+      prefetch(from + (i + kAhead < left ? (i + kAhead) * step : x.token + (i + kAhead - tokens.count) * step), bytes);
       widen_row<Type>(from + i * step, size, factor, columns, to + i * ld);
     }
-    for (int64_t i = count; i < padded; ++i) std::fill(to + i * ld, to + i * ld + columns, 0.0f);
+    for (int64_t i = count; i < padded; ++i) clear(to + i * ld, 0, columns);
   }
 
   // What each of `count` queries (or keys) sees of the sequence on the other side.
@@ -256,7 +259,7 @@ struct Forward : Pass<Type> {
   using Base::at, Base::call, Base::row, Base::width;
   float *panels, *values;              // keys transposed and values of the class
   float *state, *tops, *sums;          // what earlier parts gave each token: weighted values, maximum, sum of weights
-  float *queries, *scores, *out;       // of the tile
+  float *queries, *scores, *alone;     // of the tile; its weighted values where no other part joins
 
   Forward(const Call& call, Memory memory) : Base(call) {
     const int64_t length = call.padded_length();
@@ -267,7 +270,7 @@ struct Forward : Pass<Type> {
     sums = memory.take(call.length);
     queries = memory.take(kTile * row);
     scores = memory.take(kTile * kColumnStride);
-    out = memory.take(kTile * row);
+    alone = memory.take(kTile * row);
   }
 
   static int64_t size(const Call& call) {
@@ -279,7 +282,7 @@ struct Forward : Pass<Type> {
     const int64_t key_head = head / (call.heads / call.key_heads);
     const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
     if (parts.count > 1) {
-      std::fill(state, state + call.length * row, 0.0f);
+      clear(state, 0, call.length * row);
       std::fill(tops, tops + call.length, -kInfinity);
       std::fill(sums, sums + call.length, 0.0f);
     }
@@ -288,22 +291,22 @@ struct Forward : Pass<Type> {
         const Sequence own = parts.list[p].queries(number), keys = parts.list[p].keys(number);
         pack_keys(sample, key_head, keys);
         for (int64_t first = 0; first < own.count; first += kTile)
-          tile(sample, head, parts.list[p], own, keys, first, p > 0, p + 1 == parts.count);
+          tile(sample, head, parts.list[p], own, keys, first, parts.count > 1, p + 1 == parts.count);
       }
   }
 
   void pack_keys(int64_t sample, int64_t head, const Sequence& keys) const {
     for (int64_t first = 0; first < keys.count; first += kWidth) {
-      const int64_t count = std::min(kWidth, keys.count - first);
+      const int64_t count = std::min(kWidth, keys.count - first), padded = round_up(count, kLanes);
       float* rows = values + first * row;  // the keys are transposed before the values take their place
-      this->gather(call.k, sample, head, keys, first, count, kWidth, 1.0f, rows);
-      transpose_rows(rows, row, kWidth, width, 1.0f, panels + first * width);
-      this->gather(call.v, sample, head, keys, first, count, kWidth, 1.0f, rows);
+      this->gather(call.k, sample, head, keys, first, count, padded, 1.0f, rows);
+      transpose_rows(rows, row, padded, width, 1.0f, panels + first * width);
+      this->gather(call.v, sample, head, keys, first, count, padded, 1.0f, rows);
     }
   }
 
   void tile(int64_t sample, int64_t head, const Part& part, const Sequence& own, const Sequence& keys, int64_t first,
-            bool joins, bool finishes) const {
+            bool joined, bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
     Interval live[kTile];
     this->intervals(own, first, count, keys, sample, [&](int64_t query) { return part.keys_of(query); }, live);
@@ -313,27 +316,25 @@ struct Forward : Pass<Type> {
     float top[kTile], sum[kTile];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
-      top[i] = joins ? tops[token] : -kInfinity;
-      sum[i] = joins ? sums[token] : 0.0f;
-      if (joins)
-        std::copy(state + token * row, state + token * row + width, out + i * row);
-      else
-        std::fill(out + i * row, out + i * row + width, 0.0f);
+      top[i] = joined ? tops[token] : -kInfinity;
+      sum[i] = joined ? sums[token] : 0.0f;
+      if (!joined) clear(alone + i * row, 0, width);
     }
+    float* out = joined ? state + own.token(first) * row : alone;
+    const int64_t out_row = joined ? own.step * row : row;
     for (int64_t from = round_down(groups.columns.first, kWidth); from < groups.columns.last; from += kColumns) {
       const int64_t to = std::min(from + kColumns, groups.columns.last);
       multiply_panels(groups, from, to, queries, row, panels, width, scores);
-      for (int64_t i = 0; i < groups.count; ++i) weigh(groups.list[i], live, from, to, top, sum);
-      add_weighted_rows(groups, from, to, scores, values, row, width, out, row);
+      for (int64_t i = 0; i < groups.count; ++i) weigh(groups.list[i], live, from, to, top, sum, out, out_row);
+      add_weighted_rows(groups, from, to, scores, values, row, width, out, out_row);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
         this->template expect<1>(call.out, sample, head, own.token(first + i + kAhead));
-        narrow_row<Type>(out + i * row, call.width, 1.0f / sum[i], at(call.out, sample, head, token));
+        narrow_row<Type>(out + i * out_row, call.width, 1.0f / sum[i], at(call.out, sample, head, token));
         call.lse[(sample * call.heads + head) * call.length + token] = top[i] + std::log2(sum[i]);
       } else {
-        std::copy(out + i * row, out + i * row + width, state + token * row);
         tops[token] = top[i];
         sums[token] = sum[i];
       }
@@ -341,13 +342,14 @@ struct Forward : Pass<Type> {
   }
 
   // Turns the scores of a group into weights 2^(score - maximum), 0 where dead, and scales what is summed already.
-  void weigh(const Group& group, const Interval* live, int64_t from, int64_t to, float* top, float* sum) const {
+  void weigh(const Group& group, const Interval* live, int64_t from, int64_t to, float* top, float* sum, float* out,
+             int64_t out_row) const {
     const Interval columns = group.columns.within(from, to);
     for (int64_t i = group.top; i < group.top + group.rows; ++i) {
       float* x = scores + i * kColumnStride - from;
       const Interval seen = live[i].within(from, to);
       if (seen.empty()) {
-        if (!columns.empty()) std::fill(x + columns.first, x + columns.last, 0.0f);
+        clear(x, columns.first, columns.last);
         continue;
       }
       const Interval vectors = mask_row(seen, x);
@@ -364,10 +366,11 @@ struct Forward : Pass<Type> {
         store(x + j, weight);
         total += weight;
       }
-      if (columns.first < vectors.first) std::fill(x + columns.first, x + vectors.first, 0.0f);
-      if (columns.last > vectors.last) std::fill(x + vectors.last, x + columns.last, 0.0f);
-      rescale(power_of_2(top[i] - maximum), out + i * row);
-      sum[i] = sum[i] * power_of_2(top[i] - maximum) + sum_of(total);
+      clear(x, columns.first, vectors.first);
+      clear(x, vectors.last, columns.last);
+      const float factor = power_of_2(top[i] - maximum);
+      rescale(factor, out + i * out_row);
+      sum[i] = sum[i] * factor + sum_of(total);
       top[i] = maximum;
     }
   }
@@ -389,14 +392,15 @@ struct Backward : Pass<Type> {
   float *lse, *deltas;                 // of the class
   float *delta;                        // of the head: dout . out of each query
   float *dq, *dk, *dv;                 // sums of the head and, of the keys, of the heads that share them
-  float *keys, *values, *weights, *dscores, *dkeys, *dvalues;  // of the tile
+  float *keys, *values, *weights, *dscores;  // of the tile
+  float *dkeys_alone, *dvalues_alone;           // of the tile, where no other part or head joins
 
   Backward(const Call& call, Memory memory) : Base(call) {
     const int64_t length = call.padded_length();
     for (float** rows : {&queries, &douts, &dq, &dk, &dv}) *rows = memory.take(length * row);
     for (float** rows : {&query_panels, &dout_panels}) *rows = memory.take(length * width);
     for (float** column : {&lse, &deltas, &delta}) *column = memory.take(length);
-    for (float** rows : {&keys, &values, &dkeys, &dvalues}) *rows = memory.take(kTile * row);
+    for (float** rows : {&keys, &values, &dkeys_alone, &dvalues_alone}) *rows = memory.take(kTile * row);
     for (float** rows : {&weights, &dscores}) *rows = memory.take(kTile * kColumnStride);
   }
 
@@ -408,11 +412,15 @@ struct Backward : Pass<Type> {
   // The gradients of a key-value head, and of the queries that use it.
   void key_head(int64_t sample, int64_t key_head) const {
     const int64_t share = call.heads / call.key_heads;
-    std::fill(dk, dk + call.length * row, 0.0f);
-    std::fill(dv, dv + call.length * row, 0.0f);
+    bool joined = false;
     for (int64_t head = key_head * share; head < (key_head + 1) * share; ++head) {
       const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
-      std::fill(dq, dq + call.length * row, 0.0f);
+      clear(dq, 0, call.length * row);
+      if (!joined && (parts.count > 1 || share > 1)) {
+        clear(dk, 0, call.length * row);
+        clear(dv, 0, call.length * row);
+        joined = true;
+      }
       prepare(sample, head);
       for (int p = 0; p < parts.count; ++p) {
         const bool finishes = p + 1 == parts.count && head + 1 == (key_head + 1) * share;
@@ -421,7 +429,7 @@ struct Backward : Pass<Type> {
           if (!own.count) continue;
           pack_queries(sample, head, other);
           for (int64_t first = 0; first < own.count; first += kTile)
-            tile(sample, key_head, parts.list[p], own, other, first, finishes);
+            tile(sample, key_head, parts.list[p], own, other, first, joined, finishes);
         }
       }
       for (int64_t token = 0; token < call.length; ++token) {
@@ -447,12 +455,12 @@ struct Backward : Pass<Type> {
     const float* given = call.lse + (sample * call.heads + head) * call.length;
     const float factor = call.scale * kLog2E;
     for (int64_t first = 0; first < tokens.count; first += kWidth) {
-      const int64_t count = std::min(kWidth, tokens.count - first);
-      this->gather(call.q, sample, head, tokens, first, count, kWidth, 1.0f, queries + first * row);
-      transpose_rows(queries + first * row, row, kWidth, width, factor, query_panels + first * width);
-      this->gather(call.dout, sample, head, tokens, first, count, kWidth, 1.0f, douts + first * row);
-      transpose_rows(douts + first * row, row, kWidth, width, 1.0f, dout_panels + first * width);
-      for (int64_t i = 0; i < kWidth; ++i) {
+      const int64_t count = std::min(kWidth, tokens.count - first), padded = round_up(count, kLanes);
+      this->gather(call.q, sample, head, tokens, first, count, padded, 1.0f, queries + first * row);
+      transpose_rows(queries + first * row, row, padded, width, factor, query_panels + first * width);
+      this->gather(call.dout, sample, head, tokens, first, count, padded, 1.0f, douts + first * row);
+      transpose_rows(douts + first * row, row, padded, width, 1.0f, dout_panels + first * width);
+      for (int64_t i = 0; i < padded; ++i) {
         lse[first + i] = i < count ? given[tokens.token(first + i)] : 0.0f;
         deltas[first + i] = i < count ? delta[tokens.token(first + i)] : 0.0f;
       }
@@ -460,7 +468,7 @@ struct Backward : Pass<Type> {
   }
 
   void tile(int64_t sample, int64_t key_head, const Part& part, const Sequence& own, const Sequence& other,
-            int64_t first, bool finishes) const {
+            int64_t first, bool joined, bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
     Interval live[kTile];
     this->intervals(own, first, count, other, sample, [&](int64_t key) { return part.queries_of(key); }, live);
@@ -468,31 +476,26 @@ struct Backward : Pass<Type> {
     if (groups.columns.empty() && !finishes) return;
     this->gather(call.k, sample, key_head, own, first, count, count, 1.0f, keys);
     this->gather(call.v, sample, key_head, own, first, count, count, 1.0f, values);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = own.token(first + i) * row;
-      std::copy(dk + token, dk + token + width, dkeys + i * row);
-      std::copy(dv + token, dv + token + width, dvalues + i * row);
-    }
+    float* dkeys = joined ? dk + own.token(first) * row : dkeys_alone;
+    float* dvalues = joined ? dv + own.token(first) * row : dvalues_alone;
+    const int64_t sum_row = joined ? own.step * row : row;
+    if (!joined)
+      for (float* rows : {dkeys, dvalues}) clear(rows, 0, count * row);
     for (int64_t from = round_down(groups.columns.first, kWidth); from < groups.columns.last; from += kColumns) {
       const int64_t to = std::min(from + kColumns, groups.columns.last);
       multiply_panels(groups, from, to, keys, row, query_panels, width, weights);
       multiply_panels(groups, from, to, values, row, dout_panels, width, dscores);
       for (int64_t i = 0; i < count; ++i) weigh_row(live[i], from, to, i);
-      add_weighted_rows(groups, from, to, weights, douts, row, width, dvalues, row);
-      add_weighted_rows(groups, from, to, dscores, queries, row, width, dkeys, row);
+      add_weighted_rows(groups, from, to, weights, douts, row, width, dvalues, sum_row);
+      add_weighted_rows(groups, from, to, dscores, queries, row, width, dkeys, sum_row);
       add_to_queries(live, count, groups.columns.within(from, to), from, other);
     }
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; finishes && i < count; ++i) {
       const int64_t token = own.token(first + i);
-      if (finishes) {
-        for (const Operand& x : {call.dk, call.dv})
-          this->template expect<1>(x, sample, key_head, own.token(first + i + kAhead));
-        narrow_row<Type>(dkeys + i * row, call.width, call.scale, at(call.dk, sample, key_head, token));
-        narrow_row<Type>(dvalues + i * row, call.width, 1.0f, at(call.dv, sample, key_head, token));
-      } else {
-        std::copy(dkeys + i * row, dkeys + i * row + width, dk + token * row);
-        std::copy(dvalues + i * row, dvalues + i * row + width, dv + token * row);
-      }
+      for (const Operand& x : {call.dk, call.dv})
+        this->template expect<1>(x, sample, key_head, own.token(first + i + kAhead));
+      narrow_row<Type>(dkeys + i * sum_row, call.width, call.scale, at(call.dk, sample, key_head, token));
+      narrow_row<Type>(dvalues + i * sum_row, call.width, 1.0f, at(call.dv, sample, key_head, token));
     }
   }
 
@@ -500,7 +503,6 @@ struct Backward : Pass<Type> {
   void weigh_row(Interval live, int64_t from, int64_t to, int64_t i) const {
     float* x = weights + i * kColumnStride - from;
     float* dx = dscores + i * kColumnStride - from;
-    const int64_t end = std::min(round_up(to, kLanes), from + kColumns);
     const Interval seen = live.within(from, to);
     const Interval vectors = seen.empty() ? Interval{from, from} : mask_row(seen, x);
     const float *shift = lse, *mean = deltas;
@@ -510,8 +512,8 @@ struct Backward : Pass<Type> {
       store(dx + j, weight * (load(dx + j) - load(mean + j)));
     }
     for (float* dead : {x, dx}) {
-      std::fill(dead + from, dead + vectors.first, 0.0f);
-      std::fill(dead + vectors.last, dead + end, 0.0f);
+      clear(dead, from, vectors.first);
+      clear(dead, vectors.last, to);
     }
   }
 

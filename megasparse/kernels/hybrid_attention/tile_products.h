@@ -32,6 +32,12 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 inline Vector broadcast(float value) { return value - Vector{}; }  // value + 0 is an addition: it turns -0 into 0
 
+inline Integers lane_numbers() {
+  Integers numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
 inline int64_t round_down(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -103,6 +109,11 @@ inline float maximum_of(Vector value) {
   float most = value[0];
   for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, value[lane]);
   return most;
+}
+
+// Zeros from `first` to `last`, rounded to whole vectors.
+inline void clear(float* x, int64_t first, int64_t last) {
+  for (int64_t i = round_down(first, kLanes); i < last; i += kLanes) store(x + i, Vector{});
 }
 
 // Calls function(std::integral_constant<int, rows>) for a number of rows known only now, 1 to kMaxRows.
@@ -190,7 +201,7 @@ inline void transpose_8x8(const float* from, int64_t ld_from, float factor, floa
   }
 }
 
-// `count` rows (a multiple of kWidth) as panels, times `factor`; `width` is a multiple of kWidth.
+// `count` rows (a multiple of 8) as panels, times `factor`; `width` is a multiple of kWidth.
 inline void transpose_rows(const float* rows, int64_t ld, int64_t count, int64_t width, float factor, float* panels) {
   for (int64_t row = 0; row < count; row += 8) {
     float* panel = panels + row / kWidth * width * kWidth + row % kWidth;
