@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from megasparse.kernels.block_sparse.build import load_library
 from megasparse.kernels.hybrid_attention import (
     FASTER_FROM,
     PATTERNS,
@@ -117,6 +118,16 @@ def test_offsets_of_the_stride(pattern: str) -> None:
             check(*inputs(2, 2, seq_length), pattern, stride, offsets=offset)
         check(*inputs(3, 1, seq_length), pattern, stride, offsets=[0, 1 % stride, stride - 1])
     check(*inputs(2, 2, 75), pattern, 8, offsets=[3, 7], documents=documents_of(75))
+
+
+@needs_kernel
+def test_the_layout_of_wide_vectors_gives_the_same(monkeypatch) -> None:
+    """That of AVX-512, with the vectors that this processor has."""
+    library = cpu.declare(load_library("MEGASPARSE_WIDE", source=cpu.SOURCE))
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    for pattern in PATTERNS:
+        for seq_length, stride, head_dim in ((1, 1, 5), (50, 4, 24), (300, 128, 16), (130, 7, 33)):
+            check(*inputs(2, 1, seq_length, head_dim=head_dim), pattern, stride, documents=documents_of(seq_length))
 
 
 @needs_kernel

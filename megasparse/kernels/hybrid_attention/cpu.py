@@ -272,7 +272,11 @@ def _build_failure() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load_library(source=SOURCE)
+    return declare(load_library(source=SOURCE))
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
     call = ctypes.POINTER(_Call)
     library.megasparse_attention_scratch.restype = ctypes.c_int64
     library.megasparse_attention_scratch.argtypes = [call, ctypes.c_int]
