@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -218,36 +219,49 @@ def _document_edges(documents_BT: Tensor | None) -> Tensor | None:
 
 
 @lru_cache(maxsize=256)
-def executed_entries(pattern: str, seq_length: int, stride: int) -> int:
-    """Scores computed per head in the forward pass: rows of a tile times the columns that some of them sees."""
+def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
+    """Scores computed per head in the forward pass: rows of register tiles times the columns that any sees."""
+    everything = seq_length, seq_length
     if pattern == "full":
-        return _residue_entries(seq_length, 0)
+        return _entries(*everything, lambda q: 0, lambda q: q + 1)
     if pattern == "fixed":
-        blocks = _entries(seq_length, lambda q: q // stride * stride, lambda q: q + 1)
-        return blocks + _entries(seq_length, lambda q: 0, lambda q: q // stride)
-    window = 0 if pattern == "strided" else _entries(seq_length, lambda q: max(q - stride + 1, 0), lambda q: q + 1)
-    if pattern == "local":
-        return window
-    # Without the query itself, which the window of `sparse` has.
-    short, longer = divmod(seq_length, stride)
-    excluded = int(pattern == "sparse")
-    residues = (stride - longer) * _residue_entries(short, excluded) + longer * _residue_entries(short + 1, excluded)
-    return window + residues
+        blocks = _entries(*everything, lambda q: (q + offset) // stride * stride - offset, lambda q: q + 1)
+        num_summaries = _count(stride - 1 - offset, stride, seq_length)
+        return blocks + _entries(seq_length, num_summaries, lambda q: 0, lambda q: (q + offset) // stride)
+    if pattern == "strided":
+        itself = _entries(*everything, lambda q: q, lambda q: q + 1) if offset else 0
+        return itself + _residue_entries(seq_length, stride, offset, far=False)
+    window = _entries(*everything, lambda q: q - stride + 1, lambda q: q + 1)
+    return window + (_residue_entries(seq_length, stride, offset, far=True) if pattern == "sparse" else 0)
 
 
-def _residue_entries(count: int, excluded: int) -> int:
-    return _entries(count, lambda q: 0, lambda q: q + 1 - excluded)
+def _residue_entries(seq_length: int, stride: int, offset: int, far: bool) -> int:
+    """The strided keys of all queries. far: without those in the window."""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for residue in range(min(stride, seq_length) if not far or stride < seq_length else 0):
+        key_residue = (residue - offset) % stride
+        # The last key that query number i sees is number i - lag.
+        lag = (residue < key_residue) + far
+        shapes[_count(residue, stride, seq_length), _count(key_residue, stride, seq_length), lag] += 1
+    return sum(
+        times * _entries(queries, keys, lambda q: 0, lambda q, lag=lag: q + 1 - lag)
+        for (queries, keys, lag), times in shapes.items()
+    )
 
 
-def _entries(num_queries: int, first: Any, last: Any) -> int:
-    """Both are functions of a query that never decrease: the first key that it sees, and one more than the last."""
+def _count(start: int, step: int, end: int) -> int:
+    return len(range(start, end, step))
+
+
+def _entries(num_queries: int, num_keys: int, first: Callable[[int], int], last: Callable[[int], int]) -> int:
+    """Both functions of a query never decrease: the first key that it sees, and one more than the last."""
     total = 0
     for start in range(0, num_queries, TILE):
         rows = min(TILE, num_queries - start)
         groups = -(-rows // ROWS)
         for group in range(groups):
             top, bottom = start + group * rows // groups, start + (group + 1) * rows // groups
-            begin, end = first(top), last(bottom - 1)
+            begin, end = max(first(top), 0), min(last(bottom - 1), num_keys)
             if begin < end:
                 total += (bottom - top) * (-(-end // COLUMNS) - begin // COLUMNS) * COLUMNS
     return total
