@@ -414,7 +414,7 @@ class KernelsConfig(Section):
     """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
     break_even: Fraction | None = None
     """Density above which auto takes dense products; unset: as measured (tools/tune_kernels.py)."""
-    hybrid_attention: Literal["auto", "reference", "parts", "triton"] = "auto"
+    hybrid_attention: Literal["auto", "reference", "parts", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
 
 

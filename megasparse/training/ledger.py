@@ -81,7 +81,7 @@ class FlopCounter:
             count = partial(count_flops, self._model, self._samples, self._length, patterns=patterns)
             shape = {"dtype": self._kernels.dtype, "head_dim": self._config.model.head_dim}
             kernel, device = self._config.kernels.hybrid_attention, self._kernels.device
-            entries = partial(executed_entries, kernel, device=device, **shape)
+            entries = partial(executed_entries, kernel, device=device, planned=self._kernels.planned, **shape)
             algorithmic = count().attention_forward
             self._attention[patterns] = algorithmic, count(attention_entries=entries).attention_forward
         return self._attention[patterns]

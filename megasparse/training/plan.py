@@ -20,14 +20,14 @@ from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
-from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
-from megasparse.training.kernels import (
-    LayerKernels,
+from megasparse.training.attention_kernels import (
+    attention_kernels,
     attention_warnings,
-    describe_attention,
+    check_attention,
     settle_dense_fallback,
-    target_device,
 )
+from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.kernels import LayerKernels, target_device
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
 
@@ -52,6 +52,7 @@ def make_plan(
         model = build_model(config, vocab_size, ranks)
     controller = Controller(config, model.sparse_layers(), ranks)
     kernels = LayerKernels(config, model, device or target_device(), planned=planned_kernels)
+    check_attention(config, kernels.device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops, mean_density = walk_schedule(config, model, controller, kernels)
@@ -87,9 +88,13 @@ def make_plan(
         "kernels": {
             "device": kernels.device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
-            "hybrid_attention": describe_attention(config, kernels.device),
+            "hybrid_attention": attention_kernels(config, kernels.device, planned=planned_kernels),
         },
-        "warnings": [*unused_settings(config), *kernels.warnings(), *attention_warnings(config)],
+        "warnings": [
+            *unused_settings(config),
+            *kernels.warnings(),
+            *attention_warnings(config, kernels.device, planned=planned_kernels),
+        ],
     }
 
 

@@ -23,11 +23,12 @@ from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
 from megasparse.parallel.watchdog import Watchdog
 from megasparse.training.assemble import build_engine
+from megasparse.training.attention_kernels import agree_on_dense_fallback, prepare_attention, settle_dense_fallback
 from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
 from megasparse.training.environment import describe_hardware, package_versions
-from megasparse.training.kernels import agree_on_dense_fallback, prepare_kernels, settle_dense_fallback, target_device
+from megasparse.training.kernels import prepare_kernels, target_device
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
@@ -50,7 +51,8 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     check_folder(folder, config)
     if environment.rank == 0:
         print_plan(plan, make_console())
-    if not prepare_kernels(config, plan):
+    ready = prepare_kernels(config, plan), prepare_attention(config, plan["kernels"]["device"])
+    if not all(ready):
         known, plan = plan["warnings"], make_plan(config, environment.world_size, planned_kernels=False)
         if environment.rank == 0:
             print_warnings([warning for warning in plan["warnings"] if warning not in known], make_console())

@@ -14,11 +14,12 @@ from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
     causal,
+    fast_kernel,
     hybrid_attention,
     select_kernel,
     widened,
 )
-from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row, dense_limit, mask_limit, read_table
+from megasparse.kernels.hybrid_attention.break_even import FORMAT, UNMEASURED, Row, dense_limit, mask_limit, read_table
 from megasparse.kernels.hybrid_attention.measure import measure_rows
 
 TIMES = {
@@ -26,8 +27,9 @@ TIMES = {
     "256": {"kernel": 4.0, "mask": 5.0, "dense": 3.0},
     "512": {"kernel": 5.0, "mask": 9.0, "dense": 6.0},
 }
-ROW = Row("parts", "float32", "sparse", 64, 64, 4, TIMES)
-CASE = ("parts", "sparse", 64, "cpu", torch.float32, 64)
+FAST = fast_kernel("cpu", torch.float32, 64)
+ROW = Row(FAST, "float32", "sparse", 64, 64, 4, TIMES)
+CASE = (FAST, "sparse", 64, "cpu", torch.float32, 64)
 
 
 def measurement(*rows: Row, hardware: str | None = None) -> Measurement:
@@ -58,7 +60,7 @@ def test_the_shipped_table_is_whole_and_installed(repository) -> None:
         ("cpu", pattern) for pattern in PATTERNS if pattern != "full"
     }
     assert all(m.hardware and m.command and m.date for m in measurements)
-    assert "kernels/hybrid_attention/*.json" in (repository / "setup.py").read_text()
+    assert "kernels/*/*.json" in (repository / "setup.py").read_text()
 
 
 def test_break_even_lengths() -> None:
@@ -70,16 +72,16 @@ def test_break_even_lengths() -> None:
 
 
 def test_the_table_decides(own) -> None:
-    assert mask_limit(*CASE) == 512 and dense_limit(*CASE) == 0, "nobody measured"
-    assert mask_limit("parts", "sparse", 64, "cuda", torch.float32, 64) > 10**9
+    assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0, "nobody measured"
+    assert mask_limit(FAST, "sparse", 64, "cuda", torch.float32, 64) > 10**9
     far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
     write_table(own, [measurement(ROW, far)], FORMAT)
     for cached in (break_even._look_up, break_even._read_once):
         cached.cache_clear()
     assert mask_limit(*CASE) == 256 and dense_limit(*CASE) == 512
     assert mask_limit(*CASE[:-1], 200) == 128 and dense_limit(*CASE[:-1], 200) == 0
-    assert dense_limit("parts", "local", *CASE[2:]) == 0
-    assert [select_kernel("auto", "sparse", tokens, 64) for tokens in (255, 256)] == ["reference", "parts"]
+    assert dense_limit(FAST, "local", *CASE[2:]) == 0
+    assert [select_kernel("auto", "sparse", tokens, 64) for tokens in (255, 256)] == ["reference", FAST]
     assert widened("auto", ("sparse", "local", "full"), 511, 64) == ("full", "local", "full")
     assert widened("auto", ("sparse",), 512, 64) == ("sparse",)
     assert widened("parts", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
@@ -88,7 +90,7 @@ def test_the_table_decides(own) -> None:
 def test_another_machine_does_not_count(own) -> None:
     write_table(own, [measurement(ROW, hardware="another")], FORMAT)
     break_even._read_once.cache_clear()
-    assert mask_limit(*CASE) == 512 and dense_limit(*CASE) == 0
+    assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0
 
 
 @pytest.mark.parametrize(

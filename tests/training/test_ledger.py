@@ -15,13 +15,13 @@ from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_model
-from megasparse.training.kernels import (
-    LayerKernels,
+from megasparse.training.attention_kernels import (
     agree_on_dense_fallback,
     settle_dense_fallback,
     with_dense_fallback,
 )
+from megasparse.training.build import build_model
+from megasparse.training.kernels import LayerKernels
 from megasparse.training.ledger import FlopCounter, Ledger
 from megasparse.training.plan import make_plan, walk_schedule
 

@@ -41,21 +41,21 @@ def cache_folder() -> Path:
 
 
 @cache
-def load_library(*definitions: str) -> ctypes.CDLL:
+def load_library(*definitions: str, source: Path = SOURCE) -> ctypes.CDLL:
     """The compiled kernels. Raises BuildError where there is no compiler, or it fails.
 
-    definitions: macros to define, for tests.
+    definitions: macros to define, for tests. source: a C++ file; headers of ours lie beside it.
     """
     compiler = find_compiler()
     commands = [[*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()]
     folder = cache_folder()
-    path = folder / f"block_products-{_digest(compiler, commands)}.so"
+    path = folder / f"{source.stem}-{_digest(source, compiler, commands)}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             with locked(folder / "build.lock", BUILD_SECONDS):
                 if not path.exists():
-                    _build(compiler, *commands, path)
+                    _build(source, compiler, *commands, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernels for CPUs cannot be kept in {folder}: {error}") from None
@@ -83,18 +83,18 @@ def openmp_runtime() -> list[str]:
     return [str(libraries[0])] if libraries else ["-fopenmp"]
 
 
-def _build(compiler: str, flags: list[str], runtime: list[str], path: Path) -> None:
+def _build(source: Path, compiler: str, flags: list[str], runtime: list[str], path: Path) -> None:
     print(f"megasparse: compiling the kernels for this CPU, once: {path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         compiled, library = Path(name) / "products.o", Path(name) / "products.so"
         try:
-            _run([compiler, *flags, "-fopenmp", "-c", str(SOURCE), "-o", str(compiled)])
+            _run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
             _run([compiler, "-shared", str(compiled), *runtime, "-o", str(library)])
         except BuildError as error:
             # Apple's compiler has no OpenMP; the kernels then run on one thread.
             if sys.platform != "darwin":
                 raise error
-            _run([compiler, *flags, "-shared", str(SOURCE), "-o", str(library)])
+            _run([compiler, *flags, "-shared", str(source), "-o", str(library)])
         os.replace(library, path)
 
 
@@ -108,8 +108,10 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}: exit status {done.returncode}\n{last}")
 
 
-def _digest(compiler: str, commands: list[list[str]]) -> str:
-    state = hashlib.sha256(SOURCE.read_bytes())
+def _digest(source: Path, compiler: str, commands: list[list[str]]) -> str:
+    state = hashlib.sha256()
+    for path in (*sorted(source.parent.glob("*.h")), source):
+        state.update(path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     for text in (compiler, version, repr(commands), platform.machine(), _processor()):
         state.update(text.encode())

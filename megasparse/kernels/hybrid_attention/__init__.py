@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import break_even, causal, gpu, parts, reference
+from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, parts, reference
 from megasparse.kernels.hybrid_attention.cached import attend_cached
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
@@ -41,6 +41,7 @@ __all__ = [
     "pattern_mask",
     "select_kernel",
     "visible_keys",
+    "why_slow",
     "widened",
 ]
 
@@ -60,8 +61,8 @@ class AttentionKernel:
     patterns: tuple[str, ...] = PATTERNS
     offset_by_head: bool = False
     """`attend` takes a sequence of offsets too, one for each query head."""
-    why_not: Callable[[str, torch.dtype, int], str | None] = lambda device, dtype, head_dim: None
-    """Why it cannot run on (device type, dtype, head_dim), or None."""
+    why_not: Callable[[str, torch.dtype, int, bool], str | None] = lambda device, dtype, head_dim, planned: None
+    """Why it cannot run on (device type, dtype, head_dim), or None; it may be built for that, unless it is planned."""
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
@@ -69,6 +70,7 @@ KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "parts": AttentionKernel(parts.attend, parts.executed_entries),
         "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
+        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, offset_by_head=True, why_not=cpu.why_not),
         "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
     }
 )
@@ -123,6 +125,10 @@ def hybrid_attention(
         names = widened(kernel, names, seq_length, *shape)
     asked, masked = "reference" if dropout else kernel, documents_BT is not None
     chosen = {name: KERNELS[select_kernel(asked, name, seq_length, *shape, documents=masked)] for name in set(names)}
+    if all(choice.attend is cpu.attend for choice in chosen.values()):  # one call for heads of all patterns
+        for name, offset in zip(names, shifts, strict=True):
+            check_pattern(name, stride, offset)
+        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT, shifts)
     heads_of: dict[tuple[str, int], list[int]] = {}
     for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
         check_pattern(name, stride, offset)
@@ -159,9 +165,10 @@ def executed_entries(
     head_dim: int = 64,
     *,
     offset: int = 0,
+    planned: bool = False,
 ) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
-    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, head_dim)
+    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, head_dim, planned=planned)
     return KERNELS[chosen].executed_entries(pattern, seq_length, stride, offset if pattern in WITH_OFFSET else 0)
 
 
@@ -175,14 +182,16 @@ def select_kernel(
     head_dim: int = 64,
     *,
     documents: bool = False,
+    planned: bool = False,
 ) -> str:
-    """The name in `KERNELS` that `kernel` stands for on a device type. `documents`: they bound what queries see.
+    """The name in `KERNELS` that `kernel` stands for on a device type.
 
+    documents: they bound what queries see. planned: nothing is compiled, and the device need not be there.
     Raises ValueError where there is none, or a forced one cannot run, and as `check_pattern`.
     """
     check_pattern(pattern, stride)
     if kernel == "auto":
-        fast = fast_kernel(device, dtype, head_dim)
+        fast = fast_kernel(device, dtype, head_dim, planned=planned)
         if pattern == "full":
             # On GPUs documents cannot be cut apart without waiting for the device.
             return fast if documents and fast == "triton" else "causal"
@@ -198,16 +207,17 @@ def select_kernel(
             f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; legal values: "
             f"{', '.join(able)}"
         )
-    check_forced(kernel, device, dtype, head_dim)
+    check_forced(kernel, device, dtype, head_dim, planned=planned)
     return kernel
 
 
-def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int) -> None:
+def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> None:
     """Raise ValueError where a kernel that was asked for by name cannot run."""
-    reason = KERNELS[kernel].why_not(device, dtype, head_dim) if kernel in KERNELS else None
+    place = device, dtype, head_dim, planned
+    reason = KERNELS[kernel].why_not(*place) if kernel in KERNELS else None
     if reason is not None:
         whole = {name: other for name, other in KERNELS.items() if other.patterns == PATTERNS}
-        able = ["auto", *(name for name, other in whole.items() if other.why_not(device, dtype, head_dim) is None)]
+        able = ["auto", *(name for name, other in whole.items() if other.why_not(*place) is None)]
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(able)}"
         )
@@ -228,15 +238,21 @@ def widened(
     """
     if kernel != "auto":
         return tuple(patterns)
-    fast, shape = fast_kernel(device, dtype, head_dim), (stride, device, dtype, head_dim)
+    fast, shape = fast_kernel(device, dtype, head_dim, planned=True), (stride, device, dtype, head_dim)
     return tuple(
         "full" if seq_length < break_even.dense_limit(fast, pattern, *shape) else pattern for pattern in patterns
     )
 
 
-def fast_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
+def fast_kernel(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str:
     """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
-    return "triton" if device == "cuda" and gpu.why_not(device, dtype, head_dim) is None else "parts"
+    compiled = "triton" if device == "cuda" else "cpu"
+    return compiled if KERNELS[compiled].why_not(device, dtype, head_dim, planned) is None else "parts"
+
+
+def why_slow(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str | None:
+    """Why `auto` cannot take the compiled kernel on a CPU; None where it can, and on other devices."""
+    return KERNELS["cpu"].why_not(device, dtype, head_dim, planned) if device == "cpu" else None
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:

@@ -27,9 +27,9 @@ from megasparse.kernels.block_sparse import break_even as tables
 
 FORMAT = "megasparse-attention-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
-UNMEASURED = {("parts", "cpu"): 512, ("triton", "cuda"): 0}
-"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `parts` were
-measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
+UNMEASURED = {("cpu", "cpu"): 128, ("parts", "cpu"): 512, ("triton", "cuda"): 0}
+"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `cpu` and `parts`
+were measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
 
 
 @dataclass(frozen=True)

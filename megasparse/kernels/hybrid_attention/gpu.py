@@ -35,7 +35,7 @@ MAX_HEAD_DIM = 128
 
 # The compiler takes the answer as a constant: the environment is nothing that it could trace.
 @torch.compiler.assume_constant_result
-def why_not(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, head_dim: int, planned: bool = False) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a head dimension; None where they can.
 
     Where torch finds no GPU, `cuda` is the device of a plan and taken to be suited.

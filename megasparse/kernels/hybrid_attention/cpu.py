@@ -1,0 +1,294 @@
+"""Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
+
+Forward and backward pass are two custom operators, so that torch.compile sees opaque calls. The library is built on
+first use (`block_sparse/build.py`); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one
+head at a time, in float32.
+
+Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
+from megasparse.kernels.hybrid_attention.patterns import PATTERNS
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::type`
+
+# Tiles of attention.cpp: rows of a tile, and the side lengths of what is computed at once (without AVX-512).
+TILE, ROWS, COLUMNS = 24, 6, 16
+
+
+@torch.compiler.assume_constant_result  # it looks for files, which cannot be traced
+def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = False) -> str | None:
+    """Why the kernel cannot run on a device type with a dtype, at any head dimension; None where it can.
+
+    Builds it, if nothing else is in the way; planned: says what can be told without a build.
+    """
+    return _unsupported(device, dtype) or (_no_compiler() if planned else _build_failure())
+
+
+def _unsupported(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"it runs on cpu, not on {device}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    patterns: str | Sequence[str],
+    stride: int,
+    scale: float | None,
+    documents_BT: Tensor | None = None,
+    offsets: int | Sequence[int] = 0,
+) -> Tensor:
+    """Softmax attention. Returns [B, H, T, D] in the dtype of `q_BHTD`.
+
+    patterns, offsets: for all heads, or one per query head. With an offset o, 0 <= o < stride, the strided keys of a
+    query are those with (query - key) mod stride = o, besides itself; token p lies in block (p + o) // stride.
+    """
+    num_heads = q_BHTD.shape[1]
+    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
+    names = [patterns] * num_heads if isinstance(patterns, str) else patterns
+    shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
+    numbers = [PATTERNS.index(name) for name in names]
+    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the merged output and the logarithm of the divisor, from which the backward pass has the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
+        out, lse = attention_cpu_forward(q, k, v, documents, *settings)
+        ctx.save_for_backward(q, k, v, documents, out, lse)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, documents, out, lse = ctx.saved_tensors
+        gradients = attention_cpu_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
+        return (*gradients, None, *(None for _ in ctx.settings))
+
+
+@torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
+def attention_cpu_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score), [B, H, T] float32.
+
+    patterns: of the query heads, as indices in PATTERNS.
+    """
+    out, lse = _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "out": out}
+    _run(False, tensors, lse, documents, patterns, stride, offsets, scale)
+    return out, lse
+
+
+@attention_cpu_forward.register_fake
+def _(q, k, v, documents, patterns, stride, offsets, scale):
+    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("megasparse::attention_cpu_backward", mutates_args=())
+def attention_cpu_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    gradients = _tokens_first(q), _tokens_first(k), _tokens_first(v)
+    tensors = {name: _rows(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
+    tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
+    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
+    return gradients
+
+
+@attention_cpu_backward.register_fake
+def _(dout, q, k, v, documents, out, lse, patterns, stride, offsets, scale):
+    return _tokens_first(q), _tokens_first(k), _tokens_first(v)
+
+
+def _tokens_first(x_BHTD: Tensor) -> Tensor:
+    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
+    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The kernel reads rows without gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("sample", "head", "token"))]
+
+
+class _Call(ctypes.Structure):
+    """`Call` in attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("type", "samples", "heads", "key_heads", "length", "width")),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("patterns", "offsets", "document_starts", "document_ends")),
+        *((name, _Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "scratch")),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def _run(
+    backward: bool,
+    tensors: dict[str, Tensor],
+    lse: Tensor,
+    documents: Tensor | None,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    scale: float,
+) -> None:
+    q, k = tensors["q"], tensors["k"]
+    assert len(patterns) == len(offsets) == q.shape[1], (patterns, offsets, q.shape)
+    assert all(0 <= offset < stride for offset in offsets), (offsets, stride)
+    B, H, T, D = q.shape
+    if q.numel() == 0:
+        return
+    library, edges = _library(), _document_edges(documents)
+    per_head = (ctypes.c_int64 * H)(*patterns), (ctypes.c_int64 * H)(*offsets)
+    call = _Call(DTYPES.index(q.dtype), B, H, k.shape[1], T, D, stride, *map(ctypes.addressof, per_head))
+    if edges is not None:
+        call.document_starts, call.document_ends = edges[0].data_ptr(), edges[1].data_ptr()
+    for name, x in tensors.items():
+        setattr(call, name, _Operand(x.data_ptr(), *x.stride()[:3]))
+    call.threads = min(torch.get_num_threads(), B * (k.shape[1] if backward else H))
+    scratch = torch.empty(call.threads * library.megasparse_attention_scratch(call, backward), dtype=torch.float32)
+    call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), scale
+    (library.megasparse_attention_backward if backward else library.megasparse_attention_forward)(call)
+
+
+def _document_edges(documents_BT: Tensor | None) -> Tensor | None:
+    """First token of each token's document, and one more than the last, int32 [2, B, T]."""
+    if documents_BT is None:
+        return None
+    B, T = documents_BT.shape
+    positions = torch.arange(T, dtype=torch.int32).expand(B, T)
+    begins = torch.ones(B, T + 1, dtype=torch.bool)
+    begins[:, 1:-1] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts = torch.where(begins[:, :-1], positions, 0).cummax(1).values
+    ends = torch.where(begins[:, 1:], positions + 1, T).flip(1).cummin(1).values.flip(1)
+    return torch.stack([starts, ends])
+
+
+@lru_cache(maxsize=256)
+def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
+    """Scores computed per head in the forward pass: rows of register tiles times the columns that any sees."""
+    everything = seq_length, seq_length
+    if pattern == "full":
+        return _entries(*everything, lambda q: 0, lambda q: q + 1)
+    if pattern == "fixed":
+        blocks = _entries(*everything, lambda q: (q + offset) // stride * stride - offset, lambda q: q + 1)
+        num_summaries = _count(stride - 1 - offset, stride, seq_length)
+        return blocks + _entries(seq_length, num_summaries, lambda q: 0, lambda q: (q + offset) // stride)
+    if pattern == "strided":
+        itself = _entries(*everything, lambda q: q, lambda q: q + 1) if offset else 0
+        return itself + _residue_entries(seq_length, stride, offset, far=False)
+    window = _entries(*everything, lambda q: q - stride + 1, lambda q: q + 1)
+    return window + (_residue_entries(seq_length, stride, offset, far=True) if pattern == "sparse" else 0)
+
+
+def _residue_entries(seq_length: int, stride: int, offset: int, far: bool) -> int:
+    """The strided keys of all queries. far: without those in the window."""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for residue in range(min(stride, seq_length) if not far or stride < seq_length else 0):
+        key_residue = (residue - offset) % stride
+        # The last key that query number i sees is number i - lag.
+        lag = (residue < key_residue) + far
+        shapes[_count(residue, stride, seq_length), _count(key_residue, stride, seq_length), lag] += 1
+    return sum(
+        times * _entries(queries, keys, lambda q: 0, lambda q, lag=lag: q + 1 - lag)
+        for (queries, keys, lag), times in shapes.items()
+    )
+
+
+def _count(start: int, step: int, end: int) -> int:
+    return len(range(start, end, step))
+
+
+def _entries(num_queries: int, num_keys: int, first: Callable[[int], int], last: Callable[[int], int]) -> int:
+    """Both functions of a query never decrease: the first key that it sees, and one more than the last."""
+    total = 0
+    for start in range(0, num_queries, TILE):
+        rows = min(TILE, num_queries - start)
+        groups = -(-rows // ROWS)
+        for group in range(groups):
+            top, bottom = start + group * rows // groups, start + (group + 1) * rows // groups
+            begin, end = max(first(top), 0), min(last(bottom - 1), num_keys)
+            if begin < end:
+                total += (bottom - top) * (-(-end // COLUMNS) - begin // COLUMNS) * COLUMNS
+    return total
+
+
+def _no_compiler() -> str | None:
+    try:
+        find_compiler()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _build_failure() -> str | None:
+    try:
+        _library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return declare(load_library(source=SOURCE))
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
+    call = ctypes.POINTER(_Call)
+    library.megasparse_attention_scratch.restype = ctypes.c_int64
+    library.megasparse_attention_scratch.argtypes = [call, ctypes.c_int]
+    for function in (library.megasparse_attention_forward, library.megasparse_attention_backward):
+        function.restype, function.argtypes = None, [call]
+    return library
