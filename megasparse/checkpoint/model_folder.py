@@ -45,6 +45,11 @@ from megasparse.sparsity.groups import layer_settings
 FORMAT = 1
 FORMAT_KEY, FACTS_KEY = "megasparse_model_folder", "megasparse_facts"
 CONFIG, CHECKSUMS = "config.yaml", "checksums.json"
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""Files that may lie beside the weights: of the tokenizer, and of generation."""
 VOCABULARY_TENSORS = ("embedding.tokens.weight", "head.weight")
 
 
@@ -52,6 +57,11 @@ def is_model_folder(folder: Path) -> bool:
     """Whether `folder` looks like one: it need not be whole."""
     names = ("model.safetensors", "model.safetensors.index.json")
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in names)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of the tokenizer and of generation in a folder, by name."""
+    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
 def model_tensors(config: RunConfig) -> dict[str, Partition]:
@@ -231,6 +241,10 @@ class ModelFolderWriter:
     def copy(self, name: str, source: Path) -> None:
         """A further file, such as the tokenizer's."""
         shutil.copyfile(source, self._partial / name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """A further file from its content."""
+        (self._partial / name).write_text(text, encoding="utf-8")
 
 
 def pad_rows(whole: Tensor, rows: int) -> Tensor:
