@@ -40,9 +40,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
     ]
     window = window_of(folder.config.attention)
     if window is not None and window != window_of(config.attention):
-        warnings.append(
-            f"train.init_from was made with a window of {window} tokens (attention.windows), this run is not"
-        )
+        warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
     start = controller.schedule.density(0.0) if controller.topologies else 1.0
     found = topology_density(folder, controller)
     if folder.has_topology and not is_used(found, start):
