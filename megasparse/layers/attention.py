@@ -47,12 +47,13 @@ class Attention(nn.Module):
         self.local_heads, self.local_groups = self.num_heads // ranks.size, config.key_value_heads // ranks.size
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
+        self.rope_scaling = config.rope_scaling
         self.stride, self.kernel = attention.stride, kernel
         self.offsets = attention.head_offsets(self.num_heads)
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
-        self.qkv = factory.column(f"{name}.qkv", config.hidden_size, widths, config.bias, config.init_std)
+        self.qkv = factory.column(f"{name}.qkv", config.hidden_size, widths, config.has_qkv_bias, config.init_std)
         self.output = factory.row(f"{name}.output", widths[0], config.hidden_size, config.bias, output_std)
 
     def set_patterns(self, patterns: Sequence[str]) -> None:
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         first = 0 if cache is None else cache.length
         if self.rope_theta is not None:
-            q_BHTD, k_BGTD = (rotate(x, self.rope_theta, first) for x in (q_BHTD, k_BGTD))
+            q_BHTD, k_BGTD = (rotate(x, self.rope_theta, self.rope_scaling, first=first) for x in (q_BHTD, k_BGTD))
         own = slice(self.first_head, self.first_head + self.local_heads)
         patterns, offsets = self.patterns[own], self.offsets[own]
         kept = None if cache is None else cache.store(k_BGTD, v_BGTD)

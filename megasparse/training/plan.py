@@ -27,6 +27,7 @@ from megasparse.training.attention_kernels import (
     settle_dense_fallback,
 )
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.initial_checks import initial_warnings
 from megasparse.training.kernels import LayerKernels, target_device
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
@@ -92,6 +93,7 @@ def make_plan(
         },
         "warnings": [
             *unused_settings(config),
+            *initial_warnings(config, vocab_size, controller),
             *kernels.warnings(),
             *attention_warnings(config, kernels.device, planned=planned_kernels),
         ],
