@@ -22,7 +22,7 @@ from megasparse.planning.cluster import Cluster
 from megasparse.planning.layout import Layout, is_legal, legal_layouts, possible_counts, tensor_parallel_sizes
 from megasparse.planning.rates import Rates, sheet_rates
 from megasparse.planning.step_time import StepModel
-from megasparse.planning.workload import Moment, Shards, Stretch
+from megasparse.planning.workload import Shards, Stretch
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import memory_per_rank
 
@@ -68,7 +68,7 @@ class Planner:
             config, self.cluster, rates, assumptions, self.shards.model(config), self.shards.controller(config)
         )
 
-    def row(self, layout: Layout) -> dict[str, Any]:
+    def row(self, layout: Layout, memory: int) -> dict[str, Any]:
         """What a layout costs, in short."""
         config = layout.applied_to(self.config)
         steps = self.step_model(config, self.assumptions)
@@ -77,8 +77,7 @@ class Planner:
         return {
             **asdict(layout),
             "words": layout.words(),
-            "memory": self.memory(config)["total"],
-            "fits": self.fits(layout),
+            "memory": memory,
             "seconds": seconds,
             "gpu_hours": seconds * self.cluster.count / HOUR,
         }
@@ -103,10 +102,11 @@ def forecast(
     shards.controller(config)
     planner = Planner(config, cluster, assumptions, shards, make_rates)
     given = Layout.of(config)
-    candidates = list(legal_layouts(config, cluster.count, planner.sizes))
-    rows = [planner.row(layout) for layout in candidates if planner.fits(layout)]
+    candidates = legal_layouts(config, cluster.count, planner.sizes)
+    needs = {layout: planner.memory(layout.applied_to(config))["total"] for layout in candidates}
+    rows = [planner.row(layout, need) for layout, need in needs.items() if need <= planner.usable_memory]
     if not rows:
-        raise ConfigError(_nothing_fits(planner, candidates))
+        raise ConfigError(_nothing_fits(planner, needs))
     rows.sort(key=lambda row: (row["seconds"], row["memory"]))
     given_is_legal = is_legal(config, cluster.count)
     best = Layout(*(rows[0][name] for name in Layout.__dataclass_fields__))
@@ -120,7 +120,7 @@ def forecast(
         **_details(planner, chosen.applied_to(config)),
         "layouts": rows[:top],
         "layouts_that_fit": len(rows),
-        "layouts_tried": len(candidates),
+        "layouts_tried": len(needs),
         "notes": _notes(planner, given, given_is_legal, measured),
     }
 
@@ -131,10 +131,11 @@ def total_seconds(steps: StepModel, work: tuple[Stretch, ...]) -> float:
 
 def stretch_seconds(steps: StepModel, stretch: Stretch) -> float:
     interval = steps.config.sparsity.update_interval
-    return sum(
-        moment.steps * (sum(steps.ordinary(moment).values()) + steps.topology_extra(moment) / interval)
-        for moment in stretch.moments
-    )
+    total = 0.0
+    for moment in stretch.moments:
+        step = steps.step(moment)
+        total += moment.steps * (step.seconds + step.topology_extra / interval)
+    return total
 
 
 def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
@@ -172,23 +173,18 @@ def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
 
 def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str, Any]:
     """Means over the steps of a stretch."""
-
-    def mean(number: Callable[[Moment], float]) -> float:
-        return sum(moment.steps * number(moment) for moment in stretch.moments) / stretch.steps
-
-    parts = [(moment.steps, steps.ordinary(moment)) for moment in stretch.moments]
-    ordinary = {name: sum(n * step[name] for n, step in parts) / stretch.steps for name in parts[0][1]}
-    extra = mean(steps.topology_extra)
+    found = [(moment.steps, steps.step(moment)) for moment in stretch.moments]
+    parts = {name: sum(n * step.parts[name] for n, step in found) / stretch.steps for name in found[0][1].parts}
     return {
         "name": stretch.phase,
         "pattern": stretch.pattern,
         "start_step": stretch.start_step,
         "end_step": stretch.end_step,
-        "density": mean(lambda moment: moment.density),
+        "density": sum(moment.steps * moment.density for moment in stretch.moments) / stretch.steps,
         "flops": _flops(steps.config, stretch, counter),
-        "step_seconds": sum(ordinary.values()),
-        "step_seconds_by_part": ordinary,
-        "topology_step_extra_seconds": extra,
+        "step_seconds": sum(parts.values()),
+        "step_seconds_by_part": parts,
+        "topology_step_extra_seconds": sum(n * step.topology_extra for n, step in found) / stretch.steps,
         "seconds": stretch_seconds(steps, stretch),
     }
 
@@ -202,7 +198,7 @@ def _flops(config: RunConfig, stretch: Stretch, counter: FlopCounter) -> dict[st
 
 
 def _dense_seconds(steps: StepModel, planner: Planner) -> float:
-    return steps.config.train.steps * sum(steps.ordinary(planner.shards.dense_moment(steps.config)).values())
+    return steps.config.train.steps * steps.step(planner.shards.dense_moment(steps.config)).seconds
 
 
 def _energy(planner: Planner, seconds: float) -> dict[str, float] | None:
@@ -268,24 +264,26 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
     return config
 
 
-def _nothing_fits(planner: Planner, candidates: list[Layout]) -> str:
+def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
     config, cluster = planner.config, planner.cluster
     possible = possible_counts(config, cluster.ranks_per_node, planner.sizes)
-    if not candidates:
+    if not needs:
         near = sorted(sorted(possible, key=lambda count: abs(count - cluster.count))[:4])
         return (
             f"--count: no layout divides train.global_batch_size {config.train.global_batch_size} over {cluster.count} "
             f"ranks with tensor-parallel sizes of {', '.join(map(str, planner.sizes))}; legal values nearby: "
             f"{', '.join(map(str, near))}"
         )
-    need = min(planner.memory(layout.applied_to(config))["total"] for layout in candidates)
+    need = min(needs.values())
     text = (
-        f"--count: the model fits in none of the {len(candidates)} layouts on {cluster.count} x {cluster.chip.title}: "
+        f"--count: the model fits in none of the {len(needs)} layouts on {cluster.count} x {cluster.chip.title}: "
         f"the smallest needs {need / 1e9:.1f} GB of {planner.usable_memory / 1e9:.1f} GB usable"
     )
-    for count in possible:
-        if count > cluster.count and _fits_somewhere(planner, count):
-            return f"{text}; the smallest count that fits is {count}"
+    larger = [count for count in possible if count > cluster.count]
+    # More ranks need no more memory each, so the largest number answers for all.
+    if larger and _fits_somewhere(planner, larger[-1]):
+        count = next(count for count in larger if _fits_somewhere(planner, count))
+        return f"{text}; the smallest count that fits is {count}"
     return f"{text}; no count fits: train.global_batch_size, the chip's memory or train.precision must change"
 
 

@@ -13,7 +13,7 @@ from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, divisors
 
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Predicted seconds of a training step on one rank, by part.
 
     steps = StepModel(config, cluster, rates, assumptions, shard, controller)
-    steps.ordinary(moment), steps.topology_extra(moment)
+    step = steps.step(moment)
+    step.seconds, step.parts, step.topology_extra
 
 Products and attention are counted in FLOPs, everything else in bytes of memory traffic; data-parallel communication
 counts as far as products do not hide it, tensor-parallel communication in full. Ranks are taken to be alike and never
@@ -45,6 +46,18 @@ TOPOLOGY_COLLECTIVES = 12
 
 
 @dataclass(frozen=True)
+class Step:
+    parts: dict[str, float]
+    """Seconds of a step without a topology step."""
+    topology_extra: float
+    """Seconds that a topology step takes on top."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
 class StepModel:
     """What is needed to predict the steps of one layout."""
 
@@ -69,10 +82,6 @@ class StepModel:
         return LayerKernels(self.config, self.shard, self.cluster.chip.device, planned=True)
 
     @cached_property
-    def _dense(self) -> tuple[Product, ...]:
-        return dense_products(self.config, self.shard)
-
-    @cached_property
     def _weights(self) -> int:
         return sum(parameter.numel() for parameter in self.shard.parameters())
 
@@ -88,38 +97,41 @@ class StepModel:
             "topology_step": every["topology_step"],
         }
 
-    def ordinary(self, moment: Moment) -> dict[str, float]:
-        """Seconds of a step without a topology step, by part."""
-        sparse = sum(self._product_seconds(product) for product in moment.products(self.kernels))
-        dense = sum(self._product_seconds(product) for product in self._dense)
+    def step(self, moment: Moment) -> Step:
+        products = moment.products(self.kernels)
+        sparse = sum(self._product_seconds(product) for product in products)
         micro = {
             "sparse_products": sparse,
-            "dense_products": dense,
+            "dense_products": self._dense_seconds,
             "attention": self._attention_seconds(moment),
             "elementwise": self._elementwise_seconds,
         }
         micro["launches"] = self._launch_seconds(sum(micro.values()))
-        step = {name: seconds * self.micro_batches for name, seconds in micro.items()}
-        step["optimizer"] = self._weights / self._sharing * OPTIMIZER_BYTES / self.rates.streaming
-        step["tensor_parallel"] = self._tensor_parallel_seconds
-        step["data_parallel"] = self._exposed(step["sparse_products"] + step["dense_products"])
-        return step
+        parts = {name: seconds * self.micro_batches for name, seconds in micro.items()}
+        parts["optimizer"] = self._weights / self._sharing * OPTIMIZER_BYTES / self.rates.streaming
+        parts["tensor_parallel"] = self._tensor_parallel_seconds
+        parts["data_parallel"] = self._exposed(parts["sparse_products"] + parts["dense_products"])
+        return Step(parts, self._topology_extra(products) if moment.evolves else 0.0)
 
-    def topology_extra(self, moment: Moment) -> float:
-        """Seconds that a topology step takes on top of an ordinary one."""
-        if not moment.evolves:
-            return 0.0
+    def _topology_extra(self, products: tuple[Product, ...]) -> float:
         gradients = sum(
             product.count * self._one_product(product) * (1.0 - self.rates.relative_time(product))
-            for product in moment.products(self.kernels)
+            for product in products
             if product.wants_dense_gradient
         )
+        return gradients * self.micro_batches + self._decision_seconds
+
+    @cached_property
+    def _decision_seconds(self) -> float:
+        """Of choosing the units in a topology step."""
         weights = sum(layer.weight.numel() for layer in self.controller.layers.values()) / self._sharing
         memory = weights * self.assumptions["topology_bytes"] / self.rates.streaming
-        sent = self.rates.send_seconds(
-            self.cluster, self.sent["topology_step"], TOPOLOGY_COLLECTIVES, self.cluster.count
-        )
-        return gradients * self.micro_batches + memory + sent
+        sent = self.sent["topology_step"]
+        return memory + self.rates.send_seconds(self.cluster, sent, TOPOLOGY_COLLECTIVES, self.cluster.count)
+
+    @cached_property
+    def _dense_seconds(self) -> float:
+        return sum(self._product_seconds(product) for product in dense_products(self.config, self.shard))
 
     @property
     def _sharing(self) -> int:
@@ -174,7 +186,8 @@ class StepModel:
         sums = (5 if self.config.train.activation_recomputation else 4) * self.config.model.num_layers + 5
         return self.rates.send_seconds(self.cluster, self.sent["tensor_parallel"], self.micro_batches * sums, size)
 
-    def data_parallel_seconds(self) -> float:
+    @cached_property
+    def _data_parallel_seconds(self) -> float:
         """Of a step, hidden or not."""
         sent = self.sent["gradient_reduce"] + self.sent["weight_gather"]
         stride = self.config.parallel.tensor_parallel_size
@@ -186,7 +199,7 @@ class StepModel:
 
     def _exposed(self, products: float) -> float:
         name = "overlap_stage_3" if self.config.deepspeed.zero_stage == 3 else "overlap"
-        seconds = self.data_parallel_seconds()
+        seconds = self._data_parallel_seconds
         return seconds - min(self.assumptions[name] * seconds, products)
 
 

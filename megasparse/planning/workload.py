@@ -28,7 +28,7 @@ from megasparse.training.kernels import LayerKernels, LayerShape
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.plan import set_live, stretches
 
-SAMPLES = 12
+SAMPLES = 8
 HEAD = "head"
 
 
