@@ -168,10 +168,16 @@ def compare(kind: str, predicted: dict[str, Any], measured: dict[str, Any]) -> d
 def report(rows: list[dict[str, Any]], ratio: dict[str, float]) -> None:
     for row in rows:
         print(
-            f"{row['phase']:13s} step: predicted {row['predicted_step_seconds']:.3f} s, measured "
-            f"{row['measured_step_seconds']:.3f} s ({row['predicted_over_measured']:.2f}); topology step: "
-            f"+{row['predicted_topology_extra_seconds']:.3f}, measured +{row['measured_topology_extra_seconds']:.3f} s; "
-            f"memory: {row['predicted_memory_bytes'] / 1e6:.0f}, grown {row['measured_memory_growth_bytes'] / 1e6:.0f} MB"
+            f"{row['phase']:13s} step: predicted {row['predicted_step_seconds']:.3f} s, "
+            f"measured {row['measured_step_seconds']:.3f} s ({row['predicted_over_measured']:.2f})"
+        )
+        print(
+            f"              topology step: +{row['predicted_topology_extra_seconds']:.3f}, "
+            f"measured +{row['measured_topology_extra_seconds']:.3f} s"
+        )
+        print(
+            f"              memory: {row['predicted_memory_bytes'] / 1e6:.0f} MB, "
+            f"grown by {row['measured_memory_growth_bytes'] / 1e6:.0f} MB"
         )
         print(f"              predicted { {name: round(value, 4) for name, value in row['predicted_parts'].items()} }")
         print(f"              measured  { {name: round(value, 4) for name, value in row['measured_parts'].items()} }")
