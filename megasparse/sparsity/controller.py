@@ -293,7 +293,7 @@ class Controller:
         """Counts of the layers that change in this step."""
         progress = step / self.config.train.steps
         decay = self._drop_decay(progress)
-        densities = self.densities_at(progress)
+        densities, num_live = self.densities_at(progress), self.num_live
         result = {}
         for name, topology in self.topologies.items():
             target, settings = unit_target(densities[name], topology.num_units), self.settings[name]
@@ -305,7 +305,7 @@ class Controller:
                     for live, wanted in parts
                 )
             else:
-                live = self.num_live[name]
+                live = num_live[name]
                 counts = (step_counts(live, target, topology.num_units, share, settings.gradient_share),)
             if any(count.keep < count.live or count.target > count.live for count in counts):
                 result[name] = counts

@@ -64,7 +64,7 @@ def make_plan(
         "steps": train.steps,
         "documents": _documents(config),
         "schedule": {
-            "phases": _phases(config, controller),
+            "phases": stretches(config, controller),
             "mean_density": mean_density,
             "min_density": controller.schedule.min_density,
             "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
@@ -107,22 +107,26 @@ def walk_schedule(config: RunConfig, model: GPT, controller: Controller, kernels
     """
     steps, interval = config.train.steps, config.sparsity.update_interval
     counter, total, density_sum = FlopCounter(config, model, kernels), Flops(), 0.0
-    units = {name: topology.num_units for name, topology in controller.topologies.items()}
     sizes = {name: topology.numel for name, topology in controller.topologies.items()}
     set_live(controller, 0.0)
+    # While no density changes, steps of one pattern and the same dense gradients cost the same.
+    densities, costs = controller.live_densities(), {}
     step = 0
     while step < steps:
         decision = controller.begin_step(step)
-        densities = controller.live_densities()
         run = 1 if decision.changes_topology else _steps_alike(config, controller, step)
-        cost = counter.step(decision, densities)
+        kind = decision.pattern, decision.dense_gradient_layers
+        if kind not in costs:
+            live = sum(densities[name] * size for name, size in sizes.items())
+            costs[kind] = counter.step(decision, densities), live / sum(sizes.values()) if sizes else 1.0
+        cost, density = costs[kind]
         total.add(Flops(run * cost.dense, run * cost.algorithmic, run * cost.executed))
+        density_sum += run * density
         if is_update_due(step, interval):
             for name, counts in decision.counts.items():
                 controller.expect(name, counts)
-        num_live = controller.num_live
-        live = sum(num_live[name] / units[name] * sizes[name] for name in units)
-        density_sum += run * (live / sum(sizes.values()) if units else 1.0)
+            if any(count.live != count.target for counts in decision.counts.values() for count in counts):
+                densities, costs = controller.live_densities(), {}
         step += run
     return total, density_sum / steps
 
@@ -165,7 +169,7 @@ def _parameters(model: GPT, controller: Controller) -> dict[str, int]:
     return {"total": total, "sparsifiable": sparsifiable, "live_at_min_density": total - sparsifiable + live}
 
 
-def _phases(config: RunConfig, controller: Controller) -> list[dict[str, Any]]:
+def stretches(config: RunConfig, controller: Controller) -> list[dict[str, Any]]:
     """Stretches of equal phase and attention pattern, in steps."""
     steps = config.train.steps
     edges = {0.0, 1.0}

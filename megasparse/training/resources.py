@@ -45,14 +45,15 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
         "gradients": local * size if stage < 2 else local * size // share + min(local, BUCKET) * size,
         "optimizer": 0 if offloaded else optimizer,
-        "activations": activation_bytes(config, model.vocab_size),
+        "activations": activation_bytes(config),
+        "logits": logits_bytes(config, model),
     }
     total = sum(parts.values())
     return {**parts, **({"host_optimizer": optimizer} if offloaded else {}), "total": total}
 
 
-def activation_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Tensors that the backward pass of one micro-batch needs on a rank, per layer and at the head."""
+def activation_bytes(config: RunConfig) -> int:
+    """Tensors that the backward pass of one micro-batch needs of all blocks, on a rank."""
     model, size, ranks = config.model, BYTES[config.train.precision], config.parallel.tensor_parallel_size
     tokens = config.train.micro_batch_size * model.seq_length
     key_value = 2 * model.key_value_heads * model.head_dim
@@ -64,8 +65,17 @@ def activation_bytes(config: RunConfig, vocab_size: int) -> int:
     block = between + (2 * queries + key_value + mlp) // ranks
     kept = model.hidden_size // (ranks if config.parallel.sequence_parallel else 1)
     blocks = model.num_layers * kept + block if config.train.activation_recomputation else model.num_layers * block
-    # Logits in the model's precision and their float32 log-probabilities with gradient.
-    return tokens * (blocks * size + vocab_size // ranks * (size + 8))
+    return tokens * blocks * size
+
+
+def logits_bytes(config: RunConfig, model: GPT) -> int:
+    """What the head and the loss hold: one chunk of logits at a time, and the gradients that they make on the way."""
+    size, loss, hidden = BYTES[config.train.precision], model.head_loss, config.model.hidden_size
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    # The scores are float32: the logits themselves, or a copy.
+    chunk = loss.chunk_rows(tokens) * loss.vocabulary.share * (size if size == 4 else size + 4)
+    # The gradient of the weight is summed in float32, beside that of the present chunk.
+    return chunk + tokens * hidden * size + loss.vocabulary.share * hidden * (size + 4)
 
 
 def communication_per_rank(config: RunConfig, model: GPT, controller: Controller, world_size: int) -> dict[str, float]:
@@ -74,24 +84,29 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
     size, ranks = BYTES[config.train.precision], config.parallel.tensor_parallel_size
     replicas = world_size // ranks
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
-    weights = sum(parameter.numel() for parameter in model.parameters()) * size
-    ring = (replicas - 1) / replicas
     stage = config.deepspeed.zero_stage
-    # Gradients are reduced once, or at stages 2 and 3 with every micro-batch; weights are gathered after the step, or
-    # at stage 3 before every use: backward passes reuse those of the forward pass while all of them fit.
-    gathers = 1 if weights // size <= MAX_LIVE_PARAMETERS else 2
-    data_parallel = {
-        0: 2 * weights,
-        1: 3 * weights,
-        2: (2 * micro_batches + 1) * weights,
-        3: (1 + gathers) * micro_batches * weights,
-    }[stage] * ring
     step = sum(topology_bytes(topology, replicas, ranks, stage) for topology in controller.topologies.values())
     return {
-        "data_parallel": data_parallel,
+        "data_parallel": sum(data_parallel_bytes(config, model, world_size).values()),
         "tensor_parallel": micro_batches * _tensor_parallel_bytes(config, size, ranks),
         "topology_step": step,
         "topology_average": step / config.sparsity.update_interval,
+    }
+
+
+def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step to reduce gradients and to gather weights."""
+    replicas, stage = world_size // config.parallel.tensor_parallel_size, config.deepspeed.zero_stage
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    weights = count * BYTES[config.train.precision] * (replicas - 1) / replicas
+    # Gradients are reduced once, or at stages 2 and 3 with every micro-batch; weights are gathered after the step, or
+    # at stage 3 before every use: backward passes reuse those of the forward pass while all of them fit.
+    gathers = 1 if count <= MAX_LIVE_PARAMETERS else 2
+    reduces = {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]
+    return {
+        "gradient_reduce": reduces * weights,
+        "weight_gather": {0: 0, 1: 1, 2: 1, 3: gathers * micro_batches}[stage] * weights,
     }
 
 

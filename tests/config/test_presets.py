@@ -1,19 +1,50 @@
-"""The files in configs/: each of them plans at a world size that fits, and keeps what its comments promise."""
+"""The files in configs/: each of them plans at a world size that fits, on a cluster where it fits, and keeps what its
+comments and configs/README.md promise."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megasparse.config.loader import load_config
+from megasparse.config.loader import changed_settings, load_config
+from megasparse.planning.assumptions import parse_assumptions
+from megasparse.planning.cluster import make_cluster
+from megasparse.planning.forecast import forecast
 from megasparse.training.plan import make_plan
+from megasparse.training.submission import SlurmJob
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-WORLD_SIZES = {"gpt2-124m": 40, "gpt2-124m-base": 40, "gpt2-124m-paper": 40, "llama-1b": 64}
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs"
+WORLD_SIZES = {
+    **{f"gpt2-124m{kind}": 40 for kind in ("", "-base", "-paper")},
+    **{f"gpt2-355m{kind}": 40 for kind in ("", "-base", "-paper")},
+    **{f"gpt2-{size}{kind}": 80 for size in ("774m", "1.5b") for kind in ("", "-base", "-paper")},
+    "llama-1b": 64,
+    "llama-7b": 256,
+    "llama-70b": 2048,
+}
+# Fewer topology steps of the same phases: ratios change by less than 5e-4, and planning takes a twentieth of the time.
+STEPS = {name: 30_000 if name.startswith("gpt2") else 20_000 for name in WORLD_SIZES}
+MST = sorted(name for name in WORLD_SIZES if not name.endswith("-base"))
+# Of the checkpoints that the model families' papers describe.
+PARAMETERS = {
+    "gpt2-355m": 355e6,
+    "gpt2-774m": 774e6,
+    "gpt2-1.5b": 1558e6,
+    "llama-1b": 1.1e9,
+    "llama-7b": 6.74e9,
+    "llama-70b": 68.98e9,
+}
 # The tokenizer of the quickstart is made by launch/quickstart.sh; a plan needs only its size.
 WITHOUT_TOKENIZER = ["data.tokenizer=null", "data.tokenizer_path=null", "model.vocab_size=2048"]
 HAS_TOKENIZER = ("quickstart", "wide-sparse")
@@ -22,6 +53,7 @@ HAS_TOKENIZER = ("quickstart", "wide-sparse")
 @cache
 def plan(name: str, *overrides: str) -> dict[str, Any]:
     words = [*(WITHOUT_TOKENIZER if name in HAS_TOKENIZER else []), *overrides]
+    words += [f"train.steps={STEPS[name]}"] if name in STEPS else []
     return make_plan(load_config([CONFIGS / f"{name}.yaml"], words), WORLD_SIZES.get(name, 2))
 
 
@@ -52,7 +84,7 @@ def test_the_paper_preset_costs_about_a_quarter_at_a_mean_density_of_about_a_fif
     ]
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m-paper", "gpt2-124m", "llama-1b"])
+@pytest.mark.parametrize("name", MST)
 def test_comments_state_the_plan(name: str) -> None:
     result = plan(name)
     mean = promised(name, r"[Mm]ean density(?: of the sparse matrices)? (0\.\d+)")
@@ -78,15 +110,90 @@ def test_the_wide_sparse_model_costs_as_much_as_the_dense_quickstart() -> None:
     assert wide["parameters"]["total"] > 3 * dense["parameters"]["total"]
 
 
-def test_the_llama_preset_has_the_size_of_its_name() -> None:
-    assert 1.1e9 <= plan("llama-1b")["parameters"]["total"] <= 1.3e9
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_presets_have_the_size_of_their_name(name: str) -> None:
+    assert plan(name)["parameters"]["total"] == pytest.approx(PARAMETERS[name], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama-1b", "llama-7b", "llama-70b"])
+def test_comments_state_the_memory_of_a_rank(name: str) -> None:
+    assert promised(name, r"([\d.]+) GB a rank") == pytest.approx(plan(name)["memory"]["total"] / 1e9, abs=0.06)
+
+
+def test_the_paper_presets_differ_in_size_alone() -> None:
+    small = load_config([CONFIGS / "gpt2-124m-paper.yaml"])
+    for size in ("355m", "774m", "1.5b"):
+        changed = changed_settings(small, load_config([CONFIGS / f"gpt2-{size}-paper.yaml"]))
+        fields = {line.split(":")[0] for line in changed} - {"run.name", "train.micro_batch_size"}
+        assert fields <= {"model.num_layers", "model.hidden_size", "model.num_attention_heads"}, size
+    # Batch, steps and optimizer of the recipe.
+    train, optimizer = small.train, small.optimizer
+    assert (train.global_batch_size, small.model.seq_length, train.steps) == (480, 1024, 600_000)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.lr) == (0.9, 0.95, 6e-4)
 
 
 def test_the_table_of_presets_states_their_plans() -> None:
-    page = (CONFIGS / "README.md").read_text().split("## How files build", 1)[0]
-    rows = dict(re.findall(r"^\| `([\w-]+)\.yaml` \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE))
+    page = (CONFIGS / "README.md").read_text().split("## Layouts and clusters", 1)[0]
+    rows = dict(re.findall(r"^\| `([\w.-]+)\.yaml` \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE))
     assert sorted(rows) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     for name, cells in rows.items():
         ratio = re.match(r"[\d.]+", cells)
         if ratio is not None:
             assert float(ratio[0]) == pytest.approx(plan(name)["flops"]["ratio"], abs=5e-4), name
+
+
+def cluster_rows() -> list[tuple[str, str, int, str]]:
+    """Preset, chip, GPUs and memory, as configs/README.md states them."""
+    page = (CONFIGS / "README.md").read_text()
+    rows = re.findall(
+        r"^\| `([\w.-]+)\.yaml` \| ([\d,]+) x `([\w-]+)` \| .* \| ([\d.]+) GB \|", page, flags=re.MULTILINE
+    )
+    return [(name, chip, int(count.replace(",", "")), memory) for name, count, chip, memory in rows]
+
+
+def test_the_table_of_clusters_has_every_preset() -> None:
+    assert {name for name, *_ in cluster_rows()} == set(WORLD_SIZES)
+    counts = [count for _, _, count, _ in cluster_rows()]
+    assert min(counts) == 8 and max(counts) == 16384
+
+
+@pytest.mark.parametrize(("name", "chip", "count", "memory"), cluster_rows(), ids=str)
+def test_presets_fit_their_clusters(name: str, chip: str, count: int, memory: str) -> None:
+    """The layout that the file states is legal there and fits, with the memory that the table states."""
+    result = forecast(load_config([CONFIGS / f"{name}.yaml"]), make_cluster(chip, count), parse_assumptions([]))
+    assert result["layout"]["is_given"], result["notes"]
+    assert result["memory"]["total"] / 1e9 == pytest.approx(float(memory), abs=0.06)
+    assert result["time"]["seconds"] > 0 and result["layouts"]
+
+
+def test_a_large_preset_is_dry_run_by_the_real_script() -> None:
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    words = ["--config", str(CONFIGS / "llama-70b.yaml"), "train.steps=20000", "--dry-run", "--world-size", "16384"]
+    done = subprocess.run(
+        [sys.executable, script, *words, "--device", "cuda", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["parallel"]["data_parallel_size"] == 2048 and result["memory"]["total"] < 72e9
+
+
+def test_the_slurm_commands_are_options_of_submit_and_ask_for_the_clusters(monkeypatch) -> None:
+    page = (REPOSITORY / "launch" / "slurm" / "README.md").read_text().split("## Presets")[1].split("\n## ")[0]
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python launch/slurm/submit.py")]
+    spec = importlib.util.spec_from_file_location("submit", REPOSITORY / "launch" / "slurm" / "submit.py")
+    submit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(submit)
+    sizes = {(name, count) for name, _, count, _ in cluster_rows()}
+    named = set()
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", words[1:])
+        asked = submit.parse_arguments()
+        job = SlurmJob(nodes=asked.nodes, tasks_per_node=asked.tasks_per_node, time=asked.time)
+        name = Path(asked.config[0]).stem
+        assert (name, job.world_size) in sizes and asked.gpus_per_node == asked.tasks_per_node
+        named.add(name)
+    assert named == {name for name, _ in sizes if not name.endswith(("-base", "-paper"))}

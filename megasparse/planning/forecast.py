@@ -1,0 +1,319 @@
+"""The forecast of a run on a cluster: FLOPs, memory, traffic, step time by phase, total time and energy, best layouts.
+
+    result = forecast(config, cluster, assumptions)
+
+One process on a CPU, no process group; the model has shapes only. Every number about time is extrapolated: from data
+sheets and assumptions, or from rates measured on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from megasparse.config.checks import check_run
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.planning.assumptions import CASES, Assumptions
+from megasparse.planning.chips import AS_OF
+from megasparse.planning.cluster import Cluster
+from megasparse.planning.layout import Layout, is_legal, legal_layouts, possible_counts, tensor_parallel_sizes
+from megasparse.planning.rates import Rates, sheet_rates
+from megasparse.planning.step_time import StepModel
+from megasparse.planning.workload import Shards, Stretch
+from megasparse.training.ledger import FlopCounter, Flops
+from megasparse.training.resources import memory_per_rank
+
+MAKE_RATES = Callable[[Cluster, str, Assumptions], Rates]
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A model and a schedule on a cluster; layouts are tried one after the other."""
+
+    config: RunConfig
+    cluster: Cluster
+    assumptions: Assumptions
+    shards: Shards
+    make_rates: MAKE_RATES = sheet_rates
+
+    @property
+    def usable_memory(self) -> float:
+        return self.cluster.chip.memory * (1.0 - self.assumptions["memory_reserve"])
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tensor-parallel sizes within a node with which every rank holds whole heads and blocks."""
+        found = []
+        for size in tensor_parallel_sizes(self.config, self.cluster.ranks_per_node):
+            try:
+                self.shards.model(Layout(size, 1, 1, False).applied_to(self.config))
+            except ConfigError:
+                continue
+            found.append(size)
+        return found
+
+    def memory(self, config: RunConfig) -> dict[str, int]:
+        return memory_per_rank(config, self.shards.model(config), self.cluster.count)
+
+    def fits(self, layout: Layout) -> bool:
+        return self.memory(layout.applied_to(self.config))["total"] <= self.usable_memory
+
+    def step_model(self, config: RunConfig, assumptions: Assumptions) -> StepModel:
+        rates = self.make_rates(self.cluster, config.train.precision, assumptions)
+        return StepModel(
+            config, self.cluster, rates, assumptions, self.shards.model(config), self.shards.controller(config)
+        )
+
+    def row(self, layout: Layout, memory: int) -> dict[str, Any]:
+        """What a layout costs, in short."""
+        config = layout.applied_to(self.config)
+        steps = self.step_model(config, self.assumptions)
+        work = self.shards.stretches(config)
+        seconds = total_seconds(steps, work)
+        return {
+            **asdict(layout),
+            "words": layout.words(),
+            "memory": memory,
+            "seconds": seconds,
+            "gpu_hours": seconds * self.cluster.count / HOUR,
+        }
+
+
+def forecast(
+    config: RunConfig,
+    cluster: Cluster,
+    assumptions: Assumptions,
+    *,
+    top: int = 5,
+    make_rates: MAKE_RATES = sheet_rates,
+    measured: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Plain numbers and strings, as printed and as JSON. measured: what a probe of this machine found, to be shown.
+
+    Raises ConfigError where nothing can be planned: an impossible setting, a number of ranks that no layout can use, a
+    model that fits in no layout.
+    """
+    shards = Shards.of(_checked(config, cluster))
+    # Blocks that do not fit the ranks of the configuration itself are an error of it.
+    shards.controller(config)
+    planner = Planner(config, cluster, assumptions, shards, make_rates)
+    given = Layout.of(config)
+    candidates = legal_layouts(config, cluster.count, planner.sizes)
+    needs = {layout: planner.memory(layout.applied_to(config))["total"] for layout in candidates}
+    rows = [planner.row(layout, need) for layout, need in needs.items() if need <= planner.usable_memory]
+    if not rows:
+        raise ConfigError(_nothing_fits(planner, needs))
+    rows.sort(key=lambda row: (row["seconds"], row["memory"]))
+    given_is_legal = is_legal(config, cluster.count)
+    best = Layout(*(rows[0][name] for name in Layout.__dataclass_fields__))
+    chosen = given if given_is_legal and planner.fits(given) else best
+    return {
+        "run": config.run.name,
+        "cluster": _cluster_facts(cluster),
+        "assumptions": list(assumptions.rows()),
+        "measured": measured,
+        "layout": {**asdict(chosen), "words": chosen.words(), "is_given": chosen == given},
+        **_details(planner, chosen.applied_to(config)),
+        "layouts": rows[:top],
+        "layouts_that_fit": len(rows),
+        "layouts_tried": len(needs),
+        "notes": _notes(planner, given, given_is_legal, measured),
+    }
+
+
+def total_seconds(steps: StepModel, work: tuple[Stretch, ...]) -> float:
+    return sum(stretch_seconds(steps, stretch) for stretch in work)
+
+
+def stretch_seconds(steps: StepModel, stretch: Stretch) -> float:
+    interval = steps.config.sparsity.update_interval
+    total = 0.0
+    for moment in stretch.moments:
+        step = steps.step(moment)
+        total += moment.steps * (step.seconds + step.topology_extra / interval)
+    return total
+
+
+def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
+    """Everything about one layout."""
+    steps, work = planner.step_model(config, planner.assumptions), planner.shards.stretches(config)
+    counter = FlopCounter(config, steps.shard, steps.kernels)
+    phases = [_phase(steps, stretch, counter) for stretch in work]
+    seconds = sum(phase["seconds"] for phase in phases)
+    flops = {kind: sum(phase["flops"][kind] for phase in phases) for kind in ("dense", "algorithmic", "executed")}
+    dense = _dense_seconds(steps, planner)
+    tokens = config.train.global_batch_size * config.model.seq_length
+    return {
+        "model": {
+            "parameters": steps.shard.num_parameters(),
+            "sparsifiable": sum(topology.numel for topology in steps.controller.topologies.values()),
+            "tokens": tokens * config.train.steps,
+        },
+        "flops": flops,
+        "phases": phases,
+        "memory": {**planner.memory(config), "usable": planner.usable_memory, "chip": planner.cluster.chip.memory},
+        "sent": steps.sent,
+        "time": {
+            "seconds": seconds,
+            "gpu_hours": seconds * planner.cluster.count / HOUR,
+            "tokens_per_second": tokens * config.train.steps / seconds,
+            "share_of_peak": flops["algorithmic"] / (seconds * steps.rates.peak * planner.cluster.count),
+            "dense_seconds": dense,
+            "dense_share_of_peak": flops["dense"] / (dense * steps.rates.peak * planner.cluster.count),
+            "speedup_over_dense": dense / seconds,
+        },
+        "energy": _energy(planner, seconds),
+        "cases": _cases(planner, config, work),
+    }
+
+
+def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str, Any]:
+    """Means over the steps of a stretch."""
+    found = [(moment.steps, steps.step(moment)) for moment in stretch.moments]
+    parts = {name: sum(n * step.parts[name] for n, step in found) / stretch.steps for name in found[0][1].parts}
+    return {
+        "name": stretch.phase,
+        "pattern": stretch.pattern,
+        "start_step": stretch.start_step,
+        "end_step": stretch.end_step,
+        "density": sum(moment.steps * moment.density for moment in stretch.moments) / stretch.steps,
+        "flops": _flops(steps.config, stretch, counter),
+        "step_seconds": sum(parts.values()),
+        "step_seconds_by_part": parts,
+        "topology_step_extra_seconds": sum(n * step.topology_extra for n, step in found) / stretch.steps,
+        "seconds": stretch_seconds(steps, stretch),
+    }
+
+
+def _flops(config: RunConfig, stretch: Stretch, counter: FlopCounter) -> dict[str, float]:
+    total = Flops()
+    for moment in stretch.moments:
+        step = moment.flops(counter, config.sparsity.update_interval)
+        total.add(Flops(*(moment.steps * number for number in (step.dense, step.algorithmic, step.executed))))
+    return asdict(total)
+
+
+def _dense_seconds(steps: StepModel, planner: Planner) -> float:
+    return steps.config.train.steps * steps.step(planner.shards.dense_moment(steps.config)).seconds
+
+
+def _energy(planner: Planner, seconds: float) -> dict[str, float] | None:
+    if not planner.cluster.chip.watts:
+        return None
+    chips = planner.cluster.count * planner.cluster.chip.watts
+    pue = planner.assumptions["pue"]
+    return {"megawatt_hours": chips * pue * seconds / HOUR / 1e6, "megawatts": chips * pue / 1e6, "pue": pue}
+
+
+def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> list[dict[str, Any]]:
+    """Total time with the kernels' efficiency alone, and with all assumptions, at their low and high ends."""
+    usual = planner.assumptions
+    rows = []
+    for case in CASES:
+        alone = usual.with_value("kernel_efficiency", usual.at(case)["kernel_efficiency"])
+        for what, assumptions in (("kernel_efficiency", alone), ("all", usual.at(case))):
+            steps = planner.step_model(config, assumptions)
+            seconds = total_seconds(steps, work)
+            dense = _dense_seconds(steps, planner)
+            rows.append(
+                {
+                    "assumptions": what,
+                    "case": case,
+                    "kernel_efficiency": assumptions["kernel_efficiency"],
+                    "seconds": seconds,
+                    "speedup_over_dense": dense / seconds,
+                }
+            )
+    return sorted(rows, key=lambda row: row["assumptions"], reverse=True)
+
+
+def _cluster_facts(cluster: Cluster) -> dict[str, Any]:
+    chip = cluster.chip
+    return {
+        "chip": chip.name,
+        "title": chip.title,
+        "count": cluster.count,
+        "nodes": cluster.nodes,
+        "ranks_per_node": cluster.ranks_per_node,
+        "peak": dict(chip.peak),
+        "memory": chip.memory,
+        "memory_bandwidth": chip.memory_bandwidth,
+        "link_bandwidth": chip.link_bandwidth,
+        "network_bandwidth": cluster.network_bandwidth,
+        "watts": chip.watts,
+        "source": chip.source,
+        "as_of": AS_OF,
+    }
+
+
+def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """Raises ConfigError where the count does not divide, or settings contradict each other at any count."""
+    size = config.parallel.tensor_parallel_size
+    if cluster.count % size:
+        raise ConfigError(
+            f"--count: {cluster.count} is no multiple of parallel.tensor_parallel_size {size}; legal values: multiples "
+            f"of {size}"
+        )
+    # One data-parallel rank and one sample at a time divide every batch.
+    one = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
+    check_run(one, size)
+    return config
+
+
+def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
+    config, cluster = planner.config, planner.cluster
+    possible = possible_counts(config, cluster.ranks_per_node, planner.sizes)
+    if not needs:
+        near = sorted(sorted(possible, key=lambda count: abs(count - cluster.count))[:4])
+        return (
+            f"--count: no layout divides train.global_batch_size {config.train.global_batch_size} over {cluster.count} "
+            f"ranks with tensor-parallel sizes of {', '.join(map(str, planner.sizes))}; legal values nearby: "
+            f"{', '.join(map(str, near))}"
+        )
+    need = min(needs.values())
+    text = (
+        f"--count: the model fits in none of the {len(needs)} layouts on {cluster.count} x {cluster.chip.title}: "
+        f"the smallest needs {need / 1e9:.1f} GB of {planner.usable_memory / 1e9:.1f} GB usable"
+    )
+    larger = [count for count in possible if count > cluster.count]
+    # More ranks need no more memory each, so the largest number answers for all.
+    if larger and _fits_somewhere(planner, larger[-1]):
+        count = next(count for count in larger if _fits_somewhere(planner, count))
+        return f"{text}; the smallest count that fits is {count}"
+    return f"{text}; no count fits: train.global_batch_size, the chip's memory or train.precision must change"
+
+
+def _fits_somewhere(planner: Planner, count: int) -> bool:
+    moved = replace(planner, cluster=planner.cluster.with_count(count))
+    return any(moved.fits(layout) for layout in legal_layouts(planner.config, count, planner.sizes))
+
+
+def _notes(planner: Planner, given: Layout, is_given_legal: bool, measured: dict[str, Any] | None) -> list[str]:
+    config, cluster = planner.config, planner.cluster
+    notes = []
+    if not is_given_legal:
+        try:
+            check_run(config, cluster.count)
+        except ConfigError as error:
+            notes.append(f"the configuration's own layout does not run on this cluster, the best one is shown: {error}")
+    elif not planner.fits(given):
+        need = planner.memory(config)["total"]
+        notes.append(
+            f"the configuration's own layout ({given.words()}) needs {need / 1e9:.1f} GB and does not fit; the best "
+            "one that does is shown"
+        )
+    if measured is None:
+        notes.append(
+            "extrapolated: times, energy and the ranking follow from data sheets and assumptions; we have measured no "
+            "training step on this chip"
+        )
+        notes.append(f"extrapolated: kernel_efficiency {planner.assumptions['kernel_efficiency']:g} is assumed")
+    else:
+        notes.append("extrapolated from rates measured here in a few seconds; other steps and sizes were not run")
+    if config.deepspeed.offload_optimizer != "none":
+        notes.append("extrapolated: deepspeed.offload_optimizer: the way to host memory and its optimizer are left out")
+    return notes

@@ -1,0 +1,94 @@
+"""How a model may lie on the ranks: tensor-parallel size x ZeRO stage x micro-batch x recomputation.
+
+for layout in legal_layouts(config, count=64, ranks_per_node=8):
+    planned = layout.applied_to(config)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megasparse.config.checks import check_run
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig, divisors
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor_parallel_size: int
+    zero_stage: int
+    micro_batch_size: int
+    recomputation: bool
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Layout:
+        train = config.train
+        return cls(
+            config.parallel.tensor_parallel_size,
+            config.deepspeed.zero_stage,
+            train.micro_batch_size,
+            train.activation_recomputation,
+        )
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        train = {"micro_batch_size": self.micro_batch_size, "activation_recomputation": self.recomputation}
+        return config.model_copy(
+            update={
+                "train": config.train.model_copy(update=train),
+                "parallel": config.parallel.model_copy(update={"tensor_parallel_size": self.tensor_parallel_size}),
+                "deepspeed": config.deepspeed.model_copy(update={"zero_stage": self.zero_stage}),
+            }
+        )
+
+    def words(self) -> str:
+        """The settings as words of a command line."""
+        return (
+            f"parallel.tensor_parallel_size={self.tensor_parallel_size} deepspeed.zero_stage={self.zero_stage} "
+            f"train.micro_batch_size={self.micro_batch_size} "
+            f"train.activation_recomputation={str(self.recomputation).lower()}"
+        )
+
+
+def tensor_parallel_sizes(config: RunConfig, largest: int) -> list[int]:
+    """Sizes that divide heads and MLP."""
+    model = config.model
+    counts = [model.num_attention_heads, model.key_value_heads, model.mlp_width]
+    return [size for size in divisors(min(largest, *counts)) if all(count % size == 0 for count in counts)]
+
+
+def legal_layouts(config: RunConfig, count: int, sizes: Sequence[int]) -> Iterator[Layout]:
+    """All layouts that the checks of a run accept, with these tensor-parallel sizes."""
+    batch = config.train.global_batch_size
+    for size in sizes:
+        if count % size or batch % (count // size):
+            continue
+        samples = batch // (count // size)
+        micro_batches = {n for n in (*MICRO_BATCHES, config.train.micro_batch_size) if samples % n == 0}
+        for stage in (0, 1, 2, 3):
+            for micro_batch in sorted(micro_batches):
+                for recomputation in (False, True):
+                    layout = Layout(size, stage, micro_batch, recomputation)
+                    if is_legal(layout.applied_to(config), count):
+                        yield layout
+
+
+def is_legal(config: RunConfig, count: int) -> bool:
+    try:
+        check_run(config, count)
+    except ConfigError:
+        return False
+    return True
+
+
+def possible_counts(config: RunConfig, ranks_per_node: int, sizes: Sequence[int]) -> list[int]:
+    """Numbers of ranks that divide the batch with some tensor-parallel size and fill whole nodes, ascending."""
+    counts = set()
+    for size in sizes:
+        for replicas in divisors(config.train.global_batch_size):
+            count = size * replicas
+            if count <= ranks_per_node or count % ranks_per_node == 0:
+                counts.add(count)
+    return sorted(counts)

@@ -1,0 +1,212 @@
+"""The work of a run, sampled over its schedule: densities, attention patterns and FLOPs at some moments of each phase.
+
+    shards = Shards.of(config)
+    for stretch in shards.stretches(config):
+        for moment in stretch.moments:
+            products = moment.products(kernels)
+
+Between its topology steps a run changes little, so a phase of changing density is sampled at SAMPLES moments instead of
+being walked through step by step as ``training.plan`` does it: a second for 70 B parameters, within a percent of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from megasparse.config.schema import RunConfig
+from megasparse.layers import Linear, SparseLinear
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis
+from megasparse.sparsity.controller import Controller, StepDecision
+from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.kernels import LayerKernels, LayerShape
+from megasparse.training.ledger import FlopCounter, Flops
+from megasparse.training.plan import set_live, stretches
+
+SAMPLES = 8
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Layers that cost the same at a moment."""
+
+    count: int
+    shape: LayerShape
+    density: float
+    executed_density: float
+    """1 where dense products compute them."""
+    is_head: bool = False
+    wants_dense_gradient: bool = False
+    """On topology steps."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step that stands for `steps` of them."""
+
+    steps: float
+    density: float
+    """Of all sparse weights together."""
+    densities: Mapping[str, float]
+    """Of each sparse layer."""
+    decision: StepDecision
+    dense_gradient_layers: frozenset[str]
+    """Layers that want their dense gradient on a topology step at this moment."""
+    evolves: bool
+    """Whether topology steps happen here."""
+    kinds: tuple[tuple[int, str], ...]
+    """Number of layers, and one of them, of the same shape and density."""
+
+    @cached_property
+    def patterns(self) -> Mapping[str, int]:
+        """Query heads of all layers, by the pattern that they attend with."""
+        return Counter(name for heads in self.decision.patterns for name in heads)
+
+    def products(self, kernels: LayerKernels) -> tuple[Product, ...]:
+        """The sparse layers under a layout, which decides on the kernels."""
+        return tuple(
+            Product(
+                count,
+                kernels.shapes[name],
+                self.densities[name],
+                kernels.executed_density(name, self.densities[name]),
+                name == HEAD,
+                name in self.dense_gradient_layers,
+            )
+            for count, name in self.kinds
+        )
+
+    def flops(self, counter: FlopCounter, update_interval: int) -> Flops:
+        """Of a mean step over the global batch: one in `update_interval` is a topology step."""
+        result = Flops()
+        share = 1.0 / update_interval if self.evolves else 0.0
+        for weight, layers in ((1.0 - share, frozenset()), (share, self.dense_gradient_layers)):
+            d = self.decision
+            step = StepDecision(d.step, d.phase, d.pattern, d.patterns, dense_gradient_layers=layers)
+            cost = counter.step(step, self.densities)
+            result.add(Flops(weight * cost.dense, weight * cost.algorithmic, weight * cost.executed))
+        return result
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one phase and attention pattern."""
+
+    phase: str
+    pattern: str
+    start_step: int
+    end_step: int
+    moments: tuple[Moment, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.start_step
+
+
+@dataclass
+class Shards:
+    """Rank 0's shard of a model, its controller and its schedule, on the meta device, by tensor-parallel size."""
+
+    vocab_size: int
+    _models: dict[int, GPT] = field(default_factory=dict)
+    _controllers: dict[int, Controller] = field(default_factory=dict)
+    _stretches: dict[int, tuple[Stretch, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Shards:
+        return cls(vocabulary_size(config, open_tokenizer(config)))
+
+    def model(self, config: RunConfig) -> GPT:
+        """Raises ConfigError where blocks do not lie whole on the ranks."""
+        size = config.parallel.tensor_parallel_size
+        if size not in self._models:
+            with torch.device("meta"):
+                self._models[size] = build_model(config, self.vocab_size, Axis(0, size))
+        return self._models[size]
+
+    def controller(self, config: RunConfig) -> Controller:
+        size = config.parallel.tensor_parallel_size
+        if size not in self._controllers:
+            layers = self.model(config).sparse_layers()
+            self._controllers[size] = Controller(config, layers, Axis(0, size))
+        return self._controllers[size]
+
+    def stretches(self, config: RunConfig) -> tuple[Stretch, ...]:
+        """The phases of the run, sampled; micro-batch, ZeRO stage and recomputation have no part in them."""
+        size = config.parallel.tensor_parallel_size
+        if size not in self._stretches:
+            self._stretches[size] = _sample(config, self.controller(config))
+        return self._stretches[size]
+
+    def dense_moment(self, config: RunConfig) -> Moment:
+        """A step of the same model with all weights alive and causal attention, for comparison."""
+        model = config.model
+        patterns = [("full",) * model.num_attention_heads for _ in range(model.num_layers)]
+        densities = dict.fromkeys(self.controller(config).topologies, 1.0)
+        decision = StepDecision(0, "dense", "full", patterns)
+        kinds = _kinds(self.controller(config), densities, frozenset())
+        return Moment(config.train.steps, 1.0, densities, decision, frozenset(), False, kinds)
+
+
+def dense_products(config: RunConfig, model: GPT) -> tuple[Product, ...]:
+    """Layers that are never sparse, and side paths, as products of a rank's shard; the same at every moment."""
+    tokens, ranks = config.train.micro_batch_size * config.model.seq_length, config.parallel.tensor_parallel_size
+    groups: Counter[tuple[LayerShape, bool]] = Counter()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and not isinstance(layer, SparseLinear):
+            groups[LayerShape(1, tokens, layer.partition.local_shape[::-1]), name == HEAD] += 1
+        if isinstance(layer, SparseLinear) and layer.low_rank:
+            widths = layer.low_rank, (layer.in_features + layer.out_features) // ranks
+            groups[LayerShape(1, tokens, widths), name == HEAD] += 1
+    return tuple(Product(count, shape, 1.0, 1.0, is_head) for (shape, is_head), count in groups.items())
+
+
+def _sample(config: RunConfig, controller: Controller) -> tuple[Stretch, ...]:
+    found = []
+    for row in stretches(config, controller):
+        steps = row["end_step"] - row["start_step"]
+        number = 1 if row["start_density"] == row["end_density"] else min(SAMPLES, steps)
+        moments = tuple(
+            _moment(config, controller, row["start_step"] + (n + 0.5) * steps / number, steps / number)
+            for n in range(number)
+        )
+        found.append(Stretch(row["name"], row["pattern"], row["start_step"], row["end_step"], moments))
+    return tuple(found)
+
+
+def _moment(config: RunConfig, controller: Controller, step: float, steps: float) -> Moment:
+    interval, total = config.sparsity.update_interval, config.train.steps
+    set_live(controller, step / total)
+    densities = controller.live_densities()
+    density = controller.density()
+    decision = _decision(config, controller, int(step))
+    # The nearest topology step.
+    update = min(max(round(step / interval), 1) * interval, (total - 1) // interval * interval)
+    announced = controller.begin_step(update) if update else None
+    evolves = announced is not None and announced.changes_topology
+    wanting = announced.dense_gradient_layers if evolves else frozenset()
+    kinds = _kinds(controller, densities, wanting)
+    return Moment(steps, density, densities, decision, wanting, evolves, kinds)
+
+
+def _decision(config: RunConfig, controller: Controller, step: int) -> StepDecision:
+    progress = step / config.train.steps
+    phase = controller.schedule.phase(progress)
+    pattern = controller.pattern_schedule.pattern(progress, phase)
+    return StepDecision(step, phase, pattern, controller.pattern_schedule.layer_patterns(pattern))
+
+
+def _kinds(
+    controller: Controller, densities: Mapping[str, float], wanting: frozenset[str]
+) -> tuple[tuple[int, str], ...]:
+    groups: dict[tuple, list[str]] = {}
+    for name, topology in controller.topologies.items():
+        key = topology.unit, tuple(topology.mask.shape), densities[name], name == HEAD, name in wanting
+        groups.setdefault(key, []).append(name)
+    return tuple((len(names), names[0]) for names in groups.values())
