@@ -23,6 +23,7 @@ ALLOWED = {
     "engine": {"kernels", "parallel", "config", "data", "sparsity", "layers", "models", "checkpoint"},
     "checkpoint": {"kernels", "parallel", "config", "data", "sparsity", "layers", "models", "engine"},
     "training": None,
+    "evaluation": None,
 }
 """None: everything."""
 
