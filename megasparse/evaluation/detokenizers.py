@@ -5,8 +5,8 @@
 WikiText and the Penn Treebank are published as words with spaces around every mark (`1 @,@ 000 ,`). A model trained
 on text would pay for these spaces, which say nothing. The GPT-2 paper removes them by invertible de-tokenizers and
 counts words of the original. The rules here are those that evaluations of GPT-2 and later models have in common,
-oddities included (two apostrophes on a line count as quotation marks), applied line by line. ``count_collisions`` tells whether they were invertible on a text: distinct lines must stay
-distinct.
+oddities included (two apostrophes on a line count as quotation marks), applied line by line. ``count_collisions``
+tells whether they were invertible on a text: distinct lines must stay distinct.
 """
 
 from __future__ import annotations

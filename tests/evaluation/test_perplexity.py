@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import model_with_weights_of, random_gpt2
 
-from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.data import IndexedDataset, IndexedDatasetWriter
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.evaluation.perplexity import TextSize, perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.scoring import Scorer
-from megasparse.layers import LayerFactory
-from megasparse.models import GPT
 
 BYTES = load_tokenizer("bytes")
 T = 48
@@ -25,36 +23,6 @@ T = 48
 def words(count: int) -> str:
     rng = random.Random(2)
     return "".join(rng.choice(["the ", "river ", "ran\n", "cold , ", "für ", "days . "]) for _ in range(count))
-
-
-def model_with_weights_of(reference: torch.nn.Module) -> GPT:
-    """Our GPT-2 with the weights of a transformers GPT2LMHeadModel."""
-    shape = reference.config
-    config = ModelConfig(
-        num_layers=shape.n_layer, hidden_size=shape.n_embd, num_attention_heads=shape.n_head,
-        seq_length=shape.n_positions, vocab_size_multiple=1,
-    )  # fmt: skip
-    model = GPT(config, AttentionConfig(), shape.vocab_size, LayerFactory())
-    theirs = reference.state_dict()
-    names = {
-        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj",
-        "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-    }  # fmt: skip
-    ours = {
-        "embedding.tokens.weight": theirs["transformer.wte.weight"],
-        "head.weight": theirs["lm_head.weight"],
-        "embedding.positions.weight": theirs["transformer.wpe.weight"],
-        "final_norm.weight": theirs["transformer.ln_f.weight"],
-        "final_norm.bias": theirs["transformer.ln_f.bias"],
-    }
-    for layer in range(shape.n_layer):
-        for our_name, their_name in names.items():
-            weight = theirs[f"transformer.h.{layer}.{their_name}.weight"]
-            # GPT-2 stores its projections [in, out].
-            ours[f"layers.{layer}.{our_name}.weight"] = weight if weight.ndim == 1 else weight.t()
-            ours[f"layers.{layer}.{our_name}.bias"] = theirs[f"transformer.h.{layer}.{their_name}.bias"]
-    model.load_state_dict(ours)
-    return model.eval()
 
 
 def transformers_perplexity(reference: torch.nn.Module, tokens: torch.Tensor, window: int, stride: int) -> float:
@@ -79,13 +47,8 @@ def transformers_perplexity(reference: torch.nn.Module, tokens: torch.Tensor, wi
 
 @pytest.mark.parametrize("stride", [7, 24, 48])
 def test_a_hugging_face_model_has_the_perplexity_of_a_plain_transformers_loop(stride: int) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    reference = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=257, n_positions=T, n_embd=32, n_layer=2, n_head=4)
-    ).eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    reference = random_gpt2(vocab_size=257, seq_length=T)
     text = words(60)
     task = text_perplexity(text, BYTES, T, stride)
     results = task.results(Scorer(model_with_weights_of(reference), batch_size=3).scores(task.windows))
