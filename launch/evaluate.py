@@ -2,12 +2,13 @@
 
     python launch/evaluate.py --run runs/x --task perplexity --input test.txt [--stride 512] [--detokenizer wikitext]
     python launch/evaluate.py --run runs/x --task last-word --input lambada.jsonl
-    torchrun --standalone --nproc_per_node 8 launch/evaluate.py --run runs/x --task multiple-choice --input quiz.jsonl
+    torchrun --standalone --nproc_per_node 8 launch/evaluate.py --model runs/x --task multiple-choice --input quiz.jsonl
 
 Tasks: `perplexity` of a text file (also .gz, .xz) or an indexed data set (the prefix of .bin and .idx); `last-word`,
 lines {"text": ...}; `multiple-choice`, lines {"context": ..., "choices": [...], "label": 0}. Ranks share the work and
 give the same numbers however many they are. Rank 0 prints a table and writes a JSON file. What is counted, and how:
-launch/README.md. Exit status: 0, 2 for what the user must mend, 3 where another rank was lost.
+launch/README.md. `--run` and `--model` are the same; torchrun lets only `--model` pass. Exit status: 0, 2 for what the
+user must mend, 3 where another rank was lost.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run or model folder")
+    # torchrun takes --run for an abbreviation of an option of its own, also behind the script's name.
+    parser.add_argument("--model", "--run", dest="run", required=True, type=Path, metavar="FOLDER", help="run or model")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
     tasks = ("perplexity", "last-word", "multiple-choice")
     parser.add_argument("--task", required=True, choices=tasks)

@@ -35,8 +35,9 @@ def some_windows() -> list[Window]:
     return [*windows, *SlidingWindows(rng.integers(0, V, 100), T, 10)]
 
 
-def scores_on(mesh, batch_size: int) -> torch.Tensor:
-    return torch.from_numpy(Scorer(small_model(), batch_size=batch_size, ranks=mesh.control).scores(some_windows()))
+def scores_on(mesh, batch_sizes: list[int]) -> list[torch.Tensor]:
+    scorers = [Scorer(small_model(), batch_size=size, ranks=mesh.control) for size in batch_sizes]
+    return [torch.from_numpy(scorer.scores(some_windows())) for scorer in scorers]
 
 
 def test_likelihoods_are_those_of_the_logits() -> None:
@@ -67,17 +68,10 @@ def test_greedy_continuations_are_recognised() -> None:
 
 
 def test_scores_are_the_same_on_any_number_of_ranks() -> None:
-    alone = Scorer(small_model(), batch_size=3).scores(some_windows())
-    for world_size in (2, 3):
-        for scores in run_distributed(scores_on, world_size, 3, timeout=100):
-            assert np.array_equal(scores.numpy(), alone)
-
-
-def test_a_rank_may_have_nothing_to_do() -> None:
-    """Ten windows at once make four batches; with all in one, a rank has none."""
-    alone = Scorer(small_model(), batch_size=64).scores(some_windows())
-    for scores in run_distributed(scores_on, 2, 64, timeout=100):
-        assert np.array_equal(scores.numpy(), alone)
+    """With 64 windows at once there is a single batch, and two ranks have nothing to do."""
+    alone = [Scorer(small_model(), batch_size=size).scores(some_windows()) for size in (3, 64)]
+    for shared in run_distributed(scores_on, 3, [3, 64], timeout=100):
+        assert all(np.array_equal(found.numpy(), expected) for found, expected in zip(shared, alone, strict=True))
 
 
 def test_what_is_not_finite_is_refused() -> None:
