@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from megasparse.training.comparison_tables import COSTS, Cost, curve
 from megasparse.training.report_data import RunData, column
@@ -125,18 +125,17 @@ def _cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
     """From nothing spent to the end of the longest run, in units that people read."""
     ticks = 7 if width == WIDE else 4
     ax.set_xlim(0.0, 1.01 * end if end > 0 else 1.0)
-    label, show = cost.label, None
+    label = cost.label
     if cost.key in ("step", "tokens"):
         count_axis(ax.xaxis, ticks)
+    elif cost.key == "seconds":
+        unit, name = next((unit, name) for limit, unit, name in UNITS_OF_TIME if end >= limit)
+        # Round numbers of the unit, not of seconds.
+        marks = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, end / unit)
+        ax.xaxis.set_major_locator(FixedLocator(marks * unit))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+        label = f"{label} in {name}"
     else:
-        show, label = _continuous_units(cost, end)
-        ax.locator_params(axis="x", nbins=ticks - (2 if cost.key.startswith("flops") else 0))
-        ax.xaxis.set_major_formatter(FuncFormatter(show))
+        ax.locator_params(axis="x", nbins=ticks - 2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
     ax.set_xlabel("step" if cost.key == "step" else label, color=colour("muted"), fontsize=11)
-
-
-def _continuous_units(cost: Cost, end: float) -> tuple[Callable[[float, Any], str], str]:
-    if cost.key.startswith("flops"):
-        return (lambda value, _: format_flops(value) if value else "0"), cost.label
-    unit, name = next((unit, name) for limit, unit, name in UNITS_OF_TIME if end >= limit)
-    return (lambda value, _: f"{value / unit:g}"), f"{cost.label} in {name}"
