@@ -40,7 +40,7 @@ def show_progress(console: Console | None) -> Iterator[Advance]:
 
 def print_results(record: Mapping[str, Any], console: Console) -> None:
     """The results of an evaluation and what they belong to, as a table."""
-    table = Table(title=Text(f"{record['task']}: {record['input']}"), title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right", overflow="fold")
     for name, value in {"model": record["model"], "step": record["step"], **record["settings"]}.items():
@@ -48,6 +48,8 @@ def print_results(record: Mapping[str, Any], console: Console) -> None:
     table.add_section()
     for name, value in record["results"].items():
         table.add_row(Text(_words(name)), Text(_cell(value)))
+    # Not as the title of the table, which would break a long name into lines.
+    console.print(Text(f"{record['task']}: {record['input']}", style="bold"), soft_wrap=True)
     console.print(table)
 
 

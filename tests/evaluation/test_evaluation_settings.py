@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megasparse.config.loader import check_config
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.evaluation.continuations import LastWord, MultipleChoice
 from megasparse.evaluation.perplexity import Perplexity
+from megasparse.evaluation.results import print_results, show_progress
 from megasparse.evaluation.run import EvaluationSettings, check_settings, evaluate, make_task
 from megasparse.parallel import LaunchEnvironment
 from megasparse.training.build import build_model
@@ -91,3 +94,30 @@ def test_a_model_without_a_tokenizer_takes_tokens_only(trained: TrainedModel, tm
     with IndexedDatasetWriter(tmp_path / "tokens", "uint16") as writer:
         writer.add_document([1, 2, 3])
     assert isinstance(make_task(settings(input=str(tmp_path / "tokens")), bare), Perplexity)
+
+
+def test_the_table_holds_every_number(tmp_path: Path) -> None:
+    record = {
+        "task": "perplexity", "input": f"/{'long/' * 40}[bold]x.txt", "model": "runs/x", "step": 1200,
+        "settings": {"stride": 512, "limit": None},
+        "results": {"perplexity": 1234.5678, "bits_per_byte": None, "words": 1234567},
+    }  # fmt: skip
+    stream = io.StringIO()
+    print_results(record, Console(file=stream, width=80))
+    shown = stream.getvalue()
+    assert record["input"] in shown
+    for words in ("1,234.57", "bits per byte", "n/a", "1,234,567", "512", "1,200"):
+        assert words in shown, words
+
+
+def test_progress_is_a_few_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    with show_progress(Console(file=stream, width=80)) as advance:
+        for done in range(1, 96):
+            advance(done, 95)
+    assert len(stream.getvalue().splitlines()) == 10 and stream.getvalue().endswith("95 of 95 batches\n")
+    with show_progress(None) as advance:
+        advance(1, 2)
+    with show_progress(Console(file=stream, width=80, force_terminal=True)) as advance:
+        advance(1, 2)
+    assert "scoring" in stream.getvalue()
