@@ -122,5 +122,5 @@ def _films(run: RunData) -> dict[str, Any]:
     """The first layers' pictures, and what was left out."""
     strips, remark = film_strips(replace(run, films=run.films[:FILMS_OF_A_RUN]))
     left_out = len(run.films) - FILMS_OF_A_RUN
-    words = f"{left_out} more layers are in the report of this run." if left_out > 0 else ""
+    words = f"Further layers ({left_out}) are in the report of this run." if left_out > 0 else ""
     return {"strips": strips, "remark": f"{remark} {words}".strip()}

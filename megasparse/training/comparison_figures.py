@@ -53,7 +53,7 @@ def comparison_figures(runs: Sequence[Drawn]) -> tuple[dict[str, FigureOnPage], 
     else:
         figures[figure.name] = figure
     for number, run in enumerate(runs):
-        layers = draw_layers(run.data, f"layers-{number}", run.label)
+        layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
         if layers is None:
             absent[f"layers-{number}"] = f"{run.label} logged no topology steps"
         else:

@@ -47,7 +47,7 @@ def test_two_runs_are_shown_side_by_side(two_runs: tuple[Path, Path], page: str)
         "Loss over steps", "Loss over tokens", "Loss over algorithmic FLOPs", "Loss over executed FLOPs",
         "Loss over training time", "Density over steps", "Settings that differ", "training time in minutes",
         "400 of 400", "200 of 400", "Dense-equivalent", "density 100 % at the end", "layers.0.attention.qkv.weight",
-        "2 more layers are in the report of this run", "2 x AVX-512 CPU",
+        "Further layers (2) are in the report of this run", "2 x AVX-512 CPU",
     ):  # fmt: skip
         assert words in text, words
     assert "lacks" not in text and "No figure here" not in text and "Without" not in text
