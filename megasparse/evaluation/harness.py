@@ -121,7 +121,7 @@ class MegaSparseLM(TemplateLM):
             windows += rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)
             ends.append(len(windows))
         likelihoods = self._scorer.scores(windows)[:, 0].tolist() if windows else []
-        return [math.fsum(likelihoods[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [math.fsum(likelihoods[start:end]) for start, end in zip([0, *ends][:-1], ends, strict=True)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         own = {
@@ -178,4 +178,4 @@ def share_texts(own: Mapping[int, str], count: int, ranks: Axis) -> list[str]:
             torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
         )
     joined = bytes(ranks.sum_(content).numpy()) if len(content) else b""
-    return [joined[start:end].decode("utf-8") for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return [joined[start:end].decode("utf-8") for start, end in zip([0, *ends][:-1], ends, strict=True)]

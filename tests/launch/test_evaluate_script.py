@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,9 @@ def test_an_output_that_cannot_be_written_is_named(trained: Path, lines: Path, t
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--output: .* cannot be written"):
         evaluate_here(trained, "perplexity", lines, limit=1, output=tmp_path / "file" / "x.json")
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_the_harness_is_named_where_it_is_not_installed() -> None:
+    shown = run([sys.executable, str(REPOSITORY / "launch" / "evaluate_harness.py"), "--tasks", "x"], expect=2).stdout
+    assert "error: lm_eval is not installed: pip install 'megasparse[eval]'" in shown and "Traceback" not in shown
