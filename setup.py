@@ -44,5 +44,6 @@ setup(
         ],
         "hf": ["tokenizers>=0.20", "transformers>=4.46"],
         "monitor": ["tensorboard>=2.15"],
+        "eval": ["lm-eval>=0.4.9"],
     },
 )

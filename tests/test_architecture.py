@@ -24,6 +24,7 @@ ALLOWED = {
     "checkpoint": {"kernels", "parallel", "config", "data", "sparsity", "layers", "models", "engine"},
     "training": None,
     "planning": None,
+    "evaluation": None,
 }
 """None: everything."""
 

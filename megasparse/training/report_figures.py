@@ -85,7 +85,7 @@ def draw_losses(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 0.5 * width if width == WIDE else 400, panels=(3.2, 1.0))
-        points = _points(width)
+        points = curve_points(width)
         top.plot(*thin_out(steps, losses, points), color=colour("loss"), alpha=0.3, linewidth=0.9)
         top.plot(*thin_out(steps, smooth(losses), points), color=colour("loss"), linewidth=1.8)
         valid = thin_out(valid_steps, valid_losses, points // 4)
@@ -111,7 +111,7 @@ def draw_losses(run: RunData) -> FigureOnPage | None:
         Key("density", "density of the sparse weights", "area"),
     )
     caption = "Shaded: phases in which weights are missing."
-    return _on_page("losses", "Loss over steps", caption, keys, draw)
+    return on_page("losses", "Loss over steps", caption, keys, draw)
 
 
 def draw_loss_by_flops(run: RunData) -> FigureOnPage | None:
@@ -129,7 +129,7 @@ def draw_loss_by_flops(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 0.4 * width if width == WIDE else 300)
-        points = _points(width)
+        points = curve_points(width)
         smoothed = smooth(losses)
         if len(dense_spent) > 1:
             x = np.interp(steps, dense_steps, dense_spent)
@@ -159,7 +159,7 @@ def draw_loss_by_flops(run: RunData) -> FigureOnPage | None:
         "The horizontal distance between the two curves is what sparsity saved. "
         "The dashed curve is no dense run: a dense model would reach another loss."
     )
-    return _on_page("flops", "Loss over FLOPs", caption, keys, draw)
+    return on_page("flops", "Loss over FLOPs", caption, keys, draw)
 
 
 def draw_throughput(run: RunData) -> FigureOnPage | None:
@@ -170,7 +170,7 @@ def draw_throughput(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 230 if width == WIDE else 210)
-        ax.plot(*thin_out(steps, rates, _points(width)), color=colour("loss"), linewidth=1.5)
+        ax.plot(*thin_out(steps, rates, curve_points(width)), color=colour("loss"), linewidth=1.5)
         # One slow first step must not hide the rest, one fast outlier must be seen.
         ax.set_ylim(0.0, 1.08 * max(rates.max(), 1e-9))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
@@ -179,7 +179,7 @@ def draw_throughput(run: RunData) -> FigureOnPage | None:
         _finish_steps(run, [ax])
         return figure
 
-    return _on_page("throughput", "Speed over steps", "Over all ranks, as logged.", (), draw)
+    return on_page("throughput", "Speed over steps", "Over all ranks, as logged.", (), draw)
 
 
 def draw_step_time(run: RunData) -> FigureOnPage | None:
@@ -210,11 +210,11 @@ def draw_step_time(run: RunData) -> FigureOnPage | None:
 
     keys = tuple(Key(part, part, "area") for part in PARTS)
     caption = "Where FLOPs saved became seconds saved, the pile is lower in the sparse phases."
-    return _on_page("step_time", "Time of a step by part", caption, keys, draw)
+    return on_page("step_time", "Time of a step by part", caption, keys, draw)
 
 
-def draw_layers(run: RunData) -> FigureOnPage | None:
-    """Density of every layer at every topology step, as a picture."""
+def draw_layers(run: RunData, name: str = "layers", title: str = "Density of every layer") -> FigureOnPage | None:
+    """Density of every layer at every topology step, as a picture; `name` is unique on the page."""
     records = [record for record in run.topology if isinstance(record.get("densities"), dict)]
     layers = sorted({name for record in records for name in record["densities"]}, key=natural_order)
     if not layers:
@@ -247,7 +247,7 @@ def draw_layers(run: RunData) -> FigureOnPage | None:
         "(palest) to 100 % (fullest), on a logarithmic scale."
     )
     keys = (Key("density", f"{format_share(floor)} to 100 %", "ramp"),)
-    return _on_page("layers", "Density of every layer", caption, keys, draw)
+    return on_page(name, title, caption, keys, draw)
 
 
 def draw_churn(run: RunData) -> FigureOnPage | None:
@@ -259,7 +259,7 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 300, panels=(1.0, 1.0))
-        points = _points(width)
+        points = curve_points(width)
         top.plot(*thin_out(flip_steps, flips, points), color=colour("optimizer"), linewidth=1.6)
         top.set_ylim(0.0, 1.1 * max(flips.max(initial=0.0), 0.01))
         top.set_ylabel("flip rate", color=colour("muted"), fontsize=11)
@@ -276,7 +276,7 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
         Key("optimizer", "flip rate: live weights replaced at a topology step"),
         Key("density", "ever live: weights that have been live at least once"),
     )
-    return _on_page("churn", "How the topology moves", "", keys, draw)
+    return on_page("churn", "How the topology moves", "", keys, draw)
 
 
 def draw_optimizer(run: RunData) -> FigureOnPage | None:
@@ -288,7 +288,7 @@ def draw_optimizer(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 320, panels=(1.0, 1.4))
-        points = _points(width)
+        points = curve_points(width)
         top.plot(*thin_out(rate_steps, rates, points), color=colour("loss"), linewidth=1.6)
         top.set_ylim(0.0, 1.1 * max(rates.max(initial=0.0), 1e-12))
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
@@ -306,7 +306,7 @@ def draw_optimizer(run: RunData) -> FigureOnPage | None:
         Key("backward", "gradient norm before clipping, each logged step", "faint"),
         Key("backward", "smoothed"),
     )
-    return _on_page("optimizer", "Learning rate and gradient norm", "", keys, draw)
+    return on_page("optimizer", "Learning rate and gradient norm", "", keys, draw)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -333,14 +333,16 @@ def short_layer_names(layers: list[str]) -> list[str]:
     return [name if len(name) <= 40 else "…" + name[-39:] for name in names]
 
 
-def _on_page(
+def on_page(
     name: str, title: str, caption: str, keys: tuple[Key, ...], draw: Callable[[float], Figure]
 ) -> FigureOnPage:
+    """Draw for both widths."""
     wide, narrow = (to_svg(draw(width), f"{name}-{width}", title) for width in (WIDE, NARROW))
     return FigureOnPage(name, title, caption, keys, wide, narrow)
 
 
-def _points(width: float) -> int:
+def curve_points(width: float) -> int:
+    """Points of a curve that can be told apart at this width."""
     return int(MAX_POINTS * width / WIDE)
 
 

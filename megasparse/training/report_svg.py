@@ -41,8 +41,9 @@ ROLES = (
     "optimizer",
     "topology",
     "data",
+    *(f"run_{number}" for number in range(1, 9)),
 )
-"""Names of the colours; the page defines `--<role>` for each."""
+"""Names of the colours; the page defines `--<role>` for each. `run_1` to `run_8` tell runs apart."""
 
 TINT = (16, 158, 148)
 """The one colour baked into bitmaps, as RGB; what is dead is transparent, so it is legible on light and on dark."""

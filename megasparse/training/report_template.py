@@ -9,6 +9,8 @@ STYLE = """
   --loss: #2a5bd7; --validation: #cf4a12; --density: #0c8f86; --dense: #7a8894;
   --warm_up: #0c8f86; --ultra_sparse: #0c8f86; --restoration: #0c8f86;
   --forward: #3f74e0; --backward: #7754c9; --optimizer: #d98a1f; --topology: #0c8f86; --data: #93a3ae;
+  --run_1: #2a5bd7; --run_2: #cf4a12; --run_3: #0c8f86; --run_4: #7754c9; --run_5: #b67a06; --run_6: #c2337a;
+  --run_7: #4d7c0f; --run_8: #586a78;
   --good: #0b7a4b; --warn: #a85408; --tint: #109e94;
   --sans: "Inter", "Segoe UI", system-ui, -apple-system, "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Liberation Mono", monospace;
@@ -19,6 +21,8 @@ STYLE = """
     --loss: #7da4ff; --validation: #ff9259; --density: #36c9bd; --dense: #8a9aa7;
     --warm_up: #36c9bd; --ultra_sparse: #36c9bd; --restoration: #36c9bd;
     --forward: #6f9bff; --backward: #a78bf2; --optimizer: #f0b04f; --topology: #36c9bd; --data: #6d7f8c;
+    --run_1: #7da4ff; --run_2: #ff9259; --run_3: #36c9bd; --run_4: #b39df5; --run_5: #f0b04f; --run_6: #ff7fb8;
+    --run_7: #a3d14f; --run_8: #a9b8c4;
     --good: #4fd39a; --warn: #ffb066;
   }
 }
@@ -171,7 +175,7 @@ footer { grid-column: 1 / -1; margin-top: 26px; color: var(--muted); font-size: 
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 """
 
-TEMPLATE = """{% macro figure(name) %}
+MACROS = """{% macro figure(name) %}
 {% if name in figures %}
 {% set entry = figures[name] %}
 <figure id="figure-{{ name }}">
@@ -206,7 +210,11 @@ alt="{{ film.layer }} at step {{ frame.step }}"></div>
 {% endfor %}
 </div></div>
 {% endmacro %}
-<!doctype html>
+"""
+
+TEMPLATE = (
+    MACROS
+    + """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -360,3 +368,4 @@ style="--mark: var(--{{ part.role }})"></span>{{ part.name }} <b>{{ part.seconds
 </body>
 </html>
 """
+)

@@ -1,0 +1,71 @@
+"""Evaluate a trained model.
+
+    python launch/evaluate.py --run runs/x --task perplexity --input test.txt [--stride 512] [--detokenizer wikitext]
+    python launch/evaluate.py --run runs/x --task last-word --input lambada.jsonl
+    torchrun --standalone --nproc_per_node 8 launch/evaluate.py --model runs/x --task multiple-choice --input quiz.jsonl
+
+Tasks: `perplexity` of a text file (also .gz, .xz) or an indexed data set (the prefix of .bin and .idx); `last-word`,
+lines {"text": ...}; `multiple-choice`, lines {"context": ..., "choices": [...], "label": 0}. Ranks share the work and
+give the same numbers however many they are. Rank 0 prints a table and writes a JSON file. What is counted, and how:
+launch/README.md. `--run` and `--model` are the same; torchrun lets only `--model` pass. Exit status: 0, 2 for what the
+user must mend, 3 where another rank was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megasparse.parallel import LaunchEnvironment
+from megasparse.parallel.failures import leave, leave_after_lost_peer
+from megasparse.training.leaving import EXPECTED, explain_and_leave
+
+
+def main() -> int:
+    arguments = vars(parse_arguments())
+    # Also for DeepSpeed, which reads the checkpoints and would search for an accelerator.
+    os.environ["DS_ACCELERATOR"] = arguments["device"]
+    from megasparse.evaluation.run import EvaluationSettings, evaluate
+
+    rank = 0
+    try:
+        environment = LaunchEnvironment.from_variables(os.environ)
+        rank = environment.rank
+        with leave_after_lost_peer(rank, "start the evaluation again"):
+            evaluate(EvaluationSettings(**arguments), environment)
+            leave(0)
+    except EXPECTED as error:
+        explain_and_leave(error, rank)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # torchrun takes --run for an abbreviation of an option of its own, also behind the script's name.
+    parser.add_argument("--model", "--run", dest="run", required=True, type=Path, metavar="FOLDER", help="run or model")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
+    tasks = ("perplexity", "last-word", "multiple-choice")
+    parser.add_argument("--task", required=True, choices=tasks)
+    parser.add_argument("--input", required=True, metavar="FILE", help="text, JSONL, or prefix of an indexed data set")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half the window")
+    parser.add_argument("--detokenizer", choices=("none", "wikitext", "ptb"), default="none", help="default: none")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N windows or examples")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once; default: by the model's size")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: FOLDER/evaluations/TASK-INPUT-step-N.json"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args()
+    del arguments.local_rank
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

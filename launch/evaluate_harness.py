@@ -1,0 +1,45 @@
+"""lm-evaluation-harness with MegaSparse models (extra `eval`: pip install 'megasparse[eval]').
+
+    python launch/evaluate_harness.py --model megasparse --model_args run=runs/x,step=300 --tasks lambada_openai
+    torchrun --standalone --nproc_per_node 8 launch/evaluate_harness.py --model megasparse --model_args run=runs/x ...
+
+All options are those of the command `lm_eval`; this script only registers the model `megasparse` and lets rank 0 alone
+print. model_args: megasparse/evaluation/harness.py. Exit status 2 for what the user must mend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megasparse.parallel import LaunchEnvironment
+from megasparse.parallel.failures import leave, leave_after_lost_peer
+from megasparse.training.leaving import EXPECTED, explain_and_leave
+
+
+def main() -> int:
+    rank = 0
+    # The deepspeed launcher adds it, the harness does not know it.
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
+    try:
+        rank = LaunchEnvironment.from_variables(os.environ).rank
+        # DeepSpeed is here only for reading its files; the model says later which device it takes.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        try:
+            import megasparse.evaluation.harness  # noqa: F401  (registers the model)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is not installed: pip install 'megasparse[eval]'") from None
+        from lm_eval.__main__ import cli_evaluate
+
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        with leave_after_lost_peer(rank, "start the evaluation again"):
+            cli_evaluate()
+            leave(0)
+    except EXPECTED as error:
+        explain_and_leave(error, rank)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""A trained model for lm-evaluation-harness (extra `eval`), under the name `megasparse`.
+
+    python launch/evaluate_harness.py --model megasparse --model_args run=runs/x --tasks lambada_openai,hellaswag
+
+Importing this module registers the model; the harness has no other way to find one. In a script of one's own:
+
+    import megasparse.evaluation.harness
+    lm_eval.simple_evaluate(model="megasparse", model_args="run=runs/x,step=300", tasks=[...])
+
+model_args: run (or model folder), step, precision (fp32, bf16, fp16), max_gen_toks. The harness's own --batch_size and
+--device hold. Under a launcher all ranks get all requests and share the work here, so the harness sees one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.evaluation.run import place, sharing_ranks
+from megasparse.evaluation.scoring import DTYPES, Scorer
+from megasparse.evaluation.windows import Window, continuation_window, rolling_windows
+from megasparse.models.generate import generate
+from megasparse.parallel import Axis, LaunchEnvironment
+from megasparse.training.trained import open_trained
+
+TOKENS_BETWEEN_LOOKS = 16
+"""Tokens that are generated before the text is searched for what ends it."""
+
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names under which tasks give the number of tokens to generate, the first that is there wins."""
+USED_OPTIONS = {*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p"}
+
+
+@register_model("megasparse")
+class MegaSparseLM(TemplateLM):
+    """A run's model as the harness asks for it. Raises ValueError for what the user must mend."""
+
+    def __init__(
+        self,
+        run: str,
+        step: int | None = None,
+        precision: str = "fp32",
+        max_gen_toks: int = 256,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if precision not in DTYPES:
+            raise ValueError(f"precision: {precision}; legal values: {', '.join(DTYPES)}")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+        os.environ["DS_ACCELERATOR"] = device
+        trained = open_trained(Path(str(run)), step)
+        if trained.tokenizer is None:
+            raise ValueError(f"run: {run} has no tokenizer; legal values: a run with data.tokenizer")
+        self._groups = ExitStack()
+        environment = LaunchEnvironment.from_variables(os.environ)
+        self._ranks, self._device = self._groups.enter_context(sharing_ranks(environment, device))
+        self._model = place(trained.model, self._device, precision)
+        self._tokens: Tokenizer = trained.tokenizer
+        # `auto`, also as `auto:4`, leaves the choice to the scorer.
+        size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        self._scorer = Scorer(self._model, batch_size=size, ranks=self._ranks)
+        self._step, self._precision, self.max_gen_toks = trained.step, precision, int(max_gen_toks)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.end_of_document_id
+
+    @property
+    def max_length(self) -> int:
+        return self._scorer.seq_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Nothing special is ever added; the harness puts `prefix_token_id` before what has no context."""
+        return self._tokens.encode(string)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Facts that the harness writes beside its results."""
+        return {
+            "model_num_parameters": self._model.num_parameters(),
+            "model_dtype": self._precision,
+            "model_step": self._step,
+        }
+
+    def close(self) -> None:
+        """End the process group, where there is one."""
+        self._groups.close()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        windows = []
+        for (_, continuation), context_ids, continuation_ids in requests:
+            if not 1 <= len(continuation_ids) <= self.max_length:
+                raise ValueError(
+                    f"continuation {continuation[:60]!r}: {len(continuation_ids)} tokens; legal values: 1 to "
+                    f"{self.max_length}, the sequence length of the model"
+                )
+            windows.append(continuation_window(context_ids, continuation_ids, self.max_length))
+        return [(float(likelihood), bool(greedy)) for likelihood, greedy in self._scorer.scores(windows)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[Window] = []
+        ends = []
+        for (text,) in (request.args for request in requests):
+            windows += rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)
+            ends.append(len(windows))
+        likelihoods = self._scorer.scores(windows)[:, 0].tolist() if windows else []
+        return [math.fsum(likelihoods[start:end]) for start, end in zip([0, *ends][:-1], ends, strict=True)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        own = {
+            index: self._continue(*requests[index].args)
+            for index in range(self._ranks.rank, len(requests), self._ranks.size)
+        }
+        return share_texts(own, len(requests), self._ranks)
+
+    def _continue(self, context: str, options: Mapping[str, Any]) -> str:
+        """The continuation up to the first text of `until`, the end of the document, or the largest length."""
+        for name in options.keys() - USED_OPTIONS:
+            logging.getLogger(__name__).warning("generation option %s=%r is ignored", name, options[name])
+        length = int(next((options[name] for name in LENGTH_NAMES if options.get(name) is not None), self.max_gen_toks))
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else [text for text in until if text]
+        # Greedy unless sampling is asked for, as everywhere in the harness.
+        temperature = float(options.get("temperature") or 0.0)
+        temperature = temperature if options.get("do_sample", temperature > 0) else 0.0
+        # Of a long context the end is kept, with room for what is to come.
+        prompt = self.tok_encode(context)[-max(1, self.max_length - length) :] or [self.prefix_token_id]
+        tokens, text = list(prompt), ""
+        generator = torch.Generator().manual_seed(0)
+        while len(tokens) - len(prompt) < length:
+            wanted = min(TOKENS_BETWEEN_LOOKS, length - (len(tokens) - len(prompt)))
+            tokens = generate(
+                self._model,
+                torch.tensor([tokens], device=self._device),
+                wanted,
+                temperature=temperature,
+                top_k=options.get("top_k") or None,
+                top_p=options.get("top_p"),
+                generator=generator,
+                end_token=self.eot_token_id,
+            )[0].tolist()
+            text = self._tokens.decode(tokens[len(prompt) :])
+            found = [place for place in (text.find(end) for end in until) if place >= 0]
+            if found:
+                return text[: min(found)]
+            if tokens[-1] == self.eot_token_id:
+                break
+        return text
+
+
+def share_texts(own: Mapping[int, str], count: int, ranks: Axis) -> list[str]:
+    """Texts number 0 to count - 1, of which this rank has some and the others have the rest, on every rank."""
+    encoded = {index: text.encode("utf-8", "replace") for index, text in own.items()}
+    lengths = torch.zeros(count, dtype=torch.int64)
+    for index, content in encoded.items():
+        lengths[index] = len(content)
+    ends = ranks.sum_(lengths).cumsum(0).tolist()
+    content = torch.zeros(ends[-1] if ends else 0, dtype=torch.uint8)
+    for index, text in encoded.items():
+        content[ends[index] - len(text) : ends[index]] = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+        )
+    joined = bytes(ranks.sum_(content).numpy()) if len(content) else b""
+    return [joined[start:end].decode("utf-8") for start, end in zip([0, *ends][:-1], ends, strict=True)]

@@ -1,0 +1,102 @@
+"""What is evaluated, read from disk, and refused with file and line where it is not what it should be.
+
+text = read_text(Path("test.txt"))
+dataset = open_tokens("data/valid")              # an indexed pair of .bin and .idx
+for where, record in read_jsonl(Path("lambada.jsonl")): ...
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megasparse.config.loader import ConfigError
+from megasparse.data import IndexedDataset
+from megasparse.data.indexed import dataset_paths
+
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def is_token_file(path: str) -> bool:
+    """Whether the name is the prefix of an indexed data set, and not a file of its own."""
+    return not Path(path).is_file() and all(part.is_file() for part in dataset_paths(path))
+
+
+def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
+    """An indexed data set of at least two tokens, all of them entries of the vocabulary."""
+    dataset = IndexedDataset(prefix)
+    if dataset.num_tokens < 2:
+        raise ConfigError(f"--input: {prefix} holds {dataset.num_tokens} tokens; legal values: 2 tokens or more")
+    largest = max(
+        int(dataset.tokens(start, min(start + 2**20, dataset.num_tokens)).max())
+        for start in range(0, dataset.num_tokens, 2**20)
+    )
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"--input: {prefix} holds the token {largest}, the model has {vocab_size} entries; legal values: a data "
+            "set made with the tokenizer of the run"
+        )
+    return dataset
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, also as .gz or .xz; never empty. Line ends are kept."""
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    try:
+        with opened(path, "rb") as file:
+            text = file.read().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--input: {path}: no such file; legal values: a text file, or the prefix of a .bin and .idx file"
+        ) from None
+    except READ_ERRORS as error:
+        raise ConfigError(f"--input: {path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--input: {path}: not UTF-8 text; byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
+    if not text.strip():
+        raise ConfigError(f"--input: {path}: no text in it; legal values: a file with text")
+    return text
+
+
+def read_jsonl(path: str, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file, line N`, object) of each line that is not empty, the first `limit` of them; at least one."""
+    found = 0
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if limit is not None and found >= limit:
+            return
+        if not line.strip():
+            continue
+        where = f"--input: {path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: not JSON ({error}); legal values: one object a line") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{where}: {type(record).__name__}; legal values: one JSON object a line")
+        found += 1
+        yield where, record
+
+
+def text_field(record: dict[str, Any], key: str, where: str, *, may_be_empty: bool = False) -> str:
+    """A string of a record."""
+    value = record.get(key)
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        found = "missing" if key not in record else repr(value)
+        raise ConfigError(f"{where}: {key}: {found}; legal values: {'a text' if may_be_empty else 'a text, not empty'}")
+    return check_unicode(value, f"{where}: {key}")
+
+
+def check_unicode(text: str, where: str) -> str:
+    """The text; JSON can hold half a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: not valid Unicode ({error.reason}); legal values: a text") from None
+    return text

@@ -1,0 +1,165 @@
+"""An evaluation, from checked settings to the JSON file.
+
+record = evaluate(EvaluationSettings(run=Path("runs/x"), task="perplexity", input="test.txt"), environment)
+
+Everything a user can get wrong is checked before the process group starts: the model is opened and the input read and
+encoded on every rank. The ranks then share the windows; see ``scoring``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.config.loader import ConfigError
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.evaluation.continuations import LastWord, MultipleChoice, last_word_task, multiple_choice_task
+from megasparse.evaluation.detokenizers import DETOKENIZERS
+from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl, read_text
+from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
+from megasparse.evaluation.results import print_results, show_progress, write_results
+from megasparse.evaluation.scoring import DTYPES, Scorer, default_batch_size
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis, LaunchEnvironment, open_mesh
+from megasparse.training.console import make_console
+from megasparse.training.environment import describe_hardware, package_versions
+from megasparse.training.trained import TrainedModel, open_trained
+
+TASKS = ("perplexity", "last-word", "multiple-choice")
+TIMEOUT_SECONDS = 1800
+"""How long a rank waits for the others, whose share is of the same size."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What the command line says; names and meanings are in ``launch/evaluate.py --help``."""
+
+    run: Path
+    task: str
+    input: str
+    step: int | None = None
+    stride: int | None = None
+    detokenizer: str = "none"
+    precision: str = "fp32"
+    batch_size: int | None = None
+    device: str = "cpu"
+    limit: int | None = None
+    output: Path | None = None
+
+
+def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> dict[str, Any]:
+    """Evaluate, print and write; every rank returns the record. Raises ValueError for what the user must mend."""
+    check_settings(settings)
+    trained = open_trained(settings.run, settings.step)
+    task = make_task(settings, trained)
+    console = make_console() if environment.rank == 0 else None
+    if console is not None:
+        for reason in trained.passed_over:
+            console.print(f"warning: passed over: {reason}", style="yellow", soft_wrap=True, markup=False)
+    started = time.perf_counter()
+    with sharing_ranks(environment, settings.device) as (ranks, device), show_progress(console) as advance:
+        model = place(trained.model, device, settings.precision)
+        scores = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance).scores(task.windows)
+    record = {
+        "task": settings.task,
+        "input": settings.input,
+        "model": str(settings.run),
+        "step": trained.step,
+        "settings": {
+            **task.settings,
+            "limit": settings.limit,
+            "attention": trained.pattern,
+            "tokenizer": trained.tokenizer.name if trained.tokenizer else None,
+            "precision": settings.precision,
+            "batch_size": settings.batch_size or default_batch_size(model.config.seq_length, model.vocab_size),
+        },
+        "results": {**task.results(scores), "seconds": round(time.perf_counter() - started, 3)},
+        "hardware": describe_hardware(device, environment.world_size),
+        "versions": package_versions(),
+    }
+    if console is not None:
+        print_results(record, console)
+        path = settings.output or default_output(settings, trained.step)
+        try:
+            write_results(record, path)
+        except OSError as error:
+            raise ConfigError(f"--output: {path} cannot be written ({error})") from None
+        console.print(f"written: {path}", soft_wrap=True, markup=False)
+    return record
+
+
+def check_settings(settings: EvaluationSettings) -> None:
+    """Raise ConfigError for settings that are wrong, or that the task would ignore."""
+    for name, value, legal in (
+        ("task", settings.task, TASKS),
+        ("detokenizer", settings.detokenizer, tuple(DETOKENIZERS)),
+        ("precision", settings.precision, tuple(DTYPES)),
+    ):
+        if value not in legal:
+            raise ConfigError(f"--{name}: {value}; legal values: {', '.join(legal)}")
+    for name, value in (("batch-size", settings.batch_size), ("limit", settings.limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: {value}; legal values: 1 or more")
+    if settings.precision == "fp16" and settings.device == "cpu":
+        raise ConfigError("--precision: fp16 needs a GPU; legal values on a CPU: fp32, bf16")
+    if settings.output is not None and settings.output.is_dir():
+        raise ConfigError(f"--output: {settings.output} is a folder; legal values: the name of a file")
+    if settings.task != "perplexity":
+        for name, given in (("stride", settings.stride is not None), ("detokenizer", settings.detokenizer != "none")):
+            if given:
+                raise ConfigError(f"--{name}: only used with --task perplexity")
+
+
+def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity | LastWord | MultipleChoice:
+    """Read and encode the input."""
+    length = trained.config.model.seq_length
+    if settings.task == "perplexity" and is_token_file(settings.input):
+        if settings.detokenizer != "none":
+            raise ConfigError(f"--detokenizer: {settings.detokenizer}; {settings.input} holds tokens, not text")
+        dataset = open_tokens(settings.input, trained.model.vocab_size)
+        return token_file_perplexity(dataset, trained.tokenizer, length, settings.stride, settings.limit)
+    tokenizer = _tokenizer(trained, settings)
+    if settings.task == "perplexity":
+        text = read_text(settings.input)
+        return text_perplexity(text, tokenizer, length, settings.stride, settings.detokenizer, settings.limit)
+    make = last_word_task if settings.task == "last-word" else multiple_choice_task
+    return make(read_jsonl(settings.input, settings.limit), tokenizer, length)
+
+
+@contextlib.contextmanager
+def sharing_ranks(environment: LaunchEnvironment, device: str) -> Iterator[tuple[Axis, torch.device]]:
+    """The ranks that share the windows, over gloo, and this rank's device. A process alone needs no group.
+
+    device: `cpu` or `cuda`; DS_ACCELERATOR must say the same where there are several ranks.
+    """
+    if environment.world_size == 1:
+        yield Axis(), torch.device(device)
+        return
+    with open_mesh(environment, TIMEOUT_SECONDS) as mesh:
+        assert mesh.device.type == device, (mesh.device, device)
+        yield mesh.control, mesh.device
+
+
+def place(model: GPT, device: torch.device, precision: str) -> GPT:
+    """The model on its device, in its precision, in evaluation mode."""
+    return model.to(device=device, dtype=DTYPES[precision]).eval()
+
+
+def default_output(settings: EvaluationSettings, step: int) -> Path:
+    """A file below the run's folder, named after task, input and step."""
+    return settings.run / "evaluations" / f"{settings.task}-{Path(settings.input).name}-step-{step}.json"
+
+
+def _tokenizer(trained: TrainedModel, settings: EvaluationSettings) -> Tokenizer:
+    if trained.tokenizer is None:
+        raise ConfigError(
+            f"--run: {settings.run} has no tokenizer, so {settings.input} cannot become tokens; legal values: a run "
+            "with data.tokenizer, or --task perplexity on the prefix of an indexed data set"
+        )
+    return trained.tokenizer

@@ -1,0 +1,92 @@
+"""Log-likelihoods of the scored tokens of many windows, divided over the ranks.
+
+    scorer = Scorer(model, ranks=mesh.control)
+    scores = scorer.scores(windows)          # float64 [n, 2]: log-likelihood in nats, 1.0 where all tokens are greedy
+
+Batches are composed before they are dealt to the ranks, and results are gathered without a rounding. So the numbers
+are the same bit for bit on any number of ranks, as long as each computes with as many threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from megasparse.evaluation.windows import Window
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOGITS_OF_A_BATCH = 2**28
+"""Elements of the logits of a batch, where no batch size is given: 1 GiB in float32."""
+LARGEST_BATCH = 32
+
+
+class Scorer:
+    """A model, and how it is asked.
+
+    Args:
+        model: in evaluation mode, on its device and in its precision.
+        batch_size: windows at once; None: as many as keep the logits small. Another batch size changes rounding.
+        ranks: those that share the work; each holds the whole model. Its collectives must take CPU tensors.
+        advance: called with the number of batches that are done, after each of this rank, and their number.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        batch_size: int | None = None,
+        ranks: Axis | None = None,
+        advance: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.model, self.ranks, self.advance = model, ranks or Axis(), advance
+        self.seq_length = model.config.seq_length
+        self.batch_size = batch_size or default_batch_size(self.seq_length, model.vocab_size)
+        self.device = next(model.parameters()).device
+
+    def scores(self, windows: Sequence[Window]) -> np.ndarray:
+        """float64 [n, 2], the same on every rank. Raises ArithmeticError where a log-likelihood is not finite."""
+        # Windows of about the same length go together: less padding.
+        order = sorted(range(len(windows)), key=lambda index: (-len(windows[index].tokens), index))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        own = batches[self.ranks.rank :: self.ranks.size]
+        found = torch.zeros(len(windows), 2, dtype=torch.float64)
+        for done, batch in enumerate(own, 1):
+            found[batch] = self._score([windows[index] for index in batch])
+            self.advance(done, len(own))
+        # Every row is zero on all ranks but one, so the sum is exact.
+        scores = self.ranks.sum_(found).numpy()
+        bad = np.flatnonzero(~np.isfinite(scores[:, 0]))
+        if len(bad):
+            raise ArithmeticError(f"the log-likelihood of window {bad[0]} is {scores[bad[0], 0]}; {len(bad)} are so")
+        return scores
+
+    @torch.no_grad()
+    def _score(self, windows: Sequence[Window]) -> torch.Tensor:
+        """[len(windows), 2]. The last token of a window is predicted, not read."""
+        longest = max(len(window.tokens) for window in windows) - 1
+        assert longest <= self.seq_length, (longest, self.seq_length)
+        # Tokens to the right change nothing to their left: attention is causal. Any entry will do there.
+        padded = -(-longest // self.model.token_multiple) * self.model.token_multiple
+        tokens = np.zeros((len(windows), padded), np.int64)
+        for row, window in zip(tokens, windows, strict=True):
+            row[: len(window.tokens) - 1] = window.tokens[:-1]
+        logits_BTV = self.model(torch.from_numpy(tokens).to(self.device))
+        rows = [self._row(logits_TV, window) for logits_TV, window in zip(logits_BTV, windows, strict=True)]
+        return torch.stack(rows).cpu()
+
+    def _row(self, logits_TV: torch.Tensor, window: Window) -> torch.Tensor:
+        """Log-likelihood of the scored tokens, and whether each of them is the most likely one."""
+        logits_TV = logits_TV[window.first - 1 : len(window.tokens) - 1].float()
+        targets_T = torch.from_numpy(window.tokens[window.first :].astype(np.int64)).to(self.device)
+        picked_T = logits_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
+        likelihood = (picked_T - logits_TV.logsumexp(1)).double().sum()
+        return torch.stack([likelihood, (logits_TV.argmax(1) == targets_T).all().double()])
+
+
+def default_batch_size(seq_length: int, vocab_size: int) -> int:
+    """Depends on the model alone, so that all ranks and all runs compose the same batches."""
+    return max(1, min(LARGEST_BATCH, LOGITS_OF_A_BATCH // (seq_length * vocab_size)))
