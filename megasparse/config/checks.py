@@ -146,6 +146,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
     if "rope_theta" in _given(config.model) and config.model.position_embedding != "rope":
         yield "model.rope_theta is used by model.position_embedding rope only"
+    if "rope_scaling" in _given(config.model) and config.model.position_embedding != "rope":
+        yield "model.rope_scaling is used by model.position_embedding rope only"
     if config.parallel.tensor_parallel_size == 1 and config.parallel.sequence_parallel:
         yield "parallel.sequence_parallel is used with parallel.tensor_parallel_size above 1 only"
     if config.parallel.tensor_parallel_size == 1 and config.sparsity.balance_shards:

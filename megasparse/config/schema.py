@@ -43,6 +43,29 @@ class RunSection(Section):
     """Seed of the initial weights, of the order of the data and of random growth."""
 
 
+class RopeScaling(Section):
+    """Lower rotary frequencies for contexts longer than those of the training."""
+
+    type: Literal["linear", "llama3"]
+    """linear: all frequencies are divided by the factor; llama3: low ones are, high ones stay, as in Llama 3.1."""
+    factor: Annotated[float, Field(ge=1.0)]
+    """Longest context over that of the training."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: fewer turns than this over `original_seq_length`, and the frequency is divided by the factor."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: more turns than this, and the frequency stays; between the two it is interpolated."""
+    original_seq_length: PositiveInt = 8192
+    """llama3: longest context of the training."""
+
+    @model_validator(mode="after")
+    def _factors_are_ordered(self) -> RopeScaling:
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor: {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     num_layers: PositiveInt = 12
     """Transformer blocks."""
@@ -52,8 +75,10 @@ class ModelConfig(Section):
     """Query heads."""
     num_key_value_heads: PositiveInt | None = None
     """Key and value heads (grouped-query attention); unset: as many as query heads."""
+    attention_head_dim: PositiveInt | None = None
+    """Width of a head; unset: hidden_size / num_attention_heads."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width inside the MLP; unset: 4 x hidden_size for gelu, 8/3 x hidden_size rounded up to 128 for swiglu."""
+    """Width inside the MLP; unset: 4 x hidden_size, or 8/3 x hidden_size rounded up to 128 for swiglu."""
     seq_length: PositiveInt = 1024
     """Tokens per sample."""
     vocab_size: PositiveInt | None = None
@@ -64,14 +89,18 @@ class ModelConfig(Section):
     """learned: GPT-2; rope: rotary (Llama)."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Rotary frequencies for longer contexts; unset: as rope_theta gives them."""
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the head."""
     normalization_epsilon: PositiveFloat = 1e-5
     """Added to the variance."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """gelu is the tanh approximation of GPT-2; swiglu has a fused gate and up projection."""
+    activation: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
+    """gelu is the tanh approximation of GPT-2, gelu_exact none (nanoGPT); swiglu has a fused gate and up projection."""
     bias: bool = True
     """Biases in linear layers and in layernorm."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; unset: as `bias` (Qwen2: true where `bias` is false)."""
     tie_embeddings: bool = True
     """The head shares the weight of the token embedding."""
     init_std: PositiveFloat = 0.02
@@ -79,7 +108,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
+        if self.attention_head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
                 f"legal values: {divisors(self.hidden_size)}"
@@ -88,6 +117,10 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}; legal values: {divisors(self.num_attention_heads)}"
+            )
+        if self.position_embedding == "rope" and self.attention_head_dim is not None and self.head_dim % 2:
+            raise ValueError(
+                f"attention_head_dim: rope needs an even one, got {self.head_dim}; legal values: even ones"
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(
@@ -98,18 +131,22 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def key_value_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def mlp_width(self) -> int:
         """Width inside the MLP after the default is filled in."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        if self.activation == "gelu":
+        if self.activation != "swiglu":
             return 4 * self.hidden_size
         return -(-8 * self.hidden_size // (3 * 128)) * 128
 
@@ -223,6 +260,9 @@ class TrainConfig(Section):
     universal: bool = False
     """Where that checkpoint is of another number of ranks, tensor-parallel size or ZeRO stage: go on from its universal
     form, which tools/universal_checkpoint.py makes."""
+    init_from: str | None = None
+    """Model folder (tools/convert_checkpoint.py) whose weights the run starts from, with a fresh optimizer, at step 0;
+    unset: random weights."""
     stop_after: PositiveInt | None = None
     """Leave cleanly, with a checkpoint, after this step, as if the time were up; schedules keep to `steps`."""
     tensorboard: bool = True

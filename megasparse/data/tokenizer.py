@@ -192,6 +192,7 @@ class HuggingFaceTokenizer:
         if not found:
             raise ValueError(f"{fspath(path)}: no end-of-document token; looked for {', '.join(wanted)}")
         self.end_of_document_id = found[0]
+        self.end_of_document = self._model.id_to_token(found[0])
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

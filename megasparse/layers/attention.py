@@ -46,11 +46,12 @@ class Attention(nn.Module):
         self.local_heads, self.local_groups = self.num_heads // ranks.size, config.key_value_heads // ranks.size
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
+        self.rope_scaling = config.rope_scaling
         self.stride, self.kernel = attention.stride, kernel
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
-        self.qkv = factory.column(f"{name}.qkv", config.hidden_size, widths, config.bias, config.init_std)
+        self.qkv = factory.column(f"{name}.qkv", config.hidden_size, widths, config.has_qkv_bias, config.init_std)
         self.output = factory.row(f"{name}.output", widths[0], config.hidden_size, config.bias, output_std)
 
     def set_patterns(self, patterns: Sequence[str]) -> None:
@@ -71,7 +72,8 @@ class Attention(nn.Module):
         k_BGTD = k.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         if self.rope_theta is not None:
-            q_BHTD, k_BGTD = rotate(q_BHTD, self.rope_theta), rotate(k_BGTD, self.rope_theta)
+            q_BHTD = rotate(q_BHTD, self.rope_theta, self.rope_scaling)
+            k_BGTD = rotate(k_BGTD, self.rope_theta, self.rope_scaling)
         own = self.patterns[self.first_head : self.first_head + self.local_heads]
         y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel)
         return self.output(y_BHTD.transpose(1, 2).flatten(2))

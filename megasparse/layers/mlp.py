@@ -14,16 +14,17 @@ from megasparse.layers.factory import LayerFactory
 
 
 class GeluMLP(nn.Module):
-    """y = W_down gelu(W_up x), with the tanh approximation of GPT-2."""
+    """y = W_down gelu(W_up x), with the tanh approximation of GPT-2 or without."""
 
     def __init__(self, name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> None:
         super().__init__()
         C, width = config.hidden_size, config.mlp_width
+        self.approximate = "none" if config.activation == "gelu_exact" else "tanh"
         self.up = factory.column(f"{name}.up", C, width, config.bias, config.init_std)
         self.down = factory.row(f"{name}.down", width, C, config.bias, output_std)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x_BTC), approximate="tanh"))
+        return self.down(F.gelu(self.up(x_BTC), approximate=self.approximate))
 
 
 class SwigluMLP(nn.Module):
@@ -42,5 +43,5 @@ class SwigluMLP(nn.Module):
 
 def mlp(name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> GeluMLP | SwigluMLP:
     """The perceptron for `config.activation`; `output_std` is the initial standard deviation of `down`."""
-    kinds = {"gelu": GeluMLP, "swiglu": SwigluMLP}
+    kinds = {"gelu": GeluMLP, "gelu_exact": GeluMLP, "swiglu": SwigluMLP}
     return kinds[config.activation](name, config, factory, output_std=output_std)

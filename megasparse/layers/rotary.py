@@ -10,25 +10,41 @@ Tensor names: B samples, H heads, T tokens, D head dimension.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import pi
 
 import torch
 
+from megasparse.config.schema import RopeScaling
+
 
 @lru_cache(maxsize=8)
-def rotary_tables(seq_length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, ...]:
+def rotary_tables(
+    seq_length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScaling | None = None
+) -> tuple[torch.Tensor, ...]:
     """Cosine and sine of all angles, two float32 tensors [seq_length, head_dim / 2] on `device`."""
     # Tensors made under inference mode could not be saved for a backward pass later; float64 is made on the CPU
     # because not every accelerator has it.
     with torch.inference_mode(False), torch.no_grad():
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+        if scaling is not None:
+            frequency = _scaled(frequency, scaling)
         angle = torch.outer(torch.arange(seq_length, dtype=torch.float64, device="cpu"), frequency)
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def rotate(x_BHTD: torch.Tensor, theta: float) -> torch.Tensor:
+def _scaled(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Frequencies for longer contexts: divided by the factor, for llama3 the more the fewer turns they make."""
+    if scaling.type == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_seq_length * frequency / (2 * pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0, 1))
+
+
+def rotate(x_BHTD: torch.Tensor, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
     """Turn queries or keys by their positions 0 .. T - 1; returned in the dtype of the input."""
     T, D = x_BHTD.shape[-2:]
-    cos_TD, sin_TD = rotary_tables(T, D, theta, x_BHTD.device)
+    cos_TD, sin_TD = rotary_tables(T, D, theta, x_BHTD.device, scaling)
     # The float32 tables promote lower types, so the arithmetic is float32 at least.
     first, second = x_BHTD.chunk(2, dim=-1)
     turned = torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD), dim=-1)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megasparse.config.schema import AttentionConfig, Pattern, Phase, SparsityConfig
+from megasparse.config.schema import AttentionConfig, Pattern, Phase, RunConfig, SparsityConfig
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,12 @@ class PatternSchedule:
                     for head in override.heads if override.heads is not None else range(self.num_heads):
                         table[layer][head] = override.pattern
         return [tuple(row) for row in table]
+
+
+def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule) -> Pattern:
+    """The attention pattern of the last of so many steps: the one that the weights were trained under."""
+    progress = max(finished_steps - 1, 0) / config.train.steps
+    return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
 
 
 def is_update_due(step: int, update_interval: int) -> bool:

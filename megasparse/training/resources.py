@@ -56,11 +56,12 @@ def activation_bytes(config: RunConfig, vocab_size: int) -> int:
     model, size, ranks = config.model, BYTES[config.train.precision], config.parallel.tensor_parallel_size
     tokens = config.train.micro_batch_size * model.seq_length
     key_value = 2 * model.key_value_heads * model.head_dim
-    mlp = model.mlp_width * (2 if model.activation == "gelu" else 3)
+    mlp = model.mlp_width * (3 if model.activation == "swiglu" else 2)
     # Per block and token: input and output of both norms between layers; then query, key, value, attention output and
     # the inside of the MLP, which tensor-parallel ranks share. A whole input of each column layer stays with all ranks.
     between = model.hidden_size * 4 // (ranks if config.parallel.sequence_parallel else 1)
-    block = between + (2 * model.hidden_size + key_value + mlp) // ranks
+    queries = model.num_attention_heads * model.head_dim
+    block = between + (2 * queries + key_value + mlp) // ranks
     kept = model.hidden_size // (ranks if config.parallel.sequence_parallel else 1)
     blocks = model.num_layers * kept + block if config.train.activation_recomputation else model.num_layers * block
     # Logits in the model's precision and their float32 log-probabilities with gradient.

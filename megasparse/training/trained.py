@@ -17,7 +17,7 @@ from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.models.gpt import GPT
-from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule
+from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
 
 
@@ -57,9 +57,3 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
     model.set_attention_patterns(schedule.layer_patterns(pattern))
     passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
     return TrainedModel(config, model.to(device).eval(), tokenizer, manifest.step, pattern, passed_over)
-
-
-def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule) -> Pattern:
-    """The attention pattern of the last of so many steps: the one that the weights were trained under."""
-    progress = max(finished_steps - 1, 0) / config.train.steps
-    return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))

@@ -1,0 +1,254 @@
+"""Weights to convert, whatever they lie in: names, shapes and one tensor at a time, in the form of a model folder.
+
+    source = open_source(Path("runs/x"), step=None)         # a run, or a model folder
+    source.config, source.facts, source.names, source.tensor(name)
+
+Whole tensors, the vocabulary not padded, a tied head stored once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megasparse.checkpoint.model_folder import (
+    VOCABULARY_TENSORS,
+    ModelFolder,
+    ModelFolderWriter,
+    is_model_folder,
+    model_tensors,
+    tokenizer_files,
+)
+from megasparse.checkpoint.store import TOPOLOGY, CheckpointError
+from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES
+from megasparse.config.loader import ConfigError, load_config
+from megasparse.config.schema import RunConfig
+from megasparse.data.tokenizer import load_tokenizer
+
+REOPEN_BYTES = 256 * 2**20
+"""Pages of mapped files stay in memory while the mapping lasts: after so many bytes the files are mapped anew."""
+TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+
+
+class Source(Protocol):
+    """What a model folder and a run have in common."""
+
+    config: RunConfig
+    facts: dict[str, Any]
+    files: dict[str, Path]
+    """Of the tokenizer and of generation, by the names that they have in a model folder."""
+    topology_file: Path | None
+
+    @property
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+def open_source(folder: Path, step: int | None = None) -> Source:
+    """A model folder, or the newest good checkpoint of a run, or that of `step`. Raises ValueError where it is none."""
+    if is_model_folder(folder):
+        if step is not None:
+            raise ConfigError(f"--step: {step}; legal values: none, {folder} is a model folder")
+        return FolderSource(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: legal values: a run folder or a model folder, which hold a config.yaml")
+    return RunSource(folder, step)
+
+
+class FolderSource(ModelFolder):
+    """A model folder with the files that go along."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files = tokenizer_files(folder)
+        self.topology_file = folder / TOPOLOGY if self.has_topology else None
+
+
+class RunSource:
+    """A checkpoint of a run, whatever its layout: master weights, float32."""
+
+    def __init__(self, run_folder: Path, step: int | None = None) -> None:
+        # Imports DeepSpeed, for the kinds of objects in its files.
+        from megasparse.checkpoint.reader import CheckpointReader
+        from megasparse.checkpoint.weights import find_checkpoint
+
+        self.config = complete_config(load_config([run_folder / "config.yaml"]))
+        self.folder, self.manifest = find_checkpoint(run_folder, step)
+        self._open = lambda: CheckpointReader(self.folder)
+        self._reader, self._bytes_read = self._open(), 0
+        self._expected = model_tensors(self.config)
+        odd = sorted(set(self._expected) ^ set(self._reader.names))
+        if odd:
+            raise CheckpointError(f"checkpoint {self.folder} and {run_folder / 'config.yaml'} differ at {odd[0]}")
+        self.facts = _facts(run_folder, self.config, self.manifest.step)
+        self.topology_file = self.folder / TOPOLOGY
+        kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
+        self.files = {TOKENIZER_NAMES[kind]: Path(path)} if kind in TOKENIZER_NAMES else {}
+        for file in self.files.values():
+            if not file.is_file():
+                raise ConfigError(f"data.tokenizer_path: {file}: no such file, seen from this folder")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._expected)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._expected[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def tensor(self, name: str) -> Tensor:
+        if self._bytes_read > REOPEN_BYTES:
+            self._reader, self._bytes_read = self._open(), 0
+        whole = self._reader.tensor(name, "fp32")
+        self._bytes_read += whole.nbytes
+        if name in VOCABULARY_TENSORS:
+            whole = whole[: self.config.model.vocab_size]
+        if tuple(whole.shape) != self.shape(name):
+            raise CheckpointError(f"checkpoint {self.folder}: {name} has shape {list(whole.shape)}")
+        return whole
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """Tensors of one ``.pt`` file, mapped, by name; only tensors and plain data are read from it."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)
+    """What else the file holds."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class UniversalSource:
+    """A folder of DeepSpeed's universal form, `zero/<parameter>/fp32.pt`, of a model with this configuration."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.config, self._folder = complete_config(config), folder / "zero"
+        self._expected = model_tensors(self.config)
+        if not self._folder.is_dir():
+            raise CheckpointError(f"{folder}: has no folder zero; legal values: a universal checkpoint of DeepSpeed")
+        odd = sorted(set(self._expected) ^ {path.name for path in self._folder.iterdir() if path.is_dir()})
+        if odd:
+            raise CheckpointError(f"{self._folder}: parameters and configuration differ at {', '.join(odd[:4])}")
+        self.facts: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
+        self.topology_file = folder / TOPOLOGY if (folder / TOPOLOGY).is_file() else None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._expected)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._expected[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def tensor(self, name: str) -> Tensor:
+        from megasparse.engine.safe_checkpoint import load_data
+
+        path = self._folder / name / "fp32.pt"
+        try:
+            content = load_data(path, mmap=True)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        whole = content.get("param") if isinstance(content, dict) else None
+        if not isinstance(whole, Tensor):
+            raise CheckpointError(f"{path}: holds no tensor `param`")
+        if name in VOCABULARY_TENSORS:
+            whole = whole[: self.config.model.vocab_size]
+        if tuple(whole.shape) != self.shape(name):
+            raise CheckpointError(f"{path}: has shape {list(whole.shape)}, --config asks for {list(self.shape(name))}")
+        return whole
+
+
+def write_source(
+    source: Source,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    replace: bool = False,
+) -> list[str]:
+    """Write a model folder; returns what the user should know. dtype: None keeps the dtypes."""
+    dtypes = {name: dtype or source.dtype(name) for name in source.names}
+    config = portable_config(source.config, source.files)
+    with ModelFolderWriter(
+        output, config, dtypes, facts=source.facts, max_file_bytes=max_file_bytes, replace=replace
+    ) as writer:
+        for name in writer.names:
+            writer.write(name, source.tensor(name))
+        for name, path in source.files.items():
+            writer.copy(name, path)
+        if source.topology_file is not None:
+            writer.copy(TOPOLOGY, source.topology_file)
+    return []
+
+
+def open_torch_file(path: Path) -> Any:
+    """Content of a ``.pt`` file, its tensors mapped. Raises CheckpointError for one that holds anything but data."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not a readable file of tensors and plain data: {reason}") from None
+
+
+def complete_config(config: RunConfig) -> RunConfig:
+    """With `model.vocab_size` from the tokenizer where it is unset."""
+    if config.model.vocab_size is not None:
+        return config
+    if config.data.tokenizer is None:
+        raise ConfigError("model.vocab_size: unset, and no data.tokenizer to take it from; set one of the two")
+    size = load_tokenizer(config.data.tokenizer, config.data.tokenizer_path).vocab_size
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def portable_config(config: RunConfig, files: Mapping[str, Path]) -> RunConfig:
+    """With the path that the tokenizer's file has in a model folder with these files; without one, no tokenizer."""
+    name = TOKENIZER_NAMES.get(config.data.tokenizer or "")
+    update: dict[str, Any] = {"tokenizer_path": name}
+    if name is not None and name not in files:
+        update = {"tokenizer": None, "tokenizer_path": None}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def _facts(run_folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
+    """What the run's records say of a step."""
+    facts: dict[str, Any] = {
+        "run": config.run.name,
+        "step": step,
+        "steps": config.train.steps,
+        "algorithm": config.sparsity.algorithm,
+    }
+    lines = run_folder / "metrics.jsonl"
+    for line in lines.read_text().splitlines() if lines.is_file() else []:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if values.get("step", step + 1) <= step:
+            facts |= {key: values[key] for key in ("tokens", "loss", "val_loss", "density") if key in values}
+    return facts
