@@ -18,15 +18,13 @@ from megasparse.checkpoint.compact.encoding import parse_pattern
 from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
 from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
 from megasparse.checkpoint.compact.writer import pack
-from megasparse.checkpoint.folder_state import ModelFolderState, with_vocabulary, write_model_folder
-from megasparse.checkpoint.model_folder import ModelFolder
+from megasparse.checkpoint.folder_state import WeightsState, write_model_folder
 from megasparse.checkpoint.saved_state import SavedState
+from megasparse.checkpoint.sources import open_source
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
-from megasparse.config.schema import RunConfig
 from megasparse.data.command_line import progress_bar, run_tool
-from megasparse.training.build import open_tokenizer, vocabulary_size
 
 EXAMPLES = """examples:
   # the newest good checkpoint with moments, ages and position: the run can go on from it
@@ -62,29 +60,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_source(arguments: argparse.Namespace) -> tuple[SavedState, RunConfig]:
-    """What is to be packed, and its configuration."""
-    if arguments.model is not None:
-        folder = ModelFolder(arguments.model)
-        return ModelFolderState(folder), folder.config
-    checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
-    config = load_config([arguments.run / "config.yaml"])
-    if arguments.weights_only:
-        config = with_vocabulary(config, vocabulary_size(config, open_tokenizer(config)))
-    return open_checkpoint(checkpoint), config
-
-
 def main_pack(arguments: argparse.Namespace) -> None:
     if arguments.n_of_m is not None:
         parse_pattern(arguments.n_of_m)
-    saved, config = open_source(arguments)
+    weights_only = arguments.weights_only or arguments.model is not None
+    if weights_only:
+        source = open_source(arguments.run or arguments.model, arguments.step)
+        saved, config, companions = WeightsState(source), source.config, source.files
+    else:
+        checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
+        saved, config, companions = open_checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
     with progress_bar("packing", _weight_bytes(saved)) as progress:
         manifest = pack(
             saved,
             config,
             arguments.output,
-            weights_only=arguments.weights_only or arguments.model is not None,
+            weights_only=weights_only,
             form=arguments.n_of_m or arguments.index,
+            companions=companions,
             progress=progress,
         )
     print_sizes(manifest)
@@ -96,7 +89,7 @@ def main_unpack(arguments: argparse.Namespace) -> None:
     with progress_bar("unpacking", _weight_bytes(saved)) as progress:
         if saved.manifest.weights_only:
             saved.check_files()
-            write_model_folder(saved, saved.config, arguments.output, progress)
+            write_model_folder(saved, saved.config, saved.companions, arguments.output, progress)
             print(f"{arguments.output}: a model folder; a run starts from it with train.init_from={arguments.output}")
             return
         checkpoint = unpack_run(saved, arguments.output, progress)

@@ -1,34 +1,36 @@
-"""Model folders as saved states, and saved states as model folders.
+"""Model folders as saved states, and saved states as model folders: weights and masks, the vocabulary not padded.
 
-saved = ModelFolderState(ModelFolder(path))
-write_model_folder(saved, config, Path("exported"))
+source = open_source(path)                        # a run or a model folder
+write_model_folder(WeightsState(source), source.config, source.files, Path("exported"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megasparse.checkpoint.model_folder import VOCABULARY_TENSORS, ModelFolder, ModelFolderWriter
+from megasparse.checkpoint.model_folder import ModelFolderWriter
 from megasparse.checkpoint.saved_state import WEIGHT, RunFacts, SavedState
+from megasparse.checkpoint.sources import Source, portable_config
 from megasparse.checkpoint.store import CheckpointError
-from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 
 
-class ModelFolderState:
-    """A model folder as the state of a run before its first step."""
+class WeightsState:
+    """The weights of a source without optimizer and position: a ``SavedState``."""
 
     step = 0
 
-    def __init__(self, folder: ModelFolder) -> None:
-        self.source = folder
-        self.shapes = {name: folder.shape(name) for name in folder.names}
-        self.facts = RunFacts(0, folder.config.model.model_dump(mode="json"), {}, [])
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.shapes = {name: source.shape(name) for name in source.names}
+        config, known = source.config, dict(source.facts)
+        self.facts = RunFacts(int(known.get("step", 0)), config.model.model_dump(mode="json"), known, [])
 
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]
@@ -38,7 +40,11 @@ class ModelFolderState:
         return self.source.tensor(name)
 
     def topology(self) -> dict[str, Tensor]:
-        return self.source.topology()
+        path = self.source.topology_file
+        try:
+            return {} if path is None else load_file(path)
+        except Exception as error:
+            raise CheckpointError(f"{path}: not readable: {error}") from None
 
     def loss_scaler(self) -> dict[str, float]:
         return {}
@@ -47,41 +53,28 @@ class ModelFolderState:
         return {}
 
 
-def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The configuration with the size of the vocabulary that the tokenizer has settled."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
-
-
 def write_model_folder(
-    saved: SavedState, config: RunConfig, output: Path, progress: Callable[[int], None] = lambda done: None
+    saved: SavedState,
+    config: RunConfig,
+    files: Mapping[str, Path],
+    output: Path,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write weights and masks of `saved` as a model folder; rows that pad the vocabulary are left out.
+    """Write weights and masks of `saved`, whose vocabulary is not padded, as a model folder.
 
-    Raises CheckpointError, and leaves nothing, where `output` is there already.
+    files: of the tokenizer, by the names that they get. Raises CheckpointError, and leaves nothing, where `output`
+    holds something already.
     """
-    vocab_size, done = config.model.vocab_size, 0
-    if vocab_size is None:
-        raise ConfigError("model.vocab_size: unset; legal values: the number of entries of the tokenizer")
-    dtypes = {name: saved.tensor(name, WEIGHT).dtype for name in saved.shapes}
-    with ModelFolderWriter(output, config, dtypes, facts={"step": saved.facts.step}) as writer:
+    dtypes, done = {name: saved.tensor(name, WEIGHT).dtype for name in saved.shapes}, 0
+    facts, config = saved.facts.train_state, portable_config(config, files)
+    with ModelFolderWriter(output, config, dtypes, facts=facts) as writer:
         for name in writer.names:
             tensor = saved.tensor(name, WEIGHT)
-            if name in VOCABULARY_TENSORS and tensor.shape[0] > vocab_size:
-                tensor = tensor[:vocab_size]
             writer.write(name, tensor)
             done += 4 * prod(tensor.shape)
             progress(done)
+        for name, path in files.items():
+            writer.copy(name, path)
         topology = saved.topology()
         if topology:
-            _check_unpadded_head(saved, vocab_size, topology)
             writer.topology(topology)
-
-
-def _check_unpadded_head(saved: SavedState, vocab_size: int, topology: dict[str, Tensor]) -> None:
-    """Masks of a sparse head are those of a padded table, which a model folder has not."""
-    rows = saved.shapes[VOCABULARY_TENSORS[0]][0]
-    if "live/head" in topology and rows != vocab_size:
-        raise CheckpointError(
-            f"sparsity.head: the masks are of {rows} rows, the vocabulary has {vocab_size}; legal values: false, or a "
-            "vocabulary that needs no padding"
-        )

@@ -1,8 +1,7 @@
 """A topology for a dense state, and a sparse state made dense: saved states seen through masks, or without them.
 
-    config = sparse_config(dense_config, ["sparsity.algorithm=static", "sparsity.density=0.1"])
-    sparse = sparsify(saved, config, "magnitude")
-    dense = densify(saved, config)
+    sparse = sparsify(saved, config, "magnitude", step=0)      # config: with section sparsity as it shall be
+    dense, config = densify(saved, config)
 
 Which units live is decided by what decides it in a run: the densities of the controller, its exact selection, its
 random numbers. Tensors are read, masked and handed on one at a time.
@@ -10,7 +9,7 @@ random numbers. Tensors are read, masked and handed on one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from megasparse.checkpoint.saved_state import (
     sparse_parameters,
 )
 from megasparse.checkpoint.store import CheckpointError
-from megasparse.config.loader import ConfigError, check_config, merge_overrides
+from megasparse.config.loader import ConfigError, changed_settings, check_config
 from megasparse.config.schema import RunConfig
 from megasparse.engine.optimizer import MAX_AGE
 from megasparse.layers import SparseLinear
@@ -46,36 +45,34 @@ METHODS = ("magnitude", "random")
 Report = Callable[[str, float], None]
 
 
-def sparse_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The configuration with other settings of `sparsity`. Raises ConfigError."""
-    values = merge_overrides(config, overrides)
-    changed = [section for section, fields in values.model_dump().items() if fields != config.model_dump()[section]]
-    if set(changed) - {"sparsity"}:
-        odd = min(set(changed) - {"sparsity"})
-        raise ConfigError(f"{odd}: only settings of section sparsity can change here; legal values: sparsity.*")
-    if values.sparsity.algorithm == "dense":
+def check_only_sparsity(before: RunConfig, after: RunConfig) -> None:
+    """Raise ConfigError unless two configurations differ in section `sparsity` only, and the second one is sparse."""
+    odd = [change for change in changed_settings(before, after) if not change.startswith("sparsity.")]
+    if odd:
+        raise ConfigError(f"{odd[0]}: only section sparsity can change here; legal values: sparsity.<field>=<value>")
+    if after.sparsity.algorithm == "dense":
         raise ConfigError("sparsity.algorithm: dense has no topology; legal values: static, set, rigl, gradual, ...")
-    return values
 
 
 def sparsify(
-    saved: SavedState, config: RunConfig, method: str, report: Report = lambda layer, density: None
+    saved: SavedState, config: RunConfig, method: str, step: int, report: Report = lambda layer, density: None
 ) -> MaskedState:
-    """`saved` with the topology that `config` wants at its step; weights and moments of dead units are exactly 0.
+    """`saved` with the topology that `config` wants at a step; weights and moments of dead units are exactly 0.
 
-    method: `magnitude` keeps the units of largest norm, `random` those that a run of this seed would start with.
-    report: called with the name and the density of each layer when it is decided. Raises ConfigError for settings that
-    do not fit the model, CheckpointError for a state that has a topology already.
+    step: at which training will go on. method: `magnitude` keeps the units of largest norm, `random` those that a run
+    of this seed would start with. report: called with the name and the density of each layer when it is decided.
+    Raises ConfigError for settings that do not fit the model, CheckpointError for a state that is sparse already.
     """
     assert method in METHODS, method
     if saved.topology():
         raise CheckpointError("the state is sparse already; legal values: a dense one, such as --densify makes")
-    controller, parameters, shapes = _plan(saved, config)
-    progress = saved.facts.step / config.train.steps
-    densities = controller.densities_at(min(progress, 1.0))
+    controller, parameters = _plan(saved, config)
+    if not parameters:
+        raise ConfigError("sparsity.groups: every layer stays dense; legal values: patterns that leave some")
+    densities = controller.densities_at(min(step / config.train.steps, 1.0))
     if all(density == 1.0 for density in densities.values()):
         raise ConfigError(
-            f"sparsity.algorithm: {config.sparsity.algorithm} is dense at step {saved.facts.step} of "
+            f"sparsity.algorithm: {config.sparsity.algorithm} is dense at step {step} of "
             f"{config.train.steps}; legal values here: static, set, rigl, or points that are below 1 there"
         )
     masks = {}
@@ -84,8 +81,9 @@ def sparsify(
         if method == "random":
             masks[layer] = _random_mask(topology, target, config)
         else:
-            weight = _padded(saved.tensor(parameters[layer], WEIGHT), shapes[layer])
-            masks[layer] = _largest(topology, target, weight, config, saved.facts.step)
+            # A copy: the topology step edits what it decides on.
+            weight = saved.tensor(parameters[layer], WEIGHT).to(torch.float32, copy=True)
+            masks[layer] = _largest(topology, target, weight, config, step)
         report(layer, target / topology.num_units)
     return MaskedState(saved, config, {layer: pack_bits(mask) for layer, mask in masks.items()})
 
@@ -116,7 +114,8 @@ class MaskedState:
         return whole.masked_fill_(self._dead(self.sparse[name]), 0)
 
     def topology(self) -> dict[str, Tensor]:
-        return {f"{kind}{layer}": bits for kind in (LIVE, EVER) for layer, bits in self._live.items()}
+        # Copies: safetensors refuses tensors that share memory.
+        return {f"{kind}{layer}": bits.clone() for kind in (LIVE, EVER) for layer, bits in self._live.items()}
 
     def loss_scaler(self) -> Mapping[str, float]:
         return self.dense.loss_scaler()
@@ -127,7 +126,6 @@ class MaskedState:
     def _dead(self, sparse: SparseParameter) -> Tensor:
         """Entries of a weight that do not live, bool in its shape."""
         columns, unit = sparse.grid[1], sparse.unit
-        # Rows that pad the vocabulary have masks, but no place in a model folder.
         live = unpack_bits(self._live[sparse.layer], sparse.num_units).view(-1, columns)
         return ~live.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
 
@@ -184,10 +182,8 @@ class _PlannedLayer:
         """No kernel waits for it."""
 
 
-def _plan(
-    saved: SavedState, config: RunConfig
-) -> tuple[Controller, dict[str, str], dict[str, tuple[int, ...]]]:
-    """The controller of a run of `config`; by layer the parameter that is its weight, and the shape that it has there.
+def _plan(saved: SavedState, config: RunConfig) -> tuple[Controller, dict[str, str]]:
+    """The controller of a run of `config`, and by layer the parameter that is its weight.
 
     Raises ConfigError where section sparsity does not fit the model, CheckpointError where `saved` is of another one.
     """
@@ -201,23 +197,20 @@ def _plan(
         raise CheckpointError(f"the state is of another model than its configuration: they differ at {odd[0]}")
     layers: dict[str, SparseLinear] = model.sparse_layers()
     planned = {
-        name: _PlannedLayer(layer.weight, torch.ones(layer.grid.shape, dtype=torch.bool), layer.unit, _whole(layer))
+        name: _PlannedLayer(
+            layer.weight, torch.ones(layer.grid.shape, dtype=torch.bool), layer.unit, Partition(layer.grid.shape)
+        )
         for name, layer in layers.items()
     }
     parameters = {name: names[id(layer.weight)] for name, layer in layers.items()}
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    return Controller(config, planned), parameters, shapes
-
-
-def _whole(layer: SparseLinear) -> Partition:
-    return Partition(tuple(layer.grid.shape))
-
-
-def _padded(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A copy in float32, with rows of zeros where the run will pad the vocabulary."""
-    whole = torch.zeros(shape)
-    whole[: weight.shape[0]] = weight
-    return whole
+    for name, layer in layers.items():
+        found, expected = saved.shapes[parameters[name]], tuple(layer.weight.shape)
+        if found != expected:
+            raise ConfigError(
+                f"sparsity.head: true needs a vocabulary without padding, {parameters[name]} has {found[0]} rows and "
+                f"is padded to {expected[0]}; legal values: false"
+            )
+    return Controller(config, planned), parameters
 
 
 def _random_mask(topology: Topology, target: int, config: RunConfig) -> Tensor:

@@ -1,26 +1,29 @@
-"""A run that stops while it is ultra-sparse, packed, unpacked elsewhere, and gone on with: the same curve, bit for bit."""
+"""A run that stops while it is ultra-sparse, packed, unpacked elsewhere, and gone on with: bit for bit the same."""
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import REPOSITORY, command, curve, run
+from runs import REPOSITORY, TINY, command, curve, run
+from tiny_states import TinyState, write_run
+from tool_calls import call
 
 from megasparse.checkpoint.compact.manifest import read_manifest, size_report, tensor_file
 from megasparse.checkpoint.compact.reader import CompactReader
-from megasparse.checkpoint.universal import UniversalReader, open_checkpoint
+from megasparse.checkpoint.model_folder import ModelFolder
+from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint, load_model_weights
+from megasparse.config.loader import load_config
 from megasparse.sparsity.topology import unpack_bits
 
 pytestmark = pytest.mark.timeout(300)
 
 STOP = 11
 AGES = "sparsity.unit_step_counts=true"
-TOOL = [sys.executable, str(REPOSITORY / "tools" / "compact_checkpoint.py")]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def stopped(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def packed(stopped, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("packed") / "small"
-    run([*TOOL, "pack", "--run", str(stopped), "--output", str(output)])
+    status, printed = call("compact_checkpoint", "pack", "--run", stopped, "--output", output)
+    assert status == 0 and f"{output}: written" in printed, printed
     return output
 
 
@@ -78,8 +82,8 @@ def test_it_is_smaller_by_the_expected_factor(stopped, packed) -> None:
 
 def test_a_run_goes_on_elsewhere_with_the_same_curve(corpus, whole, stopped, packed, tmp_path) -> None:
     again = tmp_path / "elsewhere" / "again"
-    output = run([*TOOL, "unpack", "--input", str(packed), "--output", str(again)]).stdout
-    assert "to go on: python launch/pretrain.py --config" in "".join(output.splitlines())
+    status, printed = call("compact_checkpoint", "unpack", "--input", packed, "--output", again)
+    assert status == 0 and f"to go on: python launch/pretrain.py --config {again}" in printed, printed
     entry = str(REPOSITORY / "launch" / "pretrain.py")
     settings = ["--config", str(again / "config.yaml"), "train.resume=auto"]
     refused = run([sys.executable, entry, *settings], expect=2).stdout
@@ -96,11 +100,10 @@ def test_a_run_goes_on_elsewhere_with_the_same_curve(corpus, whole, stopped, pac
 
 def test_weights_alone_become_a_model_folder_with_exact_zeros(stopped, tmp_path) -> None:
     small, model = tmp_path / "small", tmp_path / "model"
-    printed = run([*TOOL, "pack", "--run", str(stopped), "--weights-only", "--output", str(small)]).stdout
-    assert "layers.0.mlp.up.weight" in printed and "written" in printed
-    assert "a model folder" in run([*TOOL, "unpack", "--input", str(small), "--output", str(model)]).stdout
-    from megasparse.checkpoint.model_folder import ModelFolder
-
+    status, printed = call("compact_checkpoint", "pack", "--run", stopped, "--weights-only", "--output", small)
+    assert status == 0 and "layers.0.mlp.up.weight" in printed, printed
+    status, printed = call("compact_checkpoint", "unpack", "--input", small, "--output", model)
+    assert status == 0 and f"train.init_from={model}" in printed, printed
     folder = ModelFolder(model)
     folder.check_files()
     saved = open_checkpoint(find_checkpoint(stopped)[0])
@@ -117,28 +120,33 @@ def test_weights_alone_become_a_model_folder_with_exact_zeros(stopped, tmp_path)
     assert dead.float().mean() > 0.7 and not weight.view(torch.int32)[dead].any()
 
 
-def damaged(folder: Path, name: str, tmp_path: Path) -> Path:
-    copy = tmp_path / "damaged"
-    shutil.copytree(folder, copy)
-    content = bytearray((copy / name).read_bytes())
-    content[-3] ^= 1
-    (copy / name).write_bytes(bytes(content))
-    return copy
-
-
-@pytest.mark.parametrize("name", [tensor_file("layers.0.mlp.up.weight"), "config.yaml", "manifest.json"])
-def test_damage_is_refused_and_nothing_is_left(packed, tmp_path, name) -> None:
-    bad = damaged(packed, name, tmp_path)
-    output = run([*TOOL, "unpack", "--input", str(bad), "--output", str(tmp_path / "again")], expect=2).stdout
-    assert "compact_checkpoint: error: " in output and name in output and "Traceback" not in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
-
-
-def test_a_universal_only_checkpoint_is_told_so(packed, tmp_path) -> None:
+def test_a_checkpoint_that_is_nothing_but_universal_serves_the_other_tools(stopped, packed, tmp_path) -> None:
     again = tmp_path / "again"
-    run([*TOOL, "unpack", "--input", str(packed), "--output", str(again)])
-    tool = [sys.executable, str(REPOSITORY / "tools" / "universal_checkpoint.py"), "--run", str(again), "--verify"]
-    assert "every file has its checksum" in run(tool).stdout
+    assert call("compact_checkpoint", "unpack", "--input", packed, "--output", again)[0] == 0
+    status, printed = call("universal_checkpoint", "--run", again, "--verify")
+    assert status == 0 and "every file has its checksum" in printed, printed
     folder, manifest = find_checkpoint(again)
-    assert manifest.is_universal_only and UniversalReader(folder).facts.step == STOP
-    assert load_model_weights(folder)["head.weight"] is load_model_weights(folder)["head.weight"] or True
+    assert manifest.is_universal_only
+    ours, theirs = load_model_weights(folder), load_model_weights(find_checkpoint(stopped)[0])
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    status, printed = call("convert_checkpoint", "from-run", "--input", again, "--output", tmp_path / "model")
+    assert status == 0, printed
+    status, printed = call("inspect_checkpoint", "--diff", "--json", stopped, again)
+    difference = json.loads(printed)
+    assert difference["equal"] and difference["compared"] > 50 and difference["progress"] == {}
+    assert [line.partition(":")[0] for line in difference["settings"]] == ["run.name", "run.folder", "train.stop_after"]
+
+
+def test_a_dense_run_made_sparse_goes_on_in_training(corpus, tmp_path) -> None:
+    settings = [*TINY, "sparsity.algorithm=dense", "train.steps=8", f"data.train=[{{path: {corpus}}}]"]
+    config = load_config([], settings)
+    write_run(tmp_path / "dense", TinyState(config, step=4, vocab_size=257), config)
+    words = ["--density", "0.2", "--unit", "16", "--algorithm", "rigl", "sparsity.update_interval=2"]
+    status, printed = call("sparsify", "--run", tmp_path / "dense", *words, "--output", tmp_path / "sparse")
+    assert status == 0, printed
+    entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "train.resume=auto", "train.universal=true"]
+    resumed = run([*entry, "--config", str(tmp_path / "sparse" / "config.yaml")]).stdout
+    assert "going on from step 4" in resumed
+    lines = curve(tmp_path / "sparse")
+    assert [line[0] for line in lines] == [5, 6, 7, 8]
+    assert all(line[4] == pytest.approx(0.2, abs=0.01) for line in lines)

@@ -20,7 +20,7 @@ from megasparse.checkpoint.saved_state import KINDS, SparseParameter
 from megasparse.checkpoint.store import MANIFEST, CheckpointError, write_synced
 
 NAME, VERSION = "megasparse-compact", 1
-CONFIG = "config.yaml"
+CONFIG, COMPANIONS = "config.yaml", "companions"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int16)
@@ -68,6 +68,7 @@ class CompactManifest:
     """Whether there are weights and masks alone: nothing of the optimizer, the data or the schedule."""
     model: dict[str, Any]
     train_state: dict[str, Any]
+    """Of weights alone: what is known of how they came to be."""
     window_losses: list[float]
     loss_scaler: dict[str, float]
     parameters: dict[str, Stored]

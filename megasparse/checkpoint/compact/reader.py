@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megasparse.checkpoint.compact.encoding import decode_places, with_live_values
-from megasparse.checkpoint.compact.manifest import CONFIG, Stored, read_manifest, tensor_file
+from megasparse.checkpoint.compact.manifest import COMPANIONS, CONFIG, Stored, read_manifest, tensor_file
 from megasparse.checkpoint.compact.writer import EVER_BITS, INDEX
 from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.saved_state import EVER, KINDS, LIVE, RunFacts, moved
@@ -50,6 +50,13 @@ class CompactReader:
         return load_config([self.folder / CONFIG])
 
     @property
+    def companions(self) -> dict[str, Path]:
+        """Files of the tokenizer, by name."""
+        return {
+            Path(name).name: self.folder / name for name in self.manifest.files if Path(name).parts[0] == COMPANIONS
+        }
+
+    @property
     def facts(self) -> RunFacts:
         manifest = self.manifest
         return RunFacts(manifest.step, manifest.model, manifest.train_state, manifest.window_losses)
@@ -77,8 +84,12 @@ class CompactReader:
             if stored.layer is not None:
                 live = pack_bits(self._mask(name))
                 found[f"{LIVE}{stored.layer}"] = live
-                found[f"{EVER}{stored.layer}"] = live if self.manifest.weights_only else self._read(name, EVER_BITS)
+                found[f"{EVER}{stored.layer}"] = self._ever(name, live)
         return found
+
+    def _ever(self, name: str, live: Tensor) -> Tensor:
+        # A copy: safetensors refuses tensors that share memory.
+        return live.clone() if self.manifest.weights_only else self._read(name, EVER_BITS)
 
     def loss_scaler(self) -> dict[str, float]:
         return self.manifest.loss_scaler

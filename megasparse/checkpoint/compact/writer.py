@@ -5,7 +5,8 @@ manifest = pack(saved, config, Path("small"), weights_only=False)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megasparse.checkpoint.compact.encoding import (
     smallest_form,
 )
 from megasparse.checkpoint.compact.manifest import (
+    COMPANIONS,
     CONFIG,
     CompactManifest,
     Stored,
@@ -51,11 +53,13 @@ def pack(
     *,
     weights_only: bool,
     form: str | None = None,
+    companions: Mapping[str, Path] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> CompactManifest:
     """Write `saved` into the new folder `output`.
 
     form: how every mask is stored: `bits`, `list` or `n:m`; None: the smaller of the first two, layer by layer.
+    companions: further files, such as the tokenizer's, by the names that they get.
     Raises CheckpointError, and leaves nothing, where `output` is there already, the state is damaged, or a mask does
     not conform to n:m.
     """
@@ -66,6 +70,9 @@ def pack(
     with new_folder(output) as folder:
         (folder / "tensors").mkdir()
         save_config(config, folder / CONFIG)
+        for name, path in (companions or {}).items():
+            (folder / COMPANIONS).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / COMPANIONS / name)
         parameters, done = {}, 0
         for name, shape in saved.shapes.items():
             writer = _ParameterWriter(saved, name, [WEIGHT] if weights_only else saved.kinds(name))
@@ -153,7 +160,7 @@ def _describe(saved: SavedState, parameters: dict[str, Stored], folder: Path, we
         optimizer_step=0 if weights_only else saved.step,
         weights_only=weights_only,
         model=facts.model,
-        train_state={} if weights_only else facts.train_state,
+        train_state=facts.train_state,
         window_losses=[] if weights_only else facts.window_losses,
         loss_scaler={} if weights_only else dict(saved.loss_scaler()),
         parameters=parameters,
