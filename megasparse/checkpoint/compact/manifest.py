@@ -100,7 +100,7 @@ class ParameterSize:
 
 def write_manifest(manifest: CompactManifest, folder: Path) -> None:
     values = asdict(manifest)
-    write_synced(folder / MANIFEST, json.dumps({**values, "checksum": _checksum(values)}, indent=1))
+    write_synced(folder / MANIFEST, json.dumps({**values, "checksum": checksum_of(values)}, indent=1))
 
 
 def read_manifest(folder: Path) -> CompactManifest:
@@ -149,7 +149,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: its {MANIFEST} is not of a compact folder")
     if values.get("version") != VERSION:
         raise CheckpointError(f"compact folder {folder}: version {values.get('version')}; legal values: {VERSION}")
-    if values.get("checksum") != _checksum(values):
+    if values.get("checksum") != checksum_of(values):
         raise CheckpointError(f"compact folder {folder}: {MANIFEST} does not have its own checksum")
     return values
 
@@ -168,7 +168,8 @@ def _check_parameter(name: str, stored: Stored) -> None:
         assert 0 <= stored.live <= sparse.num_units, f"{name}: {stored.live} live units"
 
 
-def _checksum(values: dict[str, Any]) -> str:
+def checksum_of(values: dict[str, Any]) -> str:
+    """SHA-256 of a manifest as plain values, but for its own checksum."""
     rest = {key: value for key, value in values.items() if key != "checksum"}
     # Through JSON and back: tuples become lists.
     text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True, separators=(",", ":"))
