@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megasparse.checkpoint.compact import encoding
 from megasparse.checkpoint.compact.encoding import (
     common_fill,
     decode_places,
@@ -40,6 +41,19 @@ def test_values_come_back_bit_by_bit(rows, columns, unit, density, seed, dtype) 
     live = mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
     assert same_bits(whole[live], matrix[live]) and values.numel() == int(live.sum())
     assert same_bits(live_values(whole, mask, unit), values)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_portions_of_rows_make_no_difference(monkeypatch, unit) -> None:
+    mask, matrix = torch.rand(7, 5) < 0.4, torch.randn(7 * unit, 5 * unit)
+    matrix[~mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)] = 2.5
+    at_once = live_values(matrix, mask, unit), common_fill(matrix, mask, unit)
+    monkeypatch.setattr(encoding, "ENTRIES_AT_ONCE", 3 * 5 * unit**2)
+    values, fill = live_values(matrix, mask, unit), common_fill(matrix, mask, unit)
+    assert same_bits(values, at_once[0]) and fill == at_once[1] is not None
+    assert same_bits(with_live_values(values, mask, unit, fill), matrix)
+    matrix[-1, -1], mask[-1, -1] = 2.0, False
+    assert common_fill(matrix, mask, unit) is None
 
 
 def test_blocks_lie_one_after_another() -> None:

@@ -15,6 +15,7 @@ as `2:4`).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from megasparse.sparsity.topology import pack_bits, unpack_bits
 
 BITS, LIST = "bits", "list"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+ENTRIES_AT_ONCE = 2**22
 PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
 
 
@@ -32,25 +34,33 @@ def live_values(matrix: Tensor, mask: Tensor, unit: int) -> Tensor:
 
     matrix: [rows, columns]; mask: bool, [rows / unit, columns / unit].
     """
-    return matrix[mask] if unit == 1 else _blocks(matrix, unit)[mask]
+    return torch.cat([_blocks(part, unit)[live] for part, live in _portions(matrix, mask, unit)])
 
 
 def with_live_values(values: Tensor, mask: Tensor, unit: int, fill: int) -> Tensor:
     """The whole matrix: `values` in live units, the bit pattern `fill` elsewhere."""
     integers = INTEGERS[values.element_size()]
     matrix = torch.full((mask.shape[0] * unit, mask.shape[1] * unit), fill, dtype=integers)
-    places = matrix if unit == 1 else _blocks(matrix, unit)
-    places[mask] = values.view(integers)
+    start, values_as_integers = 0, values.contiguous().view(integers)
+    for part, live in _portions(matrix, mask, unit):
+        end = start + int(live.count_nonzero())
+        _blocks(part, unit)[live] = values_as_integers[start:end]
+        start = end
     return matrix.view(values.dtype)
 
 
 def common_fill(matrix: Tensor, mask: Tensor, unit: int) -> int | None:
     """The bit pattern that all entries of dead units have; None where they differ."""
-    dead = live_values(matrix.contiguous().view(INTEGERS[matrix.element_size()]), ~mask, unit)
-    if dead.numel() == 0:
-        return 0
-    lowest, highest = torch.aminmax(dead)
-    return int(lowest) if lowest == highest else None
+    fill = None
+    for part, live in _portions(matrix.contiguous().view(INTEGERS[matrix.element_size()]), mask, unit):
+        dead = _blocks(part, unit)[~live]
+        if dead.numel() == 0:
+            continue
+        lowest, highest = (int(end) for end in torch.aminmax(dead))
+        if lowest != highest or fill not in (None, lowest):
+            return None
+        fill = lowest
+    return 0 if fill is None else fill
 
 
 def encode_places(mask: Tensor, form: str) -> Tensor:
@@ -119,8 +129,19 @@ def check_pattern(mask: Tensor, n: int, m: int) -> None:
         raise ValueError(f"{wrong} of its {counts.numel()} groups of {m} weights have other than {n} live ones")
 
 
+def _portions(matrix: Tensor, mask: Tensor, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few rows at a time of a matrix and of its mask: choosing by a mask takes many bytes an entry."""
+    rows = max(ENTRIES_AT_ONCE // max(matrix.shape[1] * unit, 1), 1)
+    # An empty matrix has one portion, so that there is something to join.
+    for start in range(0, max(mask.shape[0], 1), rows):
+        end = min(start + rows, mask.shape[0])
+        yield matrix[start * unit : end * unit], mask[start:end]
+
+
 def _blocks(matrix: Tensor, unit: int) -> Tensor:
-    """A view of a matrix by blocks: [rows / unit, columns / unit, unit, unit]."""
+    """A view of a matrix by blocks: [rows / unit, columns / unit, unit, unit], or itself where these are weights."""
+    if unit == 1:
+        return matrix
     rows, columns = matrix.shape[0] // unit, matrix.shape[1] // unit
     return matrix.view(rows, unit, columns, unit).permute(0, 2, 1, 3)
 
