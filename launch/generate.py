@@ -1,4 +1,4 @@
-"""Sample text from a run.
+"""Sample text from a run, or from a model folder (tools/convert_checkpoint.py).
 
     python launch/generate.py --run runs/quickstart-mst --prompt "def " [--step 300] [--num-samples 3]
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder, such as runs/my-run")
+    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder or model folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
     parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue; default: a line end")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add at most; default: 200")

@@ -140,7 +140,7 @@ class PatternSchedule:
 
 def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule) -> Pattern:
     """The attention pattern of the last of so many steps: the one that the weights were trained under."""
-    progress = max(finished_steps - 1, 0) / config.train.steps
+    progress = max(min(finished_steps, config.train.steps) - 1, 0) / config.train.steps
     return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
 
 

@@ -22,6 +22,7 @@ from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.training.initial_checks import initial_warnings
 from megasparse.training.kernels import LayerKernels, target_device
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
@@ -82,7 +83,11 @@ def make_plan(
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": _attention_kernels(config, kernels.device),
         },
-        "warnings": [*unused_settings(config), *kernels.warnings()],
+        "warnings": [
+            *unused_settings(config),
+            *initial_warnings(config, vocab_size, controller),
+            *kernels.warnings(),
+        ],
     }
 
 

@@ -27,6 +27,7 @@ from megasparse.training.build import build_data, open_tokenizer, vocabulary_siz
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
 from megasparse.training.environment import describe_hardware, package_versions
+from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.kernels import prepare_kernels
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
@@ -59,6 +60,9 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         controller, engine = build_engine(config, vocab_size, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
         state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
+        if config.train.init_from is not None and state.step == 0:
+            load_initial_weights(config, controller, engine)
+            notes = [*notes, f"starting from the weights of {config.train.init_from}"]
         # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
         mesh.barrier()
         if mesh.is_first:

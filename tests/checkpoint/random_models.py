@@ -44,7 +44,10 @@ CASES = {
     ),
     "mistral": ("Mistral", {**LLAMA, "sliding_window": None, "num_key_value_heads": 4, "head_dim": 8}),
     "mistral-window": ("Mistral", {**LLAMA, "sliding_window": 7}),
-    "qwen2": ("Qwen2", {**LLAMA, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2": (
+        "Qwen2",
+        {**LLAMA, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "qwen2-untied": ("Qwen2", {**LLAMA, "tie_word_embeddings": False}),
 }  # fmt: skip
 

@@ -1,0 +1,120 @@
+"""Whether a run may start from the model folder that `train.init_from` names, and what the user should know of it.
+
+    warnings = initial_warnings(config, vocab_size, controller)     # before any process group, for the plan
+
+The model must be the folder's. Where the folder has a topology of the density that the schedule starts at, the run
+starts from it. Plans ask here without importing DeepSpeed; ``initial_weights`` carries the weights over.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megasparse.checkpoint.huggingface.settings_out import window_of
+from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.topology import unpack_bits
+
+FREE_FIELDS = {"seq_length", "vocab_size", "vocab_size_multiple", "init_std", "rope_theta", "rope_scaling"}
+"""Of the section `model`: may differ from the folder's; what changes shapes is found by its shapes."""
+CONTEXT_FIELDS = ("rope_theta", "rope_scaling")
+DENSITY_TOLERANCE = 0.01
+"""Relative: units are whole, and shares of layers are rounded."""
+
+
+def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller) -> list[str]:
+    """What the user should know of the start; empty where `train.init_from` is unset.
+
+    Raises ValueError where there is no such folder, or where it is of another model.
+    """
+    if config.train.init_from is None:
+        return []
+    folder = open_initial(config)
+    _check_model(config, vocab_size, folder)
+    warnings = [
+        f"model.{field}: {getattr(folder.config.model, field)} in train.init_from, {getattr(config.model, field)} here"
+        for field in CONTEXT_FIELDS
+        if getattr(folder.config.model, field) != getattr(config.model, field)
+    ]
+    window = window_of(folder.config.attention)
+    if window is not None and window != window_of(config.attention):
+        warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
+    start = controller.schedule.density(0.0) if controller.topologies else 1.0
+    found = topology_density(folder, controller)
+    if folder.has_topology and not is_used(found, start):
+        if start < 1.0:
+            density = "another grid of units" if found is None else f"density {found:.4f}"
+            raise ConfigError(
+                f"train.init_from: {folder.folder} has a topology of {density}, and the schedule starts at "
+                f"{start:.4f}; legal values: a schedule that starts at the topology's density or at 1, or no "
+                "topology.safetensors in the folder"
+            )
+        warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros included")
+    if not folder.has_topology and start < 1.0:
+        warnings.append(
+            f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
+            "weights is dropped before the first step"
+        )
+    return warnings
+
+
+def open_initial(config: RunConfig) -> ModelFolder:
+    """The folder that `train.init_from` names. Raises ValueError where there is none."""
+    path = Path(config.train.init_from or "")
+    if not is_model_folder(path):
+        raise ConfigError(
+            f"train.init_from: {path}: no model folder there; legal values: unset, or a folder that "
+            "tools/convert_checkpoint.py has made"
+        )
+    return ModelFolder(path)
+
+
+def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> None:
+    """Settings that shape results, then names and shapes of all tensors."""
+    theirs, ours = folder.config.model, config.model
+    if theirs.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} here, {theirs.vocab_size} in train.init_from {folder.folder}; legal "
+            f"values: {theirs.vocab_size}, and a tokenizer of at most so many entries"
+        )
+    derived = ("key_value_heads", "head_dim", "mlp_width", "has_qkv_bias")
+    unset = {"num_key_value_heads", "attention_head_dim", "ffn_hidden_size", "qkv_bias"}
+    for field in [*(set(type(ours).model_fields) - FREE_FIELDS - unset), *derived]:
+        if getattr(theirs, field) != getattr(ours, field):
+            raise ConfigError(
+                f"model.{field}: {getattr(ours, field)!r} here, {getattr(theirs, field)!r} in train.init_from "
+                f"{folder.folder}; legal values: {getattr(theirs, field)!r}"
+            )
+    expected = model_tensors(config.model_copy(update={"model": ours.model_copy(update={"vocab_size": vocab_size})}))
+    odd = sorted(set(expected) ^ set(folder.names))
+    if odd:
+        raise ConfigError(
+            f"train.init_from: {folder.folder} is of another model: tensors differ at {', '.join(odd[:4])}"
+        )
+    for name, partition in expected.items():
+        if folder.shape(name) != partition.shape:
+            raise ConfigError(
+                f"train.init_from: {name} has shape {list(folder.shape(name))} in {folder.folder} and "
+                f"{list(partition.shape)} here"
+            )
+
+
+def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
+    """Density of the folder's topology; None where it has none, or one of other layers or units."""
+    state, topologies = folder.topology(), controller.topologies
+    if set(state) != {f"{kind}/{name}" for kind in ("live", "ever") for name in topologies}:
+        return None
+    live = 0
+    for name, topology in topologies.items():
+        try:
+            live += int(unpack_bits(state[f"live/{name}"], topology.num_units).sum()) * topology.unit**2
+        except ValueError:
+            return None
+    return live / sum(topology.numel for topology in topologies.values())
+
+
+def is_used(found: float | None, start: float) -> bool:
+    """Whether a run that starts at density `start` takes over a topology of density `found`."""
+    return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
