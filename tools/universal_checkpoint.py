@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from megasparse.checkpoint.layout import read_layout
-from megasparse.checkpoint.universal import UNIVERSAL, verify_universal, write_universal
+from megasparse.checkpoint.universal import UNIVERSAL, UniversalReader, verify_universal, write_universal
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.data.command_line import progress_bar, run_tool
 
@@ -40,7 +40,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    folder, _ = find_checkpoint(arguments.run, arguments.step)
+    folder, manifest = find_checkpoint(arguments.run, arguments.step)
+    if manifest.is_universal_only:
+        check_only_form(folder, arguments.verify)
+        return
     weights = 4 * sum(prod(partition.shape) for partition in read_layout(folder).parameters.values())
     with progress_bar("writing", weights) as progress:
         written = write_universal(folder, progress)
@@ -49,6 +52,15 @@ def main(arguments: argparse.Namespace) -> None:
         with progress_bar("verifying", weights) as progress:
             verify_universal(folder, progress)
         print(f"{folder / UNIVERSAL}: every tensor equals the checkpoint's")
+
+
+def check_only_form(folder: Path, verify: bool) -> None:
+    """Of a checkpoint that another tool has made there are no other files to compare with."""
+    universal = UniversalReader(folder)
+    print(f"{folder / UNIVERSAL}: there already, and all that there is")
+    if verify:
+        universal.check_files()
+        print(f"{folder / UNIVERSAL}: every file has its checksum")
 
 
 if __name__ == "__main__":

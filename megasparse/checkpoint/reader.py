@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megasparse.checkpoint.layout import read_layout
-from megasparse.checkpoint.store import CheckpointError, read_manifest
+from megasparse.checkpoint.saved_state import MOMENTS, WEIGHT, RunFacts
+from megasparse.checkpoint.store import TOPOLOGY, CheckpointError, read_manifest
 from megasparse.engine.safe_checkpoint import load_data
-
-WEIGHT = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq", "age")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        if self.manifest.is_universal_only:
+            raise CheckpointError(f"checkpoint {folder}: it holds only its universal form")
         self.layout = read_layout(folder)
         try:
             self._shards = [self._index(rank) for rank in range(self.layout.tensor_parallel_size)]
@@ -62,6 +64,10 @@ class CheckpointReader:
             self.step = self._common_step()
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {folder}: its files are of another kind: {error!r}") from error
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: partition.shape for name, partition in self.layout.parameters.items()}
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +96,30 @@ class CheckpointReader:
     def client_state(self) -> dict[str, Any]:
         """What the run saved besides tensors, on its first rank."""
         return self._model_states(0)
+
+    @property
+    def facts(self) -> RunFacts:
+        client = self.client_state()
+        try:
+            return RunFacts(self.manifest.step, self.manifest.model, client["train_state"], client["window_losses"])
+        except KeyError as error:
+            raise CheckpointError(f"checkpoint {self.folder}: its files lack {error}") from None
+
+    def topology(self) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / TOPOLOGY)
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {self.folder}: {TOPOLOGY} is not readable: {error}") from None
+
+    def division(self, name: str) -> dict[str, Any]:
+        """How DeepSpeed's own loader is to divide a parameter; ours asks the model instead."""
+        partition = self.layout.parameters[name]
+        if partition.dim is None:
+            return {}
+        if len(set(partition.divided_parts)) == 1:
+            return {"cat_dim": partition.dim, "param_n_sub_params": len(partition.divided_parts)}
+        shape = tuple(partition.divided_parts if at == partition.dim else n for at, n in enumerate(partition.shape))
+        return {"sub_param_shape": SubparamShape(patterns=[name], shape=shape, partition_dim=partition.dim)}
 
     def loss_scaler(self) -> dict[str, float]:
         """Numbers of the loss scaler (float16 training); empty for stage 0, which has none."""

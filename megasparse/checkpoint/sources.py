@@ -77,15 +77,15 @@ class RunSource:
 
     def __init__(self, run_folder: Path, step: int | None = None) -> None:
         # Imports DeepSpeed, for the kinds of objects in its files.
-        from megasparse.checkpoint.reader import CheckpointReader
+        from megasparse.checkpoint.universal import open_checkpoint
         from megasparse.checkpoint.weights import find_checkpoint
 
         self.config = complete_config(load_config([run_folder / "config.yaml"]))
         self.folder, self.manifest = find_checkpoint(run_folder, step)
-        self._open = lambda: CheckpointReader(self.folder)
+        self._open = lambda: open_checkpoint(self.folder)
         self._reader, self._bytes_read = self._open(), 0
         self._expected = model_tensors(self.config)
-        odd = sorted(set(self._expected) ^ set(self._reader.names))
+        odd = sorted(set(self._expected) ^ set(self._reader.shapes))
         if odd:
             raise CheckpointError(f"checkpoint {self.folder} and {run_folder / 'config.yaml'} differ at {odd[0]}")
         self.facts = _facts(run_folder, self.config, self.manifest.step)

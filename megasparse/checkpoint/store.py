@@ -10,6 +10,8 @@
         mp_rank_00_model_states.pt, ...   DeepSpeed's files
         universal/                the same independent of the layout, where it was asked for, see `universal.py`
 
+What tools make from other forms has no files of DeepSpeed, only the universal form; its `world_size` is 0.
+
 A folder without a manifest, or with a file that is missing or of another size, is not a checkpoint and is passed over.
 """
 
@@ -29,6 +31,8 @@ MANIFEST = "manifest.json"
 TOPOLOGY = "topology.safetensors"
 RANDOM = "random.safetensors"
 PREFIX = "step-"
+CHECKPOINTS = "checkpoints"
+"""Folder of them in a run folder."""
 
 
 class CheckpointError(ValueError):
@@ -41,6 +45,7 @@ class Manifest:
 
     step: int
     world_size: int
+    """0: there is only the universal form."""
     zero_stage: int
     model: dict[str, Any]
     """Section `model` of the configuration."""
@@ -49,6 +54,10 @@ class Manifest:
     """Size in bytes by file name."""
     topology_sha256: str = ""
     tensor_parallel_size: int = 1
+
+    @property
+    def is_universal_only(self) -> bool:
+        return self.world_size == 0
 
 
 class CheckpointStore:
@@ -166,6 +175,8 @@ def check_model(folder: Path, saved: dict[str, Any], model: dict[str, Any]) -> N
 
 def layout_differences(manifest: Manifest, world_size: int, tensor_parallel_size: int, zero_stage: int) -> list[str]:
     """In what the layout of a checkpoint differs from this one; empty where they are the same."""
+    if manifest.is_universal_only:
+        return ["it holds only its universal form"]
     differences = []
     if manifest.world_size != world_size:
         ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"

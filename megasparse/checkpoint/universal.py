@@ -2,6 +2,7 @@
 
     write_universal(folder)                        # without a process group, one parameter in memory at a time
     restore_state(engine, UniversalReader(folder))
+    write_universal_only(saved, run_folder)        # a checkpoint that is nothing else, from any saved state
 
     checkpoints/step-00000100/universal/
       manifest.json                   steps, model, train state, shapes, size and checksum of every file
@@ -23,14 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.universal_checkpoint import SubparamShape
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megasparse.checkpoint.reader import WEIGHT, CheckpointReader
-from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError, read_manifest, sha256, write_synced
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saved_state import ITEM_BYTES, KINDS, WEIGHT, RunFacts, SavedState
+from megasparse.checkpoint.store import (
+    CHECKPOINTS,
+    MANIFEST,
+    TOPOLOGY,
+    CheckpointError,
+    CheckpointStore,
+    Manifest,
+    read_manifest,
+    sha256,
+    write_synced,
+)
 from megasparse.engine.safe_checkpoint import load_data
-from megasparse.parallel.partition import Partition
 
 UNIVERSAL = "universal"
 FORMAT = 1
@@ -69,17 +79,25 @@ def write_universal(folder: Path, progress: Callable[[int], None] = lambda done:
     for leftover in (partial, final):
         if leftover.exists():
             shutil.rmtree(leftover)
-    _check_space(reader)
-    partial.mkdir()
-    shutil.copyfile(folder / TOPOLOGY, partial / TOPOLOGY)
-    done = 0
-    for name, partition in reader.layout.parameters.items():
-        _write_parameter(reader, name, partial / "zero" / name)
-        done += 4 * prod(partition.shape)
-        progress(done)
-    write_synced(partial / MANIFEST, json.dumps(asdict(_describe(reader, partial)), indent=1))
+    _write_form(reader, folder / TOPOLOGY, partial, progress)
     os.replace(partial, final)
     return True
+
+
+def write_universal_only(
+    saved: SavedState, run_folder: Path, progress: Callable[[int], None] = lambda done: None
+) -> Path:
+    """Write a checkpoint that holds nothing but its universal form below `run_folder`; returns its folder."""
+    facts, store = saved.facts, CheckpointStore(run_folder / CHECKPOINTS, keep=1)
+    partial = store.folder / store.begin(facts.step)
+    save_file({key: bits.contiguous() for key, bits in saved.topology().items()}, partial / TOPOLOGY)
+    _write_form(saved, partial / TOPOLOGY, partial / UNIVERSAL, progress)
+    return store.commit(Manifest(step=facts.step, world_size=0, zero_stage=0, model=facts.model))
+
+
+def open_checkpoint(folder: Path) -> CheckpointReader | UniversalReader:
+    """The state in a checkpoint folder, from DeepSpeed's files where they are there."""
+    return UniversalReader(folder) if read_manifest(folder).is_universal_only else CheckpointReader(folder)
 
 
 def verify_universal(folder: Path, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -120,32 +138,35 @@ class UniversalReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._command = folder / UNIVERSAL, tool_command(folder)
+        checkpoint = read_manifest(folder)
+        self.folder = folder / UNIVERSAL
+        self._hint = "" if checkpoint.is_universal_only else f"; make it with: {tool_command(folder)}"
         self.manifest = self._read_manifest()
         for name, (size, _) in self.manifest.files.items():
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 self._fail(f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}")
-        checkpoint = read_manifest(folder)
         if (self.manifest.step, self.manifest.topology_sha256) != (checkpoint.step, checkpoint.topology_sha256):
             self._fail("it was made from another checkpoint")
         self.step = self.manifest.optimizer_step
         self.shapes = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
 
     def kinds(self, name: str) -> list[str]:
-        kinds = (WEIGHT, "exp_avg", "exp_avg_sq", "age")
-        return [kind for kind in kinds if _tensor_file(name, kind) in self.manifest.files]
+        return [kind for kind in KINDS if _tensor_file(name, kind) in self.manifest.files]
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """A whole tensor, mapped from its file."""
-        try:
-            tensor = load_data(self.folder / _tensor_file(name, kind), mmap=True)["param"]
-        except (ValueError, KeyError, TypeError) as error:
-            self._fail(f"{_tensor_file(name, kind)} is not readable: {error}")
-        if tuple(tensor.shape) != self.shapes[name]:
-            self._fail(f"{_tensor_file(name, kind)} has shape {tuple(tensor.shape)} instead of {self.shapes[name]}")
-        return tensor
+        return self._content(name, kind)["param"]
+
+    def division(self, name: str) -> dict[str, Any]:
+        """How DeepSpeed's own loader is to divide a parameter."""
+        return {key: value for key, value in self._content(name, WEIGHT).items() if key != "param"}
+
+    @property
+    def facts(self) -> RunFacts:
+        manifest = self.manifest
+        return RunFacts(manifest.step, manifest.model, manifest.train_state, manifest.window_losses)
 
     def topology(self) -> dict[str, Tensor]:
         try:
@@ -162,6 +183,16 @@ class UniversalReader:
             if sha256(self.folder / name) != self.manifest.files[name][1]:
                 self._fail(f"{name} does not have the checksum of the manifest")
 
+    def _content(self, name: str, kind: str) -> dict[str, Any]:
+        try:
+            content = load_data(self.folder / _tensor_file(name, kind), mmap=True)
+            shape = tuple(content["param"].shape)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._fail(f"{_tensor_file(name, kind)} is not readable: {error}")
+        if shape != self.shapes[name]:
+            self._fail(f"{_tensor_file(name, kind)} has shape {shape} instead of {self.shapes[name]}")
+        return content
+
     def _read_manifest(self) -> UniversalManifest:
         try:
             manifest = UniversalManifest(**json.loads((self.folder / MANIFEST).read_text()))
@@ -176,41 +207,43 @@ class UniversalReader:
         return manifest
 
     def _fail(self, reason: str) -> None:
-        raise CheckpointError(f"universal form {self.folder}: {reason}; make it with: {self._command}") from None
+        raise CheckpointError(f"universal form {self.folder}: {reason}{self._hint}") from None
 
 
-def _write_parameter(reader: CheckpointReader, name: str, folder: Path) -> None:
+def _write_form(saved: SavedState, topology: Path, partial: Path, progress: Callable[[int], None]) -> None:
+    """Write the universal form into `partial`, a folder that is not there yet, with a copy of the topology's file."""
+    _check_space(saved, partial.parent)
+    partial.mkdir()
+    shutil.copyfile(topology, partial / TOPOLOGY)
+    done = 0
+    for name, shape in saved.shapes.items():
+        _write_parameter(saved, name, partial / "zero" / name)
+        done += 4 * prod(shape)
+        progress(done)
+    write_synced(partial / MANIFEST, json.dumps(asdict(_describe(saved, partial)), indent=1))
+
+
+def _write_parameter(saved: SavedState, name: str, folder: Path) -> None:
     folder.mkdir(parents=True)
-    division = _division(name, reader.layout.parameters[name])
-    for kind in reader.kinds(name):
+    division = saved.division(name)
+    for kind in saved.kinds(name):
         # No name for the tensor: it would outlive the making of the next one.
-        torch.save({"param": reader.tensor(name, kind), **division}, folder / f"{kind}.pt")
-    if reader.step > 0:
-        torch.save(torch.tensor(float(reader.step)), folder / "step.pt")
+        torch.save({"param": saved.tensor(name, kind), **division}, folder / f"{kind}.pt")
+    if saved.step > 0:
+        torch.save(torch.tensor(float(saved.step)), folder / "step.pt")
 
 
-def _division(name: str, partition: Partition) -> dict[str, Any]:
-    """How DeepSpeed's own loader is to divide a parameter; ours asks the model instead."""
-    if partition.dim is None:
-        return {}
-    if len(set(partition.divided_parts)) == 1:
-        return {"cat_dim": partition.dim, "param_n_sub_params": len(partition.divided_parts)}
-    shape = tuple(partition.divided_parts if at == partition.dim else n for at, n in enumerate(partition.shape))
-    return {"sub_param_shape": SubparamShape(patterns=[name], shape=shape, partition_dim=partition.dim)}
-
-
-def _describe(reader: CheckpointReader, partial: Path) -> UniversalManifest:
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    client = reader.client_state()
+def _describe(saved: SavedState, partial: Path) -> UniversalManifest:
+    paths, facts = sorted(path for path in partial.rglob("*") if path.is_file()), saved.facts
     return UniversalManifest(
-        step=reader.manifest.step,
-        optimizer_step=reader.step,
-        model=reader.manifest.model,
-        shapes={name: list(partition.shape) for name, partition in reader.layout.parameters.items()},
-        train_state=client["train_state"],
-        window_losses=client["window_losses"],
-        loss_scaler=reader.loss_scaler(),
-        topology_sha256=reader.manifest.topology_sha256,
+        step=facts.step,
+        optimizer_step=saved.step,
+        model=facts.model,
+        shapes={name: list(shape) for name, shape in saved.shapes.items()},
+        train_state=facts.train_state,
+        window_losses=facts.window_losses,
+        loss_scaler=dict(saved.loss_scaler()),
+        topology_sha256=sha256(partial / TOPOLOGY),
         files={str(path.relative_to(partial)): (path.stat().st_size, sha256(path)) for path in paths},
     )
 
@@ -219,8 +252,10 @@ def _tensor_file(name: str, kind: str) -> str:
     return f"zero/{name}/{kind}.pt"
 
 
-def _check_space(reader: CheckpointReader) -> None:
-    numbers = sum(prod(partition.shape) for partition in reader.layout.parameters.values())
-    needed, free = 14 * numbers, shutil.disk_usage(reader.folder).free
+def _check_space(saved: SavedState, folder: Path) -> None:
+    needed = sum(
+        ITEM_BYTES.get(kind, 4) * prod(shape) for name, shape in saved.shapes.items() for kind in saved.kinds(name)
+    )
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise CheckpointError(f"{reader.folder}: the universal form needs {needed} bytes, the disk has {free} free")
+        raise CheckpointError(f"{folder}: the universal form needs {needed} bytes, the disk has {free} free")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megasparse.checkpoint.reader import WEIGHT, CheckpointReader
-from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, Manifest, read_manifest
-
-CHECKPOINTS = "checkpoints"
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saved_state import TABLE, WEIGHT
+from megasparse.checkpoint.store import CHECKPOINTS, PREFIX, CheckpointError, CheckpointStore, Manifest, read_manifest
+from megasparse.checkpoint.universal import open_checkpoint
 
 
 def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Manifest]:
@@ -44,9 +44,13 @@ def load_model_weights(folder: Path) -> dict[str, Tensor]:
     Weights of dead units are 0. Raises CheckpointError for a folder that is no whole checkpoint or a file of another
     kind. Only tensors and plain data are read.
     """
-    reader = CheckpointReader(folder)
-    weights = {name: reader.tensor(name, WEIGHT) for name in reader.names}
-    return weights | {alias: weights[name] for alias, name in reader.layout.aliases.items()}
+    saved = open_checkpoint(folder)
+    weights = {name: saved.tensor(name, WEIGHT) for name in saved.shapes}
+    if isinstance(saved, CheckpointReader):
+        aliases = saved.layout.aliases
+    else:
+        aliases = {"head.weight": TABLE} if saved.manifest.model.get("tie_embeddings") else {}
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 
 def _steps(folder: Path) -> str:

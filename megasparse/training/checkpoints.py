@@ -86,9 +86,10 @@ class Checkpointer:
         elif self._config.train.universal:
             state = self._restore_universal(folder)
         else:
+            first = "" if manifest.is_universal_only else f"{tool_command(folder)}, and then "
             raise CheckpointError(
                 f"checkpoint {folder} is of another layout: {'; '.join(differences)}. To go on with this one: "
-                f"{tool_command(folder)}, and then train.universal=true"
+                f"{first}train.universal=true"
             )
         check_invariant(list(self._controller.topologies.values()), self._engine.state)
         if state.step > self._config.train.steps:
@@ -123,8 +124,10 @@ class Checkpointer:
             raise CheckpointError(f"{universal.folder}: {error}") from error
         self._load_topology(universal.folder, universal.topology())
         losses = universal.manifest.window_losses
-        # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
-        return _train_state(universal.manifest.train_state, sum(losses) / len(losses))
+        # They are averaged over the ranks when they are logged: other ranks than there were take the mean.
+        same_ranks = len(losses) == self._mesh.world_size
+        loss = losses[self._mesh.rank] if same_ranks else sum(losses) / len(losses)
+        return _train_state(universal.manifest.train_state, loss)
 
     def _load_topology(self, folder: Path, state: dict[str, Tensor]) -> None:
         try:

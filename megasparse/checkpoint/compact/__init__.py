@@ -1,0 +1,1 @@
+"""The compact format: saved states without the values of dead units. See README.md beside this file."""

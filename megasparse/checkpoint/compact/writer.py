@@ -1,0 +1,168 @@
+"""Writes a saved state as a compact folder, one parameter in memory at a time.
+
+manifest = pack(saved, config, Path("small"), weights_only=False)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megasparse.checkpoint.compact.encoding import (
+    common_fill,
+    encode_places,
+    live_values,
+    smallest_form,
+)
+from megasparse.checkpoint.compact.manifest import (
+    COMPANIONS,
+    CONFIG,
+    CompactManifest,
+    Stored,
+    tensor_file,
+    write_manifest,
+)
+from megasparse.checkpoint.new_folder import new_folder
+from megasparse.checkpoint.saved_state import (
+    EVER,
+    LIVE,
+    WEIGHT,
+    SavedState,
+    SparseParameter,
+    layers_of,
+    sparse_parameters,
+)
+from megasparse.checkpoint.store import CheckpointError, sha256
+from megasparse.config.loader import save_config
+from megasparse.config.schema import RunConfig
+from megasparse.sparsity.topology import unpack_bits
+
+INDEX, EVER_BITS = "index", "ever"
+
+
+def pack(
+    saved: SavedState,
+    config: RunConfig,
+    output: Path,
+    *,
+    weights_only: bool,
+    form: str | None = None,
+    companions: Mapping[str, Path] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> CompactManifest:
+    """Write `saved` into the new folder `output`.
+
+    form: how every mask is stored: `bits`, `list` or `n:m`; None: the smaller of the first two, layer by layer.
+    companions: further files, such as the tokenizer's, by the names that they get.
+    Raises CheckpointError, and leaves nothing, where `output` is there already, the state is damaged, or a mask does
+    not conform to n:m.
+    """
+    topology = saved.topology()
+    sparse = sparse_parameters(config, saved.shapes, layers_of(topology))
+    if form not in (None, "bits", "list") and not sparse:
+        raise CheckpointError(f"--n-of-m: {form}, and there is no sparse layer")
+    with new_folder(output) as folder:
+        (folder / "tensors").mkdir()
+        save_config(config, folder / CONFIG)
+        for name, path in (companions or {}).items():
+            (folder / COMPANIONS).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / COMPANIONS / name)
+        parameters, done = {}, 0
+        for name, shape in saved.shapes.items():
+            writer = _ParameterWriter(saved, name, [WEIGHT] if weights_only else saved.kinds(name))
+            if name in sparse:
+                layer = sparse[name].layer
+                ever = None if weights_only else topology[f"{EVER}{layer}"]
+                parameters[name] = writer.write_sparse(folder, sparse[name], topology[f"{LIVE}{layer}"], ever, form)
+            else:
+                parameters[name] = writer.write_whole(folder)
+            done += 4 * prod(shape)
+            progress(done)
+        manifest = _describe(saved, parameters, folder, weights_only)
+        write_manifest(manifest, folder)
+    return manifest
+
+
+class _ParameterWriter:
+    """Writes the file of one parameter."""
+
+    def __init__(self, saved: SavedState, name: str, kinds: list[str]) -> None:
+        self.saved, self.name, self.kinds = saved, name, kinds
+
+    def write_whole(self, folder: Path) -> Stored:
+        tensors = {kind: self.saved.tensor(self.name, kind) for kind in self.kinds}
+        self._save(folder, tensors)
+        kinds = {kind: _kind(tensor, None) for kind, tensor in tensors.items()}
+        return Stored(list(self.saved.shapes[self.name]), kinds, self._division())
+
+    def write_sparse(
+        self, folder: Path, sparse: SparseParameter, live: Tensor, ever: Tensor | None, form: str | None
+    ) -> Stored:
+        """live, ever: packed bits of the units that live and have lived."""
+        try:
+            mask = unpack_bits(live, sparse.num_units).view(sparse.grid)
+            num_live = int(mask.count_nonzero())
+            form = form or smallest_form(sparse.num_units, num_live)
+            if form not in ("bits", "list") and sparse.unit > 1:
+                raise ValueError(f"it lives in blocks of {sparse.unit}, and {form} is a pattern of single weights")
+            tensors = {INDEX: encode_places(mask, form)}
+        except ValueError as error:
+            raise CheckpointError(f"layer {sparse.layer}: {error}") from None
+        if ever is not None:
+            tensors[EVER_BITS] = ever
+        kinds = {}
+        for kind in self.kinds:
+            matrix = self.saved.tensor(self.name, kind)
+            fill = common_fill(matrix, mask, sparse.unit)
+            # Never a silent prune: where dead entries are not alike, all entries are kept.
+            kinds[kind] = _kind(matrix, fill)
+            tensors[kind] = matrix if fill is None else live_values(matrix, mask, sparse.unit)
+            del matrix
+        self._save(folder, tensors)
+        shape = list(sparse.shape)
+        return Stored(shape, kinds, self._division(), sparse.layer, sparse.unit, form, num_live)
+
+    def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        # Mapped tensors may share one storage, which safetensors refuses: take what is asked for, and no more.
+        save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
+
+    def _division(self) -> dict[str, Any]:
+        """As plain data; the record that DeepSpeed has for unequal parts becomes its fields."""
+        division = self.saved.division(self.name)
+        if "sub_param_shape" in division:
+            record = division["sub_param_shape"]
+            fields = {"patterns": record.patterns, "shape": record.shape, "partition_dim": record.partition_dim}
+            return {"sub_param_shape": fields}
+        return division
+
+
+def _kind(tensor: Tensor, fill: int | None) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "fill": fill}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _describe(saved: SavedState, parameters: dict[str, Stored], folder: Path, weights_only: bool) -> CompactManifest:
+    facts = saved.facts
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return CompactManifest(
+        step=facts.step,
+        optimizer_step=0 if weights_only else saved.step,
+        weights_only=weights_only,
+        model=facts.model,
+        train_state=facts.train_state,
+        window_losses=[] if weights_only else facts.window_losses,
+        loss_scaler={} if weights_only else dict(saved.loss_scaler()),
+        parameters=parameters,
+        files={str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in paths},
+    )

@@ -1,0 +1,130 @@
+"""One view of what is saved of a run, whatever form it has on disk: whole tensors, topology, position.
+
+    saved = open_checkpoint(folder)                     # DeepSpeed's files, or the universal form alone
+    for name, shape in saved.shapes.items():
+        weight = saved.tensor(name, "fp32")
+
+``CheckpointReader``, ``UniversalReader`` and ``CompactReader`` are such views, and so are states that are made while
+they are read, such as a dense state seen through masks. Tools that write one form from another need no more than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megasparse.checkpoint.store import CheckpointError
+from megasparse.config.loader import check_config
+from megasparse.config.schema import RunConfig
+from megasparse.sparsity.groups import layer_settings
+
+WEIGHT = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+KINDS = (WEIGHT, *MOMENTS)
+ITEM_BYTES = {"age": 2}
+"""Bytes of an entry by kind; float32 where nothing is said."""
+LIVE, EVER = "live/", "ever/"
+"""Beginnings of the topology's keys: units that live, and those that have ever lived."""
+TABLE = "embedding.tokens.weight"
+"""The parameter that a tied head shares."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run remembers besides tensors."""
+
+    step: int
+    model: dict[str, Any]
+    """Section `model` of the configuration."""
+    train_state: dict[str, Any]
+    window_losses: list[float]
+    """Each rank's sum of losses since the last logged step."""
+
+
+class SavedState(Protocol):
+    """Raises CheckpointError where what is asked for is missing or damaged."""
+
+    step: int
+    """Optimizer steps done; 0: there are no moments."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the whole parameters by name, in the order of the model."""
+    facts: RunFacts
+
+    def kinds(self, name: str) -> list[str]:
+        """`fp32` and the moments that are kept of a parameter."""
+        ...
+
+    def tensor(self, name: str, kind: str) -> Tensor: ...
+
+    def topology(self) -> dict[str, Tensor]:
+        """Packed bits by `live/<layer>` and `ever/<layer>`; empty for a dense model."""
+        ...
+
+    def loss_scaler(self) -> Mapping[str, float]: ...
+
+    def division(self, name: str) -> dict[str, Any]:
+        """How DeepSpeed's own loader of universal checkpoints is to divide a parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class SparseParameter:
+    """A parameter that is the weight of a sparse layer."""
+
+    layer: str
+    unit: int
+    shape: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.shape[0] // self.unit, self.shape[1] // self.unit
+
+    @property
+    def num_units(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def sparse_parameters(
+    config: RunConfig, shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Any] | list[str]
+) -> dict[str, SparseParameter]:
+    """The parameters of these sparse layers, by name. Raises CheckpointError where they cannot be."""
+    found = {}
+    for layer in layers:
+        name, settings = parameter_name(layer, shapes), layer_settings(config.sparsity, layer)
+        if settings is None:
+            raise CheckpointError(f"topology: layer {layer} has a mask, but by section sparsity it is dense")
+        rows, columns = shapes[name]
+        if rows % settings.unit or columns % settings.unit:
+            raise CheckpointError(f"sparsity.unit: {settings.unit} does not divide {name} ({rows} x {columns})")
+        found[name] = SparseParameter(layer, settings.unit, (rows, columns))
+    return found
+
+
+def parameter_name(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The parameter that is the weight of a layer: a tied head's is the table of the embedding."""
+    name = f"{layer}.weight"
+    if name not in shapes and layer == "head":
+        name = TABLE
+    if len(shapes.get(name, ())) != 2:
+        raise CheckpointError(f"topology: layer {layer} has a mask, but there is no matrix {layer}.weight")
+    return name
+
+
+def layers_of(topology: Mapping[str, Any]) -> list[str]:
+    """The layers that have a mask, in the order of their names."""
+    return sorted(key.removeprefix(LIVE) for key in topology if key.startswith(LIVE))
+
+
+def moved(config: RunConfig, run_folder: Path) -> RunConfig:
+    """The configuration of a run that lies in `run_folder` from now on, and that nothing stops before its end.
+
+    Raises ConfigError where that is no name of a run.
+    """
+    values = config.model_dump(mode="json")
+    values["run"] |= {"folder": str(run_folder.parent), "name": run_folder.name}
+    values["train"] |= {"stop_after": None}
+    return check_config(values)

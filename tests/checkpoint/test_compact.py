@@ -1,0 +1,328 @@
+"""Compact folders: what comes back, what cannot be stored silently, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_states import STEP, TinyState, content, dense_config, write_model, write_run
+from tool_calls import call
+
+from megasparse.checkpoint.compact.manifest import checksum_of, read_manifest, size_report, tensor_file
+from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
+from megasparse.checkpoint.compact.writer import pack
+from megasparse.checkpoint.saved_state import RunFacts, sparse_parameters
+from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
+from megasparse.checkpoint.universal import open_checkpoint
+from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.sparsity.topology import pack_bits
+from megasparse.training.sparsify import MaskedState, sparsify
+
+UP = "layers.0.mlp.up"
+
+
+def sparse_config(unit: int = 8, **more):
+    return dense_config(algorithm="static", density=0.3, unit=unit, **more)
+
+
+def sparse_state(config) -> MaskedState:
+    return sparsify(TinyState(dense_config()), config, "magnitude", STEP)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("form", [None, "bits", "list"])
+@pytest.mark.parametrize("unit", [1, 8])
+def test_a_run_comes_back_bit_for_bit(tmp_path, unit, form) -> None:
+    config = sparse_config(unit, unit_step_counts=True)
+    saved = sparse_state(config)
+    pack(saved, config, tmp_path / "small", weights_only=False, form=form)
+    unpack_run(CompactReader(tmp_path / "small"), tmp_path / "run")
+    again = open_checkpoint(find_checkpoint(tmp_path / "run")[0])
+    assert (again.facts, again.step, again.shapes) == (saved.facts, saved.step, saved.shapes)
+    assert list(again.shapes) == list(saved.shapes)
+    for name in saved.shapes:
+        assert again.kinds(name) == saved.kinds(name)
+        for kind in saved.kinds(name):
+            assert same_bits(again.tensor(name, kind), saved.tensor(name, kind)), (name, kind)
+    assert all(torch.equal(bits, again.topology()[key]) for key, bits in saved.topology().items())
+
+
+def test_what_has_ever_lived_comes_back(tmp_path) -> None:
+    config = sparse_config()
+    saved = sparse_state(config)
+    topology = saved.topology()
+    topology[f"ever/{UP}"] |= 1
+    saved.topology = lambda: topology
+    pack(saved, config, tmp_path / "small", weights_only=False)
+    found = CompactReader(tmp_path / "small").topology()
+    assert all(torch.equal(bits, found[key]) for key, bits in topology.items()) and set(found) == set(topology)
+
+
+def test_entries_of_dead_units_that_are_not_alike_are_never_pruned(tmp_path) -> None:
+    """A stray weight, negative zeros among zeros, and ages of several values: stored whole, and they come back."""
+    config = sparse_config(unit_step_counts=True)
+    saved = sparse_state(config)
+    sparse = sparse_parameters(config, saved.shapes, [UP])[f"{UP}.weight"]
+    dead = saved._dead(sparse)
+    changed = {kind: saved.tensor(f"{UP}.weight", kind) for kind in saved.kinds(f"{UP}.weight")}
+    place = tuple(dead.nonzero()[5].tolist())
+    changed["fp32"][place], changed["exp_avg"][place], changed["age"][place] = 3.5, -0.0, 2
+    plain = saved.tensor
+    saved.tensor = lambda name, kind: changed[kind] if name == f"{UP}.weight" else plain(name, kind)
+    pack(saved, config, tmp_path / "small", weights_only=False)
+    compact = CompactReader(tmp_path / "small")
+    for kind, tensor in changed.items():
+        assert same_bits(compact.tensor(f"{UP}.weight", kind), tensor), kind
+        assert (compact.manifest.parameters[f"{UP}.weight"].fill(kind) is None) == (kind != "exp_avg_sq")
+    row = next(row for row in size_report(compact.manifest) if row.name == f"{UP}.weight")
+    assert row.expected <= row.compact < row.expected + 700 and row.factor < 1.5
+
+
+def test_ages_that_are_alike_in_all_dead_units_cost_nothing(tmp_path) -> None:
+    """In a run the ages of dead weights count on, all alike: one number, not one each."""
+    config = sparse_config(unit_step_counts=True)
+    saved, name = sparse_state(config), f"{UP}.weight"
+    age = saved.tensor(name, "age")
+    age[saved._dead(saved.sparse[name])] = 3
+    plain = saved.tensor
+    saved.tensor = lambda n, kind: age if (n, kind) == (name, "age") else plain(n, kind)
+    pack(saved, config, tmp_path / "small", weights_only=False)
+    compact = CompactReader(tmp_path / "small")
+    assert compact.manifest.parameters[name].fill("age") == 3 and same_bits(compact.tensor(name, "age"), age)
+
+
+class PatternState(MaskedState):
+    """2 of every 4 weights of a row live."""
+
+    def __init__(self, config) -> None:
+        dense = TinyState(dense_config())
+        masks = {}
+        for name, shape in dense.shapes.items():
+            if name.startswith("layers.") and len(shape) == 2:
+                chosen = torch.rand(shape[0], shape[1] // 4, 4).topk(2, dim=2).indices
+                mask = torch.zeros(shape[0], shape[1] // 4, 4, dtype=torch.bool).scatter_(2, chosen, True)
+                masks[name.removesuffix(".weight")] = pack_bits(mask)
+        super().__init__(dense, config, masks)
+
+
+def test_n_of_m_is_stored_where_the_topology_conforms_and_refused_elsewhere(tmp_path) -> None:
+    config = sparse_config(1)
+    saved = PatternState(config)
+    pack(saved, config, tmp_path / "small", weights_only=True, form="2:4")
+    compact = CompactReader(tmp_path / "small")
+    for name in saved.shapes:
+        assert same_bits(compact.tensor(name, "fp32"), saved.tensor(name, "fp32"))
+    stored = load_file(tmp_path / "small" / tensor_file(f"{UP}.weight"))
+    assert stored["fp32"].numel() == 128 * 32 // 2 and stored["index"].numel() == 128 * 32 // 2 * 2 // 8
+    with pytest.raises(CheckpointError, match="groups of 4 weights have other than 2 live ones"):
+        pack(sparse_state(config), config, tmp_path / "other", weights_only=True, form="2:4")
+    blocks = sparse_config(8)
+    with pytest.raises(CheckpointError, match="it lives in blocks of 8, and 2:4 is a pattern of single weights"):
+        pack(sparse_state(blocks), blocks, tmp_path / "other", weights_only=True, form="2:4")
+    with pytest.raises(CheckpointError, match="there is no sparse layer"):
+        pack(TinyState(dense_config()), dense_config(), tmp_path / "other", weights_only=True, form="2:4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_a_model_folder_comes_back_with_its_dtype(tmp_path) -> None:
+    saved, config = TinyState(dense_config()), dense_config()
+    words = ["--density", "0.3", "--unit", "8"]
+    write_model(tmp_path / "dense", saved, config)
+    assert call("sparsify", "--model", tmp_path / "dense", *words, "--output", tmp_path / "model")[0] == 0
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
+    metadata = {"format": "pt", "megasparse_model_folder": "1", "megasparse_facts": '{"step": 5}'}
+    save_file(half, tmp_path / "model" / "model.safetensors", metadata)
+    assert call("compact_checkpoint", "pack", "--model", tmp_path / "model", "--output", tmp_path / "small")[0] == 0
+    status, printed = call("compact_checkpoint", "unpack", "--input", tmp_path / "small", "--output", tmp_path / "back")
+    assert status == 0, printed
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) == set(half) and all(same_bits(back[name], tensor) for name, tensor in half.items())
+    assert (tmp_path / "back" / TOPOLOGY).read_bytes() == (tmp_path / "model" / TOPOLOGY).read_bytes()
+    with pytest.raises(CheckpointError, match="it holds weights only, so no run can go on from it"):
+        unpack_run(CompactReader(tmp_path / "small"), tmp_path / "run")
+
+
+class LargeState:
+    """144 MB of weights and moments, no tensor above 4 MB, made when they are asked for."""
+
+    step, facts = 3, RunFacts(3, {}, {}, [])
+    shapes = {f"matrix.{i}.weight": (1024, 1024) for i in range(12)}
+
+    def kinds(self, name: str) -> list[str]:
+        return ["fp32", "exp_avg", "exp_avg_sq"]
+
+    def tensor(self, name: str, kind: str) -> torch.Tensor:
+        return torch.tril(torch.ones(1024, 1024))
+
+    def topology(self) -> dict[str, torch.Tensor]:
+        bits = pack_bits(torch.tril(torch.ones(1024, 1024, dtype=torch.bool)))
+        layers = [name.removesuffix(".weight") for name in self.shapes]
+        return {f"{kind}/{layer}": bits.clone() for kind in ("live", "ever") for layer in layers}
+
+    def loss_scaler(self) -> dict[str, float]:
+        return {}
+
+    def division(self, name: str) -> dict:
+        return {}
+
+
+@contextlib.contextmanager
+def peak_of_memory() -> Iterator[list[int]]:
+    """Most memory of the process's own meanwhile, in bytes: pages of mapped files come and go as the system likes."""
+    process, done = psutil.Process(), threading.Event()
+
+    def own() -> int:
+        memory = process.memory_info()
+        return memory.rss - memory.shared
+
+    start, peak = own(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], own() - start)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def test_memory_holds_one_parameter_at_a_time(tmp_path) -> None:
+    with peak_of_memory() as peak:
+        pack(LargeState(), sparse_config(1), tmp_path / "small", weights_only=False)
+        unpack_run(CompactReader(tmp_path / "small"), tmp_path / "run")
+    # Of 144 MB; a parameter with its moments is 12 MB, and choosing by masks takes some more.
+    assert peak[0] < 60e6, peak
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    config = sparse_config()
+    folder = tmp_path_factory.mktemp("packed") / "small"
+    pack(sparse_state(config), config, folder, weights_only=False)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def change(**values):
+    def write(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return write
+
+
+FILE = tensor_file(f"{UP}.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        (FILE, Path.unlink, f"{FILE} is missing"),
+        (FILE, cut, f"{FILE} has "),
+        (FILE, alter, f"{FILE} does not have the checksum of the manifest"),
+        ("config.yaml", alter, "config.yaml does not have the checksum"),
+        (MANIFEST, Path.unlink, "manifest.json is missing"),
+        (MANIFEST, cut, "manifest.json is not readable"),
+        (MANIFEST, change(version=2), "version 2; legal values: 1"),
+        (MANIFEST, change(format="other"), "its manifest.json is not of a compact folder"),
+        (MANIFEST, change(step=7), "manifest.json does not have its own checksum"),
+    ],
+)
+def test_damage_is_refused_and_the_output_left_as_it_was(packed, tmp_path, name, damage, reason) -> None:
+    shutil.copytree(packed, tmp_path / "small")
+    damage(tmp_path / "small" / name)
+    (tmp_path / "out").mkdir()
+    before = content(tmp_path)
+    status, printed = call("compact_checkpoint", "unpack", "--input", tmp_path / "small", "--output", tmp_path / "out")
+    assert status == 2 and reason in printed and "Traceback" not in printed, printed
+    assert content(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
+    assert not any((tmp_path / "out").iterdir())
+
+
+def write_values(folder: Path, values: dict) -> None:
+    """A manifest that has its checksum."""
+    (folder / MANIFEST).write_text(json.dumps({**values, "checksum": checksum_of(values)}))
+
+
+def rewrite(folder: Path, **changes) -> None:
+    """A manifest of good checksum that says something else of a parameter."""
+    values = json.loads((folder / MANIFEST).read_text())
+    values["parameters"][f"{UP}.weight"] |= changes
+    write_values(folder, values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"unit": 7}, "manifest.json makes no sense"),
+        ({"live": 1000}, "manifest.json makes no sense"),
+        ({"live": 3}, "live units where 3 are announced|values of 3 live units"),
+        ({"index": "5:9"}, "do not hold"),
+        ({"kinds": {"fp32": {"dtype": "complex64", "fill": 0}}}, "manifest.json makes no sense"),
+        ({"kinds": {"fp32": {"dtype": "float16", "fill": 0}}}, "holds fp32 as torch.float32, not torch.float16"),
+        ({"kinds": {"fp32": {"dtype": "float32", "fill": None}}}, r"has fp32 of shape \(\d+, 8, 8\), not \(128, 32\)"),
+    ],
+)
+def test_a_manifest_that_contradicts_the_files_is_refused(packed, tmp_path, changes, reason) -> None:
+    shutil.copytree(packed, tmp_path / "small")
+    rewrite(tmp_path / "small", **changes)
+    with pytest.raises(CheckpointError, match=reason):
+        CompactReader(tmp_path / "small").tensor(f"{UP}.weight", "fp32")
+
+
+def test_names_that_lead_elsewhere_are_refused(packed, tmp_path) -> None:
+    shutil.copytree(packed, tmp_path / "small")
+    values = json.loads((tmp_path / "small" / MANIFEST).read_text())
+    values["parameters"]["../../escape"] = values["parameters"].pop(f"{UP}.weight")
+    write_values(tmp_path / "small", values)
+    with pytest.raises(CheckpointError, match="is no name of a parameter"):
+        read_manifest(tmp_path / "small")
+
+
+BAD_PACKING = [
+    (["--run", "{run}", "--step", "7"], "has no checkpoint of step 7; legal values: 6"),
+    (["--run", "{nothing}"], "has no good checkpoint"),
+    (["--run", "{run}", "--n-of-m", "4:2"], "--n-of-m: '4:2'; legal values: N:M with 0 < N < M"),
+    (["--run", "{run}", "--n-of-m", "2:4"], "--n-of-m: 2:4, and there is no sparse layer"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), BAD_PACKING)
+def test_what_cannot_be_packed_is_refused_and_nothing_is_left(tmp_path, words, reason) -> None:
+    write_run(tmp_path / "run", TinyState(dense_config()), dense_config())
+    before = content(tmp_path)
+    filled = [word.format(run=tmp_path / "run", nothing=tmp_path / "nothing") for word in words]
+    status, printed = call("compact_checkpoint", "pack", *filled, "--output", tmp_path / "small")
+    assert status == 2 and reason in printed and "Traceback" not in printed, printed
+    assert content(tmp_path) == before and not (tmp_path / "small").exists()
+
+
+def test_an_output_that_is_there_is_left_alone(packed, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("kept")
+    status, printed = call("compact_checkpoint", "unpack", "--input", packed, "--output", tmp_path / "run")
+    assert status == 2 and "holds something already" in printed
+    assert content(tmp_path) == {"run/precious": b"kept"}

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Packs a checkpoint without the values of dead units, and unpacks it again, bit for bit.
+
+One process, no devices, one tensor in memory at a time. The format: megasparse/checkpoint/compact/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megasparse.checkpoint.compact.encoding import parse_pattern
+from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
+from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
+from megasparse.checkpoint.compact.writer import pack
+from megasparse.checkpoint.folder_state import WeightsState, write_model_folder
+from megasparse.checkpoint.saved_state import SavedState
+from megasparse.checkpoint.sources import open_source
+from megasparse.checkpoint.universal import open_checkpoint
+from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.config.loader import load_config
+from megasparse.data.command_line import progress_bar, run_tool
+
+EXAMPLES = """examples:
+  # the newest good checkpoint with moments, ages and position: the run can go on from it
+  python tools/compact_checkpoint.py pack --run runs/quickstart-mst --output small
+
+  # elsewhere: a run folder, and the run goes on
+  python tools/compact_checkpoint.py unpack --input small --output runs/again
+  python launch/pretrain.py --config runs/again/config.yaml train.resume=auto train.universal=true
+
+  # weights and masks alone; unpacked, they are a model folder
+  python tools/compact_checkpoint.py pack --run runs/quickstart-mst --step 400 --weights-only --output small
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="write a compact folder")
+    source = packing.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run")
+    source.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder")
+    packing.add_argument("--step", type=int, metavar="N", help="the run's checkpoint (default: the newest good one)")
+    packing.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
+    packing.add_argument("--weights-only", action="store_true", help="weights and masks, nothing that a run goes on by")
+    form = packing.add_mutually_exclusive_group()
+    form.add_argument("--index", choices=("bits", "list"), help="form of the masks (default: the smaller, by layer)")
+    form.add_argument("--n-of-m", metavar="N:M", help="masks as N of every M weights; refused where they are not")
+    unpacking = commands.add_parser("unpack", help="make a run folder, or a model folder where there are weights only")
+    unpacking.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="compact folder")
+    unpacking.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
+    return parser.parse_args()
+
+
+def main_pack(arguments: argparse.Namespace) -> None:
+    if arguments.n_of_m is not None:
+        parse_pattern(arguments.n_of_m)
+    weights_only = arguments.weights_only or arguments.model is not None
+    if weights_only:
+        source = open_source(arguments.run or arguments.model, arguments.step)
+        saved, config, companions = WeightsState(source), source.config, source.files
+    else:
+        checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
+        saved, config, companions = open_checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
+    with progress_bar("packing", _weight_bytes(saved)) as progress:
+        manifest = pack(
+            saved,
+            config,
+            arguments.output,
+            weights_only=weights_only,
+            form=arguments.n_of_m or arguments.index,
+            companions=companions,
+            progress=progress,
+        )
+    print_sizes(manifest)
+    print(f"{arguments.output}: written")
+
+
+def main_unpack(arguments: argparse.Namespace) -> None:
+    saved = CompactReader(arguments.input)
+    with progress_bar("unpacking", _weight_bytes(saved)) as progress:
+        if saved.manifest.weights_only:
+            saved.check_files()
+            write_model_folder(saved, saved.config, saved.companions, arguments.output, progress)
+            print(f"{arguments.output}: a model folder; a run starts from it with train.init_from={arguments.output}")
+            return
+        checkpoint = unpack_run(saved, arguments.output, progress)
+    command = f"launch/pretrain.py --config {arguments.output / 'config.yaml'} train.resume=auto train.universal=true"
+    print(f"{checkpoint}: written; to go on: python {command}")
+
+
+def print_sizes(manifest: CompactManifest) -> None:
+    """A table by density: what is dense, then the sparse parameters, then all."""
+    report = size_report(manifest)
+    table = Table("parameters", "density", "dense", "compact", "expected", "factor")
+    for label, rows in _groups(report):
+        dense, compact = sum(row.dense for row in rows), sum(row.compact for row in rows)
+        expected = sum(row.expected for row in rows)
+        density = sum(row.density * row.dense for row in rows) / max(dense, 1)
+        numbers = (f"{dense:,}", f"{compact:,}", f"{expected:,}", f"{dense / compact:.2f}")
+        table.add_row(label, f"{density:.4f}", *numbers)
+    Console().print(table)
+
+
+def _groups(report: Sequence[ParameterSize]) -> Iterator[tuple[str, list[ParameterSize]]]:
+    dense = [row for row in report if row.density == 1.0]
+    if dense and len(dense) < len(report):
+        yield f"{len(dense)} dense", dense
+    yield from ((row.name, [row]) for row in report if row.density < 1.0)
+    yield f"all {len(report)}", list(report)
+
+
+def _weight_bytes(saved: SavedState) -> int:
+    return 4 * sum(prod(shape) for shape in saved.shapes.values())
+
+
+if __name__ == "__main__":
+    options = parse_arguments()
+    chosen = {"pack": main_pack, "unpack": main_unpack}[options.command]
+    raise SystemExit(run_tool("compact_checkpoint", lambda: chosen(options)))
