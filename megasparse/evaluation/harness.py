@@ -140,8 +140,9 @@ class MegaSparseLM(TemplateLM):
         # Greedy unless sampling is asked for, as everywhere in the harness.
         temperature = float(options.get("temperature") or 0.0)
         temperature = temperature if options.get("do_sample", temperature > 0) else 0.0
-        # Of a long context the end is kept, with room for what is to come.
-        prompt = self.tok_encode(context)[-max(1, self.max_length - length) :] or [self.prefix_token_id]
+        # Of a long context the end is kept, with room for what is to come: half the window at most.
+        kept = max(1, self.max_length - length, self.max_length // 2)
+        prompt = self.tok_encode(context)[-kept:] or [self.prefix_token_id]
         tokens, text = list(prompt), ""
         generator = torch.Generator().manual_seed(0)
         while len(tokens) - len(prompt) < length:
@@ -157,7 +158,7 @@ class MegaSparseLM(TemplateLM):
                 end_token=self.eot_token_id,
             )[0].tolist()
             text = self._tokens.decode(tokens[len(prompt) :])
-            found = [place for place in (text.find(end) for end in until) if place >= 0]
+            found = [position for position in (text.find(end) for end in until) if position >= 0]
             if found:
                 return text[: min(found)]
             if tokens[-1] == self.eot_token_id:
@@ -167,15 +168,13 @@ class MegaSparseLM(TemplateLM):
 
 def share_texts(own: Mapping[int, str], count: int, ranks: Axis) -> list[str]:
     """Texts number 0 to count - 1, of which this rank has some and the others have the rest, on every rank."""
-    encoded = {index: text.encode("utf-8", "replace") for index, text in own.items()}
+    encoded = {index: list(text.encode("utf-8", "replace")) for index, text in own.items()}
     lengths = torch.zeros(count, dtype=torch.int64)
     for index, content in encoded.items():
         lengths[index] = len(content)
     ends = ranks.sum_(lengths).cumsum(0).tolist()
-    content = torch.zeros(ends[-1] if ends else 0, dtype=torch.uint8)
-    for index, text in encoded.items():
-        content[ends[index] - len(text) : ends[index]] = (
-            torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
-        )
-    joined = bytes(ranks.sum_(content).numpy()) if len(content) else b""
-    return [joined[start:end].decode("utf-8") for start, end in zip([0, *ends][:-1], ends, strict=True)]
+    joined = torch.zeros(ends[-1] if ends else 0, dtype=torch.uint8)
+    for index, content in encoded.items():
+        joined[ends[index] - len(content) : ends[index]] = torch.tensor(content, dtype=torch.uint8)
+    letters = bytes(ranks.sum_(joined).tolist()) if len(joined) else b""
+    return [letters[start:end].decode("utf-8") for start, end in zip([0, *ends][:-1], ends, strict=True)]

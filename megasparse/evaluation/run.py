@@ -24,7 +24,7 @@ from megasparse.evaluation.detokenizers import DETOKENIZERS
 from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl, read_text
 from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.results import print_results, show_progress, write_results
-from megasparse.evaluation.scoring import DTYPES, Scorer, default_batch_size
+from megasparse.evaluation.scoring import DTYPES, Scorer
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Axis, LaunchEnvironment, open_mesh
 from megasparse.training.console import make_console
@@ -65,20 +65,14 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
     started = time.perf_counter()
     with sharing_ranks(environment, settings.device) as (ranks, device), show_progress(console) as advance:
         model = place(trained.model, device, settings.precision)
-        scores = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance).scores(task.windows)
+        scorer = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance)
+        scores = scorer.scores(task.windows)
     record = {
         "task": settings.task,
         "input": settings.input,
         "model": str(settings.run),
         "step": trained.step,
-        "settings": {
-            **task.settings,
-            "limit": settings.limit,
-            "attention": trained.pattern,
-            "tokenizer": trained.tokenizer.name if trained.tokenizer else None,
-            "precision": settings.precision,
-            "batch_size": settings.batch_size or default_batch_size(model.config.seq_length, model.vocab_size),
-        },
+        "settings": {**task.settings, **_conditions(settings, trained), "batch_size": scorer.batch_size},
         "results": {**task.results(scores), "seconds": round(time.perf_counter() - started, 3)},
         "hardware": describe_hardware(device, environment.world_size),
         "versions": package_versions(),
@@ -154,6 +148,15 @@ def place(model: GPT, device: torch.device, precision: str) -> GPT:
 def default_output(settings: EvaluationSettings, step: int) -> Path:
     """A file below the run's folder, named after task, input and step."""
     return settings.run / "evaluations" / f"{settings.task}-{Path(settings.input).name}-step-{step}.json"
+
+
+def _conditions(settings: EvaluationSettings, trained: TrainedModel) -> dict[str, Any]:
+    return {
+        "limit": settings.limit,
+        "attention": trained.pattern,
+        "tokenizer": trained.tokenizer.name if trained.tokenizer else None,
+        "precision": settings.precision,
+    }
 
 
 def _tokenizer(trained: TrainedModel, settings: EvaluationSettings) -> Tokenizer:
