@@ -181,7 +181,12 @@ class TestBadInput:
 
     def test_model_that_fits_on_no_number(self) -> None:
         with pytest.raises(ConfigError, match="no count fits"):
-            small("model.hidden_size=65536", "model.num_attention_heads=512", "train.global_batch_size=8")
+            small(
+                "model.hidden_size=65536",
+                "model.num_attention_heads=512",
+                "model.num_layers=60",
+                "train.global_batch_size=8",
+            )
 
     def test_precision_that_the_chip_lacks(self) -> None:
         with pytest.raises(ConfigError, match="train.precision: bf16 is not supported by NVIDIA V100.*fp16, fp32"):
