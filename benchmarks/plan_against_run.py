@@ -3,8 +3,8 @@
     python benchmarks/plan_against_run.py --model quickstart
 
 The prediction is that of `tools/plan.py --chip here`: rates measured in some seconds, then the forecast. It is made
-first; the run, two processes by torchrun, follows and takes no part in it. Memory is what the process grows by at its
-peak, libraries included, from before the engine is built.
+first; the runs, two processes by torchrun, follow and take no part in it. Memory is what the process grows by at its
+peak from before the engine is built: tensors, which the prediction counts, and whatever libraries take besides.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ def main() -> None:
         run(arguments)
         return
     predictions = {kind: predict(arguments, kind) for kind in KINDS}
-    measurements = run_ranks(arguments)
-    rows = [compare(kind, predictions[kind], measurements[kind]) for kind in KINDS]
+    rows = [compare(kind, predictions[kind], run_ranks(arguments, kind)) for kind in KINDS]
     ratio = {
         side: rows[0][f"{side}_step_seconds"] / rows[1][f"{side}_step_seconds"] for side in ("predicted", "measured")
     }
@@ -94,11 +93,11 @@ def predict(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     return result
 
 
-def run_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What rank 0 of a real run measured."""
+def run_ranks(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """What rank 0 of a real run measured; fresh processes for each kind, so that peaks of memory are their own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rank0.json"
-        words = ["--model", arguments.model, "--steps", str(arguments.steps), "--output", str(output)]
+        words = ["--model", arguments.model, "--steps", str(arguments.steps), "--kind", kind, "--output", str(output)]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         subprocess.run(
             [*launcher, "--nproc-per-node", str(arguments.ranks), str(Path(__file__).resolve()), *words],
@@ -111,14 +110,11 @@ def run_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     """On each rank: train, and write what rank 0 measured."""
-    found = {}
     with open_mesh(LaunchEnvironment.from_variables(os.environ), LIMIT_SECONDS) as mesh:
-        for kind in KINDS:
-            # Kinds run one after the other, so that the peak is the larger one's: the first grows, the second fits.
-            before = peak_bytes()
-            with open_trainer(make_config(arguments, kind), mesh) as (trainer, loader):
-                found[kind] = measure_steps(trainer, loader, arguments.steps)
-            found[kind]["memory"] = peak_bytes() - before
+        before = peak_bytes()
+        with open_trainer(make_config(arguments, arguments.kind), mesh) as (trainer, loader):
+            found = measure_steps(trainer, loader, arguments.steps)
+        found["memory"] = peak_bytes() - before
         if mesh.rank == 0:
             arguments.output.write_text(json.dumps(found))
 
@@ -194,7 +190,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each kind (default: 20)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)  # of a rank
+    # Of a rank.
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -313,7 +313,10 @@ def _notes(planner: Planner, given: Layout, is_given_legal: bool, measured: dict
         )
         notes.append(f"extrapolated: kernel_efficiency {planner.assumptions['kernel_efficiency']:g} is assumed")
     else:
-        notes.append("extrapolated from rates measured here in a few seconds; other steps and sizes were not run")
+        notes.append(
+            "extrapolated from rates measured here in some seconds at the shapes of the configuration's own layout; no "
+            "training step was run, and other layouts take the slowest of these rates"
+        )
     if config.deepspeed.offload_optimizer != "none":
         notes.append("extrapolated: deepspeed.offload_optimizer: the way to host memory and its optimizer are left out")
     return notes

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 
@@ -119,7 +118,7 @@ def here_chip(probe: Probe) -> Chip:
         name=HERE,
         title=f"{hardware_name('cpu')}, threads: {probe.threads}",
         peak=MappingProxyType({probe.precision: probe.peak}),
-        memory=psutil.virtual_memory().total / probe.ranks,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / probe.ranks,
         memory_bandwidth=probe.streaming,
         link_bandwidth=probe.link_bandwidth,
         network_bandwidth=probe.link_bandwidth,
