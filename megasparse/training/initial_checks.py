@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from megasparse.checkpoint.huggingface.settings_out import window_of
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
 from megasparse.config.loader import ConfigError
@@ -51,7 +53,9 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
                 f"{start:.4f}; legal values: a schedule that starts at the topology's density or at 1, or no "
                 "topology.safetensors in the folder"
             )
-        warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros included")
+        live = [bits for key, bits in folder.topology().items() if key.startswith("live/")]
+        if not all(_all_live(bits) for bits in live):
+            warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros too")
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -118,3 +122,9 @@ def topology_density(folder: ModelFolder, controller: Controller) -> float | Non
 def is_used(found: float | None, start: float) -> bool:
     """Whether a run that starts at density `start` takes over a topology of density `found`."""
     return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
+
+
+def _all_live(bits: Tensor) -> bool:
+    """Whether packed bits have no dead unit: ones up to the last, zeros to the end of its byte."""
+    last = int(bits[-1])
+    return bool((bits[:-1] == 255).all()) and last > 0 and last & (last + 1) == 0
