@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from megasparse.checkpoint.huggingface.settings_out import window_of
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.topology import unpack_bits
 
 FREE_FIELDS = {"seq_length", "vocab_size", "vocab_size_multiple", "init_std", "rope_theta", "rope_scaling"}
@@ -41,7 +44,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
     window = window_of(folder.config.attention)
     if window is not None and window != window_of(config.attention):
         warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
-    start = controller.schedule.density(0.0) if controller.topologies else 1.0
+    start = start_density(controller)
     found = topology_density(folder, controller)
     if folder.has_topology and not is_used(found, start):
         if start < 1.0:
@@ -51,7 +54,9 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
                 f"{start:.4f}; legal values: a schedule that starts at the topology's density or at 1, or no "
                 "topology.safetensors in the folder"
             )
-        warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros included")
+        live = [bits for key, bits in folder.topology().items() if key.startswith("live/")]
+        if not all(_all_live(bits) for bits in live):
+            warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros too")
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -115,6 +120,19 @@ def topology_density(folder: ModelFolder, controller: Controller) -> float | Non
     return live / sum(topology.numel for topology in topologies.values())
 
 
+def start_density(controller: Controller) -> float:
+    """Density that a run starts at in whole units: those of small layers are far apart. 1 for a dense model."""
+    densities, topologies = controller.densities_at(0.0), controller.topologies
+    live = sum(unit_target(densities[name], t.num_units) * t.unit**2 for name, t in topologies.items())
+    return live / sum(t.numel for t in topologies.values()) if topologies else 1.0
+
+
 def is_used(found: float | None, start: float) -> bool:
     """Whether a run that starts at density `start` takes over a topology of density `found`."""
     return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
+
+
+def _all_live(bits: Tensor) -> bool:
+    """Whether packed bits have no dead unit: ones up to the last, zeros to the end of its byte."""
+    last = int(bits[-1])
+    return bool((bits[:-1] == 255).all()) and last > 0 and last & (last + 1) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.config.schema import AttentionConfig, ModelConfig, RopeScaling
 from megasparse.layers import Attention, LayerFactory
 from megasparse.layers.rotary import rotary_tables, rotate
 
@@ -63,3 +63,23 @@ def test_tables_survive_inference_mode() -> None:
     rotate(x, 77.0).square().sum().backward()
     # A rotation keeps lengths, so the gradient of the squared length is 2 x.
     torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_for_longer_contexts() -> None:
+    """Llama 3: frequencies of many turns stay, of few turns are divided, between the two interpolated; by hand."""
+    D, theta, device = 32, 500.0, torch.device("cpu")
+    plain = torch.tensor([theta ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float64)
+    turns = 100 * plain / (2 * torch.pi)
+    expected = []
+    for frequency, turn in zip(plain, turns, strict=True):
+        share = 0.0 if turn < 1 else 1.0 if turn > 4 else float((turn - 1) / 3)
+        expected.append(float(share * frequency + (1 - share) * frequency / 8))
+    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
+    cases = {
+        RopeScaling(type="llama3", factor=8.0, original_seq_length=100): torch.tensor(expected, dtype=torch.float64),
+        RopeScaling(type="linear", factor=2.0): plain / 2,
+    }
+    for scaling, frequencies in cases.items():
+        cos, sin = rotary_tables(60, D, theta, device, scaling)
+        angle = torch.arange(60, dtype=torch.float64)[:, None] * frequencies
+        assert (cos.double() - angle.cos()).abs().max() < 2**-23 and (sin.double() - angle.sin()).abs().max() < 2**-23

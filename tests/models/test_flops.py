@@ -20,6 +20,10 @@ STYLES = {
         "position_embedding": "rope", "normalization": "rmsnorm", "activation": "swiglu", "bias": False,
         "tie_embeddings": False, "num_key_value_heads": 2, "ffn_hidden_size": 96,
     },
+    "qwen2": {
+        "position_embedding": "rope", "normalization": "rmsnorm", "activation": "swiglu", "bias": False,
+        "qkv_bias": True, "attention_head_dim": 16, "num_key_value_heads": 2, "ffn_hidden_size": 96,
+    },
 }  # fmt: skip
 
 

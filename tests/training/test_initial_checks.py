@@ -61,6 +61,9 @@ def test_what_becomes_of_topologies_is_said(tmp_path) -> None:
     assert "topology of train.init_from is not used: all weights live at the start" in message
     (message,) = warnings(sparse, "sparsity.algorithm=dense")
     assert "is not used" in message
+    # A topology in which everything lives says nothing.
+    assert warnings(write(tmp_path / "all-live", topology=True)) == []
+    assert warnings(tmp_path / "all-live", "sparsity.algorithm=dense") == []
     with pytest.raises(ValueError, match="topology of density 0.25.*, and the schedule starts at 0.5000; legal values"):
         warnings(sparse, *STATIC, "sparsity.density=0.5")
     with pytest.raises(ValueError, match="topology of another grid of units"):

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Memory and time of converting a model of a billion parameters, in each direction, by the tool as a user starts it.
+
+    python benchmarks/conversion_memory.py [--layers 16] [--folder /tmp]
+
+Writes random float32 weights in the shape of Llama 3.2 1B (tied head, 128,256 entries), tensor by tensor; converts them
+to a model folder, back, and out of a run's checkpoint made of them; compares every tensor with the first. Peak memory
+is that of each process (getrusage), files that it maps included. Needs some 25 GB of disk, given back at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_file import write_result
+from safetensors.torch import save_file
+
+from megasparse.checkpoint.huggingface.architectures import LLAMA, entries
+from megasparse.checkpoint.huggingface.settings import read_settings
+from megasparse.checkpoint.huggingface.tensors import their_shapes
+from megasparse.checkpoint.layout import Layout, write_layout
+from megasparse.checkpoint.model_folder import ModelFolder, model_tensors
+from megasparse.checkpoint.store import TOPOLOGY, CheckpointStore, Manifest
+from megasparse.checkpoint.tensor_files import TensorFiles, TensorFileWriter, TensorSpec
+from megasparse.config.loader import check_config, save_config
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_GB = 3.0
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+}
+
+
+def write_random(folder: Path, num_layers: int) -> int:
+    """A folder of transformers with random weights; returns the number of parameters."""
+    values = {**SHAPE, "num_hidden_layers": num_layers}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    expected = model_tensors(check_config(read_settings(values)[1]))
+    shapes = {
+        name: shape
+        for entry in entries(LLAMA, expected)
+        for name, shape in zip(entry.theirs, their_shapes(entry, expected[entry.ours]), strict=True)
+    }
+    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
+    writer = TensorFileWriter(folder, specs, {"format": "pt"})
+    generator = torch.Generator().manual_seed(0)
+    for name, spec in specs.items():
+        writer.write(name, torch.empty(spec.shape).uniform_(-0.05, 0.05, generator=generator))
+    writer.close()
+    return sum(spec.num_bytes for spec in specs.values()) // 4
+
+
+def write_run(run_folder: Path, model_folder: Path) -> None:
+    """A run's folder with a checkpoint of ZeRO stage 0, before the first step, of the weights of a model folder."""
+    source = ModelFolder(model_folder)
+    run_folder.mkdir()
+    save_config(source.config, run_folder / "config.yaml")
+    partitions = model_tensors(source.config)
+    store = CheckpointStore(run_folder / "checkpoints", keep=1)
+    partial = store.folder / store.begin(0)
+    weights = {name: source.tensor(name) for name in partitions}
+    torch.save({"module": weights, "optimizer": {"state": {}}}, partial / "mp_rank_00_model_states.pt")
+    save_file({}, partial / TOPOLOGY)
+    write_layout(Layout(0, 1, 1, partitions, {"head.weight": "embedding.tokens.weight"}, [list(partitions)]), partial)
+    store.commit(Manifest(step=0, world_size=1, zero_stage=0, model=source.config.model.model_dump(mode="json")))
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a process of its own: a measured process inherits the peak of the one that starts it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def measured(*words: object) -> dict[str, float]:
+    """Peak memory and seconds of the tool with these words."""
+    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f"{command} ended with {process.returncode}"
+    # Linux counts in units of 1,024 bytes.
+    return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "seconds": time.perf_counter() - started}
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    first, second = TensorFiles(a), TensorFiles(b)
+    return first.names == second.names and all(
+        torch.equal(first.tensor(name), second.tensor(name)) for name in first.names
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="default: 16, a model of 1.24 billion")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where files lie meanwhile")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        parameters = apart(write_random, folder / "theirs", arguments.layers)
+        numbers = {"from_huggingface": measured(
+            "from-huggingface", "--input", folder / "theirs", "--output", folder / "ours"
+        )}  # fmt: skip
+        numbers["to_huggingface"] = measured("to-huggingface", "--input", folder / "ours", "--output", folder / "again")
+        equal = apart(same_tensors, folder / "theirs", folder / "again")
+        apart(write_run, folder / "run", folder / "ours")
+        numbers["run_to_huggingface"] = measured(
+            "to-huggingface", "--input", folder / "run", "--output", folder / "of-run"
+        )
+        equal = equal and apart(same_tensors, folder / "theirs", folder / "of-run")
+    largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 1e9
+    for direction, found in numbers.items():
+        verdict = "within" if found["peak_gb"] <= LIMIT_GB else "ABOVE"
+        print(f"{direction}: peak {found['peak_gb']:.2f} GB, {verdict} {LIMIT_GB} GB; {found['seconds']:.0f} s")
+    print(f"{parameters:,} parameters, largest tensor {largest:.2f} GB, every tensor equal: {equal}")
+    result = {"parameters": parameters, "largest_tensor_gb": largest, "limit_gb": LIMIT_GB, "tensors_equal": equal}
+    print(write_result("conversion_memory", {**result, "conversions": numbers}, suffix=f"{parameters / 1e9:.2f}b-fp32"))
+
+
+if __name__ == "__main__":
+    main()
