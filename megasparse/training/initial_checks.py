@@ -17,6 +17,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, mod
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.topology import unpack_bits
 
 FREE_FIELDS = {"seq_length", "vocab_size", "vocab_size_multiple", "init_std", "rope_theta", "rope_scaling"}
@@ -43,7 +44,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
     window = window_of(folder.config.attention)
     if window is not None and window != window_of(config.attention):
         warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
-    start = controller.schedule.density(0.0) if controller.topologies else 1.0
+    start = start_density(controller)
     found = topology_density(folder, controller)
     if folder.has_topology and not is_used(found, start):
         if start < 1.0:
@@ -117,6 +118,13 @@ def topology_density(folder: ModelFolder, controller: Controller) -> float | Non
         except ValueError:
             return None
     return live / sum(topology.numel for topology in topologies.values())
+
+
+def start_density(controller: Controller) -> float:
+    """Density that a run starts at in whole units: those of small layers are far apart. 1 for a dense model."""
+    densities, topologies = controller.densities_at(0.0), controller.topologies
+    live = sum(unit_target(densities[name], t.num_units) * t.unit**2 for name, t in topologies.items())
+    return live / sum(t.numel for t in topologies.values()) if topologies else 1.0
 
 
 def is_used(found: float | None, start: float) -> bool:

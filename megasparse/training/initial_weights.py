@@ -21,13 +21,13 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import partition_of
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
-from megasparse.training.initial_checks import is_used, open_initial, topology_density
+from megasparse.training.initial_checks import is_used, open_initial, start_density, topology_density
 
 
 def load_initial_weights(config: RunConfig, controller: Controller, engine: TrainingEngine) -> None:
     """Put the folder's weights, and its topology where it fits, into a fresh engine; every rank calls it."""
     folder = open_initial(config)
-    if controller.topologies and is_used(topology_density(folder, controller), controller.schedule.density(0.0)):
+    if controller.topologies and is_used(topology_density(folder, controller), start_density(controller)):
         controller.load_state(folder.topology())
     restore_state(engine, _InitialState(folder, engine, controller))
     check_invariant(list(controller.topologies.values()), engine.state)

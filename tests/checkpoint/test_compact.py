@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,7 +25,9 @@ from megasparse.checkpoint.saved_state import RunFacts, sparse_parameters
 from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.parallel import Axis
 from megasparse.sparsity.topology import pack_bits
+from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.sparsify import MaskedState, sparsify
 
 UP = "layers.0.mlp.up"
@@ -57,6 +60,15 @@ def test_a_run_comes_back_bit_for_bit(tmp_path, unit, form) -> None:
         for kind in saved.kinds(name):
             assert same_bits(again.tensor(name, kind), saved.tensor(name, kind)), (name, kind)
     assert all(torch.equal(bits, again.topology()[key]) for key, bits in saved.topology().items())
+
+
+def test_a_run_that_was_unpacked_asks_for_the_setting_that_it_needs(tmp_path) -> None:
+    config = sparse_config()
+    write_run(tmp_path / "run", sparse_state(config), config)
+    mesh = SimpleNamespace(world_size=1, tensor_parallel=Axis())
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", config, mesh, None, None)
+    with pytest.raises(CheckpointError, match="only its universal form. To go on with this one: train.universal=true"):
+        checkpointer.restore()
 
 
 def test_what_has_ever_lived_comes_back(tmp_path) -> None:
