@@ -7,7 +7,8 @@ In each round every contender makes a forward and a backward pass, in turn, on t
 the rounds. Contenders: our kernel, causal scaled_dot_product_attention (flash where it supports the input), the same
 with the pattern as a boolean mask (up to --longest-mask tokens), and on CUDA compiled FlexAttention with the same
 pattern. Speed-up is the contender's time over ours, so causal attention says what the pattern gains over no pattern.
-GFLOP/s are those of our kernel on live entries: 4 D for each forward, 10 D backward (scores are made again).
+On CUDA a pass is timed from an idle device to an idle device, with what the host takes to launch it: take enough
+--samples for short sequences. GFLOP/s are those of our kernel on live entries: 4 D for each forward, 10 D backward.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main() -> None:
         "stride": arguments.stride,
         "precision": arguments.precision,
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "rounds": arguments.rounds,
         "results": results,
     }
@@ -83,7 +85,8 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
         if name != "megasparse"
     }
     entries = pattern, seq_length, arguments.stride
-    kernel = select_kernel(arguments.kernel, *entries, device, dtype)
+    place = arguments.device, dtype, arguments.head_dim
+    kernel = select_kernel(arguments.kernel, *entries, *place)
     per_entry = {"forward": 4, "backward": 10, "total": 14}
     operations = live_entries(*entries) * arguments.samples * arguments.heads * arguments.head_dim
     gflops = {direction: factor * operations / ours[direction] / 1e9 for direction, factor in per_entry.items()}
@@ -101,7 +104,7 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
         "pattern": pattern,
         "kernel": kernel,
         "live_entries": live_entries(*entries),
-        "executed_entries": executed_entries(arguments.kernel, *entries, device, dtype),
+        "executed_entries": executed_entries(arguments.kernel, *entries, *place),
         "seconds": medians,
         "gflops": gflops,
         "speedup": speedup,
@@ -160,7 +163,9 @@ def now(x: torch.Tensor) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens (default: 512 to 4,096 by twos, on CUDA to 32,768)"
+    )
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["local", "strided", "sparse", "fixed"])
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--samples", type=int, default=1)
@@ -173,7 +178,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0")))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry-run", action="store_true", help="write no result file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.lengths is None:
+        arguments.lengths = [512 * 2**power for power in range(7 if arguments.device == "cuda" else 4)]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Measures the block-sparse kernels on this machine against dense products, and keeps the break-even densities.
+"""Measures the kernels on this machine against dense products, and keeps where they break even.
 
-With kernels.block_sparse=auto, runs on this machine and with as many threads then choose by what was measured. Give the
-number of threads of a rank: the deepspeed launcher sets OMP_NUM_THREADS=1 unless the environment says otherwise.
+Without --attention: the block-sparse layers, and the densities up to which they are faster. With it: the attention
+patterns, and the numbers of tokens from which they are. With kernels.block_sparse=auto (kernels.hybrid_attention=auto),
+runs on this machine and with as many threads then choose by what was measured. Give the number of threads of a rank:
+the deepspeed launcher sets OMP_NUM_THREADS=1 unless the environment says otherwise.
 """
 
 from __future__ import annotations
@@ -14,8 +16,18 @@ from pathlib import Path
 from megasparse.data.command_line import run_tool
 from megasparse.kernels.block_sparse.break_even import own_table
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
+from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.hybrid_attention.measure import LENGTHS
 from megasparse.training.console import make_console
-from megasparse.training.kernel_tuning import cases, measure_all, print_rows, store
+from megasparse.training.kernel_tuning import (
+    cases,
+    measure_all,
+    measure_attention,
+    print_attention_rows,
+    print_rows,
+    store,
+    store_attention,
+)
 from megasparse.training.kernels import DTYPES, target_device
 
 EXAMPLES = """examples:
@@ -24,6 +36,9 @@ EXAMPLES = """examples:
 
   # one layer, as a tensor-parallel rank sees it, with one thread
   OMP_NUM_THREADS=1 python tools/tune_kernels.py --shapes 768x1536 --blocks 64 --tokens 4096 --precisions fp32
+
+  # the attention patterns, with heads of 64 and of 128
+  python tools/tune_kernels.py --attention --head-dims 64 128
 """
 
 
@@ -40,21 +55,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[512, 2048, 8192], metavar="N", help="rows of a micro-batch"
     )
+    attention = parser.add_argument_group("with --attention")
+    attention.add_argument("--attention", action="store_true", help="measure the attention patterns instead of layers")
+    attention.add_argument("--strides", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
+    attention.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="N", help="default: 64")
+    attention.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="tokens of a sequence"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians over them (default: 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="table to write to (default: that of the user)")
-    parser.add_argument("--quick", action="store_true", help="the largest shape, 2,048 tokens and 2 rounds only")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="2 rounds; the largest shape and 2,048 tokens, or the two outer lengths, only",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     arguments = parser.parse_args()
-    for name in ("blocks", "tokens", "rounds"):
+    for name in ("blocks", "tokens", "strides", "head_dims", "lengths", "rounds"):
         values = getattr(arguments, name)
         if min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name}: {values} is not positive")
+            parser.error(f"--{name.replace('_', '-')}: {values} is not positive")
     return arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
     device = arguments.device or target_device()
+    if arguments.attention:
+        tune_attention(arguments, device)
+        return
     shapes = [widths for words in arguments.shapes for widths in parse_shape(words)]
     tokens, rounds = arguments.tokens, arguments.rounds
     if arguments.quick:
@@ -64,13 +93,31 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"tune_kernels: passed over: {note}", file=sys.stderr)
     if not todo:
         raise ValueError("nothing of this can be measured here")
-    measurement = measure_all(todo, device, rounds, f"tools/tune_kernels.py {' '.join(sys.argv[1:])}".strip())
+    measurement = measure_all(todo, device, rounds, command())
     print_rows(measurement.rows, make_console())
     print(f"{measurement.hardware}, threads: {measurement.threads}")
     if not arguments.dry_run:
         path = arguments.output or own_table()
         store(path, measurement)
         print(f"{path} written")
+
+
+def tune_attention(arguments: argparse.Namespace, device: str) -> None:
+    lengths, rounds = arguments.lengths, arguments.rounds
+    if arguments.quick:
+        lengths, rounds = [min(lengths), max(lengths)], 2
+    classes = arguments.precisions, arguments.strides, arguments.head_dims
+    measurement = measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
+    print_attention_rows(measurement.rows, make_console())
+    print(f"{measurement.hardware}, threads: {measurement.threads}")
+    if not arguments.dry_run:
+        path = arguments.output or attention_tables.own_table()
+        store_attention(path, measurement)
+        print(f"{path} written")
+
+
+def command() -> str:
+    return f"tools/tune_kernels.py {' '.join(sys.argv[1:])}".strip()
 
 
 if __name__ == "__main__":

@@ -92,14 +92,28 @@ def _check_tensor_parallel(config: RunConfig) -> None:
 
 
 def _check_attention(config: RunConfig) -> None:
-    model = config.model
+    num_layers, num_heads = config.model.num_layers, config.model.num_attention_heads
     for index, override in enumerate(config.attention.overrides):
-        for field, limit in (("layers", model.num_layers), ("heads", model.num_attention_heads)):
-            for value in getattr(override, field) or ():
+        given = {"layers": (override.layers or [], num_layers), "first": ([override.first], num_layers)}
+        if isinstance(override.heads, list):
+            given["heads"] = (override.heads, num_heads)
+        for field, (values, limit) in given.items():
+            for value in values:
                 if value >= limit:
                     raise ConfigError(
                         f"attention.overrides.{index}.{field}: {value} does not exist; legal values: 0 to {limit - 1}"
                     )
+        if not isinstance(override.heads, list) and not override.head_numbers(num_heads):
+            raise ConfigError(
+                f"attention.overrides.{index}.heads: {override.heads} of {num_heads} heads is none; legal values: "
+                f"shares of at least 1 head, {1 / num_heads:.3g}"
+            )
+    offsets = config.attention.stride_offsets
+    if isinstance(offsets, list) and len(offsets) != num_heads:
+        raise ConfigError(
+            f"attention.stride_offsets: {len(offsets)} offsets for {num_heads} query heads; legal values: none, "
+            f"spread, or a list of {num_heads}"
+        )
 
 
 def unused_settings(config: RunConfig) -> list[str]:
@@ -140,6 +154,10 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
 def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     if config.attention.windows is not None and "phases" in _given(config.attention):
         yield "attention.windows replaces attention.phases"
+    if "stride_offsets" in _given(config.attention) and not config.attention.named_patterns() - {"local"}:
+        yield "attention.stride_offsets is used by the patterns strided, sparse and fixed only"
+    if config.attention.dense_fallback is True and config.kernels.hybrid_attention != "auto":
+        yield "attention.dense_fallback true is used with kernels.hybrid_attention auto only"
     if config.data.valid is not None and "valid_fraction" in _given(config.data):
         yield "data.valid replaces data.valid_fraction"
     if "decay_fraction" in _given(config.optimizer) and config.optimizer.schedule != "wsd":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megasparse.config.schema import RunConfig
+
+# Where a field has several types, pydantic adds the one that it tried to the place of an error.
+CHOICE = re.compile(r"(list|literal|tuple|dict)\[.*\]$|constrained-")
 
 
 class ConfigError(ValueError):
@@ -135,7 +139,7 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
 
 def _describe(details: ErrorDetails) -> str:
     """One line for one pydantic error: field, value, and what would be legal."""
-    location = ".".join(str(part) for part in details["loc"])
+    location = ".".join(str(part) for part in details["loc"] if not CHOICE.match(str(part)))
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         return f"{location}: unknown setting; {_suggest(details['loc'])}"

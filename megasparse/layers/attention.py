@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
     Args:
         name: name in the model, such as `layers.3.attention`.
-        config, attention: shapes, and the stride of the patterns.
+        config, attention: shapes, and the stride of the patterns and its offsets.
         factory: makes the two projections.
         output_std: standard deviation of the initial output projection.
         kernel: kernel of `hybrid_attention`.
@@ -47,6 +47,7 @@ class Attention(nn.Module):
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
         self.stride, self.kernel = attention.stride, kernel
+        self.offsets = attention.head_offsets(self.num_heads)
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
         self.local_widths = [width // ranks.size for width in widths]
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         if self.rope_theta is not None:
             q_BHTD, k_BGTD = rotate(q_BHTD, self.rope_theta), rotate(k_BGTD, self.rope_theta)
-        own = self.patterns[self.first_head : self.first_head + self.local_heads]
-        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, own, self.stride, self.kernel)
+        own = slice(self.first_head, self.first_head + self.local_heads)
+        heads = self.patterns[own], self.stride, self.kernel
+        y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, offsets=self.offsets[own])
         return self.output(y_BHTD.transpose(1, 2).flatten(2))

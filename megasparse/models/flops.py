@@ -45,7 +45,7 @@ def count_flops(
     densities: Mapping[str, float] | None = None,
     patterns: Sequence[Sequence[str]] | None = None,
     dense_weight_gradient: bool = False,
-    attention_entries: Callable[[str, int, int], int] | None = None,
+    attention_entries: Callable[..., int] | None = None,
     linear_density: Callable[[float], float] | None = None,
 ) -> FlopCount:
     """FLOPs of a forward and backward pass over `num_sequences` sequences of `seq_length` tokens.
@@ -55,7 +55,7 @@ def count_flops(
         densities: share of live weights by name of the sparse layer; layers left out are dense.
         patterns: one tuple of pattern names per layer, one name per query head; None: all `full`.
         dense_weight_gradient: the weight gradients of sparse layers are computed in full (topology steps).
-        attention_entries: (pattern, seq_length, stride) -> scores per head and sequence; None: `live_entries`.
+        attention_entries: (pattern, seq_length, stride, offset=) -> scores per head and sequence; None: `live_entries`.
         linear_density: density of a layer -> share of the dense work that is done; None: the density itself.
 
     Raises:
@@ -83,7 +83,7 @@ def _attention_forward(
     num_sequences: int,
     seq_length: int,
     patterns: Sequence[Sequence[str]] | None,
-    entries: Callable[[str, int, int], int],
+    entries: Callable[..., int],
 ) -> int:
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if patterns is None:
@@ -95,7 +95,10 @@ def _attention_forward(
         )
     total = 0
     for layer, heads in zip(layers, patterns, strict=True):
-        live = sum(entries(pattern, seq_length, layer.stride) for pattern in heads)
+        live = sum(
+            entries(pattern, seq_length, layer.stride, offset=offset)
+            for pattern, offset in zip(heads, layer.offsets, strict=True)
+        )
         # Two products (scores, weighted sum), 2 FLOPs per entry and dimension each.
         total += 4 * num_sequences * live * layer.head_dim
     return total

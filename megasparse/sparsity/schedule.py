@@ -128,14 +128,15 @@ class PatternSchedule:
         return "full"
 
     def layer_patterns(self, pattern: Pattern) -> list[tuple[Pattern, ...]]:
-        """Pattern of each query head of each layer while the schedule asks for `pattern`."""
+        """Pattern that runs in each query head of each layer while the schedule asks for `pattern`."""
         table = [[pattern] * self.num_heads for _ in range(self.num_layers)]
         if pattern != "full":
             for override in self.attention.overrides:
-                for layer in override.layers if override.layers is not None else range(self.num_layers):
-                    for head in override.heads if override.heads is not None else range(self.num_heads):
+                for layer in override.layer_numbers(self.num_layers):
+                    for head in override.head_numbers(self.num_heads):
                         table[layer][head] = override.pattern
-        return [tuple(row) for row in table]
+        wide = self.attention.widened_patterns
+        return [tuple("full" if name in wide else name for name in row) for row in table]
 
 
 def is_update_due(step: int, update_interval: int) -> bool:

@@ -2,6 +2,7 @@
 
 todo, notes = cases("cpu", ["fp32"], [64], [2048], [(768, 3072)])
 store(own_table(), measure_all(todo, "cpu", rounds=3, command="..."))
+measure_attention("cpu", ["fp32"], [128], [64], rounds=3, command="...")
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +31,10 @@ from megasparse.kernels.block_sparse.break_even import (
 )
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
+from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.hybrid_attention import fast_kernel
+from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
+from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
 from megasparse.training.environment import package_versions
 from megasparse.training.kernels import DTYPES
 
@@ -86,6 +92,30 @@ def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str, tu
                 rounds=rounds,
             )
         )
+    return as_measurement(rows, device, command)
+
+
+def measure_attention(
+    device: str,
+    precisions: Sequence[str],
+    strides: Sequence[int],
+    head_dims: Sequence[int],
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    rounds: int,
+    command: str,
+) -> Measurement:
+    """The attention patterns against a boolean mask and dense attention."""
+    rows: list[AttentionRow] = []
+    for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
+        options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
+        kernel = fast_kernel(device, DTYPES[precision], head_dim)
+        rows += measure_rows(kernel, device, DTYPES[precision], **options)
+    return as_measurement(rows, device, command)
+
+
+def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
+    """Rows with the facts about this machine."""
     return Measurement(
         hardware=hardware_name(device),
         device=device,
@@ -109,6 +139,30 @@ def store(path: Path, measurement: Measurement) -> None:
     write_table(path, merged(known, measurement))
 
 
+def store_attention(path: Path, measurement: Measurement) -> None:
+    """As `store`, for the table of the attention."""
+    known = attention_tables.read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement), attention_tables.FORMAT)
+
+
+def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
+    """Speed-up over dense attention at the longest length, and the break-even lengths."""
+    table = Table("pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask", "beats dense")
+    for row in rows:
+        longest = row.seconds[str(row.lengths[-1])]
+        limits = [row.limit(other) for other in ("mask", "dense")]
+        table.add_row(
+            row.pattern,
+            str(row.stride),
+            str(row.head_dim),
+            row.dtype,
+            f"{row.lengths[-1]:,}",
+            *(f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")),
+            *("always" if limit is None else f"from {limit:,}" for limit in limits),
+        )
+    console.print(table)
+
+
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Speed-up and efficiency at density 0.1, and the break-even density."""
     table = Table("layer", "block", "tokens", "dtype", "kernel", "dense ms", "x at 0.1", "e at 0.1", "break-even")
@@ -127,7 +181,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def _with_bar(todo: Sequence[Case]) -> Iterator[Case]:
+def _with_bar(todo: Sequence[Any]) -> Iterator[Any]:
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

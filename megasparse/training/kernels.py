@@ -10,18 +10,21 @@ in the same way (``dispatch.choose``), from the live blocks of their own tensor-
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.config.loader import ConfigError
-from megasparse.config.schema import RunConfig
-from megasparse.kernels import block_sparse
+from megasparse.config.loader import ConfigError, load_config
+from megasparse.config.schema import Pattern, RunConfig
+from megasparse.kernels import block_sparse, hybrid_attention
 from megasparse.kernels.block_sparse.break_even import measured, table_problem
+from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.models.gpt import GPT
-from megasparse.parallel import choose_accelerator
+from megasparse.parallel import Mesh, choose_accelerator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +50,7 @@ class LayerKernels:
     def __init__(self, config: RunConfig, model: GPT, device: str, *, planned: bool = False) -> None:
         self.kernel, self.forced_limit = config.kernels.block_sparse, config.kernels.break_even
         self.device, self.dtype, self.planned = device, DTYPES[config.train.precision], planned
+        check_attention_kernel(config, device, planned=planned)
         tokens = config.train.micro_batch_size * config.model.seq_length
         # The head sees a chunk of the tokens at a time.
         rows = {model.head.name: model.head_loss.chunk_rows(tokens)}
@@ -135,12 +139,91 @@ class LayerKernels:
         return found
 
 
+def settle_dense_fallback(config: RunConfig, device: str, saved: Path | None = None) -> RunConfig:
+    """The configuration with a list of patterns in place of attention.dense_fallback: true.
+
+    saved: configuration that the run was last started with; its list holds on, whatever has been measured since.
+    """
+    if config.attention.dense_fallback is not True:
+        return config
+    if saved is not None and saved.is_file():
+        with suppress(ConfigError):  # what is wrong with it is told when the run goes on
+            before = load_config([saved]).attention.dense_fallback
+            if isinstance(before, list):
+                return with_dense_fallback(config, before)
+    model, named = config.model, sorted(config.attention.named_patterns())
+    shape = model.seq_length, config.attention.stride, device, DTYPES[config.train.precision], model.head_dim
+    runs = hybrid_attention.widened(config.kernels.hybrid_attention, named, *shape, planned=True)
+    return with_dense_fallback(config, [name for name, other in zip(named, runs, strict=True) if name != other])
+
+
+def with_dense_fallback(config: RunConfig, patterns: Sequence[Pattern]) -> RunConfig:
+    attention = config.attention.model_copy(update={"dense_fallback": list(patterns)})
+    return config.model_copy(update={"attention": attention})
+
+
+def agree_on_dense_fallback(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The patterns of rank 0 on all ranks: each may have a table of its own."""
+    wide = [int(name in config.attention.widened_patterns) for name in hybrid_attention.PATTERNS]
+    first = mesh.gather_rows(torch.tensor(wide))[0].tolist()
+    agreed = sorted(name for name, is_wide in zip(hybrid_attention.PATTERNS, first, strict=True) if is_wide)
+    return config if agreed == sorted(config.attention.widened_patterns) else with_dense_fallback(config, agreed)
+
+
+def describe_attention(config: RunConfig, device: str, *, planned: bool = False) -> str:
+    """Kernel of the attention, or the kernels with their patterns."""
+    asked, wide = config.kernels.hybrid_attention, config.attention.widened_patterns
+    dtype, head_dim = DTYPES[config.train.precision], config.model.head_dim
+    shape = config.model.seq_length, config.attention.stride, device, dtype, head_dim
+    found: dict[str, list[str]] = {}
+    for pattern in hybrid_attention.PATTERNS:
+        kernel = hybrid_attention.select_kernel(asked, "full" if pattern in wide else pattern, *shape, planned=planned)
+        found.setdefault(kernel, []).append(f"{pattern} (as full)" if pattern in wide else pattern)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{kernel} for {', '.join(names)}" for kernel, names in found.items())
+
+
+def attention_warnings(config: RunConfig, device: str, *, planned: bool = False) -> list[str]:
+    """What keeps auto from the compiled kernel; patterns in whose place full attention runs; an unreadable table."""
+    found = []
+    if config.kernels.hybrid_attention == "auto" and (problem := attention_tables.table_problem()):
+        found.append(problem)
+    if wide := sorted(config.attention.widened_patterns & config.attention.named_patterns()):
+        found.append(f"attention.dense_fallback: full attention runs in place of {', '.join(wide)}")
+    if wants_compiled_attention(config, device) and config.kernels.hybrid_attention == "auto":
+        place = device, DTYPES[config.train.precision], config.model.head_dim
+        if reason := hybrid_attention.why_not("cpu", *place, planned=planned):
+            found.append(f"kernels.hybrid_attention auto uses no compiled kernel: {reason}")
+    return found
+
+
+def wants_compiled_attention(config: RunConfig, device: str) -> bool:
+    """Whether the C++ kernel would compute a pattern of the run, if it can be built."""
+    asked, model, patterns = config.kernels.hybrid_attention, config.model, config.attention.named_patterns()
+    if device != "cpu" or asked not in ("auto", "cpu"):
+        return False
+    shape = config.attention.stride, device, DTYPES[config.train.precision], model.head_dim
+    narrow = patterns - config.attention.widened_patterns
+    limits = [attention_tables.mask_limit("cpu", pattern, *shape) for pattern in narrow]
+    return asked == "cpu" or any(model.seq_length >= limit for limit in limits)
+
+
 def check_kernel(kernel: str, device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> None:
     """Raise ConfigError where a kernel that was asked for by name cannot run."""
     try:
         block_sparse.check_forced(kernel, device, dtype, unit, planned=planned)
     except ValueError as error:
         raise ConfigError(f"kernels.block_sparse: {str(error).removeprefix('block_sparse kernel: ')}") from None
+
+
+def check_attention_kernel(config: RunConfig, device: str, *, planned: bool = False) -> None:
+    """Raise ConfigError where an attention kernel that was asked for by name cannot run."""
+    kernel, dtype = config.kernels.hybrid_attention, DTYPES[config.train.precision]
+    try:
+        hybrid_attention.check_forced(kernel, device, dtype, config.model.head_dim, planned=planned)
+    except ValueError as error:
+        raise ConfigError(f"kernels.hybrid_attention: {str(error).removeprefix('hybrid_attention kernel: ')}") from None
 
 
 def prepare_kernels(config: RunConfig, plan: Mapping[str, Any]) -> bool:
@@ -156,6 +239,9 @@ def prepare_kernels(config: RunConfig, plan: Mapping[str, Any]) -> bool:
             if config.kernels.block_sparse != "auto":
                 raise
             ready = False
+    if wants_compiled_attention(config, device):
+        check_attention_kernel(config, device)
+        ready &= hybrid_attention.why_not("cpu", device, dtype, config.model.head_dim) is None
     return ready
 
 

@@ -79,9 +79,13 @@ class FlopCounter:
         """Algorithmic and executed FLOPs of the attention scores and sums, forward."""
         if patterns not in self._attention:
             count = partial(count_flops, self._model, self._samples, self._length, patterns=patterns)
+            shape = {
+                "dtype": self._kernels.dtype,
+                "head_dim": self._config.model.head_dim,
+                "planned": self._kernels.planned,
+            }
             kernel, device = self._config.kernels.hybrid_attention, self._kernels.device
-            settings = {"dtype": self._kernels.dtype, "planned": self._kernels.planned}
-            entries = partial(executed_entries, kernel, device=device, **settings)
+            entries = partial(executed_entries, kernel, device=device, **shape)
             algorithmic = count().attention_forward
             self._attention[patterns] = algorithmic, count(attention_entries=entries).attention_forward
         return self._attention[patterns]

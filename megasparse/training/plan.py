@@ -20,9 +20,14 @@ from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
-from megasparse.training.attention_kernels import attention_kernels, attention_warnings, check_attention
 from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
-from megasparse.training.kernels import LayerKernels, target_device
+from megasparse.training.kernels import (
+    LayerKernels,
+    attention_warnings,
+    describe_attention,
+    settle_dense_fallback,
+    target_device,
+)
 from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.resources import communication_per_rank, memory_per_rank
 
@@ -38,6 +43,7 @@ def make_plan(
     the device need not be there; False: ask them.
     """
     check_run(config, world_size)
+    config = settle_dense_fallback(config, device or target_device())
     check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
     # Rank 0's shard: the shapes of all shards are alike.
@@ -46,7 +52,6 @@ def make_plan(
         model = build_model(config, vocab_size, ranks)
     controller = Controller(config, model.sparse_layers(), ranks)
     kernels = LayerKernels(config, model, device or target_device(), planned=planned_kernels)
-    check_attention(config, kernels.device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops, mean_density = walk_schedule(config, model, controller, kernels)
@@ -81,7 +86,7 @@ def make_plan(
         "kernels": {
             "device": kernels.device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
-            "hybrid_attention": attention_kernels(config, kernels.device, planned=planned_kernels),
+            "hybrid_attention": describe_attention(config, kernels.device, planned=planned_kernels),
         },
         "warnings": [
             *unused_settings(config),

@@ -23,12 +23,11 @@ from megasparse.models.gpt import GPT
 from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
 from megasparse.parallel.watchdog import Watchdog
 from megasparse.training.assemble import build_engine
-from megasparse.training.attention_kernels import prepare_attention
 from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
 from megasparse.training.environment import describe_hardware, package_versions
-from megasparse.training.kernels import prepare_kernels
+from megasparse.training.kernels import agree_on_dense_fallback, prepare_kernels, settle_dense_fallback, target_device
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.training.records import RunRecords
@@ -39,24 +38,26 @@ from megasparse.training.state import TrainState
 
 def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any]:
     """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts."""
+    folder = Path(config.run.folder) / config.run.name
+    before = folder / "config.yaml" if config.train.resume == "auto" else None
+    config = settle_dense_fallback(config, target_device(), before)
     plan = make_plan(config, environment.world_size)
     tokenizer = open_tokenizer(config)
     vocab_size = vocabulary_size(config, tokenizer)
     train_data, valid_data = build_data(config, vocab_size)
     check_precision(config, torch.device(choose_accelerator(os.environ)))
     check_monitor(config)
-    folder = Path(config.run.folder) / config.run.name
     check_folder(folder, config)
     if environment.rank == 0:
         print_plan(plan, make_console())
-    ready = prepare_kernels(config, plan), prepare_attention(config, plan["kernels"]["device"])
-    if not all(ready):
+    if not prepare_kernels(config, plan):
         known, plan = plan["warnings"], make_plan(config, environment.world_size, planned_kernels=False)
         if environment.rank == 0:
             print_warnings([warning for warning in plan["warnings"] if warning not in known], make_console())
     with ExitStack() as stack:
         timeout, size = config.train.distributed_timeout_seconds, config.parallel.tensor_parallel_size
         mesh = stack.enter_context(open_mesh(environment, timeout, size))
+        config = agree_on_dense_fallback(config, mesh)
         watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
         controller, engine = build_engine(config, vocab_size, mesh)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)

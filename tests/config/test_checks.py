@@ -61,6 +61,21 @@ def test_a_good_run_passes() -> None:
             ["attention.overrides=[{pattern: local}, {heads: [0, 40], pattern: local}]"],
             ["attention.overrides.1.heads: 40", "legal values: 0 to 11"],
         ),
+        (
+            1,
+            ["attention.overrides=[{every: 4, first: 12, pattern: local}]"],
+            ["attention.overrides.0.first: 12 does not exist", "legal values: 0 to 11"],
+        ),
+        (
+            1,
+            ["attention.overrides=[{heads: 0.01, pattern: local}]"],
+            ["attention.overrides.0.heads: 0.01 of 12 heads is none", "at least 1 head"],
+        ),
+        (
+            1,
+            ["attention.stride_offsets=[0, 1, 2]"],
+            ["attention.stride_offsets: 3 offsets for 12 query heads", "none, spread, or a list of 12"],
+        ),
     ],
 )
 def test_contradictions_name_field_value_and_legal_values(world_size, overrides, parts) -> None:
@@ -107,6 +122,14 @@ def test_contradictions_name_field_value_and_legal_values(world_size, overrides,
         (
             ["attention.windows=[{start: 0, end: 1, pattern: local}]", "attention.phases={dense: local}"],
             "attention.windows replaces attention.phases",
+        ),
+        (
+            ["attention.stride_offsets=spread", "attention.phases={ultra_sparse: local}"],
+            "attention.stride_offsets is used by the patterns strided, sparse and fixed only",
+        ),
+        (
+            ["attention.dense_fallback=true", "kernels.hybrid_attention=parts"],
+            "attention.dense_fallback true is used with kernels.hybrid_attention auto only",
         ),
         (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),
         (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),

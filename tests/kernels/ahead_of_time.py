@@ -42,7 +42,7 @@ class Compiled:
     registers: int
     """Of one thread."""
     spills: int
-    """Bytes (CUDA) or registers (ROCm) kept in memory for want of registers."""
+    """Bytes kept in memory for want of registers."""
 
 
 def compile_kernel(
@@ -76,12 +76,18 @@ def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: T
             signature[argument] = "i32"
         if argument.endswith("_pointer") or argument.startswith("stride") and argument not in constants:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
+    return compile_source(
+        ASTSource(function, signature, constants, attributes), chip, num_warps=tile.warps, num_stages=tile.stages
+    )
+
+
+def compile_source(source: ASTSource, chip: str, **options: int) -> Compiled:
     target = TARGETS[chip]
-    compiled = triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+        # Scalar registers are spilled to lanes of vector registers: that takes no memory.
+        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         return Compiled(text, compiled.metadata.shared, registers, spills)
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, *_registers_and_spills(compiled.asm["ptx"], chip))

@@ -8,7 +8,7 @@ import torch
 from megasparse.kernels.hybrid_attention import PATTERNS, executed_entries, live_entries, pattern_mask
 
 
-def sees(pattern: str, q: int, k: int, s: int) -> bool:
+def sees(pattern: str, q: int, k: int, s: int, o: int = 0) -> bool:
     """The definition of the design, one pair at a time."""
     if k > q:
         return False
@@ -17,11 +17,11 @@ def sees(pattern: str, q: int, k: int, s: int) -> bool:
     if pattern == "local":
         return q - k < s
     if pattern == "strided":
-        return (q - k) % s == 0
+        return (q - k) % s == o or k == q
     if pattern == "sparse":
-        return q - k < s or (q - k) % s == 0
-    own_block = range(q // s * s, q // s * s + s)
-    return k in own_block or (k + 1) % s == 0
+        return q - k < s or (q - k) % s == o
+    first_of_block = (q + o) // s * s - o
+    return first_of_block <= k < first_of_block + s or (k + o) % s == s - 1
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -33,6 +33,23 @@ def test_mask_is_the_definition(pattern: str, seq_length: int, stride: int) -> N
     assert mask.tolist() == expected
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("seq_length", "stride"), [(1, 3), (12, 3), (13, 4), (5, 8), (16, 16), (17, 16)])
+def test_mask_with_an_offset_is_the_definition(pattern: str, seq_length: int, stride: int) -> None:
+    for offset in range(stride):
+        mask = pattern_mask(pattern, seq_length, stride, offset=offset)
+        expected = [[sees(pattern, q, k, stride, offset) for k in range(seq_length)] for q in range(seq_length)]
+        assert mask.tolist() == expected, offset
+        assert mask.diagonal().all()
+
+
+def test_offsets_spread_the_keys_of_heads_over_all_tokens() -> None:
+    """With every offset once, the heads together see everything."""
+    seen = torch.stack([pattern_mask("strided", 20, 4, offset=offset) for offset in range(4)]).any(0)
+    assert torch.equal(seen, pattern_mask("full", 20, 4))
+    assert torch.equal(pattern_mask("local", 20, 4, offset=3), pattern_mask("local", 20, 4))
+
+
 def test_patterns_differ() -> None:
     masks = {pattern: pattern_mask(pattern, 24, 4) for pattern in PATTERNS}
     assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == len(PATTERNS)
@@ -42,8 +59,9 @@ def test_patterns_differ() -> None:
 def test_live_entries_is_the_sum_of_the_mask(pattern: str) -> None:
     for seq_length in [*range(1, 35), 64, 100, 127]:
         for stride in [*range(1, 12), 16, 31, 64, 128]:
-            expected = int(pattern_mask(pattern, seq_length, stride).sum())
-            assert live_entries(pattern, seq_length, stride) == expected, (seq_length, stride)
+            for offset in {0, 1, stride // 2, stride - 1} & set(range(stride)):
+                expected = int(pattern_mask(pattern, seq_length, stride, offset=offset).sum())
+                assert live_entries(pattern, seq_length, stride, offset) == expected, (seq_length, stride, offset)
 
 
 def test_reference_executes_half_of_full_and_all_of_a_mask() -> None:
@@ -60,3 +78,10 @@ def test_unknown_pattern_names_the_legal_ones(call) -> None:
 def test_stride_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="stride: 0"):
         live_entries("local", 8, 0)
+
+
+@pytest.mark.parametrize("offset", [-1, 4])
+def test_an_offset_outside_of_the_stride_is_refused(offset: int) -> None:
+    for call in (live_entries, pattern_mask):
+        with pytest.raises(ValueError, match=rf"offset: {offset} .*legal values: 0 to stride - 1 = 3"):
+            call("strided", 8, 4, offset=offset)

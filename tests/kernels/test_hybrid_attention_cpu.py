@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megasparse.kernels.block_sparse.build import load_library
 from megasparse.kernels.hybrid_attention import (
-    FASTER_FROM,
     PATTERNS,
+    break_even,
     cpu,
     executed_entries,
     hybrid_attention,
@@ -165,7 +165,7 @@ def test_mixed_heads_go_through_the_public_function() -> None:
     documents = documents_of(75)
     results = []
     for kernel in ("cpu", "reference"):
-        y = hybrid_attention(q, k, v, patterns, 8, kernel, 0.9, documents)
+        y = hybrid_attention(q, k, v, patterns, 8, kernel, 0.9, documents, offsets=(0, 1, 2, 3, 4, 5))
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
@@ -346,18 +346,19 @@ def test_inputs_that_are_not_supported_are_named() -> None:
     q, k, v = inputs(1, 1, 8, torch.float64)
     with pytest.raises(ValueError, match="'cpu' cannot run: dtype torch.float64.*legal values here: auto, reference"):
         hybrid_attention(q, k, v, "sparse", 4, "cpu")
+    with pytest.raises(ValueError, match="offset"):
+        hybrid_attention(q.float(), k.float(), v.float(), "sparse", 4, "cpu", offsets=4)
 
 
 @needs_kernel
-def test_auto_takes_the_fastest_that_runs() -> None:
-    long = FASTER_FROM["parts"]
+def test_auto_takes_it_from_the_measured_length_on(monkeypatch) -> None:
+    monkeypatch.setattr(break_even, "mask_limit", lambda kernel, *rest: {"cpu": 128, "parts": 512}[kernel])
     for pattern in PATTERNS:
-        expected = "reference" if pattern == "full" else "cpu"
-        assert select_kernel("auto", pattern, long, 64) == expected
-        assert executed_entries("auto", pattern, long, 64) == executed_entries(expected, pattern, long, 64)
-    assert select_kernel("auto", "sparse", FASTER_FROM["cpu"] - 1, 64) == "reference"
-    assert select_kernel("auto", "sparse", long, 64, dtype=torch.float64) == "parts"
-    assert select_kernel("auto", "sparse", long, 64, "cuda") == "reference"
+        expected = "causal" if pattern == "full" else "cpu"
+        assert select_kernel("auto", pattern, 128, 64) == expected
+        assert executed_entries("auto", pattern, 128, 64) == executed_entries(expected, pattern, 128, 64)
+    assert select_kernel("auto", "sparse", 127, 64) == "reference"
+    assert select_kernel("auto", "sparse", 512, 64, dtype=torch.float64) == "parts"
 
 
 WITHOUT_COMPILER = """

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, command, curve, metrics, run
 
+from megasparse.config.loader import load_config
+from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
+from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
+
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -57,3 +61,41 @@ def test_the_tuner_writes_a_table_that_its_machine_reads(tmp_path: Path) -> None
     table.write_text("{")
     assert "no table of break-even densities" in run(tool, variables=variables, expect=2).stdout
     assert table.read_text() == "{"
+
+
+def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "tune_kernels.py"), "--attention", "--lengths", "16", "24"]
+    tool += ["--strides", "8", "--head-dims", "8", "--rounds", "1", "--precisions", "fp32"]
+    variables = {"MEGASPARSE_CACHE": str(tmp_path)}
+    table = tmp_path / "attention_break_even.json"
+    assert "beats dense" in run([*tool, "--dry-run"], variables=variables).stdout and not table.exists()
+    run(tool, variables=variables)
+    (measurement,) = json.loads(table.read_text())["measurements"]
+    assert [row["pattern"] for row in measurement["rows"]] == ["local", "strided", "sparse", "fixed"]
+    assert measurement["device"] == "cpu" and "--attention" in measurement["command"]
+    table.write_text("{")
+    assert "attention_break_even.json: no table" in run(tool, variables=variables, expect=2).stdout
+
+
+def test_a_run_settles_its_dense_fallback_and_keeps_to_it(corpus: Path, tmp_path: Path) -> None:
+    """A table that says that full attention is faster than `sparse` is there at the first start only."""
+    seconds = {"32": {"kernel": 2.0, "mask": 3.0, "dense": 1.0}, "64": {"kernel": 1.0, "mask": 3.0, "dense": 2.0}}
+    row = Row("parts", "float32", "sparse", 8, 16, 4, seconds)
+    variables = {"MEGASPARSE_CACHE": str(tmp_path / "cache")}
+    table = tmp_path / "cache" / "attention_break_even.json"
+    write_table(table, [Measurement(hardware_name("cpu"), "cpu", 1, (row,), {}, "by hand", "2026-01-01")], FORMAT)
+    words = ["run.name=wide", "attention.dense_fallback=true", "attention.stride_offsets=spread"]
+    words += ["attention.phases={ultra_sparse: sparse, restoration: strided}", "kernels.block_sparse=dense"]
+    words += ["attention.overrides=[{heads: 0.5, pattern: fixed}, {every: 2, first: 1, pattern: local}]"]
+    told = "attention.dense_fallback: full attention runs in place of sparse"
+    first = run(command(corpus, tmp_path, *words, "train.stop_after=8", ranks=1), variables=variables)
+    table.unlink()
+    again = run(command(corpus, tmp_path, *words, "train.resume=auto", ranks=1), variables=variables)
+    for done in (first, again):
+        assert told in done.stdout and f"{told}," not in done.stdout
+    assert "attention.dense_fallback: [" not in again.stdout, "nothing has changed since the first start"
+    folder = tmp_path / "wide"
+    assert load_config([folder / "config.yaml"]).attention.dense_fallback == ["sparse"]
+    plan, lines = json.loads((folder / "plan.json").read_text()), metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[-1]["flops_algorithmic"] == pytest.approx(plan["flops"]["algorithmic"], rel=1e-12)

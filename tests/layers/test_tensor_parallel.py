@@ -52,7 +52,9 @@ def build(case: str, axis: Axis) -> GPT:
         5,
         tensor_parallel=TensorParallel(axis, sequence_parallel),
     )
-    model = GPT(ModelConfig(**settings), AttentionConfig(stride=4), vocab_size, factory).double()
+    # With several heads on a rank, each has an offset of its own; ranks must take those of their heads.
+    attention = AttentionConfig(stride=4, stride_offsets="spread" if kind == "llama" else "none")
+    model = GPT(ModelConfig(**settings), attention, vocab_size, factory).double()
     # Some chunks of the 48 tokens, the last one smaller.
     model.head_loss.chunk_elements = 40 * 13 // axis.size
     heads = settings["num_attention_heads"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +33,7 @@ def build(style="gpt2", rule=lambda name: SparseSpec(16) if "head" not in name e
         return GPT(config, AttentionConfig(stride=4), V, LayerFactory(rule))
 
 
-def square(pattern: str, seq_length: int, stride: int) -> int:
+def square(pattern: str, seq_length: int, stride: int, offset: int) -> int:
     """Torch counts the whole square of scores."""
     return seq_length * seq_length
 
@@ -106,9 +108,7 @@ def test_patterns_by_layer_and_head() -> None:
     assert count.attention_forward == 4 * B * entries * 8
     assert count.attention_backward == 8 * B * entries * 8
 
-    executed = count_flops(
-        model, B, T, patterns=patterns, attention_entries=lambda *shape: executed_entries("reference", *shape)
-    )
+    executed = count_flops(model, B, T, patterns=patterns, attention_entries=partial(executed_entries, "reference"))
     assert executed.attention_forward == 4 * B * (3 * T * (T + 1) // 2 + 5 * T * T) * 8
 
 

@@ -160,15 +160,19 @@ def test_too_long_a_sequence() -> None:
     assert build("llama")(torch.zeros(1, 25, dtype=torch.int64)).shape == (1, 25, V)
 
 
+@pytest.mark.parametrize("attention_kernel", ["reference", "parts"])
 @pytest.mark.parametrize("style", STYLES)
-def test_recomputation_changes_nothing(style) -> None:
+def test_recomputation_changes_nothing(style, attention_kernel) -> None:
     tokens, targets = batch()
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = build(style, rule=lambda name: SparseSpec(8, low_rank=2), recompute=recompute)
+        options = {"recompute": recompute, "attention_kernel": attention_kernel}
+        model = build(style, rule=lambda name: SparseSpec(8, low_rank=2), **options)
         sparsify(model)
         model.set_attention_patterns(MIXED)
+        for block in model.layers:
+            block.attention.offsets = (0, 1, 2, 3)
         loss = model(tokens, targets)
         loss.backward()
         results.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))

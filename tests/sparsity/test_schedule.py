@@ -116,3 +116,24 @@ def test_attention_patterns_follow_phases_windows_and_overrides() -> None:
     table = PatternSchedule(AttentionConfig(overrides=overrides), 2, 3)
     assert table.layer_patterns("sparse") == [("local", "sparse", "sparse"), ("full", "sparse", "full")]
     assert table.layer_patterns("full") == [("full",) * 3] * 2
+
+
+def test_half_of_the_heads_local_and_every_fourth_layer_dense() -> None:
+    overrides = [
+        PatternOverride(heads=0.5, pattern="local"),
+        PatternOverride(every=4, first=3, pattern="full"),
+    ]
+    table = PatternSchedule(AttentionConfig(overrides=overrides), 9, 4).layer_patterns("strided")
+    halves = ("strided", "local", "strided", "local")
+    assert table == [halves, halves, halves, ("full",) * 4] * 2 + [halves]
+    shares = {0.2: [5], 0.3: [2, 5], 1 / 3: [2, 5], 0.75: [1, 2, 4, 5], 0.9: [1, 2, 3, 4, 5]}
+    for share, heads in shares.items():
+        assert PatternOverride(heads=share, pattern="local").head_numbers(6) == heads
+
+
+def test_offsets_of_heads() -> None:
+    assert AttentionConfig().head_offsets(3) == (0, 0, 0)
+    assert AttentionConfig(stride=8, stride_offsets="spread").head_offsets(3) == (0, 2, 5)
+    assert AttentionConfig(stride=4, stride_offsets="spread").head_offsets(6) == (0, 0, 1, 2, 2, 3)
+    assert AttentionConfig(stride=4, stride_offsets=[3, 0]).head_offsets(2) == (3, 0)
+    assert all(offset < 128 for offset in AttentionConfig(stride_offsets="spread").head_offsets(300))

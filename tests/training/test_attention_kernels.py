@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.kernels.hybrid_attention import FASTER_FROM, cpu
-from megasparse.training.attention_kernels import attention_kernels, prepare_attention
+from megasparse.kernels.hybrid_attention import break_even, cpu
+from megasparse.training.kernels import describe_attention, prepare_kernels
 from megasparse.training.plan import make_plan
 
 SETTINGS = [
     "model.num_layers=1",
     "model.hidden_size=16",
     "model.num_attention_heads=2",
-    f"model.seq_length={FASTER_FROM['parts']}",
+    "model.seq_length=512",
     "model.vocab_size=64",
     "train.steps=40",
     "train.global_batch_size=8",
@@ -21,6 +21,7 @@ SETTINGS = [
     "train.precision=fp32",
     "sparsity.unit=16",
     "sparsity.update_interval=3",
+    "kernels.block_sparse=dense",
     "attention.stride=16",
 ]
 PATTERNS = "local, strided, sparse, fixed"
@@ -31,12 +32,18 @@ def load(*overrides: str):
 
 
 def warnings_of(plan: dict) -> list[str]:
-    return [words for words in plan["warnings"] if "kernels.hybrid_attention" in words]
+    return [words for words in plan["warnings"] if "kernels.hybrid_attention auto" in words]
 
 
 @pytest.fixture(autouse=True)
 def _no_build(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("a plan compiles nothing"))
+
+
+@pytest.fixture(autouse=True)
+def _limits(monkeypatch) -> None:
+    """The table of this machine does not matter."""
+    monkeypatch.setattr(break_even, "mask_limit", lambda *shape: 128)
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def compiler(monkeypatch) -> None:
 
 def test_the_plan_names_the_kernel(compiler) -> None:
     plan = make_plan(load(), 1, "cpu")
-    assert plan["kernels"]["hybrid_attention"] == f"reference for full; cpu for {PATTERNS}"
+    assert plan["kernels"]["hybrid_attention"] == f"causal for full; cpu for {PATTERNS}"
     assert not warnings_of(plan)
     assert make_plan(load("kernels.hybrid_attention=cpu"), 1, "cpu")["kernels"]["hybrid_attention"] == "cpu"
     executed = {
@@ -69,7 +76,7 @@ def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
     plan = make_plan(load(), 1, "cpu")
     (warning,) = warnings_of(plan)
     assert "auto" in warning and "no C++ compiler found: g++" in warning
-    assert plan["kernels"]["hybrid_attention"] == f"reference for full; parts for {PATTERNS}"
+    assert plan["kernels"]["hybrid_attention"] == f"causal for full; parts for {PATTERNS}"
     # No word where the kernel would not be used: short sequences, other devices, no patterns, another choice.
     for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=parts"):
         assert not warnings_of(make_plan(load(never), 1, "cpu")), never
@@ -79,16 +86,17 @@ def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
 def test_the_kernel_is_built_before_a_run_and_only_where_it_is_used(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(cpu, "_build_failure", lambda: asked.append(1) or "cc: exit status 1")
-    assert not prepare_attention(load(), "cpu") and asked
-    assert attention_kernels(load(), "cpu") == f"reference for full; parts for {PATTERNS}"
+    plan = {"kernels": {"device": "cpu", "block_sparse": []}}
+    assert not prepare_kernels(load(), plan) and asked
+    assert describe_attention(load(), "cpu") == f"causal for full; parts for {PATTERNS}"
     with pytest.raises(ConfigError, match="kernels.hybrid_attention: 'cpu' cannot run: cc: exit status 1"):
-        prepare_attention(load("kernels.hybrid_attention=cpu"), "cpu")
+        prepare_kernels(load("kernels.hybrid_attention=cpu"), plan)
     asked.clear()
     for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=parts"):
-        assert prepare_attention(load(never), "cpu")
-    assert prepare_attention(load(), "cuda") and not asked
+        assert prepare_kernels(load(never), plan)
+    assert prepare_kernels(load(), {"kernels": {"device": "cuda", "block_sparse": []}}) and not asked
 
 
 def test_values_of_the_setting_are_checked() -> None:
-    with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'parts' or 'cpu'"):
+    with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'parts', 'cpu' or 'triton'"):
         load("kernels.hybrid_attention=fast")

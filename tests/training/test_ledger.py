@@ -6,15 +6,22 @@ from functools import partial
 
 import pytest
 import torch
+from harness import run_distributed
 
-from megasparse.config.loader import load_config
+from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
-from megasparse.kernels.hybrid_attention import executed_entries
+from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask
 from megasparse.models.flops import count_flops
 from megasparse.models.gpt import GPT
+from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build import build_model
-from megasparse.training.kernels import LayerKernels
+from megasparse.training.kernels import (
+    LayerKernels,
+    agree_on_dense_fallback,
+    settle_dense_fallback,
+    with_dense_fallback,
+)
 from megasparse.training.ledger import FlopCounter, Ledger
 from megasparse.training.plan import make_plan, walk_schedule
 
@@ -88,6 +95,84 @@ def test_recomputation_is_executed_and_not_algorithmic() -> None:
     head = 2 * 4 * 24 * model.head.in_features * model.head.out_features
     forward = count_flops(model, 4, 24)
     assert again.executed - once.executed == pytest.approx(forward.forward + forward.attention_forward - head)
+
+
+@pytest.mark.parametrize("offsets", ["none", "spread", "[3,1]"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_attention_is_counted_as_a_count_of_the_mask_gives_it(pattern: str, offsets: str) -> None:
+    config, model, controller = parts(
+        f"attention.phases={{ultra_sparse: {pattern}}}", f"attention.stride_offsets={offsets}"
+    )
+    decision, densities = controller.begin_step(20), controller.live_densities()
+    assert decision.patterns == [(pattern,) * 2] * 2
+    counted = counter_of(config, model).step(decision, densities)
+    shifts = {"none": (0, 0), "spread": (0, 2), "[3,1]": (3, 1)}[offsets]
+    live = sum(int(pattern_mask(pattern, 24, 4, offset=offset).sum()) for offset in shifts)
+    without = count_flops(model, 4, 24, patterns=decision.patterns, densities=densities, attention_entries=nothing)
+    # Two products forward and four backward, for 4 samples, 2 layers and a head dimension of 16.
+    assert counted.algorithmic - without.total == 6 * 2 * 4 * 2 * 16 * live
+    entries = sum(executed_entries("auto", pattern, 24, 4, offset=offset) for offset in shifts)
+    # No kernel takes blocks of 8.
+    dense = partial(count_flops, linear_density=lambda density: 1.0, attention_entries=nothing)
+    assert counted.executed == pytest.approx(dense(model, 4, 24).total + 6 * 2 * 4 * 2 * 16 * entries, rel=1e-9)
+
+
+def nothing(*shape, offset: int) -> int:
+    return 0
+
+
+def test_a_widened_pattern_is_counted_and_told(monkeypatch) -> None:
+    """As if dense attention had been measured to be faster than `strided` below 100 tokens."""
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 100 * (pattern == "strided"))
+    words = ["attention.phases={ultra_sparse: strided, restoration: local}"]
+    exact, model, controller = parts(*words)
+    asked = load_config([], [*SETTINGS, *words, "attention.dense_fallback=true"])
+    allowed = settle_dense_fallback(asked, "cpu")
+    decisions = [Controller(config, model.sparse_layers()).begin_step(20) for config in (exact, allowed)]
+    assert [decision.patterns[0][0] for decision in decisions] == ["strided", "full"]
+    densities = controller.live_densities()
+    counts = [counter_of(exact, model).step(decision, densities) for decision in decisions]
+    full = count_flops(model, 4, 24, densities=densities)
+    assert counts[1].algorithmic == pytest.approx(full.total) and counts[0].algorithmic < counts[1].algorithmic
+    plans = [make_plan(config, 1, "cpu") for config in (exact, asked, allowed)]
+    assert plans[1] == plans[2] and plans[0]["flops"]["algorithmic"] < plans[1]["flops"]["algorithmic"]
+    told = [[words for words in plan["warnings"] if "dense_fallback" in words] for plan in plans[:2]]
+    assert told == [[], ["attention.dense_fallback: full attention runs in place of strided"]]
+    assert "strided (as full)" in plans[1]["kernels"]["hybrid_attention"]
+    assert "local (as full)" not in plans[1]["kernels"]["hybrid_attention"]
+    assert "as full" not in plans[0]["kernels"]["hybrid_attention"]
+
+
+def test_what_is_widened_is_settled_once(monkeypatch, tmp_path) -> None:
+    """Later measurements change nothing for a run that goes on, or for the model that it has trained."""
+    words = ["attention.phases={ultra_sparse: strided, restoration: local}", "attention.dense_fallback=true"]
+    asked = load_config([], [*SETTINGS, *words])
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 25 * (pattern == "strided"))
+    settled = settle_dense_fallback(asked, "cpu")
+    assert settled.attention.dense_fallback == ["strided"]
+    save_config(settled, tmp_path / "config.yaml")
+    assert load_config([tmp_path / "config.yaml"]) == settled
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 0)
+    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == []
+    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml") == settled
+    (tmp_path / "config.yaml").write_text("{")
+    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml").attention.dense_fallback == []
+    monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 24)
+    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == [], "at 24 tokens it is no slower"
+    forced = load_config([], [*SETTINGS, "attention.dense_fallback=[sparse]", "kernels.hybrid_attention=parts"])
+    assert settle_dense_fallback(forced, "cpu") is forced
+
+
+def test_ranks_agree_on_what_is_widened() -> None:
+    """Rank 0's patterns hold, whatever the table of another rank says."""
+    lists = run_distributed(agreed_fallback, 2, timeout=60)
+    assert lists == [["fixed", "strided"]] * 2
+
+
+def agreed_fallback(mesh: Mesh) -> list[str]:
+    mine = [["strided", "fixed"], ["local"]][mesh.rank]
+    config = with_dense_fallback(load_config([], SETTINGS), mine)
+    return sorted(agree_on_dense_fallback(config, mesh).attention.dense_fallback)
 
 
 def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:

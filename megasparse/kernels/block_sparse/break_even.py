@@ -21,7 +21,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
@@ -60,12 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rows measured by one command."""
+    """Rows measured by one command; other tables keep rows of their own kind, with a `case`."""
 
     hardware: str
     device: str
     threads: int
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
     versions: dict[str, str]
     command: str = ""
     date: str = ""
@@ -112,21 +112,27 @@ def table_problem() -> str | None:
     return _read_once(own_table())[1]
 
 
-def read_table(path: Path) -> tuple[Measurement, ...]:
-    """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
+def read_table(
+    path: Path, form: str = FORMAT, parse_row: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[Measurement, ...]:
+    """The measurements of a file. Raises ValueError naming the file and what is wrong with it.
+
+    parse_row: an entry of `rows` -> row; None: `Row`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        return tuple(_measurement(entry) for entry in content["measurements"])
+        if not isinstance(content, dict) or content.get("format") != form:
+            raise ValueError(f"its format is not {form}")
+        return tuple(_measurement(entry, parse_row or _row) for entry in content["measurements"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: no table of break-even densities: {detail}") from None
+        what = "break-even densities" if form == FORMAT else form
+        raise ValueError(f"{path}: no table of {what}: {detail}") from None
 
 
-def write_table(path: Path, measurements: Iterable[Measurement]) -> None:
+def write_table(path: Path, measurements: Iterable[Measurement], form: str = FORMAT) -> None:
     """Replace the file at once, so that a reader sees the old table or the new one."""
-    content = {"format": FORMAT, "measurements": [_entry(measurement) for measurement in measurements]}
+    content = {"format": form, "measurements": [_entry(measurement) for measurement in measurements]}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(json.dumps(content, indent=1) + "\n")
@@ -155,33 +161,36 @@ def _look_up(
     tokens: int,
     widths: tuple[int, int] | None,
 ) -> float:
-    for rows in _candidates(own, hardware, threads, device):
+    for rows in candidates(_read_once(own)[0], _read_once(SHIPPED)[0], hardware, threads, device):
         rows = [row for row in rows if (row.backend, row.dtype) == (backend, dtype_name(dtype))]
         if rows:
             return min(rows, key=lambda row: _distance(row, unit, tokens, widths)).break_even
     return FALLBACK
 
 
-def _candidates(own: Path, hardware: str, threads: int, device: str) -> list[list[Row]]:
+def candidates(
+    own: Iterable[Measurement], shipped: Iterable[Measurement], hardware: str, threads: int, device: str
+) -> list[list[Any]]:
     """Rows of the machines that come into question, the most trusted machine first."""
     # Threads of the host have no part in a GPU's work.
     count = (lambda measurement: 1) if device == "cuda" else (lambda measurement: measurement.threads)
     wanted = 1 if device == "cuda" else threads
-    mine = [m for m in _read_once(own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
-    shipped = [m for m in _read_once(SHIPPED)[0] if m.device == device]
-    shipped.sort(key=lambda m: (_ratio(count(m), wanted), m.hardware != hardware, m.machine))
-    groups = [mine, *(list(group) for _, group in groupby(shipped, key=lambda m: m.machine))]
+    mine = [m for m in own if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
+    others = [m for m in shipped if m.device == device]
+    others.sort(key=lambda m: (ratio(count(m), wanted), m.hardware != hardware, m.machine))
+    groups = [mine, *(list(group) for _, group in groupby(others, key=lambda m: m.machine))]
     return [[row for measurement in group for row in measurement.rows] for group in groups]
 
 
 def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> float:
-    distance = _ratio(row.block, unit) + _ratio(row.tokens, tokens)
+    distance = ratio(row.block, unit) + ratio(row.tokens, tokens)
     if widths is not None:
-        distance += _ratio(row.in_features, widths[0]) + _ratio(row.out_features, widths[1])
+        distance += ratio(row.in_features, widths[0]) + ratio(row.out_features, widths[1])
     return distance
 
 
-def _ratio(a: int, b: int) -> float:
+def ratio(a: int, b: int) -> float:
+    """How far apart two sizes are: the distance of their logarithms."""
     return abs(math.log(max(a, 1) / max(b, 1)))
 
 
@@ -200,8 +209,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _measurement(entry: dict[str, Any]) -> Measurement:
-    rows = tuple(_row(row) for row in entry["rows"])
+def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Any]) -> Measurement:
+    rows = tuple(parse_row(row) for row in entry["rows"])
     facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
     return Measurement(threads=int(entry["threads"]), versions=dict(entry["versions"]), rows=rows, **facts)
 

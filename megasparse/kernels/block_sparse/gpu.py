@@ -4,49 +4,40 @@ Grids depend only on shapes and on the number of live blocks, which the host kno
 CUDA graphs can capture every launch. Nothing is read or multiplied outside of live blocks; the weight gradient is
 filled with zeros and its live blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on first use.
 
-With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly, for tests: float32 only, as the
-interpreter's bfloat16 products are wrong.
+Where they run, and with which dtypes: ``triton_device``. UNITS are the block sides.
 
 Names: N tokens, I input width, O output width, R block rows, L live blocks.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megasparse.kernels import triton_device
 from megasparse.kernels.block_sparse import dense, tile_cache
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, power_of_two
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNITS = (16, 32, 64, 128)
-MIN_CAPABILITY = (8, 0)
 
 
 def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
-    return why_not_planned(device, dtype, unit) or (_unsuited_device() if device == "cuda" else None)
+    return why_not_planned(device, dtype, unit) or (triton_device.unsuited_device() if device == "cuda" else None)
 
 
 def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
     """The same as far as it can be told where the GPU is not."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted and device != "cpu":
-        return f"with TRITON_INTERPRET=1 they run on cpu only, not on {device}"
-    if not interpreted and device != "cuda":
-        return f"they run on cuda, not on {device} (there for tests only, slowly, with TRITON_INTERPRET=1)"
-    dtypes = DTYPES[:1] if interpreted else DTYPES
-    if dtype not in dtypes:
-        return f"dtype {dtype}; supported: {', '.join(map(str, dtypes))}"
+    reason = triton_device.wrong_type(device, dtype)
+    if reason is not None:
+        return reason
     if unit not in UNITS:
         return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
-    return _missing()
+    return triton_device.missing_triton()
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
@@ -94,7 +85,7 @@ def weight_gradient(
     out, stride_out = dweight, dweight.stride(0)
     if splits > 1:
         out, stride_out = x_NI.new_empty(splits, index.num_live, unit, unit, dtype=torch.float32), unit
-    with _on(x_NI.device):
+    with triton_device.current(x_NI.device):
         _kernels().gradient_kernel[(programs, splits)](
             *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows),
             *(tokens, tokens_per_split, num_rows, index.num_live),
@@ -105,7 +96,7 @@ def weight_gradient(
             DEPTH=tile.depth,
             MAX_ROWS=power_of_two(num_rows),
             PARTIAL=splits > 1,
-            PRECISION=_precision(x_NI.dtype),
+            PRECISION=triton_device.precision(x_NI.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -148,7 +139,7 @@ def _product(
     )
     inner_stride, outer_stride = weight.stride()[::-1] if transposed else weight.stride()
     # No live block at all leaves a list without memory behind it; it is not read then.
-    with _on(a.device):
+    with triton_device.current(a.device):
         _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
             *(a, weight, a if bias is None else bias, c, offsets, indices if indices.numel() else offsets, order),
             *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, c.stride(0)),
@@ -158,7 +149,7 @@ def _product(
             DEPTH=tile.depth,
             GROUP=tile.group,
             HAS_BIAS=bias is not None,
-            PRECISION=_precision(a.dtype),
+            PRECISION=triton_device.precision(a.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -170,11 +161,6 @@ def problem(kernel: str, a: Tensor, unit: int, groups: int, num_live: int) -> ti
     return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, unit, a.shape[0], groups, num_live)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: exactly, unless torch may use TF32 for its own."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _splits(programs: int, tokens: int, device: torch.device) -> int:
     """Parts of the tokens: enough programs for two per processor, but at least 512 tokens for each."""
     return max(1, min(-(-2 * _processors(device) // programs), tokens // 512))
@@ -182,11 +168,6 @@ def _splits(programs: int, tokens: int, device: torch.device) -> int:
 
 def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -197,25 +178,6 @@ def _device_name(device: torch.device) -> str:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
-def _unsuited_device() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or higher is needed"
-    return None
-
-
-@cache
-def _missing() -> str | None:
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    return None
 
 
 @cache

@@ -55,7 +55,7 @@ def measure_row(
     passes = [_training_pass(F.linear, x, dense_weight, bias, dy)]
     for weight, index in layers:
         passes.append(_training_pass(_sparse(index, backend), x, weight, bias, dy))
-    dense_seconds, *seconds = _medians(passes, device, rounds)
+    dense_seconds, *seconds = medians(passes, device, rounds)
     by_density = {index.density: value for (_, index), value in zip(layers, seconds, strict=True)}
     return Row(
         backend=backend,
@@ -133,12 +133,13 @@ def _training_pass(
     return run
 
 
-def _medians(passes: Sequence[Callable[[], None]], device: str, rounds: int) -> list[float]:
+def medians(passes: Sequence[Callable[[], None]], device: str, rounds: int) -> list[float]:
+    """Median seconds of each pass over the rounds, in which they take turns; one more round warms up."""
     times: list[list[float]] = [[] for _ in passes]
     for number in range(rounds + 1):
         for own, run in zip(times, passes, strict=True):
             elapsed = _seconds(run, device)
-            if number:  # the first round warms up
+            if number:
                 own.append(elapsed)
     return [statistics.median(own) for own in times]
 

@@ -1,7 +1,8 @@
 """Hybrid sparse attention: causal softmax attention under one pattern per head.
 
 Use ``hybrid_attention``; which kernel computes it is decided here and nowhere else. ``executed_entries`` tells how
-many attention scores that kernel really computes, ``live_entries`` how many the pattern asks for.
+many attention scores that kernel really computes, ``live_entries`` how many the pattern asks for, ``widened`` which
+patterns give way to dense attention where the user allows it.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -10,56 +11,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import cpu, parts, reference
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS, check_pattern, live_entries, pattern_mask
+from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, parts, reference
+from megasparse.kernels.hybrid_attention.patterns import (
+    PATTERNS,
+    WITH_OFFSET,
+    check_pattern,
+    live_entries,
+    pattern_mask,
+)
 
 __all__ = [
     "PATTERNS",
-    "check_kernel",
+    "WITH_OFFSET",
+    "check_forced",
     "check_pattern",
     "executed_entries",
+    "fast_kernel",
     "hybrid_attention",
     "live_entries",
     "pattern_mask",
     "select_kernel",
-    "why_slow",
+    "why_not",
+    "widened",
 ]
 
-
-def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
-    return None
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None, int], torch.Tensor
+]
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """A way to compute attention under one pattern, and the count of the scores that it computes.
+    """A way to compute attention under one pattern and offset, and the count of the scores that it computes."""
 
-    `why_not` says why it cannot run on a device type with a dtype (None where it can), and may build it;
-    `why_not_planned` says what can be told without a build.
-    """
-
-    attend: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None], torch.Tensor
-    ]
-    executed_entries: Callable[[str, int, int], int]
-    why_not: Callable[[str, torch.dtype], str | None] = _runs_everywhere
-    why_not_planned: Callable[[str, torch.dtype], str | None] = _runs_everywhere
+    attend: Attend
+    """(queries, keys, values, pattern, stride, scale, documents, offset) -> outputs."""
+    executed_entries: Callable[[str, int, int, int], int]
+    """(pattern, seq_length, stride, offset) -> scores."""
+    patterns: tuple[str, ...] = PATTERNS
+    offset_by_head: bool = False
+    """`attend` takes a sequence of offsets too, one for each query head."""
+    why_not: Callable[[str, torch.dtype, int], str | None] = lambda device, dtype, head_dim: None
+    """Why it cannot run on (device type, dtype, head_dim), or None; it may be built."""
+    why_not_planned: Callable[[str, torch.dtype, int], str | None] | None = None
+    """The same as far as it can be told without a build; None: `why_not` builds nothing."""
+    pattern_by_head: bool = False
+    """`attend` takes a sequence of patterns too, one for each query head."""
 
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "parts": AttentionKernel(parts.attend, parts.executed_entries),
-        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, cpu.why_not, cpu.why_not_planned),
+        "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
+        "cpu": AttentionKernel(
+            cpu.attend, cpu.executed_entries, PATTERNS, True, cpu.why_not, cpu.why_not_planned, pattern_by_head=True
+        ),
+        "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
     }
 )
-
-# Tokens from which `auto` prefers a kernel to a T x T mask; measured, see `benchmarks/hybrid_attention.py`.
-FASTER_FROM = MappingProxyType({"cpu": 128, "parts": 512})
 
 
 def hybrid_attention(
@@ -71,6 +87,10 @@ def hybrid_attention(
     kernel: str = "auto",
     scale: float | None = None,
     documents_BT: torch.Tensor | None = None,
+    *,
+    offsets: int | Sequence[int] = 0,
+    dropout: float = 0.0,
+    dense_fallback: bool = False,
 ) -> torch.Tensor:
     """Causal softmax attention in which each query head sees the keys of its pattern.
 
@@ -84,44 +104,57 @@ def hybrid_attention(
         documents_BT: number of the document of each token, integers that never decrease along the tokens. No query
             sees a key of another document. Positions in the patterns stay those in the sequence: a document does
             not start new blocks or residues.
+        offsets: offset of the stride, one for all heads, or one per query head.
+        dropout: probability with which a weight of the softmax is dropped; the reference kernel only.
+        dense_fallback: `auto` may widen a pattern to `full` where that was measured to be faster, see `widened`.
 
     Returns:
         [B, H, T, D] in the dtype of the queries.
 
     Raises:
-        ValueError: unknown kernel or pattern, a count of patterns other than 1 or H, H not a multiple of G, or
-            documents of another shape or type.
+        ValueError: unknown kernel or pattern, a count of patterns or offsets other than 1 or H, an offset outside
+            [0, stride), H not a multiple of G, documents of another shape or type, or a kernel without dropout.
     """
-    num_heads, num_groups = q_BHTD.shape[1], k_BGTD.shape[1]
-    names = (patterns,) * num_heads if isinstance(patterns, str) else tuple(patterns)
-    if len(names) != num_heads:
-        raise ValueError(
-            f"attention patterns: got {len(names)} for {num_heads} query heads; legal values: 1 name, or "
-            f"{num_heads} names"
-        )
+    num_heads, num_groups, seq_length = q_BHTD.shape[1], k_BGTD.shape[1], q_BHTD.shape[2]
+    names = _per_head("patterns", patterns, str, num_heads)
+    shifts = _per_head("offsets", offsets, int, num_heads)
     if num_heads % num_groups:
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
-    seq_length = q_BHTD.shape[2]
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    shape = seq_length, stride, q_BHTD.device.type, q_BHTD.dtype
-    chosen = {name: select_kernel(kernel, name, *shape) for name in dict.fromkeys(names)}
-    if set(chosen.values()) == {"cpu"}:  # one call for heads of all patterns
-        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT)
-    attends = {name: KERNELS[kernel].attend for name, kernel in chosen.items()}
-    if len(attends) == 1:
-        return attends[names[0]](q_BHTD, k_BGTD, v_BGTD, names[0], stride, scale, documents_BT)
+    check_dropout(dropout, kernel)
+    shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
+    if dense_fallback:
+        names = widened(kernel, names, seq_length, *shape)
+    asked, masked = "reference" if dropout else kernel, documents_BT is not None
+    chosen = {name: KERNELS[select_kernel(asked, name, seq_length, *shape, documents=masked)] for name in set(names)}
+    if all(entry.pattern_by_head for entry in chosen.values()):
+        for name, offset in zip(names, shifts, strict=True):
+            check_pattern(name, stride, offset)
+        entry = chosen[names[0]]
+        return entry.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT, shifts)
+    heads_of: dict[tuple[str, int], list[int]] = {}
+    for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
+        check_pattern(name, stride, offset)
+        together = name not in WITH_OFFSET or chosen[name].offset_by_head
+        heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
-    # Heads of one pattern run together. Keys and values are repeated before the heads are picked, so that no index
-    # occurs twice and the backward pass stays deterministic.
-    k_BHTD, v_BHTD = repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
+    def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
+        function = partial(chosen[name].attend, dropout=dropout) if dropout else chosen[name].attend
+        given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
+        return function(*tensors, name, stride, scale, documents_BT, given)
+
+    if len(heads_of) == 1:
+        ((name, offset), heads), *_ = heads_of.items()
+        return attend(name, offset, heads, q_BHTD, k_BGTD, v_BGTD)
+    # Heads of one pattern and offset run together. Keys and values are repeated before the heads are picked, so that
+    # no index occurs twice and the backward pass stays deterministic.
+    tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
     order, outputs = [], []
-    for name, attend in attends.items():
-        heads = [head for head, pattern in enumerate(names) if pattern == name]
-        index = torch.tensor(heads, device=q_BHTD.device)
-        picked = (tensor.index_select(1, index) for tensor in (q_BHTD, k_BHTD, v_BHTD))
-        outputs.append(attend(*picked, name, stride, scale, documents_BT))
+    for (name, offset), heads in heads_of.items():
+        index = _head_index(tuple(heads), q_BHTD.device)
+        outputs.append(attend(name, offset, heads, *(tensor.index_select(1, index) for tensor in tensors)))
         order += heads
-    back = torch.tensor(order, device=q_BHTD.device).argsort()
+    back = _head_index(tuple(sorted(range(num_heads), key=order.__getitem__)), q_BHTD.device)
     return torch.cat(outputs, dim=1).index_select(1, back)
 
 
@@ -132,12 +165,14 @@ def executed_entries(
     stride: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
     *,
+    offset: int = 0,
     planned: bool = False,
 ) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
-    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, planned=planned)
-    return KERNELS[chosen].executed_entries(pattern, seq_length, stride)
+    chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, head_dim, planned=planned)
+    return KERNELS[chosen].executed_entries(pattern, seq_length, stride, offset if pattern in WITH_OFFSET else 0)
 
 
 def select_kernel(
@@ -147,47 +182,86 @@ def select_kernel(
     stride: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
     *,
+    documents: bool = False,
     planned: bool = False,
 ) -> str:
-    """The name in `KERNELS` that `kernel` stands for on a device type. planned: nothing is compiled.
+    """The name in `KERNELS` that `kernel` stands for on a device type.
 
-    Raises ValueError where there is none, or it cannot run, and as `check_pattern`.
+    documents: they bound what queries see. planned: nothing is compiled, and the device need not be there.
+
+    Raises ValueError where there is none, or a forced one cannot run, and as `check_pattern`.
     """
     check_pattern(pattern, stride)
-    if kernel != "auto":
-        check_kernel(kernel, device, dtype, planned=planned)
-        return kernel
-    # Elsewhere nothing has been measured.
-    if device == "cpu" and pattern != "full":
-        for name, tokens in FASTER_FROM.items():
-            if seq_length >= tokens and _why_not(name, device, dtype, planned) is None:
-                return name
-    return "reference"
-
-
-def check_kernel(kernel: str, device: str, dtype: torch.dtype, *, planned: bool = False) -> None:
-    """Raise ValueError unless `kernel` is `auto`, or a name in `KERNELS` that can run there."""
-    if kernel != "auto" and kernel not in KERNELS:
+    if kernel == "auto":
+        if pattern == "full" and not (documents and device == "cuda"):
+            return "causal"
+        fast = fast_kernel(device, dtype, head_dim, planned=planned)
+        if pattern == "full":
+            # On GPUs documents cannot be cut apart without waiting for the device.
+            return fast if fast == "triton" else "causal"
+        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+        return fast if seq_length >= limit else "reference"
+    if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
         )
-    reason = None if kernel == "auto" else _why_not(kernel, device, dtype, planned)
+    if pattern not in KERNELS[kernel].patterns:
+        able = ["auto", *(name for name, other in KERNELS.items() if pattern in other.patterns)]
+        raise ValueError(
+            f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; legal values: "
+            f"{', '.join(able)}"
+        )
+    check_forced(kernel, device, dtype, head_dim, planned=planned)
+    return kernel
+
+
+def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> None:
+    """Raise ValueError where a kernel that was asked for by name cannot run."""
+    reason = why_not(kernel, device, dtype, head_dim, planned=planned) if kernel in KERNELS else None
     if reason is not None:
-        able = ["auto", *(name for name in KERNELS if _why_not(name, device, dtype, planned) is None)]
+        whole = [name for name, other in KERNELS.items() if other.patterns == PATTERNS]
+        able = ["auto", *(k for k in whole if why_not(k, device, dtype, head_dim, planned=planned) is None)]
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(able)}"
         )
 
 
-def why_slow(device: str, dtype: torch.dtype, *, planned: bool = False) -> str | None:
-    """Why `auto` cannot take the compiled kernel on a CPU; None where it can, and on other devices."""
-    return _why_not("cpu", device, dtype, planned) if device == "cpu" else None
-
-
-def _why_not(kernel: str, device: str, dtype: torch.dtype, planned: bool) -> str | None:
+def why_not(kernel: str, device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str | None:
+    """Why a kernel cannot run there; None where it can."""
     entry = KERNELS[kernel]
-    return (entry.why_not_planned if planned else entry.why_not)(device, dtype)
+    ask = entry.why_not_planned if planned and entry.why_not_planned else entry.why_not
+    return ask(device, dtype, head_dim)
+
+
+def widened(
+    kernel: str,
+    patterns: Sequence[str],
+    seq_length: int,
+    stride: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    *,
+    planned: bool = False,
+) -> tuple[str, ...]:
+    """`patterns` with `full` in place of those that dense causal attention was measured to be faster than.
+
+    Only `auto` widens, and nothing is widened where nobody measured.
+    """
+    if kernel != "auto":
+        return tuple(patterns)
+    fast, shape = fast_kernel(device, dtype, head_dim, planned=planned), (stride, device, dtype, head_dim)
+    return tuple(
+        "full" if seq_length < break_even.dense_limit(fast, pattern, *shape) else pattern for pattern in patterns
+    )
+
+
+def fast_kernel(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str:
+    """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
+    own = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    return own if own and why_not(own, device, dtype, head_dim, planned=planned) is None else "parts"
 
 
 def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length: int) -> None:
@@ -201,7 +275,33 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
         )
 
 
+def check_dropout(dropout: float, kernel: str) -> None:
+    """Raise ValueError for an impossible probability, or a kernel that does not drop."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"attention dropout: {dropout} is out of range; legal values: 0 to below 1")
+    if dropout and kernel not in ("auto", "reference"):
+        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; legal values: auto, reference")
+
+
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Repeat each of the G heads for the query heads that share it: [B, G, T, D] -> [B, num_heads, T, D]."""
     B, G, T, D = x_BGTD.shape
     return x_BGTD[:, :, None].expand(B, G, num_heads // G, T, D).reshape(B, num_heads, T, D)
+
+
+# A copy from the host waits for it. There are as many lists of heads as kinds of layers.
+@lru_cache(maxsize=256)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # One that is first made under inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
+
+
+def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:
+    """One value for each query head."""
+    values = (given,) * num_heads if isinstance(given, single) else tuple(given)
+    if len(values) != num_heads:
+        raise ValueError(
+            f"attention {what}: got {len(values)} for {num_heads} query heads; legal values: 1 for all, or {num_heads}"
+        )
+    return values

@@ -32,15 +32,15 @@ TILE, ROWS, COLUMNS = 24, 6, 16
 
 
 @torch.compiler.assume_constant_result  # it looks for files, which cannot be traced
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run on a device type with a dtype; None where it can.
+def why_not(device: str, dtype: torch.dtype, head_dim: int = 64) -> str | None:
+    """Why the kernel cannot run on a device type with a dtype (any head dimension); None where it can.
 
     Builds it, if nothing else is in the way.
     """
     return _unsupported(device, dtype) or _build_failure()
 
 
-def why_not_planned(device: str, dtype: torch.dtype) -> str | None:
+def why_not_planned(device: str, dtype: torch.dtype, head_dim: int = 64) -> str | None:
     """The same as far as it can be told without a build."""
     return _unsupported(device, dtype) or _no_compiler()
 

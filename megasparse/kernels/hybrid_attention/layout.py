@@ -82,11 +82,13 @@ class Layout:
         documents_BT: as in `hybrid_attention`.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, documents_BT: Tensor | None, pattern: str, stride: int) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, documents_BT: Tensor | None, pattern: str, stride: int, offset: int = 0
+    ) -> None:
         self._samples, num_heads, self._length, _ = q.shape
         self._key_heads, self.device = k.shape[1], q.device
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        tiles = pattern_tiles(pattern, self._length, stride)
+        tiles = pattern_tiles(pattern, self._length, stride, offset)
         self._front, self._end = overhang(tiles)
         limit = CPU_SCORES if q.device.type == "cpu" else DEVICE_SCORES
         share = num_heads // self._key_heads

@@ -9,6 +9,8 @@ Scores and probabilities are float32 (float64 for float64 inputs), and so are th
 whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
 instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
 
+Both passes are custom operators: torch.compile sees two calls with known output shapes.
+
 Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
 group of heads.
 """
@@ -34,49 +36,90 @@ def attend(
     stride: int,
     scale: float | None,
     documents_BT: Tensor | None = None,
+    offset: int = 0,
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
-    return PartsAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, scale)
+    return PartsAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
 
 
-def executed_entries(pattern: str, seq_length: int, stride: int) -> int:
+def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Scores computed per head: all entries of the tiles, masked ones and overhanging tokens included."""
-    return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride))
+    return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
 
 
 class PartsAttention(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, scale: float
-    ) -> Tensor:
-        layout = Layout(q, k, documents, pattern, stride)
-        out = empty_tokens_first(q)
-        lse = torch.empty(*q.shape[:3], 1, dtype=layout.dtype, device=q.device)
-        attend_group = GroupForward(layout, q.shape[-1])
-        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
-        for group in layout.groups():
-            layout.load_documents(group)
-            attend_group(*(x[group] for x in by_key_head), scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
+        out, lse = attention_parts_forward(q, k, v, documents, *settings)
         ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = pattern, stride, scale
+        ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, documents, out, lse = ctx.saved_tensors
-        pattern, stride, scale = ctx.settings
-        layout = Layout(q, k, documents, pattern, stride)
-        gradients = [empty_tokens_first(x) for x in (q, k, v)]
-        differentiate_group = GroupBackward(layout, q.shape[-1])
-        by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, *gradients)]
-        for group in layout.groups():
-            layout.load_documents(group)
-            differentiate_group(*(x[group] for x in by_key_head), scale)
-        return (*gradients, None, None, None, None)
+        gradients = attention_parts_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
+        return (*gradients, None, *(None for _ in ctx.settings))
+
+
+@torch.library.custom_op("megasparse::attention_parts_forward", mutates_args=())
+def attention_parts_forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of the scores [B, H, T, 1] in the dtype of the scores."""
+    layout = Layout(q, k, documents, pattern, stride, offset)
+    out, lse = _outputs(q)
+    attend_group = GroupForward(layout, q.shape[-1])
+    by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
+    for group in layout.groups():
+        layout.load_documents(group)
+        attend_group(*(x[group] for x in by_key_head), scale)
+    return out, lse
+
+
+@attention_parts_forward.register_fake
+def _(q, k, v, documents, pattern, stride, offset, scale):
+    return _outputs(q)
+
+
+@torch.library.custom_op("megasparse::attention_parts_backward", mutates_args=())
+def attention_parts_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    stride: int,
+    offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    layout = Layout(q, k, documents, pattern, stride, offset)
+    dq, dk, dv = map(empty_tokens_first, (q, k, v))
+    differentiate_group = GroupBackward(layout, q.shape[-1])
+    by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
+    for group in layout.groups():
+        layout.load_documents(group)
+        differentiate_group(*(x[group] for x in by_key_head), scale)
+    return dq, dk, dv
+
+
+@attention_parts_backward.register_fake
+def _(dout, q, k, v, documents, out, lse, pattern, stride, offset, scale):
+    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output and log-sum-exp."""
+    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return empty_tokens_first(q), lse
 
 
 class GroupForward:

@@ -1,15 +1,17 @@
 """The attention patterns of hybrid sparse attention, exactly.
 
-A query at position q sees a key at position k <= q (causal, always) where, for stride s:
+A query at position q sees a key at position k <= q (causal, always) where, for stride s and the offset o of the head,
+0 <= o < s:
 
     full      always
     local     q - k < s
-    strided   (q - k) mod s = 0
+    strided   (q - k) mod s = o, or k = q
     sparse    local or strided
-    fixed     q and k lie in the same block of s tokens, or k is the last token of its block
+    fixed     q and k lie in the same block, or k is the last token of its block; block of p: (p + o) // s
 
-Under ``fixed`` the last token of a block is seen by all later blocks, so it carries the summary of its block.
-Every query sees at least itself under every pattern.
+Under ``fixed`` the last token of a block is seen by all later blocks, so it carries the summary of its block; the
+offset shortens the first block to s - o tokens. ``full`` and ``local`` have no use for an offset. Every query sees at
+least itself under every pattern.
 """
 
 from __future__ import annotations
@@ -17,22 +19,28 @@ from __future__ import annotations
 import torch
 
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")
+WITH_OFFSET = ("strided", "sparse", "fixed")
+"""Patterns that depend on the offset."""
 
 
-def check_pattern(pattern: str, stride: int) -> None:
-    """Raise ValueError unless `pattern` is one of `PATTERNS` and `stride` is at least 1."""
+def check_pattern(pattern: str, stride: int, offset: int = 0) -> None:
+    """Raise ValueError unless `pattern` is one of `PATTERNS`, `stride` at least 1 and `offset` in [0, stride)."""
     if pattern not in PATTERNS:
         raise ValueError(f"attention pattern: {pattern!r} is unknown; legal values: {', '.join(PATTERNS)}")
     if stride < 1:
         raise ValueError(f"attention stride: {stride} is too small; legal values: 1 or more tokens")
+    if not 0 <= offset < stride:
+        raise ValueError(f"attention offset: {offset} is out of range; legal values: 0 to stride - 1 = {stride - 1}")
 
 
-def pattern_mask(pattern: str, seq_length: int, stride: int, device: torch.device | str | None = None) -> torch.Tensor:
+def pattern_mask(
+    pattern: str, seq_length: int, stride: int, device: torch.device | str | None = None, offset: int = 0
+) -> torch.Tensor:
     """The pattern as a bool tensor [seq_length, seq_length]: row = query, column = key, True = the query sees the key.
 
-    Raises ValueError for an unknown pattern or a stride below 1.
+    Raises ValueError as `check_pattern`.
     """
-    check_pattern(pattern, stride)
+    check_pattern(pattern, stride, offset)
     position = torch.arange(seq_length, device=device)
     query, key = position[:, None], position[None, :]
     distance = query - key
@@ -40,29 +48,39 @@ def pattern_mask(pattern: str, seq_length: int, stride: int, device: torch.devic
     if pattern == "full":
         return causal
     if pattern == "fixed":
+        query, key = query + offset, key + offset
         return causal & ((query // stride == key // stride) | (key % stride == stride - 1))
-    local, strided = distance < stride, distance % stride == 0
+    local, strided = distance < stride, (distance % stride == offset) | (distance == 0)
     return causal & {"local": local, "strided": strided, "sparse": local | strided}[pattern]
 
 
-def live_entries(pattern: str, seq_length: int, stride: int) -> int:
-    """Number of (query, key) pairs that `pattern` keeps: `pattern_mask(...).sum()` without the mask.
+def live_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
+    """Number of (query, key) pairs that the pattern keeps: `pattern_mask(...).sum()` without the mask.
 
-    Raises ValueError for an unknown pattern or a stride below 1.
+    Raises ValueError as `check_pattern`.
     """
-    check_pattern(pattern, stride)
-    blocks, rest = divmod(seq_length, stride)
-    # Sum of floor(q / s) over all queries: whole blocks before the own one, which is both the number of strided keys
-    # besides the query itself and the number of last columns under `fixed`.
-    earlier_blocks = stride * _triangle(blocks - 1) + rest * blocks
+    check_pattern(pattern, stride, offset)
     if pattern == "full":
         return _triangle(seq_length)
     if pattern == "fixed":
-        return blocks * _triangle(stride) + _triangle(rest) + earlier_blocks
+        first = min(seq_length, stride - offset)
+        blocks, rest = divmod(seq_length - first, stride)
+        in_blocks = _triangle(first) + blocks * _triangle(stride) + _triangle(rest)
+        # A query sees as many last tokens as there are blocks before its own.
+        return in_blocks + _sum_of_floors(seq_length + offset, stride)
     window = min(seq_length, stride)
     local = _triangle(window) + (seq_length - window) * stride
-    # The window and the strided keys share only the query itself.
-    return {"local": local, "strided": seq_length + earlier_blocks, "sparse": local + earlier_blocks}[pattern]
+    # Keys at the distances o + s, o + 2s, ...: besides distance o, which the window of `sparse` holds.
+    after_offset = max(seq_length - offset, 0)
+    far = _sum_of_floors(after_offset, stride)
+    near = after_offset if offset else 0  # with offset 0 it is the query itself
+    return {"local": local, "strided": seq_length + near + far, "sparse": local + far}[pattern]
+
+
+def _sum_of_floors(n: int, stride: int) -> int:
+    """Sum of floor(i / stride) over 0 <= i < n."""
+    blocks, rest = divmod(n, stride)
+    return stride * _triangle(blocks - 1) + rest * blocks
 
 
 def _triangle(n: int) -> int:

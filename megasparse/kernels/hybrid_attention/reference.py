@@ -21,21 +21,33 @@ def attend(
     stride: int,
     scale: float | None,
     documents_BT: torch.Tensor | None = None,
+    offset: int = 0,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    seq_length = q_BHTD.shape[2]
+    options = {"scale": scale, "enable_gqa": grouped, "dropout_p": dropout}
     if pattern == "full" and documents_BT is None:
-        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=grouped)
-    mask = cached_mask(pattern, seq_length, stride, q_BHTD.device)
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, **options)
+    mask = mask_of(pattern, q_BHTD.shape[2], stride, q_BHTD.device, offset)
     if documents_BT is not None:
         mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
-    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, **options)
 
 
-def executed_entries(pattern: str, seq_length: int, stride: int) -> int:
+def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Scores computed per head: the causal kernel skips the upper half, a boolean mask skips nothing."""
-    return live_entries(pattern, seq_length, stride) if pattern == "full" else seq_length * seq_length
+    return live_entries(pattern, seq_length, stride, offset) if pattern == "full" else seq_length * seq_length
+
+
+def mask_of(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int) -> torch.Tensor:
+    """`pattern_mask`, from a cache where that holds it."""
+    # A compiler makes the mask part of its graph: it cannot see what a cache holds.
+    if torch.compiler.is_compiling() or (offset and seq_length > LONGEST_CACHED_WITH_OFFSET):
+        return pattern_mask(pattern, seq_length, stride, device, offset)
+    if offset:
+        return cached_offset_mask(pattern, seq_length, stride, device, offset)
+    return cached_mask(pattern, seq_length, stride, device)
 
 
 # A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
@@ -45,3 +57,14 @@ def cached_mask(pattern: str, seq_length: int, stride: int, device: torch.device
     # A mask first built under inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False):
         return pattern_mask(pattern, seq_length, stride, device)
+
+
+# Every head of a layer can have an offset of its own: many masks, so only short ones, of up to 1 MiB, are kept.
+LONGEST_CACHED_WITH_OFFSET = 1024
+
+
+@lru_cache(maxsize=64)
+def cached_offset_mask(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int) -> torch.Tensor:
+    """As `cached_mask`, for offsets above 0."""
+    with torch.inference_mode(False):
+        return pattern_mask(pattern, seq_length, stride, device, offset)

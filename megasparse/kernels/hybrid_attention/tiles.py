@@ -9,6 +9,10 @@ meets a live key in the first tile that it is in. How the patterns are cut, for 
     fixed     the block diagonal, then the last tokens of the earlier blocks, gathered
     full      strided with s = 1
 
+An offset o of the head moves the queries of the strided tiles o tokens on, since the query at q meets the keys that
+q - o met; a query itself is then no strided key, and tiles of a window of one token hold it. It moves the blocks of
+`fixed` o tokens back.
+
 Tokens are counted from 0; `of` reads tensors that hold `front` rows before token 0 and some rows after the last token,
 so that tiles may overhang: keys before token 0 are masked, and no token sees the ones after the last.
 
@@ -70,8 +74,8 @@ class Tiles:
     Attributes:
         num_tiles: N.
         queries, keys: the tokens of each tile.
-        sees: (query position, key position, s) -> whether the pair is live and belongs to these tiles.
-        stride: s.
+        sees: (query position, key position, s, o) -> whether the pair is live and belongs to these tiles.
+        stride, offset: s and o.
         edge: tiles at the beginning whose masks differ from the last one's; all others share that one.
         joins: earlier tiles have the same queries.
     """
@@ -79,8 +83,9 @@ class Tiles:
     num_tiles: int
     queries: View
     keys: View
-    sees: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    sees: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     stride: int
+    offset: int = 0
     edge: int = 0
     joins: bool = False
 
@@ -97,7 +102,7 @@ class Tiles:
         masks = []
         for tiles, first, count in pieces:
             queries, keys = (self._positions(view, first, count, device) for view in (self.queries, self.keys))
-            live = self.sees(queries[:, :, None], keys[:, None, :], self.stride)
+            live = self.sees(queries[:, :, None], keys[:, None, :], self.stride, self.offset)
             masks.append((tiles, torch.zeros(live.shape, dtype=dtype, device=device).masked_fill_(~live, -math.inf)))
         return masks
 
@@ -122,26 +127,29 @@ class Tiles:
         ]
 
 
-@lru_cache(maxsize=64)
-def pattern_tiles(pattern: str, seq_length: int, stride: int) -> tuple[Tiles, ...]:
+@lru_cache(maxsize=256)
+def pattern_tiles(pattern: str, seq_length: int, stride: int, offset: int = 0) -> tuple[Tiles, ...]:
     """The tiles of a pattern over `seq_length` >= 1 tokens. Raises ValueError as `check_pattern`."""
-    check_pattern(pattern, stride)
-    stride = min(stride, seq_length)  # a longer one changes nothing
+    check_pattern(pattern, stride, offset)
     if pattern == "full":
-        return _strided(seq_length, 1, _same_residue)
+        return _strided(seq_length, 1, 0, _same_residue)
+    if pattern == "fixed":
+        return _fixed(seq_length, *_shortened_blocks(seq_length, stride, offset))
+    stride = min(stride, seq_length)  # a longer one changes nothing
     if pattern == "local":
         return _local(seq_length, stride)
-    if pattern == "strided":
-        return _strided(seq_length, stride, _same_residue)
     if pattern == "sparse":
-        far = _strided(seq_length, stride, _earlier_of_same_residue) if seq_length > stride else ()
+        far = _strided(seq_length, stride, offset, _earlier_of_same_residue) if seq_length - offset > stride else ()
         return (*_local(seq_length, stride), *_joining(far))
-    return (*_block_diagonal(seq_length, stride), *_joining(_summaries(seq_length, stride)))
+    if offset == 0:
+        return _strided(seq_length, stride, 0, _same_residue)
+    far = _strided(seq_length, stride, offset, _same_residue) if seq_length > offset else ()
+    return (*_local(seq_length, 1), *_joining(far))
 
 
 def overhang(tiles: tuple[Tiles, ...]) -> tuple[int, int]:
     """Rows that the tiles reach before token 0, and one more than the last token that they reach."""
-    front = max(-part.keys.start for part in tiles)
+    front = max(-view.start for part in tiles for view in (part.queries, part.keys))
     return max(front, 0), max(view.end(part.num_tiles) for part in tiles for view in (part.queries, part.keys))
 
 
@@ -158,58 +166,71 @@ def _local(seq_length: int, stride: int) -> tuple[Tiles, ...]:
     return (Tiles(num_tiles, View(0, size, size), keys, _in_window, stride, edge=before),)
 
 
-def _strided(seq_length: int, stride: int, sees: Callable) -> tuple[Tiles, ...]:
-    length = _ceil(seq_length, stride)
+def _strided(seq_length: int, stride: int, offset: int, sees: Callable) -> tuple[Tiles, ...]:
+    length = _ceil(seq_length - offset, stride)
     tiles = []
     for first in range(0, length, TILE):
         last = min(first + TILE, length)
-        queries, keys = View(first * stride, 1, last - first, stride), View(0, 1, last, stride)
-        tiles.append(Tiles(stride, queries, keys, sees, stride))
+        queries, keys = View(offset + first * stride, 1, last - first, stride), View(0, 1, last, stride)
+        tiles.append(Tiles(stride, queries, keys, sees, stride, offset))
     return tuple(tiles)
 
 
-def _block_diagonal(seq_length: int, stride: int) -> tuple[Tiles, ...]:
+def _shortened_blocks(seq_length: int, stride: int, offset: int) -> tuple[int, int]:
+    """Stride and offset that cut the sequence into the same blocks, where it has no whole one, with less overhang."""
+    first = min(stride - offset, seq_length)
+    longest = max(first, min(seq_length - first, stride))
+    return longest, longest - first
+
+
+def _fixed(seq_length: int, stride: int, offset: int) -> tuple[Tiles, ...]:
+    return (*_block_diagonal(seq_length, stride, offset), *_joining(_summaries(seq_length, stride, offset)))
+
+
+def _block_diagonal(seq_length: int, stride: int, offset: int) -> tuple[Tiles, ...]:
     together = max(1, 16 // stride)  # blocks in a tile
     span = together * stride
-    num_tiles = _ceil(seq_length, span)
+    num_tiles = _ceil(offset + seq_length, span)
     tiles = []
     for first in range(0, span, TILE):
         last = min(first + TILE, span)
-        queries, keys = View(first, span, last - first), View(0, span, last)
-        tiles.append(Tiles(num_tiles, queries, keys, _in_block, stride))
+        queries, keys = View(first - offset, span, last - first), View(-offset, span, last)
+        tiles.append(Tiles(num_tiles, queries, keys, _in_block, stride, offset, edge=1 if offset else 0))
     return tuple(tiles)
 
 
-def _summaries(seq_length: int, stride: int) -> tuple[Tiles, ...]:
-    num_blocks, together = _ceil(seq_length, stride), max(1, SUMMARY_ROWS // stride)
+def _summaries(seq_length: int, stride: int, offset: int) -> tuple[Tiles, ...]:
+    num_blocks, together = _ceil(offset + seq_length, stride), max(1, SUMMARY_ROWS // stride)
     tiles = []
     for first in range(1, num_blocks, together):  # the first block has none before it
         last = min(first + together, num_blocks)
         for begin in range(first * stride, last * stride, SUMMARY_ROWS):
             end = min(begin + SUMMARY_ROWS, last * stride)
-            keys = View(stride - 1, 0, last - 1, stride)
-            tiles.append(Tiles(1, View(begin, 0, end - begin), keys, _ends_earlier_block, stride))
+            queries, keys = View(begin - offset, 0, end - begin), View(stride - 1 - offset, 0, last - 1, stride)
+            tiles.append(Tiles(1, queries, keys, _ends_earlier_block, stride, offset))
     return tuple(tiles)
 
 
-def _in_window(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+def _in_window(query: torch.Tensor, key: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
     return (key >= 0) & (key <= query) & (query - key < stride)
 
 
-def _same_residue(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
-    return (key <= query) & ((query - key) % stride == 0)
+def _same_residue(query: torch.Tensor, key: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
+    return (key <= query - offset) & ((query - offset - key) % stride == 0)
 
 
-def _earlier_of_same_residue(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
-    return (key < query) & ((query - key) % stride == 0)
+def _earlier_of_same_residue(query: torch.Tensor, key: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
+    return (key < query - offset) & ((query - offset - key) % stride == 0)
 
 
-def _in_block(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
-    return (key <= query) & (query // stride == key // stride)
+def _in_block(query: torch.Tensor, key: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
+    # Rows before token 0 see each other: a row without any key would have no maximum.
+    seen = (key <= query) & ((key >= 0) | (query < 0))
+    return seen & ((query + offset) // stride == (key + offset) // stride)
 
 
-def _ends_earlier_block(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
-    return key // stride < query // stride
+def _ends_earlier_block(query: torch.Tensor, key: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
+    return (key + offset) // stride < (query + offset) // stride
 
 
 def _ceil(a: int, b: int) -> int:

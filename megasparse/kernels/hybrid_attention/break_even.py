@@ -1,0 +1,146 @@
+"""Break-even lengths: from how many tokens on a kernel is faster than a boolean mask, and than dense attention.
+
+``mask_limit`` and ``dense_limit`` look a pattern up, first in the user's own table (``attention_break_even.json`` in
+the cache folder, which ``tools/tune_kernels.py --attention`` writes), then in the table beside this module. The files
+are those of ``block_sparse/break_even.py``, with rows of another kind:
+
+    {"kernel": "parts", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
+     "seconds": {"512": {"kernel": 0.006, "mask": 0.011, "dense": 0.007}, ...}}
+
+Seconds are those of a forward and backward pass at so many tokens. Which machine's rows count is decided as there;
+among its rows of the same kernel, pattern and dtype the nearest one wins, by the sum of the distances of the logarithms
+of stride and head dimension. The break-even length is the smallest measured one from which on the kernel is never
+slower; where it is slower at the longest one, the kernel is taken beyond it, since the work of a pattern grows slower.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.kernels.block_sparse import break_even as tables
+
+FORMAT = "megasparse-attention-break-even-1"
+SHIPPED = Path(__file__).with_name("break_even.json")
+UNMEASURED = {("parts", "cpu"): 512, ("cpu", "cpu"): 128, ("triton", "cuda"): 0}
+"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `parts` and
+`cpu` were measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pattern on one kernel. Fields are named as in the file."""
+
+    kernel: str
+    dtype: str
+    pattern: str
+    stride: int
+    head_dim: int
+    heads: int
+    seconds: dict[str, dict[str, float]]
+    """By tokens: of the kernel, of the boolean `mask`, and of `dense` causal attention."""
+
+    @property
+    def case(self) -> tuple[str, str, str, int, int, int]:
+        return self.kernel, self.dtype, self.pattern, self.stride, self.head_dim, self.heads
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted(map(int, self.seconds))
+
+    def limit(self, other: str) -> int | None:
+        """Tokens from which the kernel is no slower than `other`, `mask` or `dense`; None: at all measured lengths."""
+        following = [*self.lengths[1:], self.lengths[-1] + 1]
+        for tokens, longer in reversed(list(zip(self.lengths, following, strict=True))):
+            if self.seconds[str(tokens)]["kernel"] > self.seconds[str(tokens)][other]:
+                return longer
+        return None
+
+
+def own_table() -> Path:
+    """Where tools/tune_kernels.py writes and the limits are read from."""
+    return tables.own_table().with_name("attention_break_even.json")
+
+
+def read_table(path: Path) -> tuple[tables.Measurement, ...]:
+    """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
+    return tables.read_table(path, FORMAT, _row)
+
+
+def table_problem() -> str | None:
+    """What is wrong with the user's own table, which is then passed over; None where nothing is."""
+    return _read_once(own_table())[1]
+
+
+# The compiler takes what these two return as a constant: files and caches are nothing that it could trace.
+@torch.compiler.assume_constant_result
+def mask_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> int:
+    """Tokens from which `kernel` is no slower than attention with a boolean mask.
+
+    A kernel that is faster at all measured lengths is taken from the shortest of them on.
+    """
+    row = _nearest(kernel, pattern, stride, device, dtype, head_dim)
+    if row is None:
+        return UNMEASURED.get((kernel, device), sys.maxsize)
+    limit = row.limit("mask")
+    return row.lengths[0] if limit is None else limit
+
+
+@torch.compiler.assume_constant_result
+def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> int:
+    """Tokens below which dense causal attention was measured to be faster than `kernel`; 0: nowhere."""
+    row = _nearest(kernel, pattern, stride, device, dtype, head_dim)
+    return 0 if row is None else row.limit("dense") or 0
+
+
+def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> Row | None:
+    machine = own_table(), tables.hardware_name(device), torch.get_num_threads(), device
+    return _look_up(*machine, kernel, pattern, stride, tables.dtype_name(dtype), head_dim)
+
+
+@lru_cache(maxsize=4096)
+def _look_up(
+    own: Path,
+    hardware: str,
+    threads: int,
+    device: str,
+    kernel: str,
+    pattern: str,
+    stride: int,
+    dtype: str,
+    head_dim: int,
+) -> Row | None:
+    measurements = _read_once(own)[0], _read_once(SHIPPED)[0]
+    for rows in tables.candidates(*measurements, hardware, threads, device):
+        rows = [row for row in rows if (row.kernel, row.pattern, row.dtype) == (kernel, pattern, dtype)]
+        if rows:
+            return min(rows, key=lambda row: tables.ratio(row.stride, stride) + tables.ratio(row.head_dim, head_dim))
+    return None
+
+
+@cache
+def _read_once(path: Path) -> tuple[tuple[tables.Measurement, ...], str | None]:
+    """The measurements, and what is wrong with the file; a file that is not there holds none."""
+    if not path.exists():
+        return (), None
+    try:
+        return read_table(path), None
+    except ValueError as error:
+        return (), str(error)
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    seconds = {
+        str(int(tokens)): {name: float(times[name]) for name in ("kernel", "mask", "dense")}
+        for tokens, times in entry["seconds"].items()
+    }
+    if not seconds:
+        raise ValueError("seconds: empty; legal values: times by number of tokens")
+    words = {name: str(entry[name]) for name in ("kernel", "dtype", "pattern")}
+    numbers = {name: int(entry[name]) for name in ("stride", "head_dim", "heads")}
+    return Row(**words, **numbers, seconds=seconds)

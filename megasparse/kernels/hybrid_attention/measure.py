@@ -1,0 +1,71 @@
+"""Measures a kernel of hybrid sparse attention against a boolean mask and dense causal attention.
+
+    rows = measure_rows("parts", "cpu", torch.float32, stride=128, head_dim=64)
+
+Forward and backward through autograd, as training runs it. All patterns take turns with the other two, so that a
+machine that is busy for a while is unfair to none; times are medians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megasparse.kernels.block_sparse.break_even import dtype_name
+from megasparse.kernels.block_sparse.measure import medians
+from megasparse.kernels.hybrid_attention import KERNELS, hybrid_attention
+from megasparse.kernels.hybrid_attention.break_even import Row
+from megasparse.kernels.hybrid_attention.patterns import PATTERNS, pattern_mask
+
+LENGTHS = (128, 256, 512, 1024, 2048)
+HEADS = 4
+"""Enough for all threads of a small machine; times grow linearly with more."""
+
+
+def measure_rows(
+    kernel: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    stride: int,
+    head_dim: int,
+    lengths: Sequence[int] = LENGTHS,
+    heads: int = HEADS,
+    rounds: int = 3,
+) -> list[Row]:
+    """One row for each pattern but `full` that the kernel computes."""
+    patterns = [pattern for pattern in PATTERNS if pattern != "full" and pattern in KERNELS[kernel].patterns]
+    seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
+    for seq_length in sorted(set(lengths)):
+        # Heads of a token lie together, as the projection of a layer leaves them.
+        shape = 1, seq_length, heads, head_dim
+        q, k, v, dy = (torch.randn(shape, device=device).to(dtype).transpose(1, 2) for _ in range(4))
+        # The work of a mask is the same under every pattern.
+        mask = pattern_mask("sparse", seq_length, stride, device)
+        attentions = [
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            lambda q, k, v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            *(
+                lambda q, k, v, pattern=pattern: hybrid_attention(q, k, v, pattern, stride, kernel)
+                for pattern in patterns
+            ),
+        ]
+        dense, masked, *ours = medians([_training_pass(each, q, k, v, dy) for each in attentions], device, rounds)
+        for pattern, own in zip(patterns, ours, strict=True):
+            times = {"kernel": own, "mask": masked, "dense": dense}
+            seconds[pattern][str(seq_length)] = {name: round(value, 7) for name, value in times.items()}
+    return [Row(kernel, dtype_name(dtype), pattern, stride, head_dim, heads, seconds[pattern]) for pattern in patterns]
+
+
+def _training_pass(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, dy: Tensor
+) -> Callable[[], None]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+
+    def run() -> None:
+        torch.autograd.grad(attention(*leaves), leaves, dy)
+
+    return run

@@ -1,0 +1,181 @@
+"""Which attention kernel runs, when a pattern may be widened, dropout, and full attention with documents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
+from megasparse.kernels.hybrid_attention import (
+    PATTERNS,
+    break_even,
+    causal,
+    hybrid_attention,
+    select_kernel,
+    widened,
+)
+from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row, dense_limit, mask_limit, read_table
+from megasparse.kernels.hybrid_attention.measure import measure_rows
+
+TIMES = {
+    "128": {"kernel": 3.0, "mask": 2.0, "dense": 1.0},
+    "256": {"kernel": 4.0, "mask": 5.0, "dense": 3.0},
+    "512": {"kernel": 5.0, "mask": 9.0, "dense": 6.0},
+}
+ROW = Row("parts", "float32", "sparse", 64, 64, 4, TIMES)
+CASE = ("parts", "sparse", 64, "cpu", torch.float32, 64)
+
+
+def measurement(*rows: Row, hardware: str | None = None) -> Measurement:
+    hardware = hardware_name("cpu") if hardware is None else hardware
+    facts = {"torch": "2"}, "tools/tune_kernels.py --attention", "2026-01-01"
+    return Measurement(hardware, "cpu", torch.get_num_threads(), rows, *facts)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """The user's own table, not there yet, and a shipped one without rows."""
+    path, shipped = tmp_path / "own.json", tmp_path / "shipped.json"
+    write_table(shipped, [], FORMAT)
+    monkeypatch.setattr(break_even, "own_table", lambda: path)
+    monkeypatch.setattr(break_even, "SHIPPED", shipped)
+    break_even._look_up.cache_clear()
+    return path
+
+
+def inputs(seq_length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    shapes = [(2, heads, seq_length, 8) for heads in (4, 2, 2)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_the_shipped_table_is_whole_and_installed(repository) -> None:
+    measurements = read_table(break_even.SHIPPED)
+    assert {(m.device, row.pattern) for m in measurements for row in m.rows} >= {
+        ("cpu", pattern) for pattern in PATTERNS if pattern != "full"
+    }
+    assert all(m.hardware and m.command and m.date for m in measurements)
+    assert "kernels/hybrid_attention/*.json" in (repository / "setup.py").read_text()
+
+
+def test_break_even_lengths() -> None:
+    assert (ROW.limit("mask"), ROW.limit("dense")) == (256, 512)
+    slower = {**TIMES, "1024": {"kernel": 9.0, "mask": 8.0, "dense": 9.0}}
+    assert (replace(ROW, seconds=slower).limit("mask"), replace(ROW, seconds=slower).limit("dense")) == (1025, 512)
+    always = replace(ROW, seconds={"256": TIMES["512"], "64": TIMES["512"]})
+    assert always.limit("mask") is None and always.limit("dense") is None and always.lengths == [64, 256]
+
+
+def test_the_table_decides(own) -> None:
+    assert mask_limit(*CASE) == 512 and dense_limit(*CASE) == 0, "nobody measured"
+    assert mask_limit("parts", "sparse", 64, "cuda", torch.float32, 64) > 10**9
+    far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
+    write_table(own, [measurement(ROW, far)], FORMAT)
+    for cached in (break_even._look_up, break_even._read_once):
+        cached.cache_clear()
+    assert mask_limit(*CASE) == 256 and dense_limit(*CASE) == 512
+    assert mask_limit(*CASE[:-1], 200) == 128 and dense_limit(*CASE[:-1], 200) == 0
+    assert dense_limit("parts", "local", *CASE[2:]) == 0
+    assert [select_kernel("auto", "sparse", tokens, 64) for tokens in (255, 256)] == ["reference", "parts"]
+    assert widened("auto", ("sparse", "local", "full"), 511, 64) == ("full", "local", "full")
+    assert widened("auto", ("sparse",), 512, 64) == ("sparse",)
+    assert widened("parts", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
+
+
+def test_another_machine_does_not_count(own) -> None:
+    write_table(own, [measurement(ROW, hardware="another")], FORMAT)
+    break_even._read_once.cache_clear()
+    assert mask_limit(*CASE) == 512 and dense_limit(*CASE) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "attention_break_even.json"),
+        ('{"format": "megasparse-break-even-1", "measurements": []}', FORMAT),
+        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {}}]}]}), "seconds: empty"),
+        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {"a": {}}}]}]}), "'a'"),
+        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {"1": {}}}]}]}), "kernel"),
+    ],
+)
+def test_a_bad_table_is_named_and_passed_over(content, message, own, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "attention_break_even.json"
+    path.write_text(content)
+    monkeypatch.setattr(break_even, "own_table", lambda: path)
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+    assert message in break_even.table_problem() and dense_limit(*CASE) == 0
+
+
+def test_no_pattern_is_widened_unless_that_is_allowed(monkeypatch) -> None:
+    monkeypatch.setattr(break_even, "dense_limit", lambda *case: 100)
+    q, k, v = inputs(40)
+    full = hybrid_attention(q, k, v, "full", 4)
+    sparse = hybrid_attention(q, k, v, "sparse", 4, "reference")
+    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4), sparse)
+    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, dense_fallback=True), full)
+    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, "reference", dense_fallback=True), sparse)
+
+
+def test_measured_rows_are_what_was_asked_for() -> None:
+    rows = measure_rows("parts", "cpu", torch.float32, stride=8, head_dim=8, lengths=(32, 16), heads=1, rounds=1)
+    assert [row.pattern for row in rows] == ["local", "strided", "sparse", "fixed"]
+    for row in rows:
+        assert row.lengths == [16, 32] and (row.stride, row.head_dim, row.heads, row.kernel) == (8, 8, 1, "parts")
+        assert all(seconds > 0 for times in row.seconds.values() for seconds in times.values())
+
+
+@pytest.mark.parametrize("cuts", [[40, 40], [1, 17, 30, 40], list(range(1, 41))], ids=["one", "some", "single tokens"])
+def test_full_attention_document_by_document(cuts) -> None:
+    documents = torch.stack([torch.bucketize(torch.arange(40), torch.tensor(cuts), right=True), torch.arange(40) // 20])
+    q, k, v = inputs(40)
+    wanted, got = (hybrid_attention(q, k, v, "full", 4, kernel, 0.3, documents) for kernel in ("reference", "auto"))
+    assert select_kernel("auto", "full", 40, 4) == "causal"
+    dy = torch.randn_like(wanted)
+    pairs = [torch.autograd.grad(y, (q, k, v), dy) for y in (got, wanted)]
+    # float64 on both sides: sums of at most 40 terms of order 1.
+    for mine, reference in zip((got, *pairs[0]), (wanted, *pairs[1]), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_full_attention_with_documents_makes_no_square_mask(monkeypatch) -> None:
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        causal.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: seen.append((q.shape[2], options)) or attention(q, k, v, **options),
+    )
+    documents = torch.tensor([[0] * 25 + [4] * 15, [1] * 40])
+    hybrid_attention(*inputs(40), "full", 4, documents_BT=documents)
+    assert [length for length, _ in seen] == [25, 15, 40]
+    assert all(options["is_causal"] and "attn_mask" not in options for _, options in seen)
+
+
+def test_dropout() -> None:
+    q, k, v = inputs(64)
+    ones = torch.ones_like(v)
+    for pattern in PATTERNS:
+        torch.manual_seed(5)
+        y = hybrid_attention(q, k, ones, pattern, 8, dropout=0.5)
+        # Every weight is dropped or doubled: sums of them are 1 on average, and seldom exactly.
+        assert 0.9 < y.mean() < 1.1 and (y - 1).abs().max() > 0.1
+        assert torch.equal(hybrid_attention(q, k, v, pattern, 8, dropout=0.0), hybrid_attention(q, k, v, pattern, 8))
+    with pytest.raises(ValueError, match="'parts' has no dropout; legal values: auto, reference"):
+        hybrid_attention(q, k, v, "sparse", 8, "parts", dropout=0.1)
+    for impossible in (1.0, -0.1):
+        with pytest.raises(ValueError, match=f"dropout: {impossible} .*legal values: 0 to below 1"):
+            hybrid_attention(q, k, v, "sparse", 8, dropout=impossible)
+
+
+def test_mistakes_are_named() -> None:
+    q, k, v = inputs(9)
+    with pytest.raises(ValueError, match="got 3 for 4 query heads; legal values: 1 for all, or 4"):
+        hybrid_attention(q, k, v, "sparse", 4, offsets=(0, 1, 2))
+    with pytest.raises(ValueError, match="offset: 4 is out of range; legal values: 0 to stride - 1 = 3"):
+        hybrid_attention(q, k, v, "sparse", 4, offsets=4)
+    with pytest.raises(ValueError, match="'causal' does not compute the pattern 'local'; legal values: auto, ref"):
+        hybrid_attention(q, k, v, "local", 4, "causal")
