@@ -69,7 +69,8 @@ def test_break_even_lengths() -> None:
     assert always.limit("mask") is None and always.limit("dense") is None and always.lengths == [64, 256]
 
 
-def test_the_table_decides(own) -> None:
+def test_the_table_decides(own, monkeypatch) -> None:
+    monkeypatch.setattr("megasparse.kernels.hybrid_attention.fast_kernel", lambda *place, **options: "parts")
     assert mask_limit(*CASE) == 512 and dense_limit(*CASE) == 0, "nobody measured"
     assert mask_limit("parts", "sparse", 64, "cuda", torch.float32, 64) > 10**9
     far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
