@@ -59,13 +59,10 @@ def prepare_attention(config: RunConfig, device: str) -> bool:
 
 def uses_compiled(config: RunConfig, device: str) -> bool:
     """Whether the run has the compiled kernel for CPUs in view: by name, or for a pattern of long enough sequences."""
-    asked, named = (
-        config.kernels.hybrid_attention,
-        config.attention.named_patterns() - config.attention.widened_patterns,
-    )
+    asked, attention = config.kernels.hybrid_attention, config.attention
     if device != "cpu" or asked not in ("auto", "cpu"):
         return False
-    shape = config.attention.stride, *_place(config, device)
+    shape, named = (attention.stride, *_place(config, device)), attention.named_patterns() - attention.widened_patterns
     limits = (break_even.mask_limit("cpu", pattern, *shape) for pattern in named - {"full"})
     return asked == "cpu" or any(config.model.seq_length >= limit for limit in limits)
 

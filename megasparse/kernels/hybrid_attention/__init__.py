@@ -191,10 +191,12 @@ def select_kernel(
     """
     check_pattern(pattern, stride)
     if kernel == "auto":
+        if pattern == "full" and not (documents and device == "cuda"):
+            return "causal"
         fast = fast_kernel(device, dtype, head_dim, planned=planned)
         if pattern == "full":
             # On GPUs documents cannot be cut apart without waiting for the device.
-            return fast if documents and fast == "triton" else "causal"
+            return fast if fast == "triton" else "causal"
         limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
         return fast if seq_length >= limit else "reference"
     if kernel not in KERNELS:
