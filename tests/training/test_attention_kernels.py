@@ -64,6 +64,13 @@ def test_a_forced_kernel_that_cannot_run_stops_the_plan(device, monkeypatch) -> 
         make_plan(load("kernels.hybrid_attention=cpu"), 1, device)
 
 
+def test_triton_stops_the_plan_of_a_cpu(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = "^kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts"
+    with pytest.raises(ConfigError, match=words):
+        make_plan(load("kernels.hybrid_attention=triton"), 1, "cpu")
+
+
 def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_no_compiler", lambda: "no C++ compiler found: g++")
     plan = make_plan(load(), 1, "cpu")

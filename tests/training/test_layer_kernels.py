@@ -83,15 +83,6 @@ def test_a_forced_kernel_that_cannot_run_stops_the_plan(overrides, device, words
         make_plan(config, 1, device)
 
 
-def test_a_forced_attention_kernel_that_cannot_run_stops_the_plan(monkeypatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    words = "kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts$"
-    with pytest.raises(ConfigError, match=words):
-        parts("kernels.hybrid_attention=triton")
-    with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'parts' or 'triton'"):
-        parts("kernels.hybrid_attention=tritn")
-
-
 def test_values_of_the_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="kernels.block_sparse.*'auto', 'dense', 'reference', 'cpu' or 'triton'"):
         load_config([], ["kernels.block_sparse=fast"])
