@@ -39,7 +39,11 @@ def attend_cached(
     H, N, G = q_BHND.shape[1], q_BHND.shape[2], k_BGLD.shape[1]
     assert len(patterns) == H and first + N <= k_BGLD.shape[2]
     out_BHND = torch.empty_like(q_BHND)
-    kinds = list(zip(patterns, offsets or (0,) * H, strict=True))
+    # Offsets that play no part must not keep heads apart.
+    kinds = [
+        (name, 0 if name in ("full", "local") else offset)
+        for name, offset in zip(patterns, offsets or (0,) * H, strict=True)
+    ]
     for kind in dict.fromkeys(kinds):
         heads = torch.tensor([head for head in range(H) if kinds[head] == kind], device=q_BHND.device)
         # Query heads that share keys lie together as rows of one product; heads picked from many get keys of their own.
