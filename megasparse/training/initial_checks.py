@@ -86,7 +86,8 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
         )
     derived = ("key_value_heads", "head_dim", "mlp_width", "has_qkv_bias")
     unset = {"num_key_value_heads", "attention_head_dim", "ffn_hidden_size", "qkv_bias"}
-    for field in [*(set(type(ours).model_fields) - FREE_FIELDS - unset), *derived]:
+    fields = [field for field in type(ours).model_fields if field not in FREE_FIELDS | unset]
+    for field in [*fields, *derived]:
         if getattr(theirs, field) != getattr(ours, field):
             raise ConfigError(
                 f"model.{field}: {getattr(ours, field)!r} here, {getattr(theirs, field)!r} in train.init_from "

@@ -20,7 +20,7 @@ from megasparse.training.trained import open_trained
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
 GENERATE = [sys.executable, str(REPOSITORY / "launch" / "generate.py"), "--tokens", "10", "--device", "cpu"]
