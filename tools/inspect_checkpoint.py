@@ -31,6 +31,9 @@ EXAMPLES = """examples:
   python tools/inspect_checkpoint.py --json small | jq .density
 """
 
+MOST_NAMES = 8
+"""Of tensors that only one of two folders has; JSON has them all."""
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -110,8 +113,10 @@ def print_difference(difference: Difference, console: Console) -> None:
     for label, (a, b) in difference.progress.items():
         console.print(f"{label}: {a} -> {b}", highlight=False)
     for label, names in (("first", difference.only_first), ("second", difference.only_second)):
-        for name in names:
+        for name in names[:MOST_NAMES]:
             console.print(f"only in the {label}: {name}", highlight=False, markup=False)
+        if len(names) > MOST_NAMES:
+            console.print(f"only in the {label}: {len(names) - MOST_NAMES} more", highlight=False)
     if difference.layers:
         table = Table("sparse layer", "live in both", "only in the first", "only in the second", "units")
         for layer in difference.layers:

@@ -124,10 +124,8 @@ class Checkpointer:
             raise CheckpointError(f"{universal.folder}: {error}") from error
         self._load_topology(universal.folder, universal.topology())
         losses = universal.manifest.window_losses
-        # They are averaged over the ranks when they are logged: other ranks than there were take the mean.
-        same_ranks = len(losses) == self._mesh.world_size
-        loss = losses[self._mesh.rank] if same_ranks else sum(losses) / len(losses)
-        return _train_state(universal.manifest.train_state, loss)
+        # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
+        return _train_state(universal.manifest.train_state, sum(losses) / len(losses))
 
     def _load_topology(self, folder: Path, state: dict[str, Tensor]) -> None:
         try:

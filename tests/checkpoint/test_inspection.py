@@ -116,9 +116,11 @@ def test_forms_of_one_state_do_not_differ(made) -> None:
         found = json.loads(call("inspect_checkpoint", "--diff", "--json", made / first, made / second)[1])
         alike = second == "small"
         assert found["tensors"] == [] and found["equal"] == alike, found
-        # What is not there is named: moments, and the masks of a folder that has none.
+        # What is not there is named: the moments.
         assert len(found["only_first"]) == (0 if alike else 2 * 28), found["only_first"]
     assert [layer["unit"] for layer in found["layers"]] == ["sparse in the first only"] * 8
+    printed = call("inspect_checkpoint", "--diff", made / "small", made / "huggingface")[1]
+    assert "only in the first: 48 more" in printed and "28 tensors in both, 0 of them differ" in printed
 
 
 def test_differences_are_told_layer_by_layer(made, tmp_path) -> None:

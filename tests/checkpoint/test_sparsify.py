@@ -19,6 +19,7 @@ from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.state import StateFragment
 from megasparse.sparsity.topology import unpack_bits
 from megasparse.training.build import build_model
+from megasparse.training.initial_checks import initial_warnings
 from megasparse.training.sparsify import densify, sparsify
 
 
@@ -169,6 +170,20 @@ def test_the_tool_makes_a_model_folder_that_the_loader_takes(folders) -> None:
 
 
 EARLY = ["sparsity.restoration_start=0.1", "sparsity.update_interval=5"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_run_may_start_from_it_though_units_are_whole(folders, method) -> None:
+    """Of 4 blocks in the smallest layer the nearest to a fifth is one: the density is not quite what was asked for."""
+    words = ["--density", "0.2", "--unit", "16", "--method", method]
+    assert call("sparsify", "--model", folders / "model", *words, "--output", folders / "sparse")[0] == 0
+    config = load_config([folders / "sparse" / "config.yaml"], [f"train.init_from={folders / 'sparse'}"])
+    controller = Controller(config, build_model(config, 96).sparse_layers())
+    assert initial_warnings(config, 96, controller) == []
+    controller.load_state(ModelFolder(folders / "sparse").topology())
+    assert abs(controller.density() - 0.2) > 0.01 * 0.2
+
+
 BAD = [
     (["--density", "1.5"], "sparsity.density: 1.5 is not legal"),
     (["--density", "0"], "sparsity.density: 0.0 is not legal"),
