@@ -85,9 +85,7 @@ def test_a_forced_kernel_that_cannot_run_stops_the_plan(overrides, device, words
 
 def test_a_forced_attention_kernel_that_cannot_run_stops_the_plan(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    words = (
-        "kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts$"
-    )
+    words = "kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts$"
     with pytest.raises(ConfigError, match=words):
         parts("kernels.hybrid_attention=triton")
     with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'parts' or 'triton'"):
