@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 
 def run(command: list[str], **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), **environment}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

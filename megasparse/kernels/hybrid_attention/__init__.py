@@ -282,9 +282,13 @@ def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x_BGTD[:, :, None].expand(B, G, num_heads // G, T, D).reshape(B, num_heads, T, D)
 
 
+def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(heads, device=device) if torch.compiler.is_compiling() else _kept_index(heads, device)
+
+
 # A copy from the host waits for it. There are as many lists of heads as kinds of layers.
 @lru_cache(maxsize=256)
-def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _kept_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     # One that is first made under inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)
