@@ -2,10 +2,13 @@
 
 DeepSpeed loads its ``.pt`` files with full pickle. ``SafeCheckpointEngine`` wraps its engine and reads with
 ``weights_only=True``, letting through, besides tensors and plain containers, a short list of DeepSpeed's own records.
+Members of enumerations are written as their values: until Python 3.11.3 they are pickled as a call of ``getattr``, which
+no reader can let through.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ ALLOWED = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, Subpa
 
 
 class SafeCheckpointEngine:
-    """Everything but ``load`` is the wrapped engine's."""
+    """Everything but ``load`` and what ``save`` is given is the wrapped engine's."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
@@ -27,9 +30,25 @@ class SafeCheckpointEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapped, name)
 
+    def save(self, state_dict: dict[str, Any], path: str) -> Any:
+        return self._wrapped.save(without_enumerations(state_dict), path)
+
     def load(self, path: str, map_location: Any = None) -> Any:
         """Raises ValueError for a file that holds anything but data."""
         return load_data(path, map_location=map_location)
+
+
+def without_enumerations(state: Any) -> Any:
+    """The same dictionaries and lists with values in place of members of enumerations; new ones only where needed."""
+    if isinstance(state, Enum):
+        return state.value
+    if isinstance(state, dict):
+        changed = {key: without_enumerations(value) for key, value in state.items()}
+        return state if all(changed[key] is value for key, value in state.items()) else changed
+    if isinstance(state, list):
+        changed = [without_enumerations(value) for value in state]
+        return state if all(new is old for new, old in zip(changed, state, strict=True)) else changed
+    return state
 
 
 def load_data(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
