@@ -2,8 +2,8 @@
 
 DeepSpeed loads its ``.pt`` files with full pickle. ``SafeCheckpointEngine`` wraps its engine and reads with
 ``weights_only=True``, letting through, besides tensors and plain containers, a short list of DeepSpeed's own records.
-Members of enumerations are written as their values: until Python 3.11.3 they are pickled as a call of ``getattr``, which
-no reader can let through.
+Members of enumerations are written as their values: until Python 3.11.3 they are pickled as a call of ``getattr``,
+which no reader can let through.
 """
 
 from __future__ import annotations
