@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from runs import REPOSITORY, command, curve, metrics, run
 
 from megasparse.config.loader import load_config
 from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
+from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
 
 pytestmark = pytest.mark.timeout(400)
@@ -71,7 +74,9 @@ def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
     assert "beats dense" in run([*tool, "--dry-run"], variables=variables).stdout and not table.exists()
     run(tool, variables=variables)
     (measurement,) = json.loads(table.read_text())["measurements"]
-    assert [row["pattern"] for row in measurement["rows"]] == ["local", "strided", "sparse", "fixed"]
+    kernels = dict.fromkeys((fast_kernel("cpu", torch.float32, 8), "parts"))
+    patterns = ("local", "strided", "sparse", "fixed")
+    assert [(row["kernel"], row["pattern"]) for row in measurement["rows"]] == list(product(kernels, patterns))
     assert measurement["device"] == "cpu" and "--attention" in measurement["command"]
     table.write_text("{")
     assert "attention_break_even.json: no table" in run(tool, variables=variables, expect=2).stdout
@@ -80,7 +85,7 @@ def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
 def test_a_run_settles_its_dense_fallback_and_keeps_to_it(corpus: Path, tmp_path: Path) -> None:
     """A table that says that full attention is faster than `sparse` is there at the first start only."""
     seconds = {"32": {"kernel": 2.0, "mask": 3.0, "dense": 1.0}, "64": {"kernel": 1.0, "mask": 3.0, "dense": 2.0}}
-    row = Row("parts", "float32", "sparse", 8, 16, 4, seconds)
+    row = Row(fast_kernel("cpu", torch.float32, 16), "float32", "sparse", 8, 16, 4, seconds)
     variables = {"MEGASPARSE_CACHE": str(tmp_path / "cache")}
     table = tmp_path / "cache" / "attention_break_even.json"
     write_table(table, [Measurement(hardware_name("cpu"), "cpu", 1, (row,), {}, "by hand", "2026-01-01")], FORMAT)
