@@ -149,11 +149,13 @@ def store_attention(path: Path, measurement: Measurement) -> None:
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
     """Speed-up over dense attention at the longest length, and the break-even lengths."""
-    table = Table("pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask", "beats dense")
+    columns = "kernel", "pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask"
+    table = Table(*columns, "beats dense")
     for row in rows:
         longest = row.seconds[str(row.lengths[-1])]
         limits = [row.limit(other) for other in ("mask", "dense")]
         table.add_row(
+            row.kernel,
             row.pattern,
             str(row.stride),
             str(row.head_dim),

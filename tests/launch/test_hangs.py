@@ -76,7 +76,7 @@ def assert_named_and_nothing_lost(output: str, stopped: int, corpus: Path, strai
     [
         # The bit flips after step 9. Compared before the topology step of step 11, or before the checkpoint of step 10.
         (["train.replica_check_interval=5", "train.save_interval=4"], ["step-00000004", "step-00000008"]),
-        (["train.replica_check_interval=0", "train.save_interval=10"], []),
+        pytest.param(["train.replica_check_interval=0", "train.save_interval=10"], [], marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_wrong_mask_bit_on_one_replica_is_found_and_never_saved(

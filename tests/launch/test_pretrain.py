@@ -60,7 +60,7 @@ def test_the_ledger_adds_up(straight: Path) -> None:
     assert lines[-1]["flops_algorithmic"] < 0.8 * lines[-1]["flops_dense"]
 
 
-@pytest.mark.parametrize("stop_after", [7, 13])
+@pytest.mark.parametrize("stop_after", [7, pytest.param(13, marks=pytest.mark.exhaustive)])
 def test_resume_continues_bit_for_bit(corpus: Path, straight: Path, tmp_path: Path, stop_after: int) -> None:
     """Step 7 is inside the fall, one past a topology step; 13 inside the ultra-sparse phase; accumulation is 2."""
     assert_resumes(corpus, straight, tmp_path, stop_after)
