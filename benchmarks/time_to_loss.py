@@ -88,11 +88,14 @@ def cost_of(lines: list[dict], target: float) -> dict[str, float]:
 
 
 def seconds_by_phase(curve: list[dict]) -> dict[str, float]:
-    """Mean seconds of a step."""
-    totals: dict[str, list[float]] = {}
-    for before, line in zip([{"seconds": 0.0}, *curve], curve, strict=False):
-        totals.setdefault(line["phase"], []).append(line["seconds"] - before["seconds"])
-    return {phase: sum(values) / len(values) for phase, values in totals.items()}
+    """Mean seconds of a step; a line of metrics stands for the steps since the one before it."""
+    seconds: dict[str, float] = {}
+    steps: dict[str, int] = {}
+    for before, line in zip([{"seconds": 0.0, "step": 0}, *curve], curve, strict=False):
+        phase = line["phase"]
+        seconds[phase] = seconds.get(phase, 0.0) + line["seconds"] - before["seconds"]
+        steps[phase] = steps.get(phase, 0) + line["step"] - before["step"]
+    return {phase: seconds[phase] / steps[phase] for phase in seconds}
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
