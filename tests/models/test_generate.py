@@ -19,6 +19,11 @@ STYLES = {
     "learned": {},
     "rope": {"position_embedding": "rope", "num_key_value_heads": 2},
     "one key head": {"position_embedding": "rope", "num_key_value_heads": 1},
+    "scaled rope": {
+        "position_embedding": "rope",
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+    },
 }
 MIXED = [
     ("full", "sparse", "local", "sparse", "fixed", "strided"),
@@ -32,8 +37,9 @@ def build() -> GPT:
     return GPT(config, AttentionConfig(), V, LayerFactory(seed=1))
 
 
-def build_with_patterns(style: str, patterns: str, stride: int = 4) -> GPT:
-    model = GPT(ModelConfig(**SHAPE, **STYLES[style]), AttentionConfig(stride=stride), V, LayerFactory(seed=1))
+def build_with_patterns(style: str, patterns: str, stride: int = 4, offsets: str = "none") -> GPT:
+    attention = AttentionConfig(stride=stride, stride_offsets=offsets)
+    model = GPT(ModelConfig(**SHAPE, **STYLES[style]), attention, V, LayerFactory(seed=1))
     model.set_attention_patterns(PATTERNS[patterns])
     return model
 
@@ -77,10 +83,12 @@ def test_greedy_takes_the_most_likely_token_of_the_cropped_context() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("patterns", PATTERNS)
-def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns) -> None:
+@pytest.mark.parametrize(
+    ("patterns", "offsets"), [*((name, "none") for name in PATTERNS), ("mixed", "spread"), ("fixed", "spread")]
+)
+def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns, offsets) -> None:
     """At every length from a prompt of 1 or 6 tokens to beyond the context, where both evaluate the whole."""
-    model, text = build_with_patterns(style, patterns), torch.randint(V, (3, 26))
+    model, text = build_with_patterns(style, patterns, offsets=offsets), torch.randint(V, (3, 26))
     for prompt in (1, 6):
         kept, whole = LastLogits(model, 26), LastLogits(model, 26, use_cache=False)
         with torch.no_grad():
@@ -88,6 +96,15 @@ def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns) -> Non
                 got, expected = kept(text[:, :length]), whole(text[:, :length])
                 # Sums of at most 24 products in float32, in another order; logits are of order 10.
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5, msg=f"length {length}")
+
+
+def test_offsets_and_scaling_change_what_a_model_says() -> None:
+    """Without this, settings that reach neither evaluation would pass the test above."""
+    text = torch.randint(V, (3, 21))
+    with torch.no_grad():
+        plain, scaled = (build_with_patterns(style, "mixed")(text) for style in ("rope", "scaled rope"))
+        shifted = build_with_patterns("rope", "mixed", offsets="spread")(text)
+    assert (scaled - plain).abs().max() > 0.1 and (shifted - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 64])
