@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megasparse.checkpoint.huggingface.settings_out import window_of
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
+from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.controller import Controller
@@ -28,11 +29,12 @@ DENSITY_TOLERANCE = 0.01
 
 
 def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller) -> list[str]:
-    """What the user should know of the start; empty where `train.init_from` is unset.
+    """What the user should know of the start; empty where `train.init_from` is unset, or the run goes on from a
+    checkpoint and no longer needs the folder.
 
     Raises ValueError where there is no such folder, or where it is of another model.
     """
-    if config.train.init_from is None:
+    if config.train.init_from is None or _goes_on(config):
         return []
     folder = open_initial(config)
     _check_model(config, vocab_size, folder)
@@ -74,6 +76,12 @@ def open_initial(config: RunConfig) -> ModelFolder:
             "tools/convert_checkpoint.py has made"
         )
     return ModelFolder(path)
+
+
+def _goes_on(config: RunConfig) -> bool:
+    """Whether the run has checkpoints to resume from; one whose checkpoints are all damaged is not started over."""
+    checkpoints = Path(config.run.folder) / config.run.name / CHECKPOINTS
+    return config.train.resume == "auto" and any(checkpoints.glob(f"{PREFIX}*"))
 
 
 def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> None:

@@ -107,3 +107,13 @@ def test_a_folder_that_is_none_is_refused(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         warnings(folder)
+
+
+def test_a_run_that_goes_on_needs_the_folder_no_more(tmp_path) -> None:
+    """A batch job that is requeued must not fail because the folder has been moved since."""
+    gone = [f"train.init_from={tmp_path / 'gone'}", f"run.folder={tmp_path}", "run.name=x"]
+    (tmp_path / "x" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert make_plan(config_of(*gone, "train.resume=auto"), 1, "cpu")
+    for fresh in ([*gone, "train.resume=never"], [*gone, "run.name=y", "train.resume=auto"]):
+        with pytest.raises(ValueError, match="train.init_from: .*gone: no model folder there"):
+            make_plan(config_of(*fresh), 1, "cpu")
