@@ -12,10 +12,10 @@ import numpy as np
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
+from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
-from megasparse.training.assemble import build_engine
+from megasparse.training.build_engine import build_engine
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import quiet
 from megasparse.training.loop import Trainer
 from megasparse.training.state import TrainState
 

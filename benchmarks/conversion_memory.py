@@ -27,14 +27,14 @@ import torch
 from result_file import write_result
 from safetensors.torch import save_file
 
-from megasparse.checkpoint.huggingface.architectures import LLAMA, entries
-from megasparse.checkpoint.huggingface.settings import read_settings
-from megasparse.checkpoint.huggingface.tensors import their_shapes
 from megasparse.checkpoint.layout import Layout, write_layout
 from megasparse.checkpoint.model_folder import ModelFolder, model_tensors
 from megasparse.checkpoint.store import TOPOLOGY, CheckpointStore, Manifest
 from megasparse.checkpoint.tensor_files import TensorFiles, TensorFileWriter, TensorSpec
 from megasparse.config.loader import check_config, save_config
+from megasparse.conversion.huggingface.architectures import LLAMA, entries
+from megasparse.conversion.huggingface.settings import read_settings
+from megasparse.conversion.huggingface.tensors import their_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 3.0

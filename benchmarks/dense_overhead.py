@@ -21,8 +21,8 @@ from result_file import write_result
 
 from megasparse.config.schema import RunConfig
 from megasparse.engine.training_engine import DTYPES
-from megasparse.parallel import LaunchEnvironment, open_mesh
-from megasparse.training.build import build_model
+from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.models.build import build_model
 
 
 def main() -> None:

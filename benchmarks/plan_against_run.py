@@ -25,7 +25,7 @@ from bench_setup import MODELS, benchmark_config, open_trainer
 from result_file import RESULTS, write_result
 
 from megasparse.config.schema import RunConfig
-from megasparse.parallel import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.planning.assumptions import parse_assumptions
 from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megasparse.training.environment import describe_hardware, package_versions
+from megasparse.utils.hardware import describe_hardware, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

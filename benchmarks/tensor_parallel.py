@@ -18,9 +18,10 @@ import torch
 from result_file import write_result
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import Block
-from megasparse.parallel import Axis, LaunchEnvironment, Mesh, TensorParallel, open_mesh
+from megasparse.parallel import Axis, Mesh, TensorParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -17,7 +17,7 @@ import time
 from bench_setup import MODELS, benchmark_config, open_trainer
 from result_file import write_result
 
-from megasparse.parallel import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh
 
 UPDATE_INTERVAL = 3
 

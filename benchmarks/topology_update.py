@@ -18,8 +18,9 @@ import time
 from bench_setup import benchmark_config, open_trainer
 from result_file import write_result
 
-from megasparse.parallel import Axis, LaunchEnvironment, open_mesh
-from megasparse.training.resources import topology_bytes
+from megasparse.cost.resources import topology_bytes
+from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.parallel import Axis
 
 UPDATE_INTERVAL = 3
 # (layers, hidden size): parameters grow by depth and by width.

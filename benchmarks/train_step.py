@@ -29,7 +29,7 @@ from result_file import RESULTS, write_result
 
 from megasparse.config.schema import KernelsConfig, Pattern, RunConfig
 from megasparse.data import BatchLoader
-from megasparse.parallel import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.training.loop import Trainer
 
 # (sequence length, vocabulary) where they are not named.

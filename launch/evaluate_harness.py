@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import sys
 
-from megasparse.parallel import LaunchEnvironment
-from megasparse.parallel.failures import leave, leave_after_lost_peer
-from megasparse.training.leaving import EXPECTED, explain_and_leave
+from megasparse.launching import LaunchEnvironment
+from megasparse.launching.exit import EXPECTED, explain_and_leave
+from megasparse.launching.failures import leave, leave_after_lost_peer
 
 
 def main() -> int:

@@ -20,8 +20,8 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megasparse.training.sampling import sample_text
-    from megasparse.training.trained import open_trained
+    from megasparse.inference.sampling import sample_text
+    from megasparse.inference.trained import open_trained
 
     try:
         trained = open_trained(arguments.run, arguments.step, arguments.device)

@@ -15,9 +15,9 @@ import os
 import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
-from megasparse.parallel import LaunchEnvironment, choose_accelerator
-from megasparse.parallel.failures import GO_ON, leave, leave_after_lost_peer
-from megasparse.training.leaving import EXPECTED, explain_and_leave
+from megasparse.launching import LaunchEnvironment, choose_accelerator
+from megasparse.launching.exit import EXPECTED, explain_and_leave
+from megasparse.launching.failures import GO_ON, leave, leave_after_lost_peer
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
 
 def dry_run(config, world_size: int, device: str | None, as_json: bool) -> int:
     """Print the plan for a world size; nothing is started."""
-    from megasparse.training.console import make_console, print_plan
+    from megasparse.monitoring.console import make_console, print_plan
     from megasparse.training.plan import make_plan
 
     plan = make_plan(config, world_size, device)

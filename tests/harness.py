@@ -99,7 +99,7 @@ def _rank_main(
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], timeout: float) -> Any:
-    from megasparse.parallel import LaunchEnvironment, open_mesh
+    from megasparse.launching import LaunchEnvironment, open_mesh
 
     environment = LaunchEnvironment.from_variables(os.environ)
     with open_mesh(environment, timeout_seconds=max(int(timeout), 1)) as mesh:

@@ -11,7 +11,7 @@ from megasparse.checkpoint.saved_state import RunFacts
 from megasparse.checkpoint.universal import write_universal_only
 from megasparse.config.loader import check_config, save_config
 from megasparse.config.schema import RunConfig
-from megasparse.training.build import build_model
+from megasparse.models.build import build_model
 from megasparse.training.state import TrainState
 
 STEP = 6

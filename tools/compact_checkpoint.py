@@ -18,13 +18,13 @@ from megasparse.checkpoint.compact.encoding import parse_pattern
 from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
 from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
 from megasparse.checkpoint.compact.writer import pack
-from megasparse.checkpoint.folder_state import WeightsState, write_model_folder
 from megasparse.checkpoint.saved_state import SavedState
-from megasparse.checkpoint.sources import open_source
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
-from megasparse.data.command_line import progress_bar, run_tool
+from megasparse.conversion.folder_state import WeightsState, write_model_folder
+from megasparse.conversion.sources import open_source
+from megasparse.data.arguments import progress_bar, run_tool
 
 EXAMPLES = """examples:
   # the newest good checkpoint with moments, ages and position: the run can go on from it

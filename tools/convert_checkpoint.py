@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from megasparse.checkpoint.huggingface.architectures import ARCHITECTURES
-from megasparse.checkpoint.huggingface.exporting import export_huggingface
-from megasparse.checkpoint.huggingface.importing import import_huggingface, import_nanogpt
-from megasparse.checkpoint.sources import UniversalSource, open_source, write_source
 from megasparse.config.loader import load_config
-from megasparse.data.command_line import run_tool
+from megasparse.conversion.huggingface.architectures import ARCHITECTURES
+from megasparse.conversion.huggingface.exporting import export_huggingface
+from megasparse.conversion.huggingface.importing import import_huggingface, import_nanogpt
+from megasparse.conversion.sources import UniversalSource, open_source, write_source
+from megasparse.data.arguments import run_tool
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py from-huggingface --input gpt2/ --output models/gpt2

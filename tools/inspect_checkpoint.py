@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.checkpoint.inspection.description import Description, describe
-from megasparse.checkpoint.inspection.difference import Difference, compare
-from megasparse.checkpoint.inspection.opening import open_any
-from megasparse.checkpoint.inspection.verification import Problem, verify
-from megasparse.data.command_line import run_tool
+from megasparse.conversion.inspection.description import Description, describe
+from megasparse.conversion.inspection.difference import Difference, compare
+from megasparse.conversion.inspection.opening import open_any
+from megasparse.conversion.inspection.verification import Problem, verify
+from megasparse.data.arguments import run_tool
 
 EXAMPLES = """examples:
   python tools/inspect_checkpoint.py runs/quickstart-mst

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.data.command_line import run_tool
+from megasparse.data.arguments import run_tool
 
 EXAMPLES = """examples:
   # a preset on 64 H100 in nodes of 8
@@ -56,8 +56,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from megasparse.monitoring.console import make_console
     from megasparse.planning.tables import print_chips, print_forecast
-    from megasparse.training.console import make_console
 
     if arguments.chips:
         print_chips(make_console())

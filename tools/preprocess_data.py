@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megasparse.data.command_line import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
+from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
 from megasparse.data.tokenizer import TOKENIZER_KINDS, load_tokenizer

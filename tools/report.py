@@ -3,7 +3,7 @@
     python tools/report.py runs/mst runs/dense --output compare.html
 
 The page is one file that loads nothing. Runs may have different lengths, go on still, or lack some of their files.
-The report of a single run is `python -m megasparse.training.report RUN`.
+The report of a single run is `python -m megasparse.reporting.report RUN`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megasparse.training.comparison import write_comparison
+from megasparse.reporting.comparison import write_comparison
 
 
 def main() -> int:

@@ -15,16 +15,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.checkpoint.folder_state import WeightsState, write_model_folder
-from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.saved_state import SavedState, moved
-from megasparse.checkpoint.sources import open_source
 from megasparse.checkpoint.universal import open_checkpoint, write_universal_only
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
-from megasparse.data.command_line import progress_bar, run_tool
-from megasparse.training.sparsify import METHODS, check_only_sparsity, densify, sparsify
+from megasparse.conversion.folder_state import WeightsState, write_model_folder
+from megasparse.conversion.sources import open_source
+from megasparse.conversion.sparsify import METHODS, check_only_sparsity, densify, sparsify
+from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.utils.folders import new_folder
 
 EXAMPLES = """examples:
   # a dense run goes on at a tenth of the weights, the largest ones, with its moments

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megasparse.data.command_line import add_corpus_arguments, reader_from_arguments, run_tool
+from megasparse.data.arguments import add_corpus_arguments, reader_from_arguments, run_tool
 from megasparse.data.tokenizer_training import MODEL_TYPES, train_sentencepiece
 
 EXAMPLES = """examples:

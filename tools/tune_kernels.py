@@ -13,13 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from megasparse.data.command_line import run_tool
+from megasparse.cost.layer_kernels import DTYPES, target_device
+from megasparse.data.arguments import run_tool
 from megasparse.kernels.block_sparse.break_even import own_table
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
-from megasparse.training.console import make_console
-from megasparse.training.kernel_tuning import (
+from megasparse.monitoring.console import make_console
+from megasparse.tuning.kernel_tuning import (
     cases,
     measure_all,
     measure_attention,
@@ -28,7 +29,6 @@ from megasparse.training.kernel_tuning import (
     store,
     store_attention,
 )
-from megasparse.training.kernels import DTYPES, target_device
 
 EXAMPLES = """examples:
   # the layers of GPT-2 small, all blocks, in a minute or two

@@ -13,7 +13,7 @@ from pathlib import Path
 from megasparse.checkpoint.layout import read_layout
 from megasparse.checkpoint.universal import UNIVERSAL, UniversalReader, verify_universal, write_universal
 from megasparse.checkpoint.weights import find_checkpoint
-from megasparse.data.command_line import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool
 
 EXAMPLES = """examples:
   # from the newest good checkpoint

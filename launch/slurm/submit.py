@@ -25,7 +25,8 @@ def main() -> int:
     # Plans are made on the CPU; the job must not inherit that.
     os.environ["DS_ACCELERATOR"] = "cpu"
     from megasparse.config.loader import load_config
-    from megasparse.training.submission import SlurmJob, submit, submit_command, write_job
+    from megasparse.launching.submission import SlurmJob, submit, submit_command, write_job
+    from megasparse.training.run import check_start
 
     try:
         job = SlurmJob(
@@ -42,7 +43,9 @@ def main() -> int:
             setup=arguments.setup,
             options=tuple(arguments.sbatch_option),
         )
-        folder = write_job(load_config(arguments.config, arguments.overrides), job, REPOSITORY)
+        config = load_config(arguments.config, arguments.overrides)
+        check_start(config, job.world_size, job.device)
+        folder = write_job(config, job, REPOSITORY)
         print(f"written: {folder}")
         print(shlex.join(submit_command(folder)) if arguments.dry_run else submit(folder, variables))
     except ValueError as error:

@@ -20,7 +20,7 @@ from torch import nn
 
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import Mesh
-from megasparse.parallel.partition import Partition, partition_of
+from megasparse.parallel.shard_spec import Partition, partition_of
 
 LAYOUT = "layout.json"
 

@@ -32,15 +32,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.store import TOPOLOGY, CheckpointError, sha256
 from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFiles, TensorFileWriter, TensorSpec, read_json
 from megasparse.config.loader import ConfigError, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.parallel.partition import Partition, partition_of
+from megasparse.parallel.shard_spec import Partition, partition_of
 from megasparse.sparsity.groups import layer_settings
+from megasparse.utils.folders import new_folder
 
 FORMAT = 1
 FORMAT_KEY, FACTS_KEY = "megasparse_model_folder", "megasparse_facts"

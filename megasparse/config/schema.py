@@ -233,6 +233,13 @@ class AttentionConfig(Section):
         """Patterns in whose place full attention runs."""
         return frozenset(self.dense_fallback if isinstance(self.dense_fallback, list) else ())
 
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that each token sees, where the pattern is `local` at all times and for all heads; else None."""
+        windows = self.windows or []
+        always = len(windows) == 1 and (windows[0].start, windows[0].end, windows[0].pattern) == (0.0, 1.0, "local")
+        return self.stride if always and not self.overrides else None
+
     def named_patterns(self) -> set[Pattern]:
         """All patterns that occur, `full` aside."""
         from_schedule = self.phases.values() if self.windows is None else (window.pattern for window in self.windows)

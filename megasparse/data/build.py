@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any
 
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 
 Source = tuple[str, float]
 
@@ -77,3 +80,40 @@ def _packed(indexed: IndexedDataset, piece: TokenRange, name: str, settings: dic
         return PackedDataset.from_tokens(indexed, piece.start, piece.stop, **settings)
     except DatasetError as error:
         raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The run's tokenizer, where one is named. Raises ValueError for a file that is none."""
+    if config.data.tokenizer is None:
+        return None
+    return load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
+
+
+def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
+    """Entries that tokens may have. Raises ConfigError where model and tokenizer contradict each other."""
+    wanted = config.model.vocab_size
+    if tokenizer is None:
+        assert wanted is not None, "check_run asks for one of the two"
+        return wanted
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {wanted} is below the {tokenizer.vocab_size} entries of data.tokenizer_path; "
+            f"legal values: unset, or at least {tokenizer.vocab_size}"
+        )
+    return wanted or tokenizer.vocab_size
+
+
+def build_data(config: RunConfig, vocab_size: int):
+    """Training and validation sets: (anything indexed by global sample number, sequence or None)."""
+    if config.data.train is None:
+        raise ConfigError("data.train: unset; a list of {path: <prefix of .bin and .idx>, weight: <share>}")
+    valid = config.data.valid
+    return build_datasets(
+        train_sources=[(source.path, source.weight) for source in config.data.train],
+        valid_sources=None if valid is None else [(source.path, source.weight) for source in valid],
+        split_fractions=(1.0 - config.data.valid_fraction, config.data.valid_fraction),
+        seq_length=config.model.seq_length,
+        vocab_size=vocab_size,
+        seed=config.run.seed,
+        documents=config.data.document_masking,
+    )

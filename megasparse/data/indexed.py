@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megasparse.data.files import sync_and_close, sync_folder, temporary_beside
 from megasparse.data.index_format import (
     HEADER,
     MAGIC,
@@ -32,6 +31,7 @@ from megasparse.data.index_format import (
     dtype_from_code,
     smallest_dtype,
 )
+from megasparse.utils.files import sync_and_close, sync_folder, temporary_beside
 
 __all__ = ["DatasetError", "IndexedDataset", "IndexedDatasetWriter", "dataset_paths", "smallest_dtype"]
 

@@ -17,9 +17,9 @@ from os import PathLike
 from pathlib import Path
 
 from megasparse.data.corpus import CorpusReader
-from megasparse.data.files import write_at_once
 from megasparse.data.index_format import DatasetError
 from megasparse.data.tokenizer import SPACE_MARK
+from megasparse.utils.files import write_at_once
 
 MODEL_TYPES = ("bpe", "unigram")
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel.partition import partition_of
+from megasparse.parallel.shard_spec import partition_of
 
 WEIGHT = "fp32"
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -29,9 +29,10 @@ from megasparse.data.tokenizer import Tokenizer
 from megasparse.evaluation.run import place, sharing_ranks
 from megasparse.evaluation.scoring import DTYPES, Scorer
 from megasparse.evaluation.windows import Window, continuation_window, rolling_windows
-from megasparse.models.generate import generate
-from megasparse.parallel import Axis, LaunchEnvironment
-from megasparse.training.trained import open_trained
+from megasparse.inference.generation import generate
+from megasparse.inference.trained import open_trained
+from megasparse.launching import LaunchEnvironment
+from megasparse.parallel import Axis
 
 TOKENS_BETWEEN_LOOKS = 16
 """Tokens that are generated before the text is searched for what ends it."""

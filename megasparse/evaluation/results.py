@@ -13,8 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from megasparse.data.files import write_at_once
-from megasparse.training.units import MISSING, finite
+from megasparse.utils.files import write_at_once
+from megasparse.utils.format import MISSING, finite
 
 LINES_OF_A_LOG = 10
 """Lines of progress where the output is no terminal."""

@@ -25,11 +25,12 @@ from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl,
 from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.results import print_results, show_progress, write_results
 from megasparse.evaluation.scoring import DTYPES, Scorer
+from megasparse.inference.trained import TrainedModel, open_trained
+from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis, LaunchEnvironment, open_mesh
-from megasparse.training.console import make_console
-from megasparse.training.environment import describe_hardware, package_versions
-from megasparse.training.trained import TrainedModel, open_trained
+from megasparse.monitoring.console import make_console
+from megasparse.parallel import Axis
+from megasparse.utils.hardware import describe_hardware, package_versions
 
 TASKS = ("perplexity", "last-word", "multiple-choice")
 TIMEOUT_SECONDS = 1800

@@ -1,7 +1,6 @@
-"""Models: equations over the layers, with the counts and the sampling that belong to them."""
+"""Models: equations over the layers, and building one from a configuration."""
 
-from megasparse.models.flops import FlopCount, count_flops
-from megasparse.models.generate import generate
+from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 
-__all__ = ["GPT", "FlopCount", "count_flops", "generate"]
+__all__ = ["GPT", "build_model"]

@@ -1,7 +1,6 @@
 """The mesh of processes: data parallel x tensor parallel, tensor-parallel ranks next to each other.
 
-    environment = LaunchEnvironment.from_variables(os.environ)
-    with open_mesh(environment, timeout_seconds=1800, tensor_parallel_size=2) as mesh:
+    with open_mesh(environment, timeout_seconds=1800, tensor_parallel_size=2) as mesh:     # megasparse.launching
         mesh.data_parallel.sum_(tensor)
 
 Rank r has tensor-parallel rank r % size and data-parallel rank r // size. Nothing here is global: the mesh is passed
@@ -10,9 +9,6 @@ in. It is also the `mpu` that DeepSpeed asks for its groups.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasparse.parallel.axis import Axis
-from megasparse.parallel.launch import LaunchEnvironment, choose_accelerator, fill_rendezvous
+from megasparse.parallel.group import Axis
 
 
 class ModelParallelUnit:
@@ -96,48 +91,22 @@ class Mesh(ModelParallelUnit):
         return self.control.gather(row)
 
 
-@contextlib.contextmanager
-def open_mesh(environment: LaunchEnvironment, timeout_seconds: int, tensor_parallel_size: int = 1) -> Iterator[Mesh]:
-    """Start the process groups and hand out the mesh; the groups end with the block.
-
-    timeout_seconds: a collective that waits longer fails. tensor_parallel_size must divide the world size.
-    """
-    assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
-    device, backend = _device(environment.local_rank)
-    fill_rendezvous(environment)
-    timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
-    try:
-        yield make_mesh(environment, device, backend, timeout, tensor_parallel_size)
-    finally:
-        # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
-
-
 def make_mesh(
-    environment: LaunchEnvironment, device: torch.device, backend: str, timeout: timedelta, tensor_parallel_size: int
+    rank: int, world_size: int, device: torch.device, backend: str, timeout: timedelta, tensor_parallel_size: int
 ) -> Mesh:
     """The mesh over the process group that exists. All ranks make all groups, in one order."""
-    ranks = torch.arange(environment.world_size).view(-1, tensor_parallel_size)
-    world = Axis(environment.rank, environment.world_size, dist.group.WORLD)
+    ranks = torch.arange(world_size).view(-1, tensor_parallel_size)
+    world = Axis(rank, world_size, dist.group.WORLD)
 
     def axis(rows: list[list[int]]) -> Axis:
         if len(rows) == 1:
             return world
-        own = next(row for row in rows if environment.rank in row)
+        own = next(row for row in rows if rank in row)
         groups = {tuple(row): dist.new_group(row, timeout=timeout, backend=backend) for row in rows}
-        return Axis(own.index(environment.rank), len(own), groups[tuple(own)])
+        return Axis(own.index(rank), len(own), groups[tuple(own)])
 
     # A group of its own also where training runs over gloo: bookkeeping never waits behind a gradient.
     control = world
     if world.size > 1:
         control = Axis(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
     return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control)
-
-
-def _device(local_rank: int) -> tuple[torch.device, str]:
-    if choose_accelerator(os.environ) == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank), "nccl"
-    return torch.device("cpu"), "gloo"

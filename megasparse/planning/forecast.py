@@ -16,6 +16,8 @@ from typing import Any
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.cost.resources import memory_per_rank
 from megasparse.planning.assumptions import CASES, Assumptions
 from megasparse.planning.chips import AS_OF
 from megasparse.planning.cluster import Cluster
@@ -23,8 +25,6 @@ from megasparse.planning.layout import Layout, is_legal, legal_layouts, possible
 from megasparse.planning.rates import Rates, sheet_rates
 from megasparse.planning.step_time import StepModel
 from megasparse.planning.workload import Shards, Stretch
-from megasparse.training.ledger import FlopCounter, Flops
-from megasparse.training.resources import memory_per_rank
 
 MAKE_RATES = Callable[[Cluster, str, Assumptions], Rates]
 HOUR = 3600.0

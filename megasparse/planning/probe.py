@@ -26,8 +26,9 @@ import torch.nn.functional as F
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import DTYPES, LayerKernels, LayerShape
+from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import hardware_name
 from megasparse.kernels.block_sparse.measure import measure_row
 from megasparse.kernels.hybrid_attention import executed_entries, hybrid_attention
 from megasparse.planning.assumptions import Assumptions
@@ -36,8 +37,7 @@ from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates, Widths
 from megasparse.planning.step_time import OPTIMIZER_BYTES, block_elements
 from megasparse.planning.workload import Shards, dense_products
-from megasparse.training.kernels import DTYPES, LayerKernels, LayerShape
-from megasparse.training.resources import BYTES
+from megasparse.utils.hardware import hardware_name
 
 ROUNDS = 3
 MAX_FLOPS = 6e9

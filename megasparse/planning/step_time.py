@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import LayerKernels
+from megasparse.cost.resources import BUCKET, BYTES, communication_per_rank, data_parallel_bytes
 from megasparse.kernels.hybrid_attention import executed_entries
 from megasparse.models.gpt import GPT
 from megasparse.planning.assumptions import Assumptions
@@ -22,8 +24,6 @@ from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates
 from megasparse.planning.workload import Moment, Product, dense_products
 from megasparse.sparsity.controller import Controller
-from megasparse.training.kernels import LayerKernels
-from megasparse.training.resources import BUCKET, BYTES, communication_per_rank, data_parallel_bytes
 
 PARTS = (
     "sparse_products",

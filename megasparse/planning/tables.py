@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megasparse.planning.chips import AS_OF, CHIPS
-from megasparse.training.units import (
+from megasparse.utils.format import (
     format_bytes,
     format_compact,
     format_count,

@@ -19,13 +19,14 @@ from functools import cached_property
 import torch
 
 from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import LayerKernels, LayerShape
+from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear, SparseLinear
+from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Axis
 from megasparse.sparsity.controller import Controller, StepDecision
-from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
-from megasparse.training.kernels import LayerKernels, LayerShape
-from megasparse.training.ledger import FlopCounter, Flops
 from megasparse.training.plan import set_live, stretches
 
 SAMPLES = 8

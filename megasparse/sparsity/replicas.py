@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 
 from megasparse.config.schema import RunConfig
-from megasparse.parallel.failures import GO_ON
+from megasparse.launching.failures import GO_ON, ReplicaMismatchError
 from megasparse.parallel.mesh import Mesh
 from megasparse.sparsity.topology import Topology, pack_bits
 
 MAX_NAMED = 8
 """Ranks that a message names."""
-
-
-class ReplicaMismatchError(RuntimeError):
-    """Data-parallel ranks hold different masks; all ranks raise it at the same point."""
 
 
 def is_replica_check_due(step: int, config: RunConfig) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megasparse.checkpoint.huggingface.settings_out import window_of
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
@@ -43,8 +42,8 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
         for field in CONTEXT_FIELDS
         if getattr(folder.config.model, field) != getattr(config.model, field)
     ]
-    window = window_of(folder.config.attention)
-    if window is not None and window != window_of(config.attention):
+    window = folder.config.attention.sliding_window
+    if window is not None and window != config.attention.sliding_window:
         warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
     start = start_density(controller)
     found = topology_density(folder, controller)

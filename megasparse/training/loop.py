@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import LayerKernels, describe_changes
+from megasparse.cost.ledger import FlopCounter
 from megasparse.data import BatchLoader, split_samples
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.launching.watchdog import Watchdog
+from megasparse.monitoring.console import Progress, QuietProgress
+from megasparse.monitoring.records import RunRecords
 from megasparse.parallel import Mesh
-from megasparse.parallel.watchdog import Watchdog
 from megasparse.sparsity.controller import Controller, StepDecision, TopologyReport
 from megasparse.sparsity.replicas import check_replicas, is_replica_check_due
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import Progress, QuietProgress
-from megasparse.training.evaluation import validation_loss
-from megasparse.training.kernels import LayerKernels, describe_changes
-from megasparse.training.ledger import FlopCounter
 from megasparse.training.lr_schedule import learning_rate
-from megasparse.training.records import RunRecords
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState, Window
+from megasparse.training.validation import validation_loss
 
 REMEDY = "go on from an older checkpoint with a lower optimizer.lr or a longer optimizer.warmup_steps"
 

@@ -15,22 +15,23 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
-from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis
-from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.schedule import is_update_due
-from megasparse.training.attention_kernels import (
+from megasparse.cost.attention_kernels import (
     attention_kernels,
     attention_warnings,
     check_attention,
     settle_dense_fallback,
 )
-from megasparse.training.build import build_model, open_tokenizer, vocabulary_size
+from megasparse.cost.layer_kernels import LayerKernels, target_device
+from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.data.build import open_tokenizer, vocabulary_size
+from megasparse.models.build import build_model
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.distribution import unit_target
+from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.initial_checks import initial_warnings
-from megasparse.training.kernels import LayerKernels, target_device
-from megasparse.training.ledger import FlopCounter, Flops
-from megasparse.training.resources import communication_per_rank, memory_per_rank
 
 CURVE_POINTS = 60
 

@@ -17,25 +17,26 @@ import torch
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
+from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, settle_dense_fallback
+from megasparse.cost.layer_kernels import prepare_kernels, target_device
+from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import check_precision
+from megasparse.inference.sampling import sample_text
+from megasparse.launching import LaunchEnvironment, choose_accelerator, open_mesh
+from megasparse.launching.watchdog import Watchdog
 from megasparse.models.gpt import GPT
-from megasparse.parallel import LaunchEnvironment, Mesh, choose_accelerator, open_mesh
-from megasparse.parallel.watchdog import Watchdog
-from megasparse.training.assemble import build_engine
-from megasparse.training.attention_kernels import agree_on_dense_fallback, prepare_attention, settle_dense_fallback
-from megasparse.training.build import build_data, open_tokenizer, vocabulary_size
+from megasparse.monitoring.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
+from megasparse.monitoring.records import RunRecords
+from megasparse.parallel import Mesh
+from megasparse.training.build_engine import build_engine
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
-from megasparse.training.environment import describe_hardware, package_versions
 from megasparse.training.initial_weights import load_initial_weights
-from megasparse.training.kernels import prepare_kernels, target_device
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
-from megasparse.training.records import RunRecords
-from megasparse.training.sampling import sample_text
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
+from megasparse.utils.hardware import describe_hardware, package_versions
 
 
 def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any]:
@@ -99,12 +100,20 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         mesh.barrier()
     if environment.rank == 0:
         # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
-        from megasparse.training.report import write_report
+        from megasparse.reporting.report import write_report
 
         page = write_report(folder)
         print_summary(summary)
         progress.message(f"report: {page}")
     return summary
+
+
+def check_start(config: RunConfig, world_size: int, device: str | None = None) -> None:
+    """Raise ValueError for all that ``pretrain`` would refuse before it starts; nothing is written."""
+    make_plan(config, world_size, device)
+    build_data(config, vocabulary_size(config, open_tokenizer(config)))
+    check_monitor(config)
+    check_folder((Path(config.run.folder) / config.run.name).absolute(), config)
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megasparse.training.ledger import Ledger
+from megasparse.cost.ledger import Ledger
 
 
 @dataclass

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from megasparse.checkpoint.model_folder import ModelFolder, load_weights
+from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
-from megasparse.training.build import build_model
 
 V, T = 97, 40
 """97 entries are divisible by no number of ranks."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megasparse.checkpoint.layout import Layout, write_layout
 from megasparse.checkpoint.store import TOPOLOGY, CheckpointStore, Manifest
-from megasparse.parallel.partition import Partition
+from megasparse.parallel.shard_spec import Partition
 
 MODEL_STATES = "mp_rank_00_model_states.pt"
 MODEL = {"hidden_size": 4}

@@ -25,10 +25,10 @@ from megasparse.checkpoint.saved_state import RunFacts, sparse_parameters
 from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.conversion.sparsify import MaskedState, sparsify
 from megasparse.parallel import Axis
 from megasparse.sparsity.topology import pack_bits
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.sparsify import MaskedState, sparsify
 
 UP = "layers.0.mlp.up"
 

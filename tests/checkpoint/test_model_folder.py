@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasparse.checkpoint.model_folder import ModelFolder, ModelFolderWriter, is_model_folder, load_weights
-from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles, TensorFileWriter, TensorSpec
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
-from megasparse.training.build import build_model
+from megasparse.models.build import build_model
+from megasparse.utils.folders import new_folder
 
 SETTINGS = [
     "model.num_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.seq_length=8",

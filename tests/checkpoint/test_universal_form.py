@@ -18,7 +18,7 @@ from saved_files import MODEL_STATES, content, layout, parameters, write, write_
 from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
 from megasparse.checkpoint.universal import UniversalReader, has_universal, verify_universal, write_universal
 from megasparse.engine.safe_checkpoint import load_data
-from megasparse.parallel.partition import Partition
+from megasparse.parallel.shard_spec import Partition
 
 
 def test_it_holds_every_tensor_whole_and_the_state_of_the_run(tmp_path: Path) -> None:

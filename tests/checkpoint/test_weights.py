@@ -14,7 +14,7 @@ from megasparse.checkpoint.layout import LAYOUT, read_layout
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.weights import find_checkpoint, load_model_weights
-from megasparse.parallel.partition import Partition
+from megasparse.parallel.shard_spec import Partition
 
 
 class Intruder:

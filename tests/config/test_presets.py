@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from megasparse.config.loader import changed_settings, load_config
+from megasparse.launching.submission import SlurmJob
 from megasparse.planning.assumptions import parse_assumptions
 from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
 from megasparse.training.plan import make_plan
-from megasparse.training.submission import SlurmJob
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"

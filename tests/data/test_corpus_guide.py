@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from megasparse.data import IndexedDataset
-from megasparse.data.command_line import reader_from_arguments
+from megasparse.data.arguments import reader_from_arguments
 from megasparse.data.preprocess import preprocess
 from megasparse.data.tokenizer import load_tokenizer
 

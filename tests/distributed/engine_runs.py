@@ -16,12 +16,13 @@ from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel import LaunchEnvironment, Mesh, partition_of
+from megasparse.launching import LaunchEnvironment
+from megasparse.parallel import Mesh, partition_of
 from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import digest
-from megasparse.training.assemble import build_engine
+from megasparse.training.build_engine import build_engine
 
 GLOBAL_BATCH = 8
 

@@ -13,9 +13,9 @@ from megasparse.checkpoint.model_folder import ModelFolderWriter
 from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.models.build import build_model
 from megasparse.parallel import Mesh, partition_of
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_model
 from megasparse.training.initial_weights import load_initial_weights
 
 MODEL = ["model.hidden_size=64", "sparsity.unit=16", "model.vocab_size=97", "model.tie_embeddings=false"]

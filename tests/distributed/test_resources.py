@@ -10,10 +10,10 @@ from engine_runs import GLOBAL_BATCH, Layout, build, divided, make_batches, run_
 from harness import run_distributed
 from traffic import counted
 
+from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.models.build import build_model
 from megasparse.parallel import Axis, Mesh
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_model
-from megasparse.training.resources import communication_per_rank, memory_per_rank
 
 BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
 WEIGHTS = ["model.hidden_size=64", "sparsity.unit=1"]

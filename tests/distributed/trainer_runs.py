@@ -14,11 +14,11 @@ from engine_runs import Layout, divided, run_config
 
 from megasparse.config.schema import RunConfig
 from megasparse.data import IndexedDatasetWriter
+from megasparse.data.build import build_data
+from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
-from megasparse.training.assemble import build_engine
-from megasparse.training.build import build_data
+from megasparse.training.build_engine import build_engine
 from megasparse.training.checkpoints import Checkpointer
-from megasparse.training.console import quiet
 from megasparse.training.loop import Trainer
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState

@@ -15,9 +15,9 @@ from megasparse.evaluation.continuations import LastWord, MultipleChoice
 from megasparse.evaluation.perplexity import Perplexity
 from megasparse.evaluation.results import print_results, show_progress
 from megasparse.evaluation.run import EvaluationSettings, check_settings, evaluate, make_task
-from megasparse.parallel import LaunchEnvironment
-from megasparse.training.build import build_model
-from megasparse.training.trained import TrainedModel
+from megasparse.inference.trained import TrainedModel
+from megasparse.launching import LaunchEnvironment
+from megasparse.models.build import build_model
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from megasparse.data.tokenizer import load_tokenizer  # noqa: E402
 from megasparse.evaluation.continuations import last_word_task, multiple_choice_task  # noqa: E402
 from megasparse.evaluation.inputs import read_jsonl  # noqa: E402
 from megasparse.evaluation.scoring import Scorer  # noqa: E402
+from megasparse.inference.trained import TrainedModel  # noqa: E402
 from megasparse.parallel import Axis  # noqa: E402
-from megasparse.training.trained import TrainedModel  # noqa: E402
 
 T = 32
 PAIRS = [

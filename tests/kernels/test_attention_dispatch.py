@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
+from megasparse.kernels.block_sparse.break_even import Measurement, write_table
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
@@ -21,6 +21,7 @@ from megasparse.kernels.hybrid_attention import (
 )
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, UNMEASURED, Row, dense_limit, mask_limit, read_table
 from megasparse.kernels.hybrid_attention.measure import measure_rows
+from megasparse.utils.hardware import hardware_name
 
 TIMES = {
     "128": {"kernel": 3.0, "mask": 2.0, "dense": 1.0},

@@ -31,6 +31,7 @@ from megasparse.kernels.block_sparse.break_even import (
     write_table,
 )
 from megasparse.kernels.block_sparse.measure import LAYERS, break_even, efficiency, measure_row, parse_shape, speedup
+from megasparse.utils.hardware import hardware_name
 
 F32 = torch.float32
 
@@ -40,7 +41,7 @@ def row(break_even: float, *, block: int = 64, tokens: int = 2048, widths=(768, 
 
 
 def measurement(*rows: Row, hardware: str | None = None, threads: int | None = None) -> Measurement:
-    hardware = tables.hardware_name("cpu") if hardware is None else hardware
+    hardware = hardware_name("cpu") if hardware is None else hardware
     threads = torch.get_num_threads() if threads is None else threads
     return Measurement(hardware, "cpu", threads, rows, {"torch": "2"}, "tools/tune_kernels.py", "2026-01-01")
 

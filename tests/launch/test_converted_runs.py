@@ -10,13 +10,13 @@ import torch
 from runs import REPOSITORY, command, metrics, run, write_corpus
 from safetensors.torch import load_file
 
-from megasparse.checkpoint.huggingface.exporting import export_huggingface
 from megasparse.checkpoint.model_folder import ModelFolder
-from megasparse.checkpoint.sources import open_source, write_source
-from megasparse.models import generate
+from megasparse.conversion.huggingface.exporting import export_huggingface
+from megasparse.conversion.sources import open_source, write_source
+from megasparse.inference import generation as generate
+from megasparse.inference.sampling import sample_text
+from megasparse.inference.trained import open_trained
 from megasparse.sparsity.topology import unpack_bits
-from megasparse.training.sampling import sample_text
-from megasparse.training.trained import open_trained
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

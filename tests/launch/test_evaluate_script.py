@@ -13,7 +13,7 @@ from runs import REPOSITORY, command, free_port, run, write_corpus
 
 from megasparse.evaluation.run import EvaluationSettings
 from megasparse.evaluation.run import evaluate as perform
-from megasparse.parallel import LaunchEnvironment
+from megasparse.launching import LaunchEnvironment
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,9 +12,9 @@ import torch
 from runs import REPOSITORY, command, run, write_corpus
 from safetensors.torch import load_file
 
+from megasparse.inference.sampling import sample_text
+from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.sparsity.topology import unpack_bits
-from megasparse.training.sampling import sample_text
-from megasparse.training.trained import TrainedModel, open_trained
 
 pytestmark = pytest.mark.timeout(300)
 

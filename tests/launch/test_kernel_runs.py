@@ -12,9 +12,10 @@ import torch
 from runs import REPOSITORY, command, curve, metrics, run
 
 from megasparse.config.loader import load_config
-from megasparse.kernels.block_sparse.break_even import Measurement, hardware_name, write_table
+from megasparse.kernels.block_sparse.break_even import Measurement, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
+from megasparse.utils.hardware import hardware_name
 
 pytestmark = pytest.mark.timeout(400)
 

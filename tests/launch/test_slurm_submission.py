@@ -16,7 +16,7 @@ from runs import REPOSITORY, write_corpus
 from slurm_jobs import SCRIPTS, settings, submit, wait_until
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.training.submission import (
+from megasparse.launching.submission import (
     END_OF_HEAD,
     TEMPLATES,
     SlurmJob,
@@ -25,9 +25,16 @@ from megasparse.training.submission import (
     time_limit_seconds,
     write_job,
 )
+from megasparse.training.run import check_start
 
 
 @pytest.fixture(scope="module")
+def check_and_write(config, job):
+    """As launch/slurm/submit.py does."""
+    check_start(config, job.world_size, job.device)
+    return write_job(config, job, REPOSITORY)
+
+
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -85,12 +92,12 @@ def test_runs_that_cannot_start_are_refused_before_anything_is_written(corpus: P
     }
     for override, message in cases.items():
         with pytest.raises(ValueError, match=message):
-            write_job(load_config([], settings(corpus, tmp_path / "runs", override)), job, REPOSITORY)
+            check_and_write(load_config([], settings(corpus, tmp_path / "runs", override)), job)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run").mkdir()
     (tmp_path / "runs" / "run" / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="holds a run already.*train.resume=auto"):
-        write_job(load_config([], settings(corpus, tmp_path / "runs")), job, REPOSITORY)
+        check_and_write(load_config([], settings(corpus, tmp_path / "runs")), job)
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["run", "metrics.jsonl"]
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from megasparse.config.loader import load_config
 from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.inference.generation import generate
 from megasparse.layers import LayerFactory, SparseSpec
-from megasparse.models.generate import generate
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Axis, Mesh, Partition, TensorParallel, partition_of
 from megasparse.training.plan import make_plan

@@ -10,8 +10,9 @@ import pytest
 import torch
 from harness import run_distributed
 
-from megasparse.parallel import Axis, LaunchEnvironment, Mesh
-from megasparse.parallel.failures import is_lost_peer
+from megasparse.launching import LaunchEnvironment
+from megasparse.launching.failures import is_lost_peer
+from megasparse.parallel import Axis, Mesh
 from megasparse.parallel.mesh import make_mesh
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megasparse.config.loader import ConfigError
-from megasparse.data.command_line import run_tool
+from megasparse.data.arguments import run_tool
 from megasparse.planning.chips import CHIPS
 from megasparse.planning.cluster import make_cluster, parse_bandwidth, read_cluster
 

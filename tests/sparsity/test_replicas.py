@@ -7,14 +7,9 @@ import torch
 from harness import run_distributed
 
 from megasparse.config.loader import check_config
+from megasparse.launching.failures import ReplicaMismatchError
 from megasparse.parallel import Axis, Mesh
-from megasparse.sparsity.replicas import (
-    ReplicaMismatchError,
-    check_replicas,
-    describe_difference,
-    is_replica_check_due,
-    mask_digest,
-)
+from megasparse.sparsity.replicas import check_replicas, describe_difference, is_replica_check_due, mask_digest
 from megasparse.sparsity.topology import Topology
 
 NAMES = ["layers.0.attention.qkv", "layers.0.mlp.up", "layers.1.mlp.up"]

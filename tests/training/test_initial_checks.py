@@ -10,8 +10,8 @@ import torch
 from megasparse.checkpoint.model_folder import ModelFolderWriter
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
+from megasparse.models.build import build_model
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build import build_model
 from megasparse.training.plan import make_plan
 
 SETTINGS = [

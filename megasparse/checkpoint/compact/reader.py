@@ -18,13 +18,13 @@ from torch import Tensor
 from megasparse.checkpoint.compact.encoding import decode_places, with_live_values
 from megasparse.checkpoint.compact.manifest import COMPANIONS, CONFIG, Stored, read_manifest, tensor_file
 from megasparse.checkpoint.compact.writer import EVER_BITS, INDEX
-from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.saved_state import EVER, KINDS, LIVE, RunFacts, moved
 from megasparse.checkpoint.store import CheckpointError, sha256
 from megasparse.checkpoint.universal import write_universal_only
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.topology import pack_bits
+from megasparse.utils.folders import new_folder
 
 
 class CompactReader:

@@ -28,7 +28,6 @@ from megasparse.checkpoint.compact.manifest import (
     tensor_file,
     write_manifest,
 )
-from megasparse.checkpoint.new_folder import new_folder
 from megasparse.checkpoint.saved_state import (
     EVER,
     LIVE,
@@ -42,6 +41,7 @@ from megasparse.checkpoint.store import CheckpointError, sha256
 from megasparse.config.loader import save_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.topology import unpack_bits
+from megasparse.utils.folders import new_folder
 
 INDEX, EVER_BITS = "index", "ever"
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,8 @@ from typing import Any
 import torch
 
 from megasparse.kernels.block_sparse.build import cache_folder
+from megasparse.utils.dtypes import dtype_name
+from megasparse.utils.hardware import hardware_name
 
 FORMAT = "megasparse-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
@@ -84,14 +85,6 @@ def own_table() -> Path:
 @cache
 def _own_table(*variables: str | None) -> Path:
     return cache_folder() / "break_even.json"
-
-
-@cache
-def hardware_name(device: str) -> str:
-    """Model of the processor, or of the GPU; empty for a GPU that is not there."""
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return _processor_name()
 
 
 def measured(
@@ -205,10 +198,6 @@ def _read_once(path: Path) -> tuple[tuple[Measurement, ...], str | None]:
         return (), str(error)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Any]) -> Measurement:
     rows = tuple(parse_row(row) for row in entry["rows"])
     facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
@@ -236,13 +225,3 @@ def _entry(measurement: Measurement) -> dict[str, Any]:
     names = {"in_features": "in", "out_features": "out"}
     rows = [{names.get(name, name): value for name, value in asdict(row).items()} for row in measurement.rows]
     return {**asdict(measurement), "rows": rows}
-
-
-@cache
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    fallback = platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), fallback)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megasparse.kernels.block_sparse import linear
-from megasparse.kernels.block_sparse.break_even import Row, dtype_name
+from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.dense import apply_mask_
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+from megasparse.utils.dtypes import dtype_name
 
 DENSITIES = (0.1, 0.4, 0.7, 1.0)
 """Times grow linearly with the density, but for caches: a coarse grid with straight lines between serves."""

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from megasparse.kernels.block_sparse import break_even as tables
+from megasparse.utils.dtypes import dtype_name
+from megasparse.utils.hardware import hardware_name
 
 FORMAT = "megasparse-attention-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
@@ -99,8 +101,8 @@ def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torc
 
 
 def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> Row | None:
-    machine = own_table(), tables.hardware_name(device), torch.get_num_threads(), device
-    return _look_up(*machine, kernel, pattern, stride, tables.dtype_name(dtype), head_dim)
+    machine = own_table(), hardware_name(device), torch.get_num_threads(), device
+    return _look_up(*machine, kernel, pattern, stride, dtype_name(dtype), head_dim)
 
 
 @lru_cache(maxsize=4096)

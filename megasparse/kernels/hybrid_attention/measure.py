@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megasparse.kernels.block_sparse.break_even import dtype_name
 from megasparse.kernels.block_sparse.measure import medians
 from megasparse.kernels.hybrid_attention import KERNELS, hybrid_attention
 from megasparse.kernels.hybrid_attention.break_even import Row
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS, pattern_mask
+from megasparse.utils.dtypes import dtype_name
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 HEADS = 4

@@ -1,0 +1,131 @@
+"""A run's checkpoint or a model folder becomes a folder that transformers opens.
+
+notes = export_huggingface(open_source(Path("runs/x")), Path("exported"))
+model = AutoModelForCausalLM.from_pretrained("exported")
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.checkpoint.model_folder import FACTS_KEY, model_tensors
+from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFileWriter, read_json
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.conversion.huggingface.architectures import ARCHITECTURES, Architecture
+from megasparse.conversion.huggingface.card import model_card
+from megasparse.conversion.huggingface.settings_out import choose_architecture, write_settings
+from megasparse.conversion.huggingface.tensors import Exporter
+from megasparse.conversion.sources import TOKENIZER_NAMES, Source
+from megasparse.data.tokenizer import load_tokenizer
+from megasparse.sparsity.schedule import PatternSchedule, pattern_at
+from megasparse.utils.folders import new_folder
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+GENERATION = "generation_config.json"
+
+
+def export_huggingface(
+    source: Source,
+    output: Path,
+    *,
+    architecture: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    replace: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Write the folder `output`; returns what the user should know.
+
+    architecture: None takes the one that the model came from, or else the first that computes it. dtype: None keeps the
+    dtypes. Raises ValueError, with `output` as it was, where nothing of transformers computes this model.
+    """
+    config = source.config
+    chosen = _choose(config, architecture, source.facts)
+    exporter = Exporter(source, chosen, model_tensors(_as_exported(config, chosen)), dtype)
+    specs, notes = exporter.specs, _notes(config, source.facts)
+    facts = {**source.facts, "architecture": chosen.name}
+    metadata = {"format": "pt", FACTS_KEY: json.dumps(facts)}
+    with new_folder(output, replace=replace) as partial:
+        writer = TensorFileWriter(partial, specs, metadata, max_file_bytes)
+        done = zeros = 0
+        try:
+            for name, tensor in exporter.tensors():
+                writer.write(name, tensor)
+                done += tensor.nbytes
+                zeros += tensor.numel() - int(tensor.count_nonzero())
+                progress(done)
+            writer.close()
+        finally:
+            writer.abandon()
+        for name, path in source.files.items():
+            shutil.copyfile(path, partial / name)
+        generation = _generation(source)
+        main_dtype = specs[next(iter(specs))].dtype
+        values = {**write_settings(chosen, config), **generation, "torch_dtype": DTYPE_NAMES[main_dtype]}
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if GENERATION not in source.files:
+            (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+        _describe_tokenizer(source, partial)
+        numbers = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
+        (partial / "README.md").write_text(model_card(config, facts, DTYPE_NAMES[main_dtype], numbers, zeros, notes))
+    return notes
+
+
+def _choose(config: RunConfig, wanted: str | None, facts: dict[str, Any]) -> Architecture:
+    origin = facts.get("architecture")
+    if wanted is None and origin in ARCHITECTURES:
+        try:
+            return choose_architecture(config, origin)
+        except ConfigError:
+            # The model has changed since, in a setting that its architecture does not have.
+            pass
+    return choose_architecture(config, wanted)
+
+
+def _as_exported(config: RunConfig, architecture: Architecture) -> RunConfig:
+    """With the biases that every module of the architecture has."""
+    if not architecture.has_biases:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"bias": True, "qkv_bias": None})})
+
+
+def _notes(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    pattern = pattern_at(config, facts.get("step", 0), schedule)
+    if pattern == "full" or config.attention.sliding_window is not None:
+        return []
+    return [
+        f"the weights were trained last under the attention pattern {pattern} of stride {config.attention.stride}; "
+        "transformers computes full attention, so results differ from ours"
+    ]
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    """Token ids that say where texts begin and end; null where nothing is known, or transformers would guess."""
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if GENERATION in source.files:
+        return ids | {name: value for name, value in read_json(source.files[GENERATION]).items() if name in ids}
+    if source.config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(source.config.data.tokenizer, source.config.data.tokenizer_path)
+        ids |= {"eos_token_id": tokenizer.end_of_document_id, "pad_token_id": tokenizer.end_of_document_id}
+    return ids
+
+
+def _describe_tokenizer(source: Source, partial: Path) -> None:
+    """transformers needs to be told what a lone tokenizer.json is."""
+    if TOKENIZER_NAMES["huggingface"] in source.files and "tokenizer_config.json" not in source.files:
+        path = source.files[TOKENIZER_NAMES["huggingface"]]
+        tokenizer = load_tokenizer("huggingface", path)
+        values = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.end_of_document,
+            "model_max_length": source.config.model.seq_length,
+        }
+        (partial / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")

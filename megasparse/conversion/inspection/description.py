@@ -1,0 +1,147 @@
+"""What is in a saved state, as plain values for a table or for JSON.
+
+description = describe(open_any(path), read_values=False)
+description.density, description.tensors[0].live
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.checkpoint.saved_state import (
+    LIVE,
+    WEIGHT,
+    SparseParameter,
+    layers_of,
+    parameter_name,
+    sparse_parameters,
+)
+from megasparse.checkpoint.store import CheckpointError
+from megasparse.conversion.inspection.opening import Opened
+from megasparse.sparsity.topology import unpack_bits
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the numbers of a tensor are like."""
+
+    zeros: float
+    """Share of zeros."""
+    largest: float
+    """Largest magnitude among finite ones."""
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class TensorDescription:
+    name: str
+    shape: list[int]
+    kinds: list[str]
+    layer: str | None = None
+    """Sparse layer that it is the weight of."""
+    unit: int | None = None
+    live: int | None = None
+    """Live units."""
+    density: float | None = None
+    values: Values | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    kind: str
+    folder: str
+    step: int
+    optimizer_steps: int
+    tokens: int | None
+    algorithm: str | None
+    parameters: int
+    live_parameters: int
+    density: float
+    """Of the sparse matrices together; 1 where there are none."""
+    moments: list[str]
+    layout: dict[str, Any]
+    model: dict[str, Any]
+    tensors: list[TensorDescription]
+    files: dict[str, tuple[int, str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def describe(
+    opened: Opened, *, read_values: bool = False, progress: Callable[[int], None] = lambda done: None
+) -> Description:
+    """read_values: read every tensor to tell what its numbers are like; otherwise none is read."""
+    saved = opened.saved
+    sparse, masks = find_sparse(opened), saved.topology()
+    tensors, done = [], 0
+    for name, shape in saved.shapes.items():
+        values = _values(saved.tensor(name, WEIGHT)) if read_values else None
+        found = sparse.get(name)
+        fields: dict[str, Any] = {}
+        if found is not None:
+            live = int(unpack_bits(masks[f"{LIVE}{found.layer}"], found.num_units).count_nonzero())
+            fields = {"layer": found.layer, "unit": found.unit, "live": live, "density": live / found.num_units}
+        tensors.append(TensorDescription(name, list(shape), saved.kinds(name), values=values, **fields))
+        done += 4 * prod(shape)
+        progress(done)
+    sizes = [(prod(row.shape), row.density) for row in tensors]
+    total, all_sparse = sum(size for size, _ in sizes), sum(size for size, density in sizes if density is not None)
+    dead = sum(round(size * (1 - density)) for size, density in sizes if density is not None)
+    return Description(
+        kind=opened.kind,
+        folder=str(opened.folder),
+        step=saved.facts.step,
+        optimizer_steps=saved.step,
+        tokens=saved.facts.train_state.get("tokens"),
+        algorithm=None if opened.config is None else opened.config.sparsity.algorithm,
+        parameters=total,
+        live_parameters=total - dead,
+        density=1 - dead / all_sparse if all_sparse else 1.0,
+        moments=sorted({kind for row in tensors for kind in row.kinds} - {WEIGHT}),
+        layout=opened.layout,
+        model=saved.facts.model,
+        tensors=tensors,
+        files=opened.files,
+        notes=opened.notes,
+    )
+
+
+def find_sparse(opened: Opened) -> dict[str, SparseParameter]:
+    """The sparse parameters by name; without a configuration the unit is the one that the mask's length allows."""
+    saved, topology = opened.saved, opened.saved.topology()
+    if opened.config is not None:
+        found = sparse_parameters(opened.config, saved.shapes, layers_of(topology))
+    else:
+        found = {}
+        for layer in layers_of(topology):
+            name = parameter_name(layer, saved.shapes)
+            found[name] = _guess(layer, saved.shapes[name], topology[f"{LIVE}{layer}"])
+    for sparse in found.values():
+        try:
+            unpack_bits(topology[f"{LIVE}{sparse.layer}"], sparse.num_units)
+        except ValueError as error:
+            raise CheckpointError(f"topology: layer {sparse.layer}: {error}") from None
+    return found
+
+
+def _guess(layer: str, shape: tuple[int, ...], bits: Tensor) -> SparseParameter:
+    rows, columns = shape
+    units = [u for u in range(1, min(shape) + 1) if not rows % u and not columns % u]
+    fitting = [u for u in units if -(-(rows // u * (columns // u)) // 8) == bits.numel()]
+    if len(fitting) != 1:
+        raise CheckpointError(f"topology: layer {layer}: without a config.yaml its unit cannot be told from its mask")
+    return SparseParameter(layer, fitting[0], (rows, columns))
+
+
+def _values(tensor: Tensor) -> Values:
+    if tensor.numel() == 0:
+        return Values(0.0, 0.0, 0)
+    finite = torch.isfinite(tensor)
+    largest = torch.where(finite, tensor, torch.zeros_like(tensor)).abs().max()
+    zeros = 1 - int(tensor.count_nonzero()) / tensor.numel()
+    return Values(zeros, float(largest), tensor.numel() - int(finite.count_nonzero()))

@@ -1,0 +1,168 @@
+"""Checks every file of a saved state, and that its weights keep to its topology; names all that is bad.
+
+for problem in verify(path):
+    print(problem.file, problem.reason)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megasparse.checkpoint.compact.manifest import read_manifest as read_compact_manifest
+from megasparse.checkpoint.model_folder import CHECKSUMS
+from megasparse.checkpoint.saved_state import LIVE
+from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, PREFIX, TOPOLOGY, CheckpointError, sha256
+from megasparse.checkpoint.tensor_files import read_json
+from megasparse.checkpoint.universal import UNIVERSAL
+from megasparse.conversion.inspection.description import find_sparse
+from megasparse.conversion.inspection.opening import (
+    CHECKPOINT,
+    COMPACT_FOLDER,
+    MODEL_FOLDER,
+    RUN,
+    UNIVERSAL_FORM,
+    Opened,
+    kind_of,
+    open_any,
+)
+from megasparse.engine.safe_checkpoint import load_data
+from megasparse.sparsity.topology import unpack_bits
+
+NOT_ZERO_OUTSIDE = ("fp32", "exp_avg", "exp_avg_sq")
+"""Kinds that are 0 where units are dead; ages count on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    file: str
+    reason: str
+
+
+def verify(path: Path, progress: Callable[[str], None] = lambda file: None) -> list[Problem]:
+    """All that is wrong with the folder `path`; of a run with every checkpoint in it.
+
+    progress: called with the name of each file before it is read. Raises CheckpointError where the folder is of no
+    known kind.
+    """
+    kind = kind_of(path)
+    if kind == RUN:
+        folders = sorted((path / CHECKPOINTS).glob(f"{PREFIX}*"))
+        if not folders:
+            return [Problem(f"{path / CHECKPOINTS}", "there is no checkpoint")]
+        return [problem for folder in folders for problem in _verify_one(folder, CHECKPOINT, progress)]
+    return _verify_one(path, kind, progress)
+
+
+def _verify_one(path: Path, kind: str, progress: Callable[[str], None]) -> list[Problem]:
+    problems = list(_bad_files(path, kind, progress))
+    if kind == CHECKPOINT and (path / UNIVERSAL).is_dir():
+        problems += _bad_files(path / UNIVERSAL, UNIVERSAL_FORM, progress)
+    if problems:
+        # What they hold would only say the same again.
+        return problems
+    try:
+        opened = open_any(path)
+        return list(_bad_tensors(opened, progress))
+    except ValueError as error:
+        return [Problem(str(path), str(error))]
+
+
+def _bad_files(path: Path, kind: str, progress: Callable[[str], None]) -> Iterator[Problem]:
+    """Files that are missing, cut off, altered or unreadable, by what the folder says of itself."""
+    try:
+        expected = _expected(path, kind)
+    except ValueError as error:
+        yield Problem(str(path / (CHECKSUMS if kind == MODEL_FOLDER else MANIFEST)), str(error))
+        return
+    for name, (size, checksum) in sorted(expected.items()):
+        file = path / name
+        progress(str(file))
+        reason = _bad(file, size, checksum)
+        if reason is not None:
+            yield Problem(str(file), reason)
+    if kind not in (CHECKPOINT, UNIVERSAL_FORM, COMPACT_FOLDER):
+        for file in sorted(path.glob("*.safetensors")):
+            reason = None if file.name in expected else _unreadable(file)
+            if reason is not None:
+                yield Problem(str(file), reason)
+
+
+def _expected(path: Path, kind: str) -> dict[str, tuple[int | None, str]]:
+    """Size and checksum of the files, as far as the folder says it."""
+    if kind == COMPACT_FOLDER:
+        return dict(read_compact_manifest(path).files)
+    if kind == MODEL_FOLDER:
+        return {name: (size, checksum) for name, (size, checksum) in _files(read_json(path / CHECKSUMS))}
+    if kind in (CHECKPOINT, UNIVERSAL_FORM):
+        values = read_json(path / MANIFEST)
+        if kind == UNIVERSAL_FORM:
+            return {name: (size, checksum) for name, (size, checksum) in _files(values)}
+        files = {name: (size, "") for name, size in _files(values)}
+        return files | {TOPOLOGY: (files.get(TOPOLOGY, (None, ""))[0], str(values.get("topology_sha256", "")))}
+    index = path / "model.safetensors.index.json"
+    listed = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    return {str(name): (None, "") for name in listed}
+
+
+def _files(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    files = values.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError("it lists no files")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise CheckpointError("it lists files of other folders")
+    return list(files.items())
+
+
+def _bad(file: Path, size: int | None, checksum: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    found = file.stat().st_size
+    if size is not None and found != size:
+        return f"has {found} bytes instead of {size}"
+    if checksum and sha256(file) != checksum:
+        return "does not have its checksum"
+    return _unreadable(file)
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why a file cannot be read as what its name says, without running anything from it."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as content:
+                content.keys()
+        elif file.suffix == ".pt":
+            load_data(file, mmap=True)
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+    except (SafetensorError, ValueError, OSError) as error:
+        return f"is not readable: {str(error).splitlines()[0]}"
+    return None
+
+
+def _bad_tensors(opened: Opened, progress: Callable[[str], None]) -> Iterator[Problem]:
+    """Tensors that cannot be put together, and dead units that are not 0."""
+    saved, sparse = opened.saved, find_sparse(opened)
+    topology = saved.topology()
+    for name in saved.shapes:
+        progress(name)
+        for kind in saved.kinds(name):
+            try:
+                tensor = saved.tensor(name, kind)
+            except CheckpointError as error:
+                yield Problem(f"{opened.folder}: {name}", str(error))
+                continue
+            found = sparse.get(name)
+            if found is None or kind not in NOT_ZERO_OUTSIDE:
+                continue
+            live = unpack_bits(topology[f"{LIVE}{found.layer}"], found.num_units).view(found.grid)
+            dead = ~live.repeat_interleave(found.unit, 0).repeat_interleave(found.unit, 1)
+            wrong = int(torch.count_nonzero(tensor[dead]))
+            if wrong:
+                yield Problem(f"{opened.folder}: {name}", f"{wrong} entries of {kind} of dead units are not 0")

@@ -1,0 +1,1 @@
+"""Trained models at work: opening them, sampling text from them."""

@@ -1,0 +1,86 @@
+"""A model that a run has trained, as it stood at one of its checkpoints, or that of a model folder, ready to be asked.
+
+trained = open_trained(Path("runs/quickstart-mst"))
+text = sample_text(trained.model, trained.tokenizer, "def ", 200, seed=0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, load_weights
+from megasparse.checkpoint.store import CheckpointError, CheckpointStore
+from megasparse.checkpoint.weights import CHECKPOINTS, find_checkpoint, load_model_weights
+from megasparse.config.loader import ConfigError, load_config
+from megasparse.config.schema import Pattern, RunConfig
+from megasparse.data.build import open_tokenizer, vocabulary_size
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.models.build import build_model
+from megasparse.models.gpt import GPT
+from megasparse.sparsity.schedule import PatternSchedule, pattern_at
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model in float32, in evaluation mode, under the attention patterns of its last training step."""
+
+    config: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+    pattern: Pattern
+    passed_over: list[str]
+    """Why checkpoints newer than this one were not used."""
+
+
+def open_trained(run_folder: Path, step: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
+    """Read a run's configuration, tokenizer and weights; `step` None takes the newest good checkpoint.
+
+    run_folder: or a model folder, which has no steps. Raises ValueError naming what is missing: the run, the checkpoint
+    or its step, the tokenizer.
+    """
+    if is_model_folder(run_folder):
+        return _open_model_folder(run_folder, step, device)
+    if not (run_folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run_folder}: no run there; legal values: a run folder or a model folder, which hold a config.yaml"
+        )
+    config = load_config([run_folder / "config.yaml"])
+    folder, manifest = find_checkpoint(run_folder, step)
+    tokenizer = _needed_tokenizer(config, run_folder)
+    model = build_model(config, vocabulary_size(config, tokenizer))
+    try:
+        model.load_state_dict(load_model_weights(folder))
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit {run_folder / 'config.yaml'}: {error}") from None
+    # Masks are not needed: dead weights are 0, and a product with zeros is exact.
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    pattern = pattern_at(config, manifest.step, schedule)
+    model.set_attention_patterns(schedule.layer_patterns(pattern))
+    passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
+    return TrainedModel(config, model.to(device).eval(), tokenizer, manifest.step, pattern, passed_over)
+
+
+def _open_model_folder(path: Path, step: int | None, device: torch.device | str) -> TrainedModel:
+    if step is not None:
+        raise ConfigError(f"step: {step}; legal values: none, {path} is a model folder")
+    folder = ModelFolder(path)
+    config = folder.config
+    tokenizer = _needed_tokenizer(config, path)
+    model = build_model(config, vocabulary_size(config, tokenizer))
+    load_weights(model, folder)
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    finished = folder.facts.get("step", 0)
+    pattern = pattern_at(config, finished, schedule)
+    model.set_attention_patterns(schedule.layer_patterns(pattern))
+    return TrainedModel(config, model.to(device).eval(), tokenizer, finished, pattern, [])
+
+
+def _needed_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
+    tokenizer = open_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError(f"data.tokenizer: unset in {folder / 'config.yaml'}, so text cannot become tokens")
+    return tokenizer

@@ -1,0 +1,31 @@
+"""The last words of a run that cannot go on: one line for the user, and the exit status.
+
+Status 2: something to mend; 4: masks of replicas differ. The table is in launch/README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import NoReturn
+
+from megasparse.config.loader import ConfigError
+from megasparse.launching.failures import ReplicaMismatchError, leave
+
+EXPECTED = (ValueError, ArithmeticError, ReplicaMismatchError)
+"""Errors whose message is for the user; all others come with their traceback."""
+SECONDS_FOR_RANK_0 = 15
+
+
+def explain_and_leave(error: BaseException, rank: int) -> NoReturn:
+    """Print the error where it is to be heard, and end this process."""
+    # Wrong settings and unequal masks are the same on all ranks, so one of them says so; data may be bad on one alone.
+    is_common = isinstance(error, ConfigError | ReplicaMismatchError)
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+    elif not is_common:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+    elif isinstance(error, ConfigError):
+        # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
+        time.sleep(SECONDS_FOR_RANK_0)
+    leave(4 if isinstance(error, ReplicaMismatchError) else 2)

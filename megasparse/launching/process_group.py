@@ -1,0 +1,45 @@
+"""The process groups of a run, from what its launcher said to the mesh.
+
+environment = LaunchEnvironment.from_variables(os.environ)
+with open_mesh(environment, timeout_seconds=1800, tensor_parallel_size=2) as mesh:
+    mesh.data_parallel.sum_(tensor)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megasparse.launching.environment import LaunchEnvironment, choose_accelerator, fill_rendezvous
+from megasparse.parallel.mesh import Mesh, make_mesh
+
+
+@contextlib.contextmanager
+def open_mesh(environment: LaunchEnvironment, timeout_seconds: int, tensor_parallel_size: int = 1) -> Iterator[Mesh]:
+    """Start the process groups and hand out the mesh; the groups end with the block.
+
+    timeout_seconds: a collective that waits longer fails. tensor_parallel_size must divide the world size.
+    """
+    assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
+    device, backend = _device(environment.local_rank)
+    fill_rendezvous(environment)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
+    try:
+        yield make_mesh(environment.rank, environment.world_size, device, backend, timeout, tensor_parallel_size)
+    finally:
+        # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> tuple[torch.device, str]:
+    if choose_accelerator(os.environ) == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank), "nccl"
+    return torch.device("cpu"), "gloo"

@@ -1,0 +1,40 @@
+"""From a configuration to a model.
+
+model = build_model(config, vocab_size, mesh.tensor_parallel)
+"""
+
+from __future__ import annotations
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.layers import LayerFactory, Linear, SparseSpec
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Axis, TensorParallel
+from megasparse.sparsity.groups import check_groups, layer_settings
+
+
+def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Axis | None = None) -> GPT:
+    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all units live.
+
+    tensor_parallel: the ranks that share it; None: this process alone.
+    """
+    ranks = TensorParallel(tensor_parallel or Axis(), config.parallel.sequence_parallel)
+
+    def sparse_rule(name: str) -> SparseSpec | None:
+        settings = layer_settings(config.sparsity, name)
+        return None if settings is None else SparseSpec(settings.unit, config.sparsity.low_rank)
+
+    try:
+        model = GPT(
+            config.model,
+            config.attention,
+            vocab_size,
+            LayerFactory(sparse_rule, config.run.seed, config.kernels.block_sparse, ranks, config.kernels.break_even),
+            recompute=config.train.activation_recomputation,
+            attention_kernel=config.kernels.hybrid_attention,
+            reset_positions=config.data.document_masking and config.data.reset_positions,
+        )
+    except ValueError as error:
+        raise ConfigError(f"sparsity.{error}") from None
+    check_groups(config.sparsity, [layer.name for layer in model.modules() if isinstance(layer, Linear)])
+    return model

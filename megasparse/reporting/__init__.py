@@ -1,0 +1,1 @@
+"""HTML pages about runs that have been made: the report of one, the comparison of several."""

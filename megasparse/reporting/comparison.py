@@ -1,0 +1,126 @@
+"""Several runs on one HTML page that loads nothing from elsewhere.
+
+    write_comparison([Path("runs/mst"), Path("runs/dense")], Path("compare.html"))
+
+Any run folders will do: of different lengths, still going on, killed, or without some of their files; what a run lacks
+is said on the page. ``tools/report.py`` is the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from megasparse.config.loader import ConfigError
+from megasparse.reporting.comparison_figures import comparison_figures
+from megasparse.reporting.comparison_tables import budget_rows, ledger_groups, setting_rows
+from megasparse.reporting.comparison_template import COMPARISON_STYLE, COMPARISON_TEMPLATE
+from megasparse.reporting.page import film_strips, status, verdict
+from megasparse.reporting.run_data import RunData, read_run
+from megasparse.reporting.template import STYLE
+
+MAX_RUNS = 16
+"""Eight colours, each as a full and as a dashed line."""
+
+FILMS_OF_A_RUN = 2
+FILES_OF_A_RUN = ("config.yaml", "plan.json", "metrics.jsonl", "topology.jsonl", "summary.json")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run with the name and the looks that it has on the page."""
+
+    data: RunData
+    label: str
+    role: str
+    mark: str
+    """Of its lines: `line` or `dashed`."""
+
+
+def write_comparison(folders: Sequence[Path], output: Path) -> Path:
+    """Write the page and return its path. Raises ConfigError for folders that hold no run, or a bad `output`."""
+    if output.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output: {output}; legal values: a file whose name ends in .html")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"--output: {output}; legal values: a file in a folder that exists")
+    page = render_comparison(read_runs(folders))
+    # A reader never sees half a page: the file appears under its name when it is complete.
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return output
+
+
+def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
+    """Read all folders and tell the runs apart: runs of the same name carry their folder as well."""
+    if not 1 <= len(folders) <= MAX_RUNS:
+        raise ConfigError(f"RUN: {len(folders)} run folders; legal values: 1 to {MAX_RUNS}")
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if resolved[number] in resolved[:number]:
+            raise ConfigError(f"RUN: {folder} is given twice; legal values: different run folders")
+        if folder.is_dir() and not any((folder / name).is_file() for name in FILES_OF_A_RUN):
+            raise ConfigError(f"RUN: {folder} holds no run; legal values: a folder with {', '.join(FILES_OF_A_RUN)}")
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [
+        ComparedRun(
+            data=run,
+            label=run.name if names.count(run.name) == 1 else f"{run.name} ({folder})",
+            role=f"run_{number % 8 + 1}",
+            mark="line" if number < 8 else "dashed",
+        )
+        for number, (run, folder) in enumerate(zip(runs, folders, strict=True))
+    ]
+
+
+def render_comparison(runs: Sequence[ComparedRun]) -> str:
+    """The page; Jinja escapes every value but the figures, which are built here from escaped parts."""
+    figures, absent = comparison_figures(runs)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(COMPARISON_TEMPLATE).render(
+        style=Markup(STYLE + COMPARISON_STYLE),
+        title=", ".join(run.label for run in runs),
+        runs=[_heading(run) for run in runs],
+        labels=[run.label for run in runs],
+        budgets=budget_rows(runs),
+        ledger=ledger_groups(runs),
+        settings=setting_rows(runs),
+        figures={
+            name: {"figure": figure, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+            for name, figure in figures.items()
+        },
+        absent=absent,
+        films=[{"label": run.label, "role": run.role, **_films(run.data)} for run in runs],
+    )
+    return page.lstrip() + "\n"
+
+
+def _heading(run: ComparedRun) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "role": run.role,
+        "mark": run.mark,
+        "status": status(run.data),
+        "verdict": verdict(run.data),
+        "remarks": run.data.remarks,
+    }
+
+
+def _films(run: RunData) -> dict[str, Any]:
+    """The first layers' pictures, and what was left out."""
+    strips, remark = film_strips(replace(run, films=run.films[:FILMS_OF_A_RUN]))
+    left_out = len(run.films) - FILMS_OF_A_RUN
+    words = f"Further layers ({left_out}) are in the report of this run." if left_out > 0 else ""
+    return {"strips": strips, "remark": f"{remark} {words}".strip()}

@@ -1,0 +1,141 @@
+"""The figures of a comparison: losses over everything that they cost, densities, and the layers of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from megasparse.reporting.comparison_tables import COSTS, Cost, curve
+from megasparse.reporting.figures import WIDE, FigureOnPage, Key, curve_points, draw_layers, on_page
+from megasparse.reporting.run_data import RunData, column
+from megasparse.reporting.svg import colour, count_axis, logarithmic, new_axes, thin_out
+from megasparse.utils.format import format_flops, format_share
+
+DASHES = (0, (4, 2.5))
+UNITS_OF_TIME = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
+"""(from this many seconds on, seconds of the unit, its name)."""
+
+
+class Drawn(Protocol):
+    """What a figure needs of a run."""
+
+    @property
+    def data(self) -> RunData: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def mark(self) -> str: ...
+
+
+Curve = tuple[Drawn, np.ndarray, np.ndarray]
+
+
+def comparison_figures(runs: Sequence[Drawn]) -> tuple[dict[str, FigureOnPage], dict[str, str]]:
+    """Figures by name, and for those that have no data the reason."""
+    figures: dict[str, FigureOnPage] = {}
+    absent: dict[str, str] = {}
+    for cost in COSTS:
+        figure = draw_losses(runs, cost)
+        if figure is None:
+            absent[f"loss-{cost.key}"] = f"no losses with {cost.label} were logged"
+        else:
+            figures[figure.name] = figure
+    figure = draw_densities(runs)
+    if figure is None:
+        absent["density"] = "no densities were logged"
+    else:
+        figures[figure.name] = figure
+    for number, run in enumerate(runs):
+        layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
+        if layers is None:
+            absent[f"layers-{number}"] = f"{run.label} logged no topology steps"
+        else:
+            figures[layers.name] = layers
+    return figures, absent
+
+
+def draw_losses(runs: Sequence[Drawn], cost: Cost) -> FigureOnPage | None:
+    """Smoothed training loss and validation loss of all runs over one kind of cost."""
+    training = _curves(runs, "loss", cost)
+    validation = _curves(runs, "val_loss", cost)
+    if not training and not validation:
+        return None
+
+    def draw(width: float) -> Figure:
+        figure, (ax,) = new_axes(width, 0.42 * width if width == WIDE else 300)
+        for run, x, y in training:
+            points = thin_out(x, y, curve_points(width))
+            ax.plot(*points, color=colour(run.role), linewidth=1.7, linestyle=DASHES if run.mark == "dashed" else "-")
+        for run, x, y in validation:
+            points = thin_out(x, y, curve_points(width) // 4)
+            ax.plot(*points, "o", color=colour(run.role), markersize=4.2, markeredgewidth=0)
+        logarithmic(ax, np.concatenate([y for _, _, y in training + validation]))
+        ax.set_ylabel("loss (log scale)" if ax.get_yscale() == "log" else "loss", color=colour("muted"), fontsize=11)
+        _cost_axis(ax, cost, max(x[-1] for _, x, _ in training + validation), width)
+        return figure
+
+    drawn = {run.label for run, _, _ in training + validation}
+    missing = [run.label for run in runs if run.label not in drawn]
+    caption = "Lines: training, smoothed. Dots: validation."
+    if missing:
+        caption += f" Without {cost.label} in their logs: {', '.join(missing)}."
+    return on_page(f"loss-{cost.key}", f"Loss over {cost.label}", caption, _keys(runs, drawn), draw)
+
+
+def draw_densities(runs: Sequence[Drawn]) -> FigureOnPage | None:
+    """The density of all runs over steps."""
+    curves = [(run, *column(run.data.metrics, "density")) for run in runs]
+    curves = [row for row in curves if len(row[1])]
+    if not curves:
+        return None
+
+    def draw(width: float) -> Figure:
+        figure, (ax,) = new_axes(width, 230 if width == WIDE else 210)
+        for run, x, y in curves:
+            points = thin_out(x, y, curve_points(width))
+            ax.plot(*points, color=colour(run.role), linewidth=1.7, linestyle=DASHES if run.mark == "dashed" else "-")
+        ax.set_ylim(0.0, 1.05)
+        ax.yaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_share(value)))
+        ax.set_ylabel("density", color=colour("muted"), fontsize=11)
+        _cost_axis(ax, COSTS[0], max(x[-1] for _, x, _ in curves), width)
+        return figure
+
+    keys = _keys(runs, {run.label for run, _, _ in curves})
+    return on_page("density", "Density over steps", "Share of the sparse weights that live.", keys, draw)
+
+
+def _curves(runs: Sequence[Drawn], loss: str, cost: Cost) -> list[Curve]:
+    curves = [(run, *curve(run.data, loss, cost.key)) for run in runs]
+    return [row for row in curves if len(row[1])]
+
+
+def _keys(runs: Sequence[Drawn], drawn: set[str]) -> tuple[Key, ...]:
+    return tuple(Key(run.role, run.label, run.mark) for run in runs if run.label in drawn)
+
+
+def _cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
+    """From nothing spent to the end of the longest run, in units that people read."""
+    ticks = 7 if width == WIDE else 4
+    ax.set_xlim(0.0, 1.01 * end if end > 0 else 1.0)
+    label = cost.label
+    if cost.key in ("step", "tokens"):
+        count_axis(ax.xaxis, ticks)
+    elif cost.key == "seconds":
+        unit, name = next((unit, name) for limit, unit, name in UNITS_OF_TIME if end >= limit)
+        # Round numbers of the unit, not of seconds.
+        marks = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, end / unit)
+        ax.xaxis.set_major_locator(FixedLocator(marks * unit))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+        label = f"{label} in {name}"
+    else:
+        ax.locator_params(axis="x", nbins=ticks - 2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
+    ax.set_xlabel("step" if cost.key == "step" else label, color=colour("muted"), fontsize=11)

@@ -1,0 +1,195 @@
+"""The tables of a comparison: what runs cost and reached, what they reach at equal cost, and settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+
+from megasparse.reporting.figures import PARTS, smooth
+from megasparse.reporting.page import flat, recorded, steps_done
+from megasparse.reporting.run_data import RunData, column, lookup
+from megasparse.utils.format import (
+    MISSING,
+    divide,
+    finite,
+    format_count,
+    format_decimal,
+    format_flops,
+    format_seconds,
+    format_share,
+)
+
+NOT_SET = "not set"
+
+
+class Compared(Protocol):
+    """What is asked of a run here."""
+
+    @property
+    def data(self) -> RunData: ...
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A line of a table: one value for each run."""
+
+    label: str
+    values: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Something that a run spends while its loss falls."""
+
+    key: str
+    """In the log."""
+    label: str
+    words: Callable[[float], str]
+    """An amount of it."""
+
+
+COSTS = (
+    Cost("step", "steps", lambda value: f"{value:,.0f} steps"),
+    Cost("tokens", "tokens", lambda value: f"{format_count(value)} tokens"),
+    Cost("flops_algorithmic", "algorithmic FLOPs", lambda value: f"{format_flops(value)}, algorithmic"),
+    Cost("flops_executed", "executed FLOPs", lambda value: f"{format_flops(value)}, executed"),
+    Cost("seconds", "training time", lambda value: f"{format_seconds(value)} of training"),
+)
+
+
+def curve(run: RunData, loss: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """(cost, loss) where a loss was logged, float64 of equal length; empty where the run did not log that cost.
+
+    loss: `loss` comes smoothed, `val_loss` as it is.
+    """
+    steps, losses = column(run.metrics, loss)
+    losses = smooth(losses) if loss == "loss" else losses
+    if cost == "step":
+        return steps, losses
+    logged = [record for record in run.metrics if finite(record.get(cost)) is not None]
+    at, spent = column(logged, cost)
+    if not len(spent) or not len(steps):
+        return np.empty(0), np.empty(0)
+    # Beyond what was logged nothing is known.
+    known = (steps >= at[0]) & (steps <= at[-1])
+    return np.interp(steps[known], at, spent), losses[known]
+
+
+def ledger_groups(runs: Sequence[Compared]) -> list[tuple[str, list[TableRow]]]:
+    """What every run did and cost, as titled groups of rows."""
+    data = [run.data for run in runs]
+
+    def row(label: str, cell: Any, note: str = "") -> TableRow:
+        return TableRow(label, tuple(cell(run) for run in data), note)
+
+    def flops(kind: str) -> Any:
+        def cell(run: RunData) -> str:
+            value, dense = recorded(run, f"flops_{kind}"), recorded(run, "flops_dense")
+            share = "" if kind == "dense" or value is None else f" ({format_share(divide(value, dense))})"
+            return format_flops(value) + share
+
+        return cell
+
+    def mean_density(run: RunData) -> str:
+        _, densities = column(run.metrics, "density")
+        return format_share(densities.mean() if len(densities) else None)
+
+    outcome = [
+        row("Steps", lambda run: f"{steps_done(run):,} of {run.planned_steps:,}"),
+        row("Tokens", lambda run: format_count(recorded(run, "tokens"))),
+        row("Parameters", lambda run: format_count(_parameters(run))),
+        row("Validation loss", lambda run: format_decimal(recorded(run, "val_loss"))),
+        row("Best validation loss", lambda run: format_decimal(_best(run))),
+        row("Training loss", lambda run: format_decimal(recorded(run, "loss")), "last logged"),
+        row("Mean density", mean_density),
+        row("Final density", lambda run: format_share(recorded(run, "final_density", "density"))),
+    ]
+    work = [
+        row("Dense-equivalent", flops("dense"), "had every weight been live; not executed"),
+        row("Algorithmic", flops("algorithmic"), "live weights and attended pairs; share of dense"),
+        row("Executed", flops("executed"), "what the kernels multiplied; share of dense"),
+    ]
+    time = [
+        row("Training", lambda run: format_seconds(recorded(run, "seconds"))),
+        *(row(part, lambda run, part=part: format_seconds(_seconds(run, part))) for part in (*PARTS, "other")),
+        row("Tokens per second", lambda run: format_count(divide(recorded(run, "tokens"), recorded(run, "seconds")))),
+        row("Hardware", lambda run: flat(run.summary.get("hardware"))),
+    ]
+    return [("Outcome", outcome), ("FLOPs", work), ("Time", time)]
+
+
+def budget_rows(runs: Sequence[Compared]) -> list[TableRow]:
+    """The loss of every run at the largest cost that all runs have reached, for each kind of cost.
+
+    Validation loss where every run has one, else smoothed training loss; between logged points on a straight line.
+    """
+    data = [run.data for run in runs]
+    loss = "val_loss" if all(len(column(run.metrics, "val_loss")[0]) for run in data) else "loss"
+    rows = []
+    for cost in COSTS:
+        curves = [curve(run, loss, cost.key) for run in data]
+        if not all(len(x) for x, _ in curves):
+            continue
+        budget = min(x[-1] for x, _ in curves)
+        # A run that logged its first loss later than that cannot be compared there.
+        values = [format_decimal(np.interp(budget, x, y).item()) if budget >= x[0] else MISSING for x, y in curves]
+        words = "validation loss" if loss == "val_loss" else "smoothed training loss"
+        rows.append(TableRow(cost.words(budget), tuple(values), words))
+    return rows
+
+
+def setting_rows(runs: Sequence[Compared]) -> list[TableRow] | None:
+    """Settings that are not the same in all runs, by dotted name; None where there are fewer than two to compare."""
+    configurations = [_settings(run.data.config) for run in runs]
+    known = [settings for settings in configurations if settings is not None]
+    if len(known) < 2:
+        return None
+    names = dict.fromkeys(name for settings in known for name in settings)
+    rows = []
+    for name in names:
+        values = tuple(MISSING if one is None else one.get(name, NOT_SET) for one in configurations)
+        if len({settings.get(name, NOT_SET) for settings in known}) > 1:
+            rows.append(TableRow(name, values))
+    return rows
+
+
+def _parameters(run: RunData) -> float | None:
+    return finite(run.summary.get("parameters")) or finite(lookup(run.plan, "parameters", "total"))
+
+
+def _best(run: RunData) -> float | None:
+    """The lowest validation loss, of the log where there is no summary."""
+    _, losses = column(run.metrics, "val_loss")
+    best = finite(run.summary.get("best_val_loss"))
+    return float(losses.min()) if best is None and len(losses) else best
+
+
+def _seconds(run: RunData, part: str) -> float | None:
+    value = finite(lookup(run.summary, "seconds_by_part", part))
+    return run.latest(f"seconds_{part}") if value is None else value
+
+
+def _settings(text: str | None) -> dict[str, str] | None:
+    """The values of a configuration as text, by dotted name; None where it is missing or no YAML mapping."""
+    try:
+        tree = yaml.safe_load(text) if text is not None else None
+    except (yaml.YAMLError, RecursionError):
+        return None
+    return dict(_leaves(tree, "")) if isinstance(tree, Mapping) else None
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found += _leaves(value, f"{prefix}{name}.")
+        else:
+            words = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            found.append((f"{prefix}{name}", words))
+    return found

@@ -1,0 +1,189 @@
+"""What tools/tune_kernels.py does: measures the layers of models on this machine, and keeps what it found.
+
+todo, notes = cases("cpu", ["fp32"], [64], [2048], [(768, 3072)])
+store(own_table(), measure_all(todo, "cpu", rounds=3, command="..."))
+measure_attention("cpu", ["fp32"], [128], [64], rounds=3, command="...")
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megasparse.cost.layer_kernels import DTYPES
+from megasparse.kernels import block_sparse
+from megasparse.kernels.block_sparse.break_even import Measurement, Row, merged, read_table, write_table
+from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
+from megasparse.kernels.block_sparse.tuning import tune_layer
+from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.hybrid_attention import fast_kernel
+from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
+from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
+from megasparse.utils.dtypes import dtype_name
+from megasparse.utils.hardware import hardware_name, package_versions
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure."""
+
+    backend: str
+    dtype: torch.dtype
+    block: int
+    tokens: int
+    widths: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.widths[0]} -> {self.widths[1]}, blocks of {self.block}, {self.tokens:,} tokens, "
+            f"{dtype_name(self.dtype)}, {self.backend}"
+        )
+
+
+def cases(
+    device: str, precisions: Sequence[str], blocks: Sequence[int], tokens: Sequence[int], shapes: Sequence[tuple]
+) -> tuple[list[Case], list[str]]:
+    """What can be measured on the device, and sentences about what cannot."""
+    found, notes = [], []
+    for precision, block in product(precisions, blocks):
+        backend, reason = block_sparse.explain(device, DTYPES[precision], block)
+        if backend is None:
+            notes.append(f"{precision}, blocks of {block}: {reason}")
+            continue
+        for widths, rows in product(dict.fromkeys(shapes), tokens):
+            if any(width % block for width in widths):
+                notes.append(f"{widths[0]} x {widths[1]}: blocks of {block} do not fit")
+            else:
+                found.append(Case(backend, DTYPES[precision], block, rows, widths))
+    return found, list(dict.fromkeys(notes))
+
+
+def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str, tune_tiles: bool = True) -> Measurement:
+    """All rows, with a bar on standard error where that is a terminal."""
+    rows = []
+    for case in _with_bar(todo):
+        if device == "cuda" and tune_tiles:
+            tune_triton(case, device)
+        rows.append(
+            measure_row(
+                case.backend,
+                device,
+                case.dtype,
+                block=case.block,
+                tokens=case.tokens,
+                widths=case.widths,
+                densities=DENSITIES,
+                rounds=rounds,
+            )
+        )
+    return as_measurement(rows, device, command)
+
+
+def measure_attention(
+    device: str,
+    precisions: Sequence[str],
+    strides: Sequence[int],
+    head_dims: Sequence[int],
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    rounds: int,
+    command: str,
+) -> Measurement:
+    """The attention patterns against a boolean mask and dense attention."""
+    rows: list[AttentionRow] = []
+    for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
+        options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
+        # On CPUs `parts` too, for where there is no compiler.
+        fastest = fast_kernel(device, DTYPES[precision], head_dim)
+        for kernel in dict.fromkeys((fastest, *(("parts",) if device == "cpu" else ()))):
+            rows += measure_rows(kernel, device, DTYPES[precision], **options)
+    return as_measurement(rows, device, command)
+
+
+def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
+    """Rows with the facts about this machine."""
+    return Measurement(
+        hardware=hardware_name(device),
+        device=device,
+        threads=torch.get_num_threads(),
+        rows=tuple(rows),
+        versions=package_versions(("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")),
+        command=command,
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def tune_triton(case: Case, device: str) -> None:
+    """Let the Triton kernels find their tiles for a layer first."""
+    for density in DENSITIES:
+        tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
+
+
+def store(path: Path, measurement: Measurement) -> None:
+    """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
+    known = read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement))
+
+
+def store_attention(path: Path, measurement: Measurement) -> None:
+    """As `store`, for the table of the attention."""
+    known = attention_tables.read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement), attention_tables.FORMAT)
+
+
+def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
+    """Speed-up over dense attention at the longest length, and the break-even lengths."""
+    columns = "kernel", "pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask"
+    table = Table(*columns, "beats dense")
+    for row in rows:
+        longest = row.seconds[str(row.lengths[-1])]
+        limits = [row.limit(other) for other in ("mask", "dense")]
+        table.add_row(
+            row.kernel,
+            row.pattern,
+            str(row.stride),
+            str(row.head_dim),
+            row.dtype,
+            f"{row.lengths[-1]:,}",
+            *(f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")),
+            *("always" if limit is None else f"from {limit:,}" for limit in limits),
+        )
+    console.print(table)
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Speed-up and efficiency at density 0.1, and the break-even density."""
+    table = Table("layer", "block", "tokens", "dtype", "kernel", "dense ms", "x at 0.1", "e at 0.1", "break-even")
+    for row in rows:
+        table.add_row(
+            f"{row.in_features} -> {row.out_features}",
+            str(row.block),
+            f"{row.tokens:,}",
+            row.dtype,
+            row.backend,
+            f"{1e3 * row.dense_seconds:.2f}",
+            f"{speedup(row, 0.1):.2f}",
+            f"{efficiency(row, 0.1):.2f}",
+            f"{row.break_even:.2f}",
+        )
+    console.print(table)
+
+
+def _with_bar(todo: Sequence[Any]) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(todo))
+        for case in todo:
+            bar.update(task, description=str(case))
+            yield case
+            bar.advance(task)

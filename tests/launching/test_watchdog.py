@@ -1,0 +1,166 @@
+"""Hanging runs end with the name of the rank that hangs; runs that go on are left alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from harness import RankFailure, run_distributed
+
+from megasparse.launching.failures import GO_ON, leave_after_lost_peer
+from megasparse.launching.heartbeats import Heartbeats
+from megasparse.launching.watchdog import Watchdog
+from megasparse.parallel import Mesh
+
+LIMIT = 2.0
+
+
+def misbehave(mesh: Mesh, folder: str, how: str, wrong: int) -> None:
+    """All ranks go on for a while, then rank `wrong` misbehaves and the others wait for it in a collective."""
+    with (Path(folder) / f"{mesh.rank}.stderr").open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+    with leave_after_lost_peer(mesh.rank, GO_ON), Watchdog(mesh, Path(folder) / "hangs", LIMIT, 60) as watchdog:
+        for step in range(4):
+            watchdog.beat(f"step {step}: data")
+            mesh.barrier()
+            time.sleep(0.2)
+        if mesh.rank == wrong:
+            # Late enough that the other's time is up first, also on a loaded machine.
+            time.sleep(1.2 if how == "sleep" else 0.5)
+            watchdog.beat("step 4: data")
+            time.sleep(0.5)
+            be_wrong(how)
+        watchdog.beat("step 4: backward")
+        mesh.barrier()
+
+
+def be_wrong(how: str) -> None:
+    if how == "raise":
+        raise ValueError("bad token")
+    if how == "sleep":
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+
+
+def messages(folder: Path, how: str, wrong: int, world_size: int = 2) -> dict[int, str]:
+    """What each rank wrote on standard error."""
+    with pytest.raises(RankFailure) as failure:
+        run_distributed(misbehave, world_size, str(folder), how, wrong, timeout=60)
+    assert "not done after" not in str(failure.value), failure.value
+    assert f"rank {1 - wrong} ended with exit code 3" in str(failure.value)
+    return {rank: (folder / f"{rank}.stderr").read_text() for rank in range(world_size)}
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, wrong: int) -> None:
+    message = messages(tmp_path, "stop", wrong)[1 - wrong]
+    assert re.search(rf"rank {1 - wrong} has made no progress for [2-6] s, at step 4: backward", message), message
+    assert f"Rank {wrong} has not answered for " in message and "last seen at step 4: data" in message
+    assert "limit: 2 s, train.step_timeout_seconds" in message and GO_ON in message
+    assert len([line for line in message.splitlines() if "error: " in line]) == 1
+    stacks = (tmp_path / "hangs" / f"rank-0000{1 - wrong}.txt").read_text()
+    assert "in barrier" in stacks and "in misbehave" in stacks
+
+
+def test_a_rank_that_answers_but_is_elsewhere_is_named_by_its_place(tmp_path: Path) -> None:
+    """Rank 0 waits for rank 1, which came to its place later."""
+    found = messages(tmp_path, "sleep", wrong=1)
+    assert "rank 0 has made no progress" in found[0] and "Rank 1 answers and is at step 4: data" in found[0]
+    assert "rank 1 has made no progress" in found[1] and "Rank 0 has left the run: it made no progress" in found[1]
+    assert "in be_wrong" in (tmp_path / "hangs" / "rank-00001.txt").read_text()
+
+
+def test_a_dead_rank_is_named_among_three(tmp_path: Path) -> None:
+    found = messages(tmp_path, "kill", wrong=1, world_size=3)
+    assert "rank 0 lost contact with another rank: rank 1 has not answered for" in found[0]
+    assert "last seen at step 4: data" in found[0] and "rank 2 has" not in found[0] and GO_ON in found[0]
+    assert not (tmp_path / "hangs").exists()
+
+
+def test_a_rank_that_left_with_an_error_is_named_with_it(tmp_path: Path) -> None:
+    message = messages(tmp_path, "raise", wrong=1)[0]
+    assert "rank 0 lost contact with another rank: rank 1 has left the run: ValueError at step 4: data" in message
+
+
+def go_on_slowly(mesh: Mesh, folder: str) -> dict:
+    """Beats within the limit, one long stay that was announced, one in which the whole process was stopped."""
+    with Watchdog(mesh, Path(folder), LIMIT, 60) as watchdog:
+        time.sleep(1.5 * LIMIT)
+        for step in range(5):
+            watchdog.beat(f"step {step}")
+            time.sleep(LIMIT / 4)
+        watchdog.beat("checkpoint", slow=True)
+        time.sleep(1.5 * LIMIT)
+        watchdog.beat("step 6")
+        sleeper = subprocess.Popen(["sh", "-c", f"sleep {1.5 * LIMIT}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        sleeper.wait()
+        time.sleep(LIMIT / 4)
+    try:
+        with Watchdog(mesh, Path(folder), LIMIT, 60):
+            raise ValueError("of the run")
+    except ValueError as error:
+        notes = getattr(error, "__notes__", [])
+    return {"threads": [thread.name for thread in threading.enumerate()], "notes": notes}
+
+
+def test_a_run_that_goes_on_is_left_alone_and_the_threads_end(tmp_path: Path) -> None:
+    for result in run_distributed(go_on_slowly, 2, str(tmp_path / "hangs"), timeout=90):
+        assert result == {"threads": ["MainThread"], "notes": []}
+    assert not (tmp_path / "hangs").exists()
+
+
+def test_one_rank_alone_reports_too(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="exit code 3"):
+        run_distributed(misbehave, 1, str(tmp_path), "sleep", 0, timeout=60)
+    message = (tmp_path / "0.stderr").read_text()
+    assert "rank 0 has made no progress for 2 s, at step 4: data" in message and "There is no other rank" in message
+    assert "in be_wrong" in (tmp_path / "hangs" / "rank-00000.txt").read_text()
+
+
+def hang_where_nothing_can_be_written(mesh: Mesh, folder: str) -> None:
+    (Path(folder) / "hangs").write_text("a file in the place of the folder")
+    misbehave(mesh, folder, "sleep", 0)
+
+
+def test_stacks_that_cannot_be_written_do_not_keep_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="exit code 3"):
+        run_distributed(hang_where_nothing_can_be_written, 1, str(tmp_path), timeout=60)
+    assert "The stacks could not be written" in (tmp_path / "0.stderr").read_text()
+
+
+def listen(mesh: Mesh) -> dict:
+    """Rank 0 stays silent, and somebody else sends nonsense in its name."""
+    heartbeats = Heartbeats(mesh, interval=0.1)
+    (peer,) = heartbeats.peers
+    if mesh.rank == 1:
+        heartbeats.tell("step 7", 3.0, None)
+    else:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            for datagram in (b"\xff", b"{}", b"[1, 2]", b'["other run", 0, "x", 1, null]', b'["", [], "x", 1, null]'):
+                stranger.sendto(datagram, peer.address)
+    mesh.barrier()
+    heartbeats.exchange("step 8", 0.0) if mesh.rank == 0 else time.sleep(0.1)
+    mesh.barrier()
+    if mesh.rank == 1:
+        # The datagrams of the stranger, then the one of rank 0's exchange.
+        heartbeats.exchange("step 8", 0.0)
+    quiet = []
+    for _ in range(4):
+        heartbeats.exchange("step 9", 0.0) if mesh.rank == 1 else time.sleep(0.1)
+        quiet.append(heartbeats.is_silent(peer))
+    mesh.barrier()
+    return {"place": peer.place, "idle": peer.idle_seconds, "quiet": quiet}
+
+
+def test_strangers_are_not_heard_and_silence_takes_three_intervals() -> None:
+    first, second = run_distributed(listen, 2, timeout=60)
+    assert (first["place"], first["idle"]) == ("step 7", 3.0)
+    assert (second["place"], second["quiet"]) == ("step 8", [False, False, True, True])
