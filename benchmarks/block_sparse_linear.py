@@ -5,7 +5,7 @@
 
 A shape is in x out. In each round every contender makes forward product, input gradient and weight gradient (with the
 bias and its gradient), in turn, on the same random blocks; numbers are medians over the rounds. Speed-up is dense time
-over ours; the efficiency e is the speed-up times the density: 1 where a live weight costs what a dense one does. The
+over ours; the efficiency e is the speed-up times the density: 1 where an active weight costs what a dense one does. The
 break-even density is where the speed-up of the total falls to 1, interpolated between the measured ones. `autograd` is
 the same through the layer, as training runs it. Peers: torch's BSR tensors (forward and input gradient; it has no
 weight gradient on sparse blocks, so that is dense and masked), and stk on CUDA where it is installed.
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace, in_features: int, out_features: int, 
         "seconds": medians,
         "speedup": speedup,
         "efficiency": {part: value * index.density for part, value in speedup.items()},
-        "gigaflops": 6e-9 * arguments.tokens * index.num_live * block**2 / ours["total"],
+        "gigaflops": 6e-9 * arguments.tokens * index.num_active * block**2 / ours["total"],
         "dense_gigaflops": 6e-9 * arguments.tokens * in_features * out_features / dense["total"],
     }
     peers = ", ".join(
@@ -114,8 +114,8 @@ def build(
     device, dtype, tokens = arguments.device, DTYPES[arguments.precision], arguments.tokens
     grid = out_features // block, in_features // block
     num_units = grid[0] * grid[1]
-    live = torch.randperm(num_units)[: max(round(density * num_units), 1)]
-    mask = torch.zeros(num_units, dtype=torch.bool).index_fill_(0, live, True).view(grid).to(device)
+    active = torch.randperm(num_units)[: max(round(density * num_units), 1)]
+    mask = torch.zeros(num_units, dtype=torch.bool).index_fill_(0, active, True).view(grid).to(device)
     index = build_index(mask, block)
     x, dy = (torch.randn(tokens, width, device=device).to(dtype) for width in (in_features, out_features))
     dense_weight = torch.randn(out_features, in_features, device=device).to(dtype)
@@ -162,14 +162,14 @@ def through_autograd(layer: Callable, x: torch.Tensor, weight: torch.Tensor, bia
 def torch_bsr(
     x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: BlockIndex
 ) -> Contender:
-    block = (index.unit, index.unit)
+    block = (index.block_size, index.block_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "sparse BSR tensor support is in beta state"
         bsr, transposed = weight.to_sparse_bsr(block), weight.t().contiguous().to_sparse_bsr(block)
     return {
         "forward": lambda: F.linear(x, bsr) + bias,
         "input_gradient": lambda: F.linear(dy, transposed),
-        "weight_gradient": lambda: (apply_mask_(dy.t() @ x, index.mask, index.unit), dy.sum(0)),
+        "weight_gradient": lambda: (apply_mask_(dy.t() @ x, index.mask, index.block_size), dy.sum(0)),
     }
 
 
@@ -177,7 +177,7 @@ def stk(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """stanford-stk: blocks of 128, float16 and bfloat16, CUDA."""
     import stk
 
-    sparse = stk.ops.to_sparse(weight, blocking=index.unit)
+    sparse = stk.ops.to_sparse(weight, blocking=index.block_size)
     return {
         "forward": lambda: stk.ops.dds(x, sparse.t()) + bias,
         "input_gradient": lambda: stk.ops.dds(dy, sparse),

@@ -9,7 +9,7 @@ with the pattern as a boolean mask (up to --longest-mask tokens), and on CUDA co
 pattern. Speed-up is the contender's time over ours, so causal attention says what the pattern gains over no pattern.
 On CUDA a pass is timed from an idle device to an idle device, with what the host takes to launch it: take enough
 --samples for short sequences.
-GFLOP/s are those of our kernel on live entries: 4 D for each forward, 10 D backward (scores are made again).
+GFLOP/s are those of our kernel on active entries: 4 D for each forward, 10 D backward (scores are made again).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from result_file import write_result
 
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
+    active_entries,
     executed_entries,
     hybrid_attention,
-    live_entries,
     pattern_mask,
     select_kernel,
 )
@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
     place = arguments.device, dtype, arguments.head_dim
     kernel = select_kernel(arguments.kernel, *entries, *place)
     per_entry = {"forward": 4, "backward": 10, "total": 14}
-    operations = live_entries(*entries) * arguments.samples * arguments.heads * arguments.head_dim
+    operations = active_entries(*entries) * arguments.samples * arguments.heads * arguments.head_dim
     gflops = {direction: factor * operations / ours[direction] / 1e9 for direction, factor in per_entry.items()}
     print(
         f"T {seq_length}, {pattern} ({kernel}): {1e3 * ours['total']:.1f} ms, {gflops['total']:.0f} GFLOP/s; "
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, seq_length: int, pattern: str) -> dic
         "seq_length": seq_length,
         "pattern": pattern,
         "kernel": kernel,
-        "live_entries": live_entries(*entries),
+        "active_entries": active_entries(*entries),
         "executed_entries": executed_entries(arguments.kernel, *entries, *place),
         "seconds": medians,
         "gflops": gflops,

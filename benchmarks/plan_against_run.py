@@ -38,7 +38,7 @@ KINDS: dict[str, list[str]] = {
         "sparsity.algorithm=set",
         "sparsity.growth=mixed",
         "sparsity.density=0.1",
-        "sparsity.unit=32",
+        "sparsity.block_size=32",
         f"sparsity.update_interval={UPDATE_INTERVAL}",
         "attention.stride=32",
     ],
@@ -168,7 +168,7 @@ def report(rows: list[dict[str, Any]], ratio: dict[str, float]) -> None:
             f"measured {row['measured_step_seconds']:.3f} s ({row['predicted_over_measured']:.2f})"
         )
         print(
-            f"              topology step: +{row['predicted_topology_extra_seconds']:.3f}, "
+            f"              topology update: +{row['predicted_topology_extra_seconds']:.3f}, "
             f"measured +{row['measured_topology_extra_seconds']:.3f} s"
         )
         print(

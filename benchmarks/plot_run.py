@@ -26,7 +26,7 @@ def main() -> None:
     figure, (loss, density, cost) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
     draw_losses(loss, lines)
     density.plot(steps(lines), [100 * line["density"] for line in lines], color="black")
-    density.set(title="live weights, %", ylim=(0, 105))
+    density.set(title="active weights, %", ylim=(0, 105))
     for name, style in (("dense", ":"), ("algorithmic", "-")):
         cost.plot(steps(lines), [line[f"flops_{name}"] / 1e12 for line in lines], style, color="black", label=name)
     cost.set(title="FLOPs so far, 10^12")

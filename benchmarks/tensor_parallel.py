@@ -21,12 +21,12 @@ from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import Block
-from megasparse.parallel import Axis, Mesh, TensorParallel
+from megasparse.parallel import CommunicationGroup, Mesh, TensorParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class SilentAxis(Axis):
+class SilentAxis(CommunicationGroup):
     """An axis whose collectives do nothing: the half of the block, alone."""
 
     def sum_(self, tensor):
@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, mesh: Mesh) -> dict:
 
 def build(arguments: argparse.Namespace, ranks: TensorParallel) -> Block:
     config = ModelConfig(hidden_size=arguments.hidden_size, num_attention_heads=20, seq_length=arguments.tokens)
-    factory = LayerFactory(lambda name: SparseSpec(arguments.unit), tensor_parallel=ranks)
+    factory = LayerFactory(lambda name: SparseSpec(arguments.block_size), tensor_parallel=ranks)
     block = Block("layers.0", config, AttentionConfig(), factory, "auto")
     return block.to(DTYPES[arguments.precision])
 
@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=1600)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--unit", type=int, default=16)
+    parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that are timed (default: 9)")

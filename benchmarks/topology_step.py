@@ -1,4 +1,4 @@
-"""What a topology step costs, in ordinary optimizer steps.
+"""What a topology update costs, in ordinary optimizer steps.
 
     python benchmarks/topology_step.py [--model quickstart] [--precision fp32] [--rounds 9]
 
@@ -26,21 +26,21 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
-        results = [measure(arguments, unit, mesh) for unit in arguments.units]
+        results = [measure(arguments, block_size, mesh) for block_size in arguments.units]
     path = write_result("topology_step", {"results": results}, suffix=f"{arguments.model}-{arguments.precision}")
     for result in results:
         print(
-            f"unit {result['unit']}: ordinary step {result['ordinary_step_seconds']:.4f} s, topology step "
+            f"unit {result['unit']}: ordinary step {result['ordinary_step_seconds']:.4f} s, topology update "
             f"{result['topology_step_seconds']:.4f} s, cost {result['cost_in_ordinary_steps']:.3f} ordinary steps"
         )
     print(path.name)
 
 
-def measure(arguments: argparse.Namespace, unit: int, mesh) -> dict:
+def measure(arguments: argparse.Namespace, block_size: int, mesh) -> dict:
     config = benchmark_config(
         arguments.model,
         "sparsity.algorithm=rigl",
-        f"sparsity.unit={unit}",
+        f"sparsity.block_size={block_size}",
         f"sparsity.update_interval={UPDATE_INTERVAL}",
         f"train.precision={arguments.precision}",
         "train.micro_batch_size=8",
@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace, unit: int, mesh) -> dict:
     return {
         "model": arguments.model,
         "precision": arguments.precision,
-        "unit": unit,
+        "block_size": block_size,
         "sparse_parameters": parameters,
         "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
         "ordinary_step_seconds": usual,
@@ -78,8 +78,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="quickstart")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--units", type=int, nargs="+", default=[32, 1], help="sides of the blocks (default: 32 1)")
-    parser.add_argument("--rounds", type=int, default=9, help="topology steps that are timed (default: 9)")
+    parser.add_argument(
+        "--block-sizes", type=int, nargs="+", default=[32, 1], help="sides of the blocks (default: 32 1)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="topology updates that are timed (default: 9)")
     return parser.parse_args()
 
 

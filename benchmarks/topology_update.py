@@ -1,6 +1,7 @@
-"""Time and bytes of a topology step against parameters, layers and ranks.
+"""Time and bytes of a topology update against parameters, layers and ranks.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/topology_update.py [--units 32 1] [--zero-stage 3] [--rounds 5]
+    torchrun --standalone --nproc-per-node 2 benchmarks/topology_update.py [--block-sizes 32 1] [--zero-stage 3]
+    [--rounds 5]
 
 Measured on the ranks that it is started on: seconds of the decision, of the whole step and of ordinary steps around it
 (medians), bytes that a rank sends, and the bound that the plan gives. For larger worlds, bytes by the plan's formula
@@ -20,7 +21,7 @@ from result_file import write_result
 
 from megasparse.cost.resources import topology_bytes
 from megasparse.launching import LaunchEnvironment, open_mesh
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 
 UPDATE_INTERVAL = 3
 # (layers, hidden size): parameters grow by depth and by width.
@@ -28,10 +29,10 @@ SIZES = ((2, 256), (8, 256), (2, 512), (4, 768))
 LARGER_WORLDS = (8, 64, 512)
 
 
-class CountingAxis(Axis):
+class CountingAxis(CommunicationGroup):
     """An axis that counts the bytes that ring algorithms would send."""
 
-    def __init__(self, axis: Axis, sent: list[float]) -> None:
+    def __init__(self, axis: CommunicationGroup, sent: list[float]) -> None:
         super().__init__(axis.rank, axis.size, axis.group)
         object.__setattr__(self, "sent", sent)
 
@@ -48,7 +49,7 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600, arguments.tensor_parallel_size) as mesh:
-        results = [measure(arguments, unit, *size, mesh) for unit in arguments.units for size in SIZES]
+        results = [measure(arguments, block_size, *size, mesh) for block_size in arguments.units for size in SIZES]
         if mesh.is_first:
             report(arguments, results, mesh.world_size)
         mesh.barrier()
@@ -66,14 +67,14 @@ def report(arguments: argparse.Namespace, results: list[dict], world_size: int) 
     print(write_result("topology_update", {"results": results, "extrapolated": extrapolated}, suffix=suffix).name)
 
 
-def measure(arguments: argparse.Namespace, unit: int, num_layers: int, hidden_size: int, mesh) -> dict:
+def measure(arguments: argparse.Namespace, block_size: int, num_layers: int, hidden_size: int, mesh) -> dict:
     config = benchmark_config(
         "quickstart",
         f"model.num_layers={num_layers}",
         f"model.hidden_size={hidden_size}",
         "sparsity.algorithm=mst",
         "sparsity.warmup_end=0.0",
-        f"sparsity.unit={unit}",
+        f"sparsity.block_size={block_size}",
         f"sparsity.update_interval={UPDATE_INTERVAL}",
         f"parallel.tensor_parallel_size={arguments.tensor_parallel_size}",
         f"deepspeed.zero_stage={arguments.zero_stage}",
@@ -106,7 +107,7 @@ def measure(arguments: argparse.Namespace, unit: int, num_layers: int, hidden_si
         )
     weights, usual = sum(t.numel for t in topologies), statistics.median(ordinary)
     return {
-        "unit": unit,
+        "block_size": block_size,
         "ranks": mesh.world_size,
         "tensor_parallel_size": mesh.tensor_parallel.size,
         "zero_stage": arguments.zero_stage,
@@ -132,7 +133,7 @@ def extrapolate(result: dict, ranks: int, arguments: argparse.Namespace) -> dict
     seconds = result["decision_seconds"] * result["ranks"] / ranks + sent / (arguments.link_gigabytes_per_second * 1e9)
     return {
         "extrapolated": True,
-        "unit": result["unit"],
+        "block_size": result["block_size"],
         "ranks": ranks,
         "sparse_parameters": result["sparse_parameters"],
         "bytes_at_most": sent,
@@ -143,10 +144,12 @@ def extrapolate(result: dict, ranks: int, arguments: argparse.Namespace) -> dict
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", type=int, nargs="+", default=[32, 1], help="sides of the blocks (default: 32 1)")
+    parser.add_argument(
+        "--block-sizes", type=int, nargs="+", default=[32, 1], help="sides of the blocks (default: 32 1)"
+    )
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="topology steps that are timed (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="topology updates that are timed (default: 5)")
     parser.add_argument("--link-gigabytes-per-second", type=float, default=10.0, help="for the extrapolated seconds")
     return parser.parse_args()
 

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--model gpt2-small-width] [--precision fp32] [--density 0.1] [--block 64]
         [--kernel auto] [--sparse-head] [--attention-pattern sparse] [--layers 4] [--tokens 2048] [--device cpu]
 
-Two trainers stand side by side in one process, dense and sparse at constant density without topology steps (those are
+Two trainers stand side by side in one process, dense and sparse at constant density without topology updates (those are
 `topology_step.py`'s), and take turns: each round times some steps of one, then of the other, and takes one more step of
 each apart by hooks, see `part_timer.py`. Medians over the rounds; the parts are scaled so that they add up to the step
 without hooks.
@@ -62,7 +62,7 @@ def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
     sparse = [
         "sparsity.algorithm=rigl",
         f"sparsity.density={arguments.density}",
-        f"sparsity.unit={arguments.block}",
+        f"sparsity.block_size={arguments.block}",
         f"sparsity.head={str(arguments.sparse_head).lower()}",
         "sparsity.update_interval=1000000",
         f"attention.windows=[{{start: 0.0, end: 1.0, pattern: {arguments.attention_pattern}}}]",

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from megasparse.launching import LaunchEnvironment
-from megasparse.launching.exit import EXPECTED, explain_and_leave
-from megasparse.launching.failures import leave, leave_after_lost_peer
+from megasparse.launching.exit import EXPECTED, explain_and_exit
+from megasparse.launching.failures import exit_after_lost_peer, exit_now
 
 
 def main() -> int:
@@ -35,11 +35,11 @@ def main() -> int:
     try:
         environment = LaunchEnvironment.from_variables(os.environ)
         rank = environment.rank
-        with leave_after_lost_peer(rank, "start the evaluation again"):
+        with exit_after_lost_peer(rank, "start the evaluation again"):
             evaluate(EvaluationSettings(**arguments), environment)
-            leave(0)
+            exit_now(0)
     except EXPECTED as error:
-        explain_and_leave(error, rank)
+        explain_and_exit(error, rank)
     return 0
 
 

@@ -13,8 +13,8 @@ import os
 import sys
 
 from megasparse.launching import LaunchEnvironment
-from megasparse.launching.exit import EXPECTED, explain_and_leave
-from megasparse.launching.failures import leave, leave_after_lost_peer
+from megasparse.launching.exit import EXPECTED, explain_and_exit
+from megasparse.launching.failures import exit_after_lost_peer, exit_now
 
 
 def main() -> int:
@@ -33,11 +33,11 @@ def main() -> int:
 
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
-        with leave_after_lost_peer(rank, "start the evaluation again"):
+        with exit_after_lost_peer(rank, "start the evaluation again"):
             cli_evaluate()
-            leave(0)
+            exit_now(0)
     except EXPECTED as error:
-        explain_and_leave(error, rank)
+        explain_and_exit(error, rank)
     return 0
 
 

@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     for name in ("tokens", "num_samples"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; legal values: 1 or more")
+            parser.error(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; must be 1 or more")
     return arguments
 
 

@@ -16,8 +16,8 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.launching import LaunchEnvironment, choose_accelerator
-from megasparse.launching.exit import EXPECTED, explain_and_leave
-from megasparse.launching.failures import GO_ON, leave, leave_after_lost_peer
+from megasparse.launching.exit import EXPECTED, explain_and_exit
+from megasparse.launching.failures import GO_ON, exit_after_lost_peer, exit_now
 
 
 def main() -> int:
@@ -37,11 +37,11 @@ def main() -> int:
         choose_accelerator(os.environ)
         from megasparse.training.run import pretrain
 
-        with leave_after_lost_peer(rank, GO_ON):
+        with exit_after_lost_peer(rank, GO_ON):
             pretrain(config, environment)
-            leave(0)
+            exit_now(0)
     except EXPECTED as error:
-        explain_and_leave(error, rank)
+        explain_and_exit(error, rank)
     return 0
 
 
@@ -67,8 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for, with --dry-run")
     parser.add_argument("--json", action="store_true", help="plan as JSON, with --dry-run")

@@ -24,7 +24,9 @@ def dense_config(**sparsity) -> RunConfig:
         "vocab_size_multiple": 32,
     }  # fmt: skip
     train = {"steps": 24, "precision": "fp32", "global_batch_size": 4}
-    return check_config({"model": model, "train": train, "sparsity": {"algorithm": "dense", "unit": 8, **sparsity}})
+    return check_config(
+        {"model": model, "train": train, "sparsity": {"algorithm": "dense", "block_size": 8, **sparsity}}
+    )
 
 
 class TinyState:

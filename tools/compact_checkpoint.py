@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Packs a checkpoint without the values of dead units, and unpacks it again, bit for bit.
+"""Packs a checkpoint without the values of inactive units, and unpacks it again, bit for bit.
 
 One process, no devices, one tensor in memory at a time. The format: megasparse/checkpoint/compact/README.md.
 """
@@ -27,7 +27,7 @@ from megasparse.conversion.sources import open_source
 from megasparse.data.arguments import progress_bar, run_tool
 
 EXAMPLES = """examples:
-  # the newest good checkpoint with moments, ages and position: the run can go on from it
+  # the newest good checkpoint with moments, per-weight steps and position: the run can go on from it
   python tools/compact_checkpoint.py pack --run runs/quickstart-mst --output small
 
   # elsewhere: a run folder, and the run goes on

@@ -99,7 +99,7 @@ def _size(text: str) -> int:
     """Bytes from a number and a unit."""
     found = re.fullmatch(r"(\d+) ?(KB|MB|GB)?", text.strip(), flags=re.IGNORECASE)
     if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; legal values: such as 500MB or 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r}; must be such as 500MB or 5GB")
     return int(found[1]) * UNITS[(found[2] or "").upper()]
 
 

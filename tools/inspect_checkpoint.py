@@ -42,13 +42,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one, or two with --diff")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--diff", action="store_true", help="how two folders differ")
-    what.add_argument("--verify", action="store_true", help="check all files and checksums, and zeros of dead units")
+    what.add_argument(
+        "--verify", action="store_true", help="check all files and checksums, and zeros of inactive units"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="of a run: its checkpoint (default: the newest good one)")
     parser.add_argument("--values", action="store_true", help="also read all tensors and tell what their numbers are")
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")
     arguments = parser.parse_args()
     if len(arguments.folders) != (2 if arguments.diff else 1):
-        parser.error("FOLDER: legal numbers of folders: two with --diff, otherwise one")
+        parser.error("FOLDER: number of folders must be two with --diff, otherwise one")
     return arguments
 
 
@@ -86,15 +88,23 @@ def print_description(description: Description, console: Console) -> None:
     facts = Table(show_header=False)
     for label in ("step", "optimizer_steps", "tokens", "algorithm"):
         facts.add_row(label.replace("_", " "), str(getattr(description, label)))
-    facts.add_row("parameters", f"{description.parameters:,}, live {description.live_parameters:,}")
+    facts.add_row("parameters", f"{description.parameters:,}, active {description.active_parameters:,}")
     facts.add_row("density", f"{description.density:.4f} of the sparse matrices")
     facts.add_row("moments", ", ".join(description.moments) or "none")
     facts.add_row("layout", ", ".join(f"{name} {value}" for name, value in description.layout.items()) or "whole")
     console.print(facts)
     with_values = any(row.values for row in description.tensors)
-    table = Table("tensor", "shape", "unit", "live", "density", *(["zeros", "largest", "not finite"] * with_values))
+    table = Table(
+        "tensor", "shape", "block_size", "active", "density", *(["zeros", "largest", "not finite"] * with_values)
+    )
     for row in description.tensors:
-        cells = [row.name, " x ".join(map(str, row.shape)), str(row.unit or ""), _number(row.live), _share(row.density)]
+        cells = [
+            row.name,
+            " x ".join(map(str, row.shape)),
+            str(row.block_size or ""),
+            _number(row.active),
+            _share(row.density),
+        ]
         if row.values is not None:
             cells += [_share(row.values.zeros), f"{row.values.largest:.4g}", _number(row.values.not_finite)]
         table.add_row(*cells)
@@ -118,10 +128,10 @@ def print_difference(difference: Difference, console: Console) -> None:
         if len(names) > MOST_NAMES:
             console.print(f"only in the {label}: {len(names) - MOST_NAMES} more", highlight=False)
     if difference.layers:
-        table = Table("sparse layer", "live in both", "only in the first", "only in the second", "units")
+        table = Table("sparse layer", "active in both", "only in the first", "only in the second", "units")
         for layer in difference.layers:
             counts = (layer.both, layer.only_first, layer.only_second)
-            table.add_row(layer.layer, *(f"{count:,}" for count in counts), layer.unit)
+            table.add_row(layer.layer, *(f"{count:,}" for count in counts), layer.block_size)
         console.print(table)
     if difference.tensors:
         table = Table("tensor", "kind", "largest difference", "relative", "entries", "")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Makes a topology for a dense checkpoint, so that it goes on as sparse training; or takes it away again.
 
-One process, no devices, one tensor in memory at a time. Which units live is decided as a run decides it: densities of
-the schedule and the distribution, exact selection, the run's random numbers. A run's checkpoint keeps its optimizer
-state, of live units; a model folder has none.
+One process, no devices, one tensor in memory at a time. Which units are active is decided as a run decides it:
+densities of the schedule and the distribution, exact selection, the run's random numbers. A run's checkpoint keeps
+its optimizer state, of active units; a model folder has none.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from megasparse.utils.folders import new_folder
 
 EXAMPLES = """examples:
   # a dense run goes on at a tenth of the weights, the largest ones, with its moments
-  python tools/sparsify.py --run runs/dense --density 0.1 --unit 16 --output runs/sparse
+  python tools/sparsify.py --run runs/dense --density 0.1 --block-size 16 --output runs/sparse
   python launch/pretrain.py --config runs/sparse/config.yaml train.resume=auto train.universal=true
 
   # a converted model: single weights at random, Erdos-Renyi, the first block dense; then topologies evolve by RigL
-  python tools/sparsify.py --model models/gpt2 --method random --density 0.2 --unit 1 --distribution erdos_renyi \\
+  python tools/sparsify.py --model models/gpt2 --method random --density 0.2 --block-size 1 --distribution
+  erdos_renyi \\
       --keep-dense 'layers.0.*' --algorithm rigl --output models/gpt2-sparse
   python launch/pretrain.py --config models/gpt2-sparse/config.yaml train.init_from=models/gpt2-sparse
 
@@ -51,12 +52,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint (default: the newest good one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
     parser.add_argument("--weights-only", action="store_true", help="of a run: make a model folder")
-    parser.add_argument("--densify", action="store_true", help="the reverse: all units live, no masks")
-    parser.add_argument("--method", choices=METHODS, help="which units live (default: magnitude)")
-    parser.add_argument("--density", type=float, metavar="D", help="share of the weights that live (sparsity.density)")
-    parser.add_argument("--unit", type=int, metavar="N", help="side of the blocks; 1: single weights (sparsity.unit)")
+    parser.add_argument("--densify", action="store_true", help="the reverse: all units active, no masks")
+    parser.add_argument("--method", choices=METHODS, help="which units active (default: magnitude)")
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="share of the weights that are active (sparsity.density)"
+    )
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="side of the blocks; 1: single weights (sparsity.block_size)"
+    )
     parser.add_argument("--distribution", choices=("uniform", "erdos_renyi"), help="of the density over the layers")
-    parser.add_argument("--row-floor", action="store_true", help="a live block in every row of blocks")
+    parser.add_argument("--row-floor", action="store_true", help="an active block in every row of blocks")
     parser.add_argument("--algorithm", help="how training goes on (default: static, the topology stays)")
     parser.add_argument("--keep-dense", nargs="+", default=[], metavar="PATTERN", help="layers that stay dense")
     parser.add_argument("settings", nargs="*", metavar="sparsity.FIELD=VALUE", help="any other setting of the section")
@@ -64,13 +69,13 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.densify and overrides(arguments):
         parser.error("--densify: takes no setting of the topology")
     if not arguments.densify and arguments.density is None:
-        parser.error("--density: missing; legal values: above 0, at most 1")
+        parser.error("--density: missing; must be above 0, at most 1")
     return arguments
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The options as settings of section `sparsity`."""
-    named = {name: getattr(arguments, name) for name in ("density", "unit", "distribution", "algorithm")}
+    named = {name: getattr(arguments, name) for name in ("density", "block_size", "distribution", "algorithm")}
     words = [f"sparsity.{name}={value}" for name, value in named.items() if value is not None]
     if arguments.row_floor:
         words.append("sparsity.row_floor=true")

@@ -20,7 +20,7 @@ from torch import nn
 
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import Mesh
-from megasparse.parallel.shard_spec import Partition, partition_of
+from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 
 LAYOUT = "layout.json"
 
@@ -32,7 +32,7 @@ class Layout:
     zero_stage: int
     data_parallel_size: int
     tensor_parallel_size: int
-    parameters: dict[str, Partition]
+    parameters: dict[str, ShardSpec]
     """By name, in the order of the model."""
     aliases: dict[str, str]
     """Further names of shared parameters in the model's state dict, and the names that they go by above."""
@@ -47,7 +47,7 @@ def describe_layout(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Me
         zero_stage=zero_stage,
         data_parallel_size=mesh.data_parallel.size,
         tensor_parallel_size=mesh.tensor_parallel.size,
-        parameters={name: partition_of(parameter) for parameter, name in names.items()},
+        parameters={name: shard_spec_of(parameter) for parameter, name in names.items()},
         aliases={
             alias: names[parameter]
             for alias, parameter in model.named_parameters(remove_duplicate=False)
@@ -74,8 +74,8 @@ def read_layout(folder: Path) -> Layout:
         raise CheckpointError(f"checkpoint {folder}: {LAYOUT} is not readable: {error}") from None
 
 
-def _partition(fields: dict[str, Any]) -> Partition:
-    return Partition(tuple(fields["shape"]), fields["dim"], fields["size"], tuple(fields["parts"]))
+def _partition(fields: dict[str, Any]) -> ShardSpec:
+    return ShardSpec(tuple(fields["shape"]), fields["dim"], fields["size"], tuple(fields["parts"]))
 
 
 def _file_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
     FOLDER/config.yaml              a run configuration; paths of the tokenizer are relative to the folder
     FOLDER/model.safetensors        or model-00001-of-0000N.safetensors and model.safetensors.index.json
-    FOLDER/topology.safetensors     optional: which units live, in the form that a run's checkpoints use
+    FOLDER/topology.safetensors     optional: which units active, in the form that a run's checkpoints use
     FOLDER/checksums.json           size and SHA-256 of these files
     FOLDER/tokenizer.json, ...      whatever belongs to the tokenizer
 
@@ -38,7 +38,7 @@ from megasparse.config.loader import ConfigError, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.parallel.shard_spec import Partition, partition_of
+from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 from megasparse.sparsity.groups import layer_settings
 from megasparse.utils.folders import new_folder
 
@@ -64,7 +64,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
-def model_tensors(config: RunConfig) -> dict[str, Partition]:
+def model_tensors(config: RunConfig) -> dict[str, ShardSpec]:
     """Whole shapes of the weights by name, the vocabulary unpadded; `parts` tells the widths of fused ones.
 
     `model.vocab_size` must be set.
@@ -73,7 +73,7 @@ def model_tensors(config: RunConfig) -> dict[str, Partition]:
     assert vocab_size is not None, "model.vocab_size is unset"
 
     def low_rank_rule(name: str) -> SparseSpec | None:
-        # A side path adds parameters; apart from these a sparse layer has the tensors of a dense one.
+        # A low-rank branch adds parameters; apart from these a sparse layer has the tensors of a dense one.
         if not config.sparsity.low_rank or layer_settings(config.sparsity, name) is None:
             return None
         return SparseSpec(1, config.sparsity.low_rank)
@@ -81,7 +81,7 @@ def model_tensors(config: RunConfig) -> dict[str, Partition]:
     unpadded = config.model.model_copy(update={"vocab_size_multiple": 1})
     with torch.device("meta"):
         model = GPT(unpadded, config.attention, vocab_size, LayerFactory(low_rank_rule))
-    return {name: partition_of(parameter) for name, parameter in model.named_parameters()}
+    return {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
 
 
 class ModelFolder:
@@ -98,7 +98,7 @@ class ModelFolder:
         self._files = TensorFiles(folder)
         found = self._files.metadata.get(FORMAT_KEY)
         if found != str(FORMAT):
-            raise CheckpointError(f"model folder {folder}: format {found}; legal values: {FORMAT}")
+            raise CheckpointError(f"model folder {folder}: format {found}; must be {FORMAT}")
         self.facts: dict[str, Any] = json.loads(self._files.metadata.get(FACTS_KEY, "{}"))
         self._check_shapes()
 
@@ -165,7 +165,7 @@ def _read_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"model folder {folder}: {CONFIG} is missing")
     config = load_config([path])
     if config.model.vocab_size is None:
-        raise ConfigError(f"{path}: model.vocab_size: unset; legal values: the number of rows of the embedding")
+        raise ConfigError(f"{path}: model.vocab_size: unset; must be the number of rows of the embedding")
     tokenizer = config.data.tokenizer_path
     if tokenizer is None or Path(tokenizer).is_absolute():
         return config
@@ -235,7 +235,7 @@ class ModelFolderWriter:
         self._files.write(name, tensor.to(spec.dtype))
 
     def topology(self, state: Mapping[str, Tensor]) -> None:
-        """Which units live, as ``Controller.state`` gives it."""
+        """Which units are active, as ``Controller.state`` gives it."""
         save_file({key: bits.contiguous() for key, bits in state.items()}, self._partial / TOPOLOGY)
 
     def copy(self, name: str, source: Path) -> None:
@@ -274,5 +274,5 @@ def load_weights(model: GPT, folder: ModelFolder, rank: int = 0) -> None:
     if odd:
         raise CheckpointError(f"model folder {folder.folder} is of another model: they differ at {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        partition = partition_of(parameter)
+        partition = shard_spec_of(parameter)
         parameter.copy_(partition.shard(fitted(name, folder.tensor(name), partition.shape), rank))

@@ -75,12 +75,12 @@ class CheckpointReader:
         return list(self.layout.parameters)
 
     def kinds(self, name: str) -> list[str]:
-        """`fp32`, the master weight, and the moments that are kept: `exp_avg`, `exp_avg_sq`, `age`."""
+        """`fp32`, the master weight, and the moments that are kept: `exp_avg`, `exp_avg_sq`, `weight_steps`."""
         state = self._shards[0][name][0].state
         return [WEIGHT, *(kind for kind in MOMENTS if kind in state)]
 
     def tensor(self, name: str, kind: str) -> Tensor:
-        """A whole parameter or moment in memory of its own: float32, ages int16."""
+        """A whole parameter or moment in memory of its own: float32, per-weight steps int16."""
         partition = self.layout.parameters[name]
         # Of a replicated parameter the first rank's copy is as good as any.
         shards = [self._shard(pieces[name], kind, partition.local_shape) for pieces in self._shards[: partition.size]]

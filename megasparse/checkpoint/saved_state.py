@@ -23,12 +23,12 @@ from megasparse.config.schema import RunConfig
 from megasparse.sparsity.groups import layer_settings
 
 WEIGHT = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+MOMENTS = ("exp_avg", "exp_avg_sq", "weight_steps")
 KINDS = (WEIGHT, *MOMENTS)
-ITEM_BYTES = {"age": 2}
+ITEM_BYTES = {"weight_steps": 2}
 """Bytes of an entry by kind; float32 where nothing is said."""
-LIVE, EVER = "live/", "ever/"
-"""Beginnings of the topology's keys: units that live, and those that have ever lived."""
+LIVE, EVER = "active/", "ever/"
+"""Beginnings of the topology's keys: units that are active, and those that have ever been."""
 TABLE = "embedding.tokens.weight"
 """The parameter that a tied head shares."""
 
@@ -61,7 +61,7 @@ class SavedState(Protocol):
     def tensor(self, name: str, kind: str) -> Tensor: ...
 
     def topology(self) -> dict[str, Tensor]:
-        """Packed bits by `live/<layer>` and `ever/<layer>`; empty for a dense model."""
+        """Packed bits by `active/<layer>` and `ever/<layer>`; empty for a dense model."""
         ...
 
     def loss_scaler(self) -> Mapping[str, float]: ...
@@ -76,12 +76,12 @@ class SparseParameter:
     """A parameter that is the weight of a sparse layer."""
 
     layer: str
-    unit: int
+    block_size: int
     shape: tuple[int, int]
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.shape[0] // self.unit, self.shape[1] // self.unit
+        return self.shape[0] // self.block_size, self.shape[1] // self.block_size
 
     @property
     def num_units(self) -> int:
@@ -98,9 +98,11 @@ def sparse_parameters(
         if settings is None:
             raise CheckpointError(f"topology: layer {layer} has a mask, but by section sparsity it is dense")
         rows, columns = shapes[name]
-        if rows % settings.unit or columns % settings.unit:
-            raise CheckpointError(f"sparsity.unit: {settings.unit} does not divide {name} ({rows} x {columns})")
-        found[name] = SparseParameter(layer, settings.unit, (rows, columns))
+        if rows % settings.block_size or columns % settings.block_size:
+            raise CheckpointError(
+                f"sparsity.block_size: {settings.block_size} does not divide {name} ({rows} x {columns})"
+            )
+        found[name] = SparseParameter(layer, settings.block_size, (rows, columns))
     return found
 
 

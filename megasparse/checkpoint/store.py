@@ -150,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(manifest.files, dict) or not isinstance(manifest.model, dict):
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is not readable: files and model must be objects")
     if manifest.format != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format {manifest.format}; legal values: {FORMAT}")
+        raise CheckpointError(f"checkpoint {folder}: format {manifest.format}; must be {FORMAT}")
     for name, size in manifest.files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None

@@ -118,7 +118,7 @@ class TensorFiles:
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise CheckpointError(
-                        f"{path}: {name} has dtype {part.get_dtype()}; legal values: {', '.join(DTYPES)}"
+                        f"{path}: {name} has dtype {part.get_dtype()}; must be one of {', '.join(DTYPES)}"
                     )
                 if name in self.specs:
                     raise CheckpointError(f"{path}: {name} is in {self._paths[name].name} too")

@@ -7,7 +7,7 @@
     checkpoints/step-00000100/universal/
       manifest.json                   steps, model, train state, shapes, size and checksum of every file
       topology.safetensors            as in the checkpoint: it never depended on the layout
-      zero/<parameter>/fp32.pt        master weight; exp_avg.pt, exp_avg_sq.pt, age.pt: moments; step.pt
+      zero/<parameter>/fp32.pt        master weight; exp_avg.pt, exp_avg_sq.pt, weight_steps.pt: moments; step.pt
 
 ``zero/`` has the form of DeepSpeed's universal checkpoints. It lies inside the checkpoint's folder, so it goes with it.
 """
@@ -203,7 +203,7 @@ class UniversalReader:
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
             self._fail(f"{MANIFEST} is not readable: {error}")
         if manifest.format != FORMAT:
-            self._fail(f"format {manifest.format}; legal values: {FORMAT}")
+            self._fail(f"format {manifest.format}; must be {FORMAT}")
         return manifest
 
     def _fail(self, reason: str) -> None:

@@ -29,7 +29,7 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Ma
     if step is not None:
         wanted = folder / store.name(step)
         if not wanted.is_dir():
-            raise CheckpointError(f"{run_folder} has no checkpoint of step {step}; legal values: {_steps(folder)}")
+            raise CheckpointError(f"{run_folder} has no checkpoint of step {step}; must be {_steps(folder)}")
         return wanted, read_manifest(wanted)
     found = store.newest_good()
     if found is None:
@@ -41,8 +41,8 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Ma
 def load_model_weights(folder: Path) -> dict[str, Tensor]:
     """Master weights of the checkpoint in `folder` on the CPU, whole, by state dict name; shared ones share memory.
 
-    Weights of dead units are 0. Raises CheckpointError for a folder that is no whole checkpoint or a file of another
-    kind. Only tensors and plain data are read.
+    Weights of inactive units are 0. Raises CheckpointError for a folder that is no whole checkpoint or a file of
+    another kind. Only tensors and plain data are read.
     """
     saved = open_checkpoint(folder)
     weights = {name: saved.tensor(name, WEIGHT) for name in saved.shapes}

@@ -38,7 +38,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.optimizer.warmup_steps > config.train.steps:
         raise ConfigError(
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds train.steps {config.train.steps}; "
-            f"legal values: 0 to {config.train.steps}"
+            f"must be 0 to {config.train.steps}"
         )
 
 
@@ -47,14 +47,14 @@ def _check_world(config: RunConfig, world_size: int) -> None:
     if world_size < 1 or world_size % tensor_parallel_size:
         raise ConfigError(
             f"parallel.tensor_parallel_size: {tensor_parallel_size} does not divide the world size {world_size}; "
-            f"legal values: {divisors(max(world_size, 1))}"
+            f"must be one of {divisors(max(world_size, 1))}"
         )
     data_parallel_size = world_size // tensor_parallel_size
     samples = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % samples:
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; legal values: multiples of {samples}"
+            f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; must be multiples of {samples}"
         )
 
 
@@ -63,12 +63,12 @@ def _check_precision(config: RunConfig) -> None:
     # bias correction and the decay off by one step.
     if config.deepspeed.zero_stage == 0 and config.train.precision != "fp32":
         raise ConfigError(
-            f"deepspeed.zero_stage: 0 does not support train.precision {config.train.precision}; legal values: 1, 2, 3"
+            f"deepspeed.zero_stage: 0 does not support train.precision {config.train.precision}; must be one of 1, 2, 3"
         )
     if config.deepspeed.zero_stage == 0 and config.deepspeed.offload_optimizer != "none":
         raise ConfigError(
             f"deepspeed.offload_optimizer: {config.deepspeed.offload_optimizer} needs deepspeed.zero_stage 1, 2 or 3; "
-            "legal values at stage 0: none"
+            "at stage 0 it must be none"
         )
 
 
@@ -87,7 +87,7 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         if count % size:
             raise ConfigError(
                 f"parallel.tensor_parallel_size: {size} does not divide {field} {count}; "
-                f"legal values for this model: {divisors(common)}"
+                f"for this model it must be one of {divisors(common)}"
             )
 
 
@@ -101,17 +101,17 @@ def _check_attention(config: RunConfig) -> None:
             for value in values:
                 if value >= limit:
                     raise ConfigError(
-                        f"attention.overrides.{index}.{field}: {value} does not exist; legal values: 0 to {limit - 1}"
+                        f"attention.overrides.{index}.{field}: {value} does not exist; must be 0 to {limit - 1}"
                     )
         if not isinstance(override.heads, list) and not override.head_numbers(num_heads):
             raise ConfigError(
-                f"attention.overrides.{index}.heads: {override.heads} of {num_heads} heads is none; legal values: "
+                f"attention.overrides.{index}.heads: {override.heads} of {num_heads} heads is none; must be "
                 f"shares of at least 1 head, {1 / num_heads:.3g}"
             )
     offsets = config.attention.stride_offsets
     if isinstance(offsets, list) and len(offsets) != num_heads:
         raise ConfigError(
-            f"attention.stride_offsets: {len(offsets)} offsets for {num_heads} query heads; legal values: none, "
+            f"attention.stride_offsets: {len(offsets)} offsets for {num_heads} query heads; must be none, "
             f"spread, or a list of {num_heads}"
         )
 

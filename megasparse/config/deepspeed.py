@@ -62,7 +62,7 @@ def check_extra(extra: dict[str, Any]) -> None:
         if section not in extra:
             continue
         if key and not isinstance(extra[section], dict):
-            raise ConfigError(f"deepspeed.extra.{section}: {extra[section]!r} is not legal; legal values: a section")
+            raise ConfigError(f"deepspeed.extra.{section}: {extra[section]!r} is not allowed; must be a section")
         if not key or key in extra[section]:
             raise ConfigError(f"deepspeed.extra.{name}: derived from {owner}; set it there")
 

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megasparse.config.renamed import renamed_setting, renamed_value
 from megasparse.config.schema import RunConfig
 
 # Where a field has several types, pydantic adds the one that it tried to the place of an error.
@@ -29,11 +30,11 @@ CHOICE = re.compile(r"(list|literal|tuple|dict)\[.*\]$|constrained-")
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown or impossible; the message names field, value and legal values."""
+    """A setting that is unknown or impossible; the message names field, value and what it must be."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge and check. Raises ConfigError naming the field, its value and the legal values."""
+    """Read, merge and check. Raises ConfigError naming the field, its value and the what they must be."""
     merged = OmegaConf.create({})
     for path in paths:
         merged = _merge(merged, _read_with_bases(Path(path), seen=()))
@@ -111,7 +112,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     found = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)["base"]
     bases = [found] if isinstance(found, str) else found
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"base: {found!r} in {path}; legal values: a file name or a list of file names")
+        raise ConfigError(f"base: {found!r} in {path}; must be a file name or a list of file names")
     merged = OmegaConf.create({})
     for base in bases:
         merged = _merge(merged, _read_with_bases(path.parent / base, (*seen, path)))
@@ -138,21 +139,25 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
 
 
 def _describe(details: ErrorDetails) -> str:
-    """One line for one pydantic error: field, value, and what would be legal."""
+    """One line for one pydantic error: field, value, and what it must be."""
     location = ".".join(str(part) for part in details["loc"] if not CHOICE.match(str(part)))
     kind, context = details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden" and (new_name := renamed_setting(details["loc"])):
+        return f"{location}: was renamed; must be given as {new_name}"
     if kind == "extra_forbidden":
         return f"{location}: unknown setting; {_suggest(details['loc'])}"
     if kind == "value_error":
         return f"{location}.{context['error']}" if location else str(context["error"])
     value = json.dumps(details["input"], default=str)
+    if kind == "literal_error" and (new_value := renamed_value(details["loc"], details["input"])):
+        return f"{location}: {value} was renamed; must be given as {new_value}"
     if kind == "literal_error":
-        return f"{location}: {value} is not legal; legal values: {context['expected']}"
-    return f"{location}: {value} is not legal; {details['msg'].replace('Input should', 'it should')}"
+        return f"{location}: {value} is not allowed; must be one of {context['expected']}"
+    return f"{location}: {value} is not allowed; {details['msg'].replace('Input should', 'it should')}"
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    """The legal names at the place of an unknown one, the likeliest first."""
+    """The known names at the place of an unknown one, the likeliest first."""
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         if isinstance(part, int) or part not in model.model_fields:
@@ -163,7 +168,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     names = sorted(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}legal values: {', '.join(names)}"
+    return f"{hint}must be one of {', '.join(names)}"
 
 
 def _models_inside(annotation: Any) -> list[type[BaseModel]]:

@@ -16,7 +16,7 @@ from megasparse.config.schema import RunConfig
 
 BEGIN = "<!-- begin of the generated reference: tools/write_config_reference.py -->"
 END = "<!-- end of the generated reference -->"
-HEADER = ("| field | legal values | default | meaning |", "|---|---|---|---|")
+HEADER = ("| field | must be | default | meaning |", "|---|---|---|---|")
 WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -56,14 +56,14 @@ def replace_reference(page: str, reference: str) -> str:
 
 def _row(name: str, field: Mapping[str, Any], default: str, text: str) -> str:
     shown = default if default == "required" else f"`{default}`"
-    cells = (f"`{name}`", _legal_values(field), shown, " ".join(text.split()))
+    cells = (f"`{name}`", _allowed_values(field), shown, " ".join(text.split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _legal_values(field: Mapping[str, Any]) -> str:
+def _allowed_values(field: Mapping[str, Any]) -> str:
     """What the JSON schema of a field allows, in a few words."""
     if "anyOf" in field:
-        return " or ".join(_legal_values(choice) for choice in field["anyOf"])
+        return " or ".join(_allowed_values(choice) for choice in field["anyOf"])
     if "$ref" in field:
         return f"`{_definition_name(field)}`"
     if "const" in field or "enum" in field:
@@ -83,15 +83,15 @@ def _legal_values(field: Mapping[str, Any]) -> str:
 
 def _list_values(field: Mapping[str, Any]) -> str:
     if "prefixItems" in field:
-        return f"[{', '.join(_legal_values(item) for item in field['prefixItems'])}]"
-    return f"list of {_legal_values(field['items'])}"
+        return f"[{', '.join(_allowed_values(item) for item in field['prefixItems'])}]"
+    return f"list of {_allowed_values(field['items'])}"
 
 
 def _map_values(field: Mapping[str, Any]) -> str:
     values = field.get("additionalProperties")
     if not isinstance(values, dict):
         return "section"
-    return f"section of {_legal_values(field['propertyNames'])}: each {_legal_values(values)}"
+    return f"section of {_allowed_values(field['propertyNames'])}: each {_allowed_values(values)}"
 
 
 def _definition_name(field: Mapping[str, Any]) -> str:

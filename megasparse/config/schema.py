@@ -112,21 +112,19 @@ class ModelConfig(Section):
         if self.attention_head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
-                f"legal values: {divisors(self.hidden_size)}"
+                f"must be one of {divisors(self.hidden_size)}"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
-                f"{self.num_attention_heads}; legal values: {divisors(self.num_attention_heads)}"
+                f"{self.num_attention_heads}; must be one of {divisors(self.num_attention_heads)}"
             )
         if self.position_embedding == "rope" and self.attention_head_dim is not None and self.head_dim % 2:
-            raise ValueError(
-                f"attention_head_dim: rope needs an even one, got {self.head_dim}; legal values: even ones"
-            )
+            raise ValueError(f"attention_head_dim: rope needs an even one, got {self.head_dim}; must be even ones")
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"hidden_size: rope needs an even head dimension, {self.hidden_size} / {self.num_attention_heads} = "
-                f"{self.head_dim}; legal values: multiples of {2 * self.num_attention_heads}"
+                f"{self.head_dim}; must be multiples of {2 * self.num_attention_heads}"
             )
         return self
 
@@ -188,9 +186,9 @@ class PatternOverride(Section):
     @model_validator(mode="after")
     def _layers_are_named_once(self) -> PatternOverride:
         if self.every is not None and self.layers is not None:
-            raise ValueError(f"every: {self.every} contradicts layers {self.layers}; legal values: one of the two")
+            raise ValueError(f"every: {self.every} contradicts layers {self.layers}; must be one of the two")
         if self.every is None and self.first:
-            raise ValueError(f"first: {self.first} needs every; legal values: 0, or every: N")
+            raise ValueError(f"first: {self.first} needs every; must be 0, or every: N")
         return self
 
     def layer_numbers(self, num_layers: int) -> list[int]:
@@ -219,8 +217,8 @@ class AttentionConfig(Section):
     """Exceptions by layer and head; the last that matches wins."""
     dense_fallback: bool | list[Pattern] = False
     """Full attention in place of patterns, which changes the model; true: of those for which the table of measurements
-    (tools/tune_kernels.py --attention) says that full attention is faster at this sequence length. A run settles at its
-    start which these are, and its config.yaml lists them. Or a list of patterns."""
+    (tools/tune_kernels.py --attention) says that full attention is faster at this sequence length. A run resolves at
+    its start which these are, and its config.yaml lists them. Or a list of patterns."""
 
     def head_offsets(self, num_heads: int) -> tuple[int, ...]:
         """Offset of each query head."""
@@ -250,7 +248,7 @@ class AttentionConfig(Section):
         for offset in self.stride_offsets if isinstance(self.stride_offsets, list) else ():
             if offset >= self.stride:
                 raise ValueError(
-                    f"stride_offsets: {offset} is not below stride {self.stride}; legal values: 0 to {self.stride - 1}"
+                    f"stride_offsets: {offset} is not below stride {self.stride}; must be 0 to {self.stride - 1}"
                 )
         return self
 
@@ -345,7 +343,7 @@ class TrainConfig(Section):
     step_timeout_seconds: PositiveInt = 300
     """The same limit for all other steps: longer than any part of a step (forward, backward, ...) takes."""
     replica_check_interval: NonNegativeInt = 10
-    """Topology steps between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
+    """Topology updates between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
 
 
 class SparsityGroup(Section):
@@ -353,8 +351,8 @@ class SparsityGroup(Section):
     """Shell-style pattern of weight names, such as `layers.*.mlp.*`; the first group that matches a weight wins."""
     dense: bool = False
     """Keep these weights dense."""
-    unit: PositiveInt | None = None
-    """Unit of these weights; unset: `sparsity.unit`."""
+    block_size: PositiveInt | None = None
+    """Unit of these weights; unset: `sparsity.block_size`."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Lowest density of these weights; unset: from `sparsity.density` and the distribution."""
     algorithm: Literal["mst", "static", "set", "rigl"] | None = None
@@ -374,8 +372,8 @@ class SparsityConfig(Section):
     static, then dense. All but `dense` are settings of one machine."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Lowest density over the sparse weights (d_min)."""
-    unit: PositiveInt = 64
-    """Side of the square blocks that live and die together; 1: single weights."""
+    block_size: PositiveInt = 64
+    """Side of the square blocks that are dropped and grown together; 1: single weights."""
     warmup_end: Fraction = 0.1
     """Progress at which the density has fallen to `density` (a)."""
     restoration_start: Fraction = 0.7
@@ -395,9 +393,9 @@ class SparsityConfig(Section):
     depth_boost: NonNegativeFloat = 0.0
     """First and last layer are up to (1 + depth_boost) times as dense as the middle, at equal total."""
     update_interval: PositiveInt = 100
-    """Optimizer steps between topology steps (dT)."""
+    """Optimizer steps between topology updates (dT)."""
     drop_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share zeta of the live units that are replaced at a topology step; unset: the algorithm's (0.3, static 0)."""
+    """Share zeta of the active units that are replaced at a topology update; unset: the algorithm's (0.3, static 0)."""
     drop_anneal: Literal["run", "phase", "none"] = "run"
     """The cosine decay of the drop fraction runs over the whole run, over each phase, or not at all."""
     drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] = "magnitude"
@@ -405,26 +403,26 @@ class SparsityConfig(Section):
     drop_score_lambda: NonNegativeFloat = 1.0
     """Lambda of `magnitude_gradient`."""
     growth: Literal["mixed", "gradient", "random"] | None = None
-    """Which dead units come to life; unset: the algorithm's (mst mixed, set random, rigl gradient)."""
+    """Which inactive units are grown; unset: the algorithm's (mst mixed, set random, rigl gradient)."""
     growth_ratio: NonNegativeFloat = 3.0
     """r of mixed growth: r / (r + 1) of the new units by gradient, the rest at random."""
     row_floor: bool = False
-    """Keep at least one live block in every row of blocks."""
+    """Keep at least one active block in every row of blocks."""
     balance_shards: bool = False
-    """Keep as many live units of a layer on each tensor-parallel rank, so that none waits; topologies then depend on
+    """Keep as many active units of a layer on each tensor-parallel rank, so that none waits; topologies then depend on
     the tensor-parallel size."""
     skip_optimizer_on_update: bool = False
-    """The optimizer makes no step on a topology step (paper preset)."""
+    """The optimizer makes no step on a topology update (paper preset)."""
     lr_density_power: NonNegativeFloat = 0.5
     """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap)."""
     lr_density_cap: Annotated[float, Field(ge=1.0)] = 4.0
     """Largest multiplier; the weight decay is divided by the multiplier."""
     regrowth_warmup_steps: NonNegativeInt = 0
     """The update of a new weight grows linearly over this many steps."""
-    unit_step_counts: bool = False
-    """AdamW corrects the bias of its moments by the age of each weight instead of by the global step."""
+    per_weight_step_counts: bool = False
+    """AdamW corrects the bias of its moments by the steps of each weight instead of by the global step."""
     low_rank: NonNegativeInt = 0
-    """Rank of a thin dense side path beside each sparse matrix; 0: none."""
+    """Rank of a thin dense low-rank branch beside each sparse matrix; 0: none."""
     head: bool = False
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []
@@ -447,12 +445,12 @@ class SparsityConfig(Section):
         if self.algorithm in ("static", "spdf") and self.drop_fraction:
             raise ValueError(
                 f"drop_fraction: {self.drop_fraction} contradicts algorithm {self.algorithm}, whose topology does not "
-                "evolve; legal values: unset, 0"
+                "evolve; must be unset, 0"
             )
-        if self.row_floor and self.unit == 1:
-            raise ValueError("row_floor: true needs blocks, but unit is 1; legal values: false, or a unit above 1")
+        if self.row_floor and self.block_size == 1:
+            raise ValueError("row_floor: true needs blocks, but unit is 1; must be false, or a unit above 1")
         if self.row_floor and self.balance_shards:
-            raise ValueError("row_floor: true contradicts balance_shards; legal values: false, or balance_shards false")
+            raise ValueError("row_floor: true contradicts balance_shards; must be false, or balance_shards false")
         return self
 
 
@@ -461,7 +459,7 @@ class KernelsConfig(Section):
     """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
     break_even: Fraction | None = None
     """Density above which auto takes dense products; unset: as measured (tools/tune_kernels.py)."""
-    hybrid_attention: Literal["auto", "reference", "parts", "cpu", "triton"] = "auto"
+    hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
 
 

@@ -56,10 +56,10 @@ def open_source(folder: Path, step: int | None = None) -> Source:
     """A model folder, or the newest good checkpoint of a run, or that of `step`. Raises ValueError where it is none."""
     if is_model_folder(folder):
         if step is not None:
-            raise ConfigError(f"--step: {step}; legal values: none, {folder} is a model folder")
+            raise ConfigError(f"--step: {step}; must be none, {folder} is a model folder")
         return FolderSource(folder)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: legal values: a run folder or a model folder, which hold a config.yaml")
+        raise ConfigError(f"{folder}: must be a run folder or a model folder, which hold a config.yaml")
     return RunSource(folder, step)
 
 
@@ -148,7 +148,7 @@ class UniversalSource:
         self.config, self._folder = complete_config(config), folder / "zero"
         self._expected = model_tensors(self.config)
         if not self._folder.is_dir():
-            raise CheckpointError(f"{folder}: has no folder zero; legal values: a universal checkpoint of DeepSpeed")
+            raise CheckpointError(f"{folder}: has no folder zero; must be a universal checkpoint of DeepSpeed")
         odd = sorted(set(self._expected) ^ {path.name for path in self._folder.iterdir() if path.is_dir()})
         if odd:
             raise CheckpointError(f"{self._folder}: parameters and configuration differ at {', '.join(odd[:4])}")

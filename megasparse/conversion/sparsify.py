@@ -3,7 +3,7 @@
     sparse = sparsify(saved, config, "magnitude", step=0)      # config: with section sparsity as it shall be
     dense, config = densify(saved, config)
 
-Which units live is decided by what decides it in a run: the densities of the controller, its exact selection, its
+Which units are active is decided by what decides it in a run: the densities of the controller, its exact selection, its
 random numbers. Tensors are read, masked and handed on one at a time.
 """
 
@@ -30,10 +30,10 @@ from megasparse.checkpoint.saved_state import (
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import ConfigError, changed_settings, check_config
 from megasparse.config.schema import RunConfig
-from megasparse.engine.optimizer import MAX_AGE
+from megasparse.engine.optimizer import MAX_WEIGHT_STEPS
 from megasparse.layers import SparseLinear
 from megasparse.models.build import build_model
-from megasparse.parallel import Axis, Partition
+from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.controller import Controller, stream_number
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.evolution import random_topology, step_counts
@@ -49,15 +49,15 @@ def check_only_sparsity(before: RunConfig, after: RunConfig) -> None:
     """Raise ConfigError unless two configurations differ in section `sparsity` only, and the second one is sparse."""
     odd = [change for change in changed_settings(before, after) if not change.startswith("sparsity.")]
     if odd:
-        raise ConfigError(f"{odd[0]}: only section sparsity can change here; legal values: sparsity.<field>=<value>")
+        raise ConfigError(f"{odd[0]}: only section sparsity can change here; must be sparsity.<field>=<value>")
     if after.sparsity.algorithm == "dense":
-        raise ConfigError("sparsity.algorithm: dense has no topology; legal values: static, set, rigl, gradual, ...")
+        raise ConfigError("sparsity.algorithm: dense has no topology; must be one of static, set, rigl, gradual, ...")
 
 
 def sparsify(
     saved: SavedState, config: RunConfig, method: str, step: int, report: Report = lambda layer, density: None
 ) -> MaskedState:
-    """`saved` with the topology that `config` wants at a step; weights and moments of dead units are exactly 0.
+    """`saved` with the topology that `config` wants at a step; weights and moments of inactive units are exactly 0.
 
     step: at which training will go on. method: `magnitude` keeps the units of largest norm, `random` those that a run
     of this seed would start with. report: called with the name and the density of each layer when it is decided.
@@ -65,15 +65,15 @@ def sparsify(
     """
     assert method in METHODS, method
     if saved.topology():
-        raise CheckpointError("the state is sparse already; legal values: a dense one, such as --densify makes")
+        raise CheckpointError("the state is sparse already; must be a dense one, such as --densify makes")
     controller, parameters = _plan(saved, config)
     if not parameters:
-        raise ConfigError("sparsity.groups: every layer stays dense; legal values: patterns that leave some")
+        raise ConfigError("sparsity.groups: every layer stays dense; must be patterns that leave some")
     densities = controller.densities_at(min(step / config.train.steps, 1.0))
     if all(density == 1.0 for density in densities.values()):
         raise ConfigError(
             f"sparsity.algorithm: {config.sparsity.algorithm} is dense at step {step} of "
-            f"{config.train.steps}; legal values here: static, set, rigl, or points that are below 1 there"
+            f"{config.train.steps}; here it must be static, set, rigl, or points that are below 1 there"
         )
     masks = {}
     for layer, topology in controller.topologies.items():
@@ -81,7 +81,7 @@ def sparsify(
         if method == "random":
             masks[layer] = _random_mask(topology, target, config)
         else:
-            # A copy: the topology step edits what it decides on.
+            # A copy: the topology update edits what it decides on.
             weight = saved.tensor(parameters[layer], WEIGHT).to(torch.float32, copy=True)
             masks[layer] = _largest(topology, target, weight, config, step)
         report(layer, target / topology.num_units)
@@ -89,33 +89,34 @@ def sparsify(
 
 
 class MaskedState:
-    """A dense state seen through masks: a ``SavedState``. Moments of live units are kept, ages begun where needed."""
+    """A dense state seen through masks: a ``SavedState``. Moments of active units are kept, per-weight steps begun
+    where needed."""
 
-    def __init__(self, dense: SavedState, config: RunConfig, live: Mapping[str, Tensor]) -> None:
-        """live: packed bits by layer."""
-        self.dense, self.config, self._live = dense, config, dict(live)
+    def __init__(self, dense: SavedState, config: RunConfig, active: Mapping[str, Tensor]) -> None:
+        """active: packed bits by layer."""
+        self.dense, self.config, self._active = dense, config, dict(active)
         self.step, self.shapes = dense.step, dense.shapes
         self.facts: RunFacts = dense.facts
-        self.sparse = sparse_parameters(config, dense.shapes, list(live))
+        self.sparse = sparse_parameters(config, dense.shapes, list(active))
         sparsity = config.sparsity
-        self._needs_ages = sparsity.unit_step_counts or sparsity.regrowth_warmup_steps > 0
+        self._needs_weight_steps = sparsity.per_weight_step_counts or sparsity.regrowth_warmup_steps > 0
 
     def kinds(self, name: str) -> list[str]:
-        kinds = [kind for kind in self.dense.kinds(name) if kind != "age"]
-        return [*kinds, "age"] if name in self.sparse and self._needs_ages and self.step > 0 else kinds
+        kinds = [kind for kind in self.dense.kinds(name) if kind != "weight_steps"]
+        return [*kinds, "weight_steps"] if name in self.sparse and self._needs_weight_steps and self.step > 0 else kinds
 
     def tensor(self, name: str, kind: str) -> Tensor:
         if name not in self.sparse:
             return self.dense.tensor(name, kind)
-        if kind == "age" and kind not in self.dense.kinds(name):
-            whole = torch.full(self.shapes[name], min(self.step, MAX_AGE), dtype=torch.int16)
+        if kind == "weight_steps" and kind not in self.dense.kinds(name):
+            whole = torch.full(self.shapes[name], min(self.step, MAX_WEIGHT_STEPS), dtype=torch.int16)
         else:
             whole = self.dense.tensor(name, kind).clone()
-        return whole.masked_fill_(self._dead(self.sparse[name]), 0)
+        return whole.masked_fill_(self._inactive(self.sparse[name]), 0)
 
     def topology(self) -> dict[str, Tensor]:
         # Copies: safetensors refuses tensors that share memory.
-        return {f"{kind}{layer}": bits.clone() for kind in (LIVE, EVER) for layer, bits in self._live.items()}
+        return {f"{kind}{layer}": bits.clone() for kind in (LIVE, EVER) for layer, bits in self._active.items()}
 
     def loss_scaler(self) -> Mapping[str, float]:
         return self.dense.loss_scaler()
@@ -123,15 +124,16 @@ class MaskedState:
     def division(self, name: str) -> dict[str, Any]:
         return self.dense.division(name)
 
-    def _dead(self, sparse: SparseParameter) -> Tensor:
-        """Entries of a weight that do not live, bool in its shape."""
-        columns, unit = sparse.grid[1], sparse.unit
-        live = unpack_bits(self._live[sparse.layer], sparse.num_units).view(-1, columns)
-        return ~live.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+    def _inactive(self, sparse: SparseParameter) -> Tensor:
+        """Entries of a weight that are inactive, bool in its shape."""
+        columns, block_size = sparse.grid[1], sparse.block_size
+        active = unpack_bits(self._active[sparse.layer], sparse.num_units).view(-1, columns)
+        return ~active.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
 
 
 class DenseState:
-    """A sparse state without its topology: a ``SavedState``. Zeros stay zeros, moments are kept, ages are not."""
+    """A sparse state without its topology: a ``SavedState``. Zeros stay zeros, moments are kept, per-weight steps
+    are not."""
 
     def __init__(self, sparse: SavedState) -> None:
         self.sparse = sparse
@@ -139,7 +141,7 @@ class DenseState:
         self.facts: RunFacts = sparse.facts
 
     def kinds(self, name: str) -> list[str]:
-        return [kind for kind in self.sparse.kinds(name) if kind != "age"]
+        return [kind for kind in self.sparse.kinds(name) if kind != "weight_steps"]
 
     def tensor(self, name: str, kind: str) -> Tensor:
         return self.sparse.tensor(name, kind)
@@ -157,12 +159,14 @@ class DenseState:
 def densify(saved: SavedState, config: RunConfig) -> tuple[DenseState, RunConfig]:
     """`saved` as a dense state, and its configuration as one of dense training.
 
-    Raises CheckpointError where it is dense already, ConfigError where side paths would be left without a place.
+    Raises CheckpointError where it is dense already, ConfigError where low-rank branches would be left without a place.
     """
     if not layers_of(saved.topology()):
         raise CheckpointError("the state is dense already: it has no topology")
     if config.sparsity.low_rank:
-        raise ConfigError(f"sparsity.low_rank: {config.sparsity.low_rank}: a dense model has no side paths; legal: 0")
+        raise ConfigError(
+            f"sparsity.low_rank: {config.sparsity.low_rank}: a dense model has no low-rank branches; must be 0"
+        )
     values = config.model_dump(mode="json")
     values["sparsity"]["algorithm"] = "dense"
     return DenseState(saved), check_config(values)
@@ -174,11 +178,11 @@ class _PlannedLayer:
 
     weight: nn.Parameter
     mask: Tensor
-    unit: int
-    grid: Partition
+    block_size: int
+    grid: ShardSpec
     collect_dense_gradient: bool = False
 
-    def topology_changed(self, num_live: int | None = None) -> None:
+    def topology_changed(self, num_active: int | None = None) -> None:
         """No kernel waits for it."""
 
 
@@ -198,7 +202,7 @@ def _plan(saved: SavedState, config: RunConfig) -> tuple[Controller, dict[str, s
     layers: dict[str, SparseLinear] = model.sparse_layers()
     planned = {
         name: _PlannedLayer(
-            layer.weight, torch.ones(layer.grid.shape, dtype=torch.bool), layer.unit, Partition(layer.grid.shape)
+            layer.weight, torch.ones(layer.grid.shape, dtype=torch.bool), layer.block_size, ShardSpec(layer.grid.shape)
         )
         for name, layer in layers.items()
     }
@@ -208,21 +212,21 @@ def _plan(saved: SavedState, config: RunConfig) -> tuple[Controller, dict[str, s
         if found != expected:
             raise ConfigError(
                 f"sparsity.head: true needs a vocabulary without padding, {parameters[name]} has {found[0]} rows and "
-                f"is padded to {expected[0]}; legal values: false"
+                f"is padded to {expected[0]}; must be false"
             )
     return Controller(config, planned), parameters
 
 
 def _random_mask(topology: Topology, target: int, config: RunConfig) -> Tensor:
     """As a run that starts sparse draws it: bool [units]."""
-    floor = config.sparsity.row_floor and topology.unit > 1
+    floor = config.sparsity.row_floor and topology.block_size > 1
     row_length = topology.whole_grid.shape[1] if floor else None
     seed = config.run.seed
     return random_topology(topology.num_units, target, stream_number(topology.name), seed, row_length)
 
 
 def _largest(topology: Topology, target: int, weight: Tensor, config: RunConfig, step: int) -> Tensor:
-    """As a topology step that drops and grows nothing else leaves it: bool, the grid."""
+    """As a topology update that drops and grows nothing else leaves it: bool, the grid."""
     layer = EvolvingLayer(
         topology=topology,
         counts=(step_counts(topology.num_units, target, topology.num_units, 0.0, 0.0),),
@@ -239,7 +243,7 @@ def _largest(topology: Topology, target: int, weight: Tensor, config: RunConfig,
 class _OneMatrix:
     """The state of one whole matrix on one rank: a ``StateAccess``."""
 
-    shard = tensor_parallel = whole = Axis()
+    shard = tensor_parallel = whole = CommunicationGroup()
 
     def __init__(self, name: str, fragment: StateFragment) -> None:
         self._fragments = {name: fragment}

@@ -1,6 +1,6 @@
 """Which kernel computes the attention of a run: for the plan, and before the run starts.
 
-    config = settle_dense_fallback(config, "cpu")        # which patterns full attention runs in place of
+    config = resolve_dense_fallback(config, "cpu")        # which patterns full attention runs in place of
     check_attention(config, "cpu", planned=True)         # ConfigError where kernels.hybrid_attention cannot run
     attention_kernels(config, "cpu", planned=True)       # "causal for full; cpu for local, strided, sparse, fixed"
 
@@ -81,7 +81,7 @@ def attention_warnings(config: RunConfig, device: str, *, planned: bool = False)
     return found
 
 
-def settle_dense_fallback(config: RunConfig, device: str, saved: Path | None = None) -> RunConfig:
+def resolve_dense_fallback(config: RunConfig, device: str, saved: Path | None = None) -> RunConfig:
     """The configuration with a list of patterns in place of attention.dense_fallback: true.
 
     saved: configuration that the run was last started with; its list holds on, whatever has been measured since.

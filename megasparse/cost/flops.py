@@ -1,7 +1,7 @@
 """Exact FLOPs of a model's training step, counted from the model that was built (also on the meta device).
 
 A multiply-add is 2 FLOPs. Only matrix products count; norms, activations, softmax and embedding look-ups are below
-one percent and count as 0. Algorithmic work by default: density times the dense work for a sparse layer, live
+one percent and count as 0. Algorithmic work by default: density times the dense work for a sparse layer, active
 entries for an attention pattern. For the work that kernels really execute, pass their own counts
 (``executed_entries``, ``executed_density``). Work done twice is not algorithmic and not counted: neither activation
 recomputation nor the fifth product of fused attention kernels, which recompute the scores in the backward pass.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megasparse.layers import Attention, Linear, SparseLinear, live_entries
+from megasparse.layers import Attention, Linear, SparseLinear, active_entries
 from megasparse.models.gpt import GPT
 
 
@@ -22,7 +22,7 @@ class FlopCount:
     """FLOPs of one forward and backward pass."""
 
     forward: int
-    """Linear layers, head and side paths included."""
+    """Linear layers, head and low-rank branches included."""
     input_gradient: int
     """Gradients of the linear layers' inputs; the first layer's is needed too, for the embedding."""
     weight_gradient: int
@@ -53,10 +53,11 @@ def count_flops(
 
     Args:
         model: any device; its masks and patterns are not looked at.
-        densities: share of live weights by name of the sparse layer; layers left out are dense.
+        densities: share of active weights by name of the sparse layer; layers left out are dense.
         patterns: one tuple of pattern names per layer, one name per query head; None: all `full`.
-        dense_weight_gradient: the weight gradients of sparse layers are computed in full (topology steps).
-        attention_entries: (pattern, seq_length, stride, offset=) -> scores per head and sequence; None: `live_entries`.
+        dense_weight_gradient: the weight gradients of sparse layers are computed in full (topology updates).
+        attention_entries: (pattern, seq_length, stride, offset=) -> scores per head and sequence; None:
+        `active_entries`.
         linear_density: density of a layer -> share of the dense work that is done; None: the density itself.
 
     Raises:
@@ -75,7 +76,7 @@ def count_flops(
         side = 2 * tokens * layer.low_rank * (layer.in_features + layer.out_features)
         forward += executed + side
         weight_gradient += (dense if dense_weight_gradient else executed) + side
-    attention = _attention_forward(model, num_sequences, seq_length, patterns, attention_entries or live_entries)
+    attention = _attention_forward(model, num_sequences, seq_length, patterns, attention_entries or active_entries)
     return FlopCount(forward, forward, weight_gradient, attention, 2 * attention)
 
 
@@ -96,12 +97,12 @@ def _attention_forward(
         )
     total = 0
     for layer, heads in zip(layers, patterns, strict=True):
-        live = sum(
+        active = sum(
             entries(pattern, seq_length, layer.stride, offset=offset)
             for pattern, offset in zip(heads, layer.offsets, strict=True)
         )
         # Two products (scores, weighted sum), 2 FLOPs per entry and dimension each.
-        total += 4 * num_sequences * live * layer.head_dim
+        total += 4 * num_sequences * active * layer.head_dim
     return total
 
 
@@ -109,6 +110,6 @@ def _check_densities(densities: Mapping[str, float], model: GPT) -> None:
     sparse = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, density in densities.items():
         if name not in sparse:
-            raise ValueError(f"densities: {name!r} is no sparse layer; legal values: {', '.join(sorted(sparse))}")
+            raise ValueError(f"densities: {name!r} is no sparse layer; must be one of {', '.join(sorted(sparse))}")
         if not 0.0 <= density <= 1.0:
-            raise ValueError(f"densities: {density} of {name} is out of range; legal values: 0 to 1")
+            raise ValueError(f"densities: {density} of {name} is out of range; must be 0 to 1")

@@ -4,7 +4,7 @@
     kernels.choice("layers.0.mlp.up", density=0.1)       # "cpu"
 
 ``prepare_kernels`` builds what the plan wants to use, before any process group starts. The layers decide for themselves
-in the same way (``dispatch.choose``), from the live blocks of their own tensor-parallel shard.
+in the same way (``dispatch.choose``), from the active blocks of their own tensor-parallel shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LayerShape:
     """What the choice depends on, besides the density."""
 
-    unit: int
+    block_size: int
     tokens: int
     """Rows of the input: sequence-parallel ranks put their shares together before the product."""
     widths: tuple[int, int]
@@ -51,15 +51,15 @@ class LayerKernels:
         # The head sees a chunk of the tokens at a time.
         rows = {model.head.name: model.head_loss.chunk_rows(tokens)}
         self.shapes = {
-            name: LayerShape(layer.unit, rows.get(name, tokens), layer.partition.local_shape[::-1])
+            name: LayerShape(layer.block_size, rows.get(name, tokens), layer.partition.local_shape[::-1])
             for name, layer in model.sparse_layers().items()
         }
         self._chosen: dict[tuple[LayerShape, float], str] = {}
-        for unit in {shape.unit for shape in self.shapes.values()}:
-            check_kernel(self.kernel, device, self.dtype, unit, planned=planned)
+        for block_size in {shape.block_size for shape in self.shapes.values()}:
+            check_kernel(self.kernel, device, self.dtype, block_size, planned=planned)
 
     def choice(self, name: str, density: float) -> str:
-        """The backend of a layer at a density; a layer whose units all live is an ordinary one."""
+        """The backend of a layer at a density; a layer whose units all active is an ordinary one."""
         if density >= 1.0:
             return "dense"
         shape = self.shapes[name]
@@ -68,7 +68,7 @@ class LayerKernels:
                 self.kernel,
                 self.device,
                 self.dtype,
-                shape.unit,
+                shape.block_size,
                 shape.tokens,
                 density,
                 shape.widths,
@@ -87,12 +87,12 @@ class LayerKernels:
     def break_even(self, name: str) -> float | None:
         """Density above which the layer is dense; None where the kernel is forced, or none saves work."""
         shape = self.shapes[name]
-        backend, _ = block_sparse.explain(self.device, self.dtype, shape.unit, planned=self.planned)
+        backend, _ = block_sparse.explain(self.device, self.dtype, shape.block_size, planned=self.planned)
         if self.kernel != "auto" or backend is None:
             return None
         if self.forced_limit is not None:
             return self.forced_limit
-        return measured(backend, self.device, self.dtype, shape.unit, shape.tokens, shape.widths)
+        return measured(backend, self.device, self.dtype, shape.block_size, shape.tokens, shape.widths)
 
     def table(self, densities: Mapping[str, float]) -> list[dict[str, Any]]:
         """One row per distinct kind of layer, at these (lowest) densities."""
@@ -107,7 +107,7 @@ class LayerKernels:
                     "in": shape.widths[0],
                     "out": shape.widths[1],
                     "tokens": shape.tokens,
-                    "unit": shape.unit,
+                    "block_size": shape.block_size,
                     "density": densities[name],
                     "kernel": kernel,
                     "break_even": limit,
@@ -125,8 +125,8 @@ class LayerKernels:
         found = [problem] if self.kernel == "auto" and (problem := table_problem()) else []
         reasons: dict[str, list[str]] = {}
         for name, shape in self.shapes.items():
-            if self.kernel == "auto" and shape.unit > 1:
-                backend, reason = block_sparse.explain(self.device, self.dtype, shape.unit, planned=self.planned)
+            if self.kernel == "auto" and shape.block_size > 1:
+                backend, reason = block_sparse.explain(self.device, self.dtype, shape.block_size, planned=self.planned)
                 if backend is None:
                     reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
@@ -135,10 +135,10 @@ class LayerKernels:
         return found
 
 
-def check_kernel(kernel: str, device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> None:
+def check_kernel(kernel: str, device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> None:
     """Raise ConfigError where a kernel that was asked for by name cannot run."""
     try:
-        block_sparse.check_forced(kernel, device, dtype, unit, planned=planned)
+        block_sparse.check_forced(kernel, device, dtype, block_size, planned=planned)
     except ValueError as error:
         raise ConfigError(f"kernels.block_sparse: {str(error).removeprefix('block_sparse kernel: ')}") from None
 
@@ -149,9 +149,9 @@ def prepare_kernels(config: RunConfig, plan: Mapping[str, Any]) -> bool:
     Raises ConfigError where one that was asked for by name cannot.
     """
     device, dtype, ready = plan["kernels"]["device"], DTYPES[config.train.precision], True
-    for kernel, unit in {(row["kernel"], row["unit"]) for row in plan["kernels"]["block_sparse"]}:
+    for kernel, block_size in {(row["kernel"], row["block_size"]) for row in plan["kernels"]["block_sparse"]}:
         try:
-            check_kernel(kernel, device, dtype, unit)
+            check_kernel(kernel, device, dtype, block_size)
         except ConfigError:
             if config.kernels.block_sparse != "auto":
                 raise

@@ -1,7 +1,7 @@
 """The ledger: what the run cost, in FLOPs of three kinds and in seconds by part.
 
 - dense: what the same model without sparsity would need (causal attention, every weight);
-- algorithmic: live weights and live attention entries; the dense weight gradient of topology steps is counted;
+- algorithmic: active weights and active attention entries; the dense weight gradient of topology updates is counted;
 - executed: what the kernels in use really compute, recomputation included.
 
 A count is a linear function of the layers' densities, so its coefficients are taken from the model once.

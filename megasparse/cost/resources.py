@@ -33,14 +33,14 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
     share = world_size // config.parallel.tensor_parallel_size if stage >= 1 else 1
     separate_master = stage >= 1 or size < 4
     optimizer = local * (4 * separate_master + 8)
-    if config.sparsity.unit_step_counts or config.sparsity.regrowth_warmup_steps:
+    if config.sparsity.per_weight_step_counts or config.sparsity.regrowth_warmup_steps:
         optimizer += 2 * sum(prod(layer.partition.local_shape) for layer in sparse)
     optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
     parts = {
         "weights": local * size if stage < 3 else local * size // share + min(local, MAX_LIVE_PARAMETERS) * size,
-        # One byte per unit that lives or not, one bit per unit that ever lived.
+        # One byte per unit, active or not, one bit per unit that was ever active.
         "masks": masks + masks // 8,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
         "gradients": local * size if stage < 2 else local * size // share + min(local, BUCKET) * size,
@@ -80,7 +80,7 @@ def logits_bytes(config: RunConfig, model: GPT) -> int:
 
 def communication_per_rank(config: RunConfig, model: GPT, controller: Controller, world_size: int) -> dict[str, float]:
     """Bytes that a rank sends: `data_parallel` and `tensor_parallel` in an ordinary step, `topology_step` at most in a
-    topology step on top of it, and `topology_average` of these over the update interval."""
+    topology update on top of it, and `topology_average` of these over the update interval."""
     size, ranks = BYTES[config.train.precision], config.parallel.tensor_parallel_size
     replicas = world_size // ranks
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
@@ -111,12 +111,12 @@ def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[
 
 
 def topology_bytes(topology: Topology, replicas: int, ranks: int, stage: int) -> float:
-    """Bytes that a rank sends at most in a topology step of one layer."""
+    """Bytes that a rank sends at most in a topology update of one layer."""
     sharing = replicas if stage >= 1 else 1
     whole = 2 * (1 - 1 / (sharing * ranks))
     between_shards = 2 * (1 - 1 / ranks)
     statistics = 8 * (3 + topology.num_shards + topology.whole_grid.shape[0]) * between_shards
-    if topology.unit > 1:
+    if topology.block_size > 1:
         # Two float64 sums of squares over all, a byte of the present mask between the shards.
         return topology.num_units * (16 * whole + between_shards) + statistics
     # Every selection takes its rounds by score and, where scores tie, by key: histograms of int32.

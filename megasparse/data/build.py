@@ -98,7 +98,7 @@ def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
     if wanted is not None and wanted < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {wanted} is below the {tokenizer.vocab_size} entries of data.tokenizer_path; "
-            f"legal values: unset, or at least {tokenizer.vocab_size}"
+            f"must be unset, or at least {tokenizer.vocab_size}"
         )
     return wanted or tokenizer.vocab_size
 

@@ -68,7 +68,7 @@ class CorpusOptions:
 
     def __post_init__(self) -> None:
         if self.document_rule not in DOCUMENT_RULES:
-            raise ValueError(f"document_rule is {self.document_rule!r}; legal: {', '.join(DOCUMENT_RULES)}")
+            raise ValueError(f"document_rule is {self.document_rule!r}; must be {', '.join(DOCUMENT_RULES)}")
         if (self.document_rule == "separator") != (self.separator is not None):
             raise ValueError(
                 f"document_rule is {self.document_rule!r} and separator {self.separator!r}; the rule 'separator' "

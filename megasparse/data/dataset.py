@@ -116,7 +116,7 @@ class PackedDataset:
         position = first + offset
         raise DatasetError(
             f"{self.indexed.bin_path}: token id {sample[offset]} at token {position} "
-            f"(document {self.indexed.document_at(position)}); legal ids are 0 to {self.vocab_size - 1} "
+            f"(document {self.indexed.document_at(position)}); ids must be 0 to {self.vocab_size - 1} "
             f"(vocab_size {self.vocab_size}). Was the data written with another tokenizer?"
         )
 

@@ -65,14 +65,14 @@ def dtype_code(dtype: np.dtype | type | str) -> int:
     for code, known in DTYPE_CODES.items():
         if known == wanted:
             return code
-    legal = ", ".join(known.name for known in DTYPE_CODES.values())
-    raise ValueError(f"dtype {np.dtype(dtype).name} cannot hold token ids in a .bin file; legal dtypes: {legal}")
+    allowed = ", ".join(known.name for known in DTYPE_CODES.values())
+    raise ValueError(f"dtype {np.dtype(dtype).name} cannot hold token ids in a .bin file; must be one of {allowed}")
 
 
 def dtype_from_code(code: int, path: Path) -> np.dtype:
     """The dtype of a header code. DatasetError, naming `path`, for a float or unknown code."""
     if code in DTYPE_CODES:
         return DTYPE_CODES[code]
-    legal = ", ".join(f"{known} ({dtype.name})" for known, dtype in DTYPE_CODES.items())
+    allowed = ", ".join(f"{known} ({dtype.name})" for known, dtype in DTYPE_CODES.items())
     kind = "a floating point type" if code in FLOAT_CODES else "unknown"
-    raise DatasetError(f"{path}: dtype code {code} is {kind}; token ids need an integer type, one of {legal}")
+    raise DatasetError(f"{path}: dtype code {code} is {kind}; token ids need an integer type, one of {allowed}")

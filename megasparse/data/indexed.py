@@ -177,7 +177,7 @@ class IndexedDatasetWriter:
         largest = int(np.iinfo(self.dtype).max) + 1
         self.id_limit = largest if vocab_size is None else min(vocab_size, largest)
         if not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
-            raise ValueError(f"max_sequence_length is {max_sequence_length}; legal: 1 to {MAX_SEQUENCE_LENGTH}")
+            raise ValueError(f"max_sequence_length is {max_sequence_length}; must be 1 to {MAX_SEQUENCE_LENGTH}")
         self.max_sequence_length = max_sequence_length
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path = dataset_paths(prefix)
@@ -290,7 +290,7 @@ class IndexedDatasetWriter:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.id_limit:
             raise ValueError(
-                f"{self.prefix}: token id {low if low < 0 else high}; legal ids are 0 to {self.id_limit - 1} "
+                f"{self.prefix}: token id {low if low < 0 else high}; ids must be 0 to {self.id_limit - 1} "
                 f"(dtype {self.dtype.name} and vocabulary size)"
             )
 

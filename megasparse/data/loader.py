@@ -58,7 +58,7 @@ class BatchLoader:
     ):
         _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data_parallel_rank is {data_parallel_rank}; legal: 0 to {data_parallel_size - 1}")
+            raise ValueError(f"data_parallel_rank is {data_parallel_rank}; must be 0 to {data_parallel_size - 1}")
         for name, value, least in (("consumed_samples", consumed_samples, 0), ("prefetch", prefetch, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")

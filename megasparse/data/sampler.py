@@ -117,7 +117,7 @@ def _check_range(low: int, high: int, size: int) -> None:
 class ShuffledDataset:
     """Endless epochs of a dataset, each in its own order: sample n is position n mod size of epoch n // size.
 
-    `len` is one epoch; any n >= 0 is legal.
+    `len` is one epoch; any n >= 0 is allowed.
     """
 
     def __init__(self, dataset, seed: int):

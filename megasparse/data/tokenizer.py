@@ -53,7 +53,7 @@ def load_tokenizer(
     `END_OF_DOCUMENT_PIECES`). ValueError, naming the file, where it is missing or is no tokenizer of this kind.
     """
     if kind not in TOKENIZER_KINDS:
-        raise ValueError(f"tokenizer kind {kind!r}; legal kinds: {', '.join(TOKENIZER_KINDS)}")
+        raise ValueError(f"tokenizer kind {kind!r}; must be one of {', '.join(TOKENIZER_KINDS)}")
     if kind == "bytes":
         if path is not None:
             raise ValueError(f"the bytes tokenizer has no file, but {fspath(path)} was given")
@@ -70,7 +70,7 @@ def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     checked = [int(token) for token in ids]
     for token in checked:
         if not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(f"{tokenizer.name}: token id {token}; legal ids are 0 to {tokenizer.vocab_size - 1}")
+            raise ValueError(f"{tokenizer.name}: token id {token}; ids must be 0 to {tokenizer.vocab_size - 1}")
     return checked
 
 

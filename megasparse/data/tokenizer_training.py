@@ -57,7 +57,7 @@ def train_sentencepiece(
     import sentencepiece
 
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type is {model_type!r}; legal: {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"model_type is {model_type!r}; must be {', '.join(MODEL_TYPES)}")
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; with all bytes it must be at least {MIN_VOCAB_SIZE}")
     if max_sentences < 1:

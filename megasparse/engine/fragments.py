@@ -2,10 +2,10 @@
 
 A rank's pieces of weights, moments and gradients, as views that are edited in place between ``backward`` and ``step``:
 
-- ``WholeState``: ZeRO stage 0 in float32; every rank holds all of its tensor-parallel shard in the parameters.
-- ``GroupPartitionedState``: stages 1 and 2; a rank holds one slice of each flat parameter group. DeepSpeed's record of
+- ``Stage0State``: ZeRO stage 0 in float32; every rank holds all of its tensor-parallel shard in the parameters.
+- ``Stage1And2State``: stages 1 and 2; a rank holds one slice of each flat parameter group. DeepSpeed's record of
   where a parameter's piece lies (``_hp_mapping``) has no public form.
-- ``ParameterPartitionedState``: stage 3; a rank holds one slice of each parameter, of the same size on every rank.
+- ``Stage3State``: stage 3; a rank holds one slice of each parameter, of the same size on every rank.
 
 ``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs.
 """
@@ -20,10 +20,10 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megasparse.parallel import Axis, Mesh
+from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.state import StateAccess, StateFragment
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+MOMENTS = ("exp_avg", "exp_avg_sq", "weight_steps")
 
 
 # Private names that each stage needs: of parameters, and of DeepSpeed's optimizer.
@@ -44,7 +44,7 @@ def state_access(
     """
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return WholeState(optimizer, weights, mesh)
+        return Stage0State(optimizer, weights, mesh)
     of_parameters, of_optimizer = NEEDED[stage]
     missing = [name for name in of_optimizer if not hasattr(engine.optimizer, name)]
     missing += [
@@ -54,16 +54,16 @@ def state_access(
         raise RuntimeError(
             f"DeepSpeed {deepspeed.__version__} at ZeRO stage {stage} lacks {missing[0]}; versions 0.19.x are tested"
         )
-    kind = ParameterPartitionedState if stage == 3 else GroupPartitionedState
+    kind = Stage3State if stage == 3 else Stage1And2State
     return kind(engine.optimizer, optimizer, weights, mesh)
 
 
-class WholeState:
+class Stage0State:
     """Every rank holds all of its shard of every matrix; gradients are already averaged into ``parameter.grad``."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
         self._optimizer, self._weights = optimizer, weights
-        self.shard, self.tensor_parallel, self.whole = Axis(), mesh.tensor_parallel, mesh.tensor_parallel
+        self.shard, self.tensor_parallel, self.whole = CommunicationGroup(), mesh.tensor_parallel, mesh.tensor_parallel
 
     def fragments(self) -> dict[str, StateFragment]:
         return {name: self._fragment(weight) for name, weight in self._weights.items()}
@@ -109,7 +109,7 @@ class PartitionedState(ABC):
         """This rank's piece of a parameter; None where it holds nothing of it."""
 
 
-class GroupPartitionedState(PartitionedState):
+class Stage1And2State(PartitionedState):
     """A rank holds one slice of each flat parameter group, and of a matrix at most one piece."""
 
     def _fragment(self, weight: Any) -> StateFragment | None:
@@ -143,7 +143,7 @@ class GroupPartitionedState(PartitionedState):
         return gradient.view(-1)
 
 
-class ParameterPartitionedState(PartitionedState):
+class Stage3State(PartitionedState):
     """A rank holds entries [rank n, (rank + 1) n) of every flat parameter; the last ones may be padding."""
 
     def _fragment(self, weight: Any) -> StateFragment | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel.shard_spec import partition_of
+from megasparse.parallel.shard_spec import shard_spec_of
 
 WEIGHT = "fp32"
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -47,8 +47,8 @@ class StateSource(Protocol):
 def restore_state(engine: TrainingEngine, source: StateSource) -> None:
     """Take weights, moments, step count and loss scale from `source`; every rank calls it.
 
-    Raises ValueError, before anything is changed, where the source is of another model or lacks moments or ages that
-    the optimizer needs.
+    Raises ValueError, before anything is changed, where the source is of another model or lacks moments or
+    per-weight steps that the optimizer needs.
     """
     parameters = dict(engine.model.named_parameters())
     _check_fits(engine, parameters, source)
@@ -78,7 +78,7 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
     if odd:
         raise ValueError(f"saved parameters are of another model: they differ at {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        expected = partition_of(parameter).shape
+        expected = shard_spec_of(parameter).shape
         if tuple(source.shapes[name]) != expected:
             raise ValueError(f"saved parameter {name} has shape {tuple(source.shapes[name])}, here it has {expected}")
         missing = {"exp_avg", "exp_avg_sq"} - set(source.kinds(name))
@@ -86,12 +86,12 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
             raise ValueError(f"saved parameter {name} lacks {', '.join(sorted(missing))}")
     # A tied head goes by the name of the embedding.
     sparse = {id(layer.weight) for layer in engine.controller.layers.values()}
-    aged = [name for name, parameter in parameters.items() if id(parameter) in sparse]
-    needs_ages = engine.optimizer.keeps_ages and source.step > 0
-    if needs_ages and any("age" not in source.kinds(name) for name in aged):
+    counted = [name for name, parameter in parameters.items() if id(parameter) in sparse]
+    needs_weight_steps = engine.optimizer.keeps_ages and source.step > 0
+    if needs_weight_steps and any("weight_steps" not in source.kinds(name) for name in counted):
         raise ValueError(
-            "sparsity.unit_step_counts, sparsity.regrowth_warmup_steps: the saved run kept no ages of weights; "
-            "legal values: false and 0"
+            "sparsity.per_weight_step_counts, sparsity.regrowth_warmup_steps: the saved run kept no per-weight steps; "
+            "must be false and 0"
         )
 
 
@@ -101,7 +101,7 @@ def _restore_parameter(engine: TrainingEngine, name: str, parameter: nn.Paramete
     moments = fragment.moments if fragment is not None and source.step > 0 else ()
     for kind in (WEIGHT, *moments):
         whole = source.tensor(name, kind)
-        shard = partition_of(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
+        shard = shard_spec_of(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
         if kind == WEIGHT:
             _set_model_weight(parameter, shard, engine.mesh.data_parallel.rank)
         if fragment is not None:
@@ -127,7 +127,7 @@ def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, An
     state["exp_avg"] = torch.zeros_like(flat)
     state["exp_avg_sq"] = torch.zeros_like(flat)
     if engine.optimizer.keeps_ages and group["sparse_layer"] is not None:
-        state["age"] = torch.zeros_like(flat, dtype=torch.int16)
+        state["weight_steps"] = torch.zeros_like(flat, dtype=torch.int16)
 
 
 def _optimized(engine: TrainingEngine) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:

@@ -4,7 +4,7 @@ engine = TrainingEngine(model, controller, config, mesh)
 for inputs, targets in micro_batches:
     loss = engine.forward(inputs, targets)
     engine.backward(loss)
-report = controller.update_topology(engine.state)      # on topology steps
+report = controller.update_topology(engine.state)      # on topology updates
 gradient_norm = engine.step(lr)
 """
 
@@ -28,10 +28,10 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
-from megasparse.engine.optimizer import SparseAdamW, parameter_groups, set_learning_rates
+from megasparse.engine.optimizer import MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Mesh, partition_of
+from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.controller import Controller, OpenWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ class TrainingEngine:
         prepare_deepspeed(mesh)
         self.model = model.to(mesh.device)
         groups = parameter_groups(self.model, controller, config.optimizer)
-        self.optimizer = SparseAdamW(groups, config.optimizer, config.sparsity)
+        self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=self.optimizer,
@@ -100,7 +100,7 @@ class TrainingEngine:
         squares = torch.zeros(2, device=self.mesh.device)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                squares[int(partition_of(parameter).is_divided)] += parameter.grad.norm().square()
+                squares[int(shard_spec_of(parameter).is_divided)] += parameter.grad.norm().square()
         self.mesh.tensor_parallel.sum_(squares[1:])
         return float(squares.sum().sqrt())
 
@@ -130,7 +130,7 @@ class TrainingEngine:
 def check_precision(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for a precision that the device does not train in."""
     if config.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision: fp16 needs a GPU; legal values on this machine: fp32, bf16")
+        raise ConfigError("train.precision: fp16 needs a GPU; allowed values on this machine: fp32, bf16")
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def last_word_task(records: Records, tokenizer: Tokenizer, seq_length: int) -> L
         text = text_field(record, "text", where).rstrip()
         start = len(text) - len(text.split()[-1])
         if not text[:start].strip():
-            raise ConfigError(f"{where}: text: {text!r} is a single word; legal values: a passage of two or more")
+            raise ConfigError(f"{where}: text: {text!r} is a single word; must be a passage of two or more")
         windows.append(_window(tokenizer, text[:start], text[start:], seq_length, f"{where}: text"))
     return LastWord(_not_empty(windows))
 
@@ -103,7 +103,7 @@ def multiple_choice_task(records: Records, tokenizer: Tokenizer, seq_length: int
         context = text_field(record, "context", where, may_be_empty=True)
         texts, label = _choices(record, where), record.get("label")
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(texts):
-            raise ConfigError(f"{where}: label: {label!r}; legal values: 0 to {len(texts) - 1}")
+            raise ConfigError(f"{where}: label: {label!r}; must be 0 to {len(texts) - 1}")
         for number, text in enumerate(texts):
             needs_space = context and not context[-1].isspace() and not text[0].isspace()
             continuation = f" {text}" if needs_space else text
@@ -118,7 +118,7 @@ def _choices(record: dict[str, Any], where: str) -> list[str]:
     good = isinstance(texts, list) and len(texts) >= 2
     if not good or not all(isinstance(text, str) and text.strip() for text in texts):
         found = "missing" if "choices" not in record else repr(texts)
-        raise ConfigError(f"{where}: choices: {found}; legal values: a list of two or more texts, none of them empty")
+        raise ConfigError(f"{where}: choices: {found}; must be a list of two or more texts, none of them empty")
     return [check_unicode(text, f"{where}: choices[{number}]") for number, text in enumerate(texts)]
 
 
@@ -126,7 +126,7 @@ def _window(tokenizer: Tokenizer, context: str, continuation: str, seq_length: i
     context_ids, continuation_ids = encode_pair(tokenizer, context, continuation)
     if not 1 <= len(continuation_ids) <= seq_length:
         raise ConfigError(
-            f"{where}: {continuation.strip()[:60]!r} has {len(continuation_ids)} tokens of its own; legal values: "
+            f"{where}: {continuation.strip()[:60]!r} has {len(continuation_ids)} tokens of its own; must be "
             f"1 to {seq_length}, the sequence length of the model"
         )
     return continuation_window(context_ids, continuation_ids, seq_length)

@@ -32,7 +32,7 @@ from megasparse.evaluation.windows import Window, continuation_window, rolling_w
 from megasparse.inference.generation import generate
 from megasparse.inference.trained import open_trained
 from megasparse.launching import LaunchEnvironment
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 
 TOKENS_BETWEEN_LOOKS = 16
 """Tokens that are generated before the text is searched for what ends it."""
@@ -58,12 +58,12 @@ class MegaSparseLM(TemplateLM):
     ) -> None:
         super().__init__()
         if precision not in DTYPES:
-            raise ValueError(f"precision: {precision}; legal values: {', '.join(DTYPES)}")
+            raise ValueError(f"precision: {precision}; must be one of {', '.join(DTYPES)}")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
         os.environ["DS_ACCELERATOR"] = device
         trained = open_trained(Path(str(run)), step)
         if trained.tokenizer is None:
-            raise ValueError(f"run: {run} has no tokenizer; legal values: a run with data.tokenizer")
+            raise ValueError(f"run: {run} has no tokenizer; must be a run with data.tokenizer")
         self._groups = ExitStack()
         environment = LaunchEnvironment.from_variables(os.environ)
         self._ranks, self._device = self._groups.enter_context(sharing_ranks(environment, device))
@@ -109,7 +109,7 @@ class MegaSparseLM(TemplateLM):
         for (_, continuation), context_ids, continuation_ids in requests:
             if not 1 <= len(continuation_ids) <= self.max_length:
                 raise ValueError(
-                    f"continuation {continuation[:60]!r}: {len(continuation_ids)} tokens; legal values: 1 to "
+                    f"continuation {continuation[:60]!r}: {len(continuation_ids)} tokens; must be 1 to "
                     f"{self.max_length}, the sequence length of the model"
                 )
             windows.append(continuation_window(context_ids, continuation_ids, self.max_length))
@@ -167,7 +167,7 @@ class MegaSparseLM(TemplateLM):
         return text
 
 
-def share_texts(own: Mapping[int, str], count: int, ranks: Axis) -> list[str]:
+def share_texts(own: Mapping[int, str], count: int, ranks: CommunicationGroup) -> list[str]:
     """Texts number 0 to count - 1, of which this rank has some and the others have the rest, on every rank."""
     encoded = {index: list(text.encode("utf-8", "replace")) for index, text in own.items()}
     lengths = torch.zeros(count, dtype=torch.int64)

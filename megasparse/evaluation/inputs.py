@@ -31,14 +31,14 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
     """An indexed data set of at least two tokens, all of them entries of the vocabulary."""
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens < 2:
-        raise ConfigError(f"--input: {prefix} holds {dataset.num_tokens} tokens; legal values: 2 tokens or more")
+        raise ConfigError(f"--input: {prefix} holds {dataset.num_tokens} tokens; must be 2 tokens or more")
     largest = max(
         int(dataset.tokens(start, min(start + 2**20, dataset.num_tokens)).max())
         for start in range(0, dataset.num_tokens, 2**20)
     )
     if largest >= vocab_size:
         raise ConfigError(
-            f"--input: {prefix} holds the token {largest}, the model has {vocab_size} entries; legal values: a data "
+            f"--input: {prefix} holds the token {largest}, the model has {vocab_size} entries; must be a data "
             "set made with the tokenizer of the run"
         )
     return dataset
@@ -52,7 +52,7 @@ def read_text(path: str) -> str:
             text = file.read().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"--input: {path}: no such file; legal values: a text file, or the prefix of a .bin and .idx file"
+            f"--input: {path}: no such file; must be a text file, or the prefix of a .bin and .idx file"
         ) from None
     except READ_ERRORS as error:
         raise ConfigError(f"--input: {path}: cannot be read ({error})") from None
@@ -61,7 +61,7 @@ def read_text(path: str) -> str:
             f"--input: {path}: not UTF-8 text; byte 0x{error.object[error.start]:02x} at {error.start}"
         ) from None
     if not text.strip():
-        raise ConfigError(f"--input: {path}: no text in it; legal values: a file with text")
+        raise ConfigError(f"--input: {path}: no text in it; must be a file with text")
     return text
 
 
@@ -77,9 +77,9 @@ def read_jsonl(path: str, limit: int | None = None) -> Iterator[tuple[str, dict[
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: not JSON ({error}); legal values: one object a line") from None
+            raise ConfigError(f"{where}: not JSON ({error}); must be one object a line") from None
         if not isinstance(record, dict):
-            raise ConfigError(f"{where}: {type(record).__name__}; legal values: one JSON object a line")
+            raise ConfigError(f"{where}: {type(record).__name__}; must be one JSON object a line")
         found += 1
         yield where, record
 
@@ -89,7 +89,7 @@ def text_field(record: dict[str, Any], key: str, where: str, *, may_be_empty: bo
     value = record.get(key)
     if not isinstance(value, str) or not (value.strip() or may_be_empty):
         found = "missing" if key not in record else repr(value)
-        raise ConfigError(f"{where}: {key}: {found}; legal values: {'a text' if may_be_empty else 'a text, not empty'}")
+        raise ConfigError(f"{where}: {key}: {found}; must be {'a text' if may_be_empty else 'a text, not empty'}")
     return check_unicode(value, f"{where}: {key}")
 
 
@@ -98,5 +98,5 @@ def check_unicode(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: not valid Unicode ({error.reason}); legal values: a text") from None
+        raise ConfigError(f"{where}: not valid Unicode ({error.reason}); must be a text") from None
     return text

@@ -94,7 +94,7 @@ def text_perplexity(
     text = detokenize(original, detokenizer)
     tokens = tokenizer.encode_batch([text])[0]
     if len(tokens) < 2:
-        raise ConfigError(f"--input: the text has {len(tokens)} tokens; legal values: 2 tokens or more")
+        raise ConfigError(f"--input: the text has {len(tokens)} tokens; must be 2 tokens or more")
     settings = {"detokenizer": detokenizer}
     if detokenizer != "none":
         settings["lines_made_equal_by_detokenizer"] = count_collisions(original, detokenizer)
@@ -132,7 +132,7 @@ def _perplexity(
 ) -> Perplexity:
     stride = max(1, seq_length // 2) if stride is None else stride
     if not 1 <= stride <= seq_length:
-        raise ConfigError(f"--stride: {stride}; legal values: 1 to {seq_length}, the sequence length of the model")
+        raise ConfigError(f"--stride: {stride}; must be 1 to {seq_length}, the sequence length of the model")
     whole = len(SlidingWindows(tokens, seq_length, stride))
     windows = SlidingWindows(tokens, seq_length, stride, limit)
     settings = {"window": seq_length, "stride": stride, **settings}

@@ -29,7 +29,7 @@ from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.gpt import GPT
 from megasparse.monitoring.console import make_console
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 TASKS = ("perplexity", "last-word", "multiple-choice")
@@ -91,20 +91,20 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
 
 def check_settings(settings: EvaluationSettings) -> None:
     """Raise ConfigError for settings that are wrong, or that the task would ignore."""
-    for name, value, legal in (
+    for name, value, allowed in (
         ("task", settings.task, TASKS),
         ("detokenizer", settings.detokenizer, tuple(DETOKENIZERS)),
         ("precision", settings.precision, tuple(DTYPES)),
     ):
-        if value not in legal:
-            raise ConfigError(f"--{name}: {value}; legal values: {', '.join(legal)}")
+        if value not in allowed:
+            raise ConfigError(f"--{name}: {value}; must be one of {', '.join(allowed)}")
     for name, value in (("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < 1:
-            raise ConfigError(f"--{name}: {value}; legal values: 1 or more")
+            raise ConfigError(f"--{name}: {value}; must be 1 or more")
     if settings.precision == "fp16" and settings.device == "cpu":
-        raise ConfigError("--precision: fp16 needs a GPU; legal values on a CPU: fp32, bf16")
+        raise ConfigError("--precision: fp16 needs a GPU; allowed values on a CPU: fp32, bf16")
     if settings.output is not None and settings.output.is_dir():
-        raise ConfigError(f"--output: {settings.output} is a folder; legal values: the name of a file")
+        raise ConfigError(f"--output: {settings.output} is a folder; must be the name of a file")
     if settings.task != "perplexity":
         for name, given in (("stride", settings.stride is not None), ("detokenizer", settings.detokenizer != "none")):
             if given:
@@ -128,13 +128,13 @@ def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity
 
 
 @contextlib.contextmanager
-def sharing_ranks(environment: LaunchEnvironment, device: str) -> Iterator[tuple[Axis, torch.device]]:
+def sharing_ranks(environment: LaunchEnvironment, device: str) -> Iterator[tuple[CommunicationGroup, torch.device]]:
     """The ranks that share the windows, over gloo, and this rank's device. A process alone needs no group.
 
     device: `cpu` or `cuda`; DS_ACCELERATOR must say the same where there are several ranks.
     """
     if environment.world_size == 1:
-        yield Axis(), torch.device(device)
+        yield CommunicationGroup(), torch.device(device)
         return
     with open_mesh(environment, TIMEOUT_SECONDS) as mesh:
         assert mesh.device.type == device, (mesh.device, device)
@@ -163,7 +163,7 @@ def _conditions(settings: EvaluationSettings, trained: TrainedModel) -> dict[str
 def _tokenizer(trained: TrainedModel, settings: EvaluationSettings) -> Tokenizer:
     if trained.tokenizer is None:
         raise ConfigError(
-            f"--run: {settings.run} has no tokenizer, so {settings.input} cannot become tokens; legal values: a run "
+            f"--run: {settings.run} has no tokenizer, so {settings.input} cannot become tokens; must be a run "
             "with data.tokenizer, or --task perplexity on the prefix of an indexed data set"
         )
     return trained.tokenizer

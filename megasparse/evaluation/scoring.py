@@ -16,7 +16,7 @@ import torch
 
 from megasparse.evaluation.windows import Window
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOGITS_OF_A_BATCH = 2**28
@@ -39,10 +39,10 @@ class Scorer:
         model: GPT,
         *,
         batch_size: int | None = None,
-        ranks: Axis | None = None,
+        ranks: CommunicationGroup | None = None,
         advance: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self.model, self.ranks, self.advance = model, ranks or Axis(), advance
+        self.model, self.ranks, self.advance = model, ranks or CommunicationGroup(), advance
         self.seq_length = model.config.seq_length
         self.batch_size = batch_size or default_batch_size(self.seq_length, model.vocab_size)
         self.device = next(model.parameters()).device

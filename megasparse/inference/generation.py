@@ -1,7 +1,7 @@
 """Sampling of text from a model.
 
 Keys and values of the tokens so far are kept, and a new token reads those that its attention patterns show to it. So a
-token costs a forward pass of one token, and attention costs the live entries. A context that outgrows the model's
+token costs a forward pass of one token, and attention costs the active entries. A context that outgrows the model's
 `seq_length` slides, and with it every position changes: from there on it is evaluated anew for each token.
 Tensor names: B samples, T tokens, V entries of the vocabulary.
 """
@@ -118,10 +118,10 @@ def _choose(
 
 def _check_options(tokens_BT: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
-        raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; legal values: [B, T] with at least one token each")
+        raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; must be [B, T] with at least one token each")
     if temperature < 0:
-        raise ValueError(f"temperature: {temperature} is negative; legal values: 0 (greedy) or more")
+        raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} is too small; legal values: None, or 1 or more")
+        raise ValueError(f"top_k: {top_k} is too small; must be None, or 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is out of range; legal values: None, or above 0 and at most 1")
+        raise ValueError(f"top_p: {top_p} is out of range; must be None, or above 0 and at most 1")

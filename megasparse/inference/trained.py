@@ -46,7 +46,7 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         return _open_model_folder(run_folder, step, device)
     if not (run_folder / "config.yaml").is_file():
         raise ConfigError(
-            f"{run_folder}: no run there; legal values: a run folder or a model folder, which hold a config.yaml"
+            f"{run_folder}: no run there; must be a run folder or a model folder, which hold a config.yaml"
         )
     config = load_config([run_folder / "config.yaml"])
     folder, manifest = find_checkpoint(run_folder, step)
@@ -56,7 +56,7 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         model.load_state_dict(load_model_weights(folder))
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder} does not fit {run_folder / 'config.yaml'}: {error}") from None
-    # Masks are not needed: dead weights are 0, and a product with zeros is exact.
+    # Masks are not needed: inactive weights are 0, and a product with zeros is exact.
     schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
     pattern = pattern_at(config, manifest.step, schedule)
     model.set_attention_patterns(schedule.layer_patterns(pattern))
@@ -66,7 +66,7 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
 
 def _open_model_folder(path: Path, step: int | None, device: torch.device | str) -> TrainedModel:
     if step is not None:
-        raise ConfigError(f"step: {step}; legal values: none, {path} is a model folder")
+        raise ConfigError(f"step: {step}; must be none, {path} is a model folder")
     folder = ModelFolder(path)
     config = folder.config
     tokenizer = _needed_tokenizer(config, path)

@@ -61,7 +61,7 @@ class LaunchEnvironment:
     def from_variables(cls, variables: Mapping[str, str]) -> LaunchEnvironment:
         """From the variables of the innermost launcher; without any, one process.
 
-        Raises ValueError, naming variable, value and what is legal, where they are not numbers, where some are
+        Raises ValueError, naming variable, value and what is allowed, where they are not numbers, where some are
         missing, or where they contradict each other.
         """
         launchers = _launchers(variables)
@@ -124,7 +124,7 @@ def _identity(variables: Mapping[str, str], launcher: Launcher) -> tuple[int, in
             )
     rank, local_rank, world_size = (_number(variables, name) for name in names)
     if world_size < 1:
-        raise ValueError(f"{launcher.world_size}: {world_size} in the environment; legal values: 1 or more")
+        raise ValueError(f"{launcher.world_size}: {world_size} in the environment; must be 1 or more")
     for name, value in ((launcher.rank, rank), (launcher.local_rank, local_rank)):
         if value >= world_size:
             raise ValueError(f"{name}: {value} must be below {launcher.world_size} {world_size}")
@@ -142,7 +142,8 @@ def _refuse_leftovers(variables: Mapping[str, str], local_rank: int, world_size:
 
 
 def _refuse_contradiction(variables: Mapping[str, str], local_rank: int, world_size: int, outer: Launcher) -> None:
-    """torchrun or deepspeed below another launcher is legal, such as torchrun under srun; not all of it makes sense."""
+    """torchrun or deepspeed below another launcher is allowed, such as torchrun under srun; not all of it makes
+    sense."""
     _, outer_local_rank, outer_size = _identity(variables, outer)
     if world_size < outer_size:
         # Variables left over from elsewhere: every process would take itself for the same few ranks.
@@ -162,11 +163,11 @@ def _master(variables: Mapping[str, str], launcher: Launcher | None, world_size:
     address = variables.get("MASTER_ADDR") or None
     port = _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else None
     if port is not None and not 1 <= port <= 65535:
-        raise ValueError(f"MASTER_PORT: {port} in the environment; legal values: 1 to 65535")
+        raise ValueError(f"MASTER_PORT: {port} in the environment; must be 1 to 65535")
     if launcher == TORCH and world_size > 1 and (address is None or port is None):
         raise ValueError(
             f"{'MASTER_PORT' if address else 'MASTER_ADDR'}: not in the environment, though WORLD_SIZE is "
-            f"{world_size}; legal values: address and a free port of the host of rank 0, the same on all ranks"
+            f"{world_size}; must be address and a free port of the host of rank 0, the same on all ranks"
         )
     if launcher == SRUN and world_size > 1:
         return address or _slurm_master(variables), port or _slurm_port(variables)
@@ -205,7 +206,7 @@ def expand_hosts(nodelist: str) -> list[str]:
     """The hosts of a SLURM node list: `n[01-03,07],m5` is n01, n02, n03, n07, m5. ValueError where it is none."""
     entries = re.findall(r"(?:[^\[\],\s]|\[[^\[\]\s]*\])+", nodelist)
     if not entries or ",".join(entries) != nodelist:
-        raise ValueError(f"{nodelist!r} is no list of hosts; legal values look like n[01-03,07],m5")
+        raise ValueError(f"{nodelist!r} is no list of hosts; it must look like n[01-03,07],m5")
     return [host for entry in entries for host in _expand_entry(entry)]
 
 
@@ -220,7 +221,7 @@ def _expand_entry(entry: str) -> list[str]:
         bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         first, last = (bounds[1], bounds[2] or bounds[1]) if bounds else ("1", "0")
         if int(first) > int(last):
-            raise ValueError(f"{part!r} in {entry!r} is no range of numbers; legal values look like n[01-03,07]")
+            raise ValueError(f"{part!r} in {entry!r} is no range of numbers; it must look like n[01-03,07]")
         texts = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
         hosts += [start + text + tail for text in texts for tail in tails]
     return hosts

@@ -10,14 +10,14 @@ import time
 from typing import NoReturn
 
 from megasparse.config.loader import ConfigError
-from megasparse.launching.failures import ReplicaMismatchError, leave
+from megasparse.launching.failures import ReplicaMismatchError, exit_now
 
 EXPECTED = (ValueError, ArithmeticError, ReplicaMismatchError)
 """Errors whose message is for the user; all others come with their traceback."""
 SECONDS_FOR_RANK_0 = 15
 
 
-def explain_and_leave(error: BaseException, rank: int) -> NoReturn:
+def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
     """Print the error where it is to be heard, and end this process."""
     # Wrong settings and unequal masks are the same on all ranks, so one of them says so; data may be bad on one alone.
     is_common = isinstance(error, ConfigError | ReplicaMismatchError)
@@ -28,4 +28,4 @@ def explain_and_leave(error: BaseException, rank: int) -> NoReturn:
     elif isinstance(error, ConfigError):
         # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
         time.sleep(SECONDS_FOR_RANK_0)
-    leave(4 if isinstance(error, ReplicaMismatchError) else 2)
+    exit_now(4 if isinstance(error, ReplicaMismatchError) else 2)

@@ -34,7 +34,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def leave_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
+def exit_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
     """Turn the error of a collective whose peer is gone into one clear line, and end this process at once.
 
     Notes of the error, which say what the watchdog knows of the others, become part of the line. An ordinary exit
@@ -52,10 +52,10 @@ def leave_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        leave(LOST_PEER_STATUS)
+        exit_now(LOST_PEER_STATUS)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End this process now, its output written, without the destructors of the interpreter.
 
     The gloo groups that DeepSpeed keeps alive are destroyed there: 5 of 36 runs of two ranks that had finished all

@@ -63,22 +63,21 @@ class SlurmJob:
 
     def __post_init__(self) -> None:
         if self.layout not in TEMPLATES:
-            raise ConfigError(f"--layout: {self.layout!r}; legal values: {', '.join(TEMPLATES)}")
+            raise ConfigError(f"--layout: {self.layout!r}; must be one of {', '.join(TEMPLATES)}")
         least = {"nodes": 1, "tasks_per_node": 1, "max_restarts": 0, "warning_seconds": 1}
         for name, lowest in {**least, "gpus_per_node": 1, "cpus_per_task": 1}.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
-                raise ConfigError(f"--{name.replace('_', '-')}: {value}; legal values: {lowest} or more")
+                raise ConfigError(f"--{name.replace('_', '-')}: {value}; must be {lowest} or more")
         if self.warning_seconds >= (seconds := time_limit_seconds(self.time)):
             raise ConfigError(
-                f"--warning-seconds: {self.warning_seconds} is not below --time {self.time}; "
-                f"legal values: 1 to {seconds - 1}"
+                f"--warning-seconds: {self.warning_seconds} is not below --time {self.time}; must be 1 to {seconds - 1}"
             )
         if self.setup is not None and not self.setup.is_file():
             raise ConfigError(f"--setup: no such file: {self.setup}")
         for word in self.options:
             if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]*)?", word):
-                raise ConfigError(f"--sbatch-option: {word!r}; legal values: --name or --name=value, as of sbatch")
+                raise ConfigError(f"--sbatch-option: {word!r}; must be --name or --name=value, as of sbatch")
 
     @property
     def world_size(self) -> int:
@@ -98,7 +97,7 @@ def time_limit_seconds(text: str) -> int:
             if seconds > 0:
                 return seconds
     raise ConfigError(
-        f"--time: {text!r}; legal values: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, "
+        f"--time: {text!r}; must be MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, "
         "DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS"
     )
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megasparse.launching.failures import GO_ON, LOST_PEER_STATUS, is_lost_peer, leave
+from megasparse.launching.failures import GO_ON, LOST_PEER_STATUS, exit_now, is_lost_peer
 from megasparse.launching.heartbeats import SILENT_INTERVALS, Heartbeats, Peer
 from megasparse.parallel.mesh import Mesh
 
@@ -105,7 +105,7 @@ class Watchdog:
         return not unclear or waited > (SILENT_INTERVALS + 1) * self._heartbeats.interval
 
     def _end_run(self, place: Place, idle: float) -> None:
-        """Report, and leave."""
+        """Report, and exit."""
         last_resort = threading.Timer(REPORT_SECONDS, os._exit, [LOST_PEER_STATUS])
         last_resort.daemon = True
         last_resort.start()
@@ -118,7 +118,7 @@ class Watchdog:
         # Not through sys.stderr, whose lock the main thread may hold.
         os.write(2, f"{message}\n".encode())
         self._heartbeats.tell(place.name, idle, f"it made no progress for {idle:.0f} s at {place.name}")
-        leave(LOST_PEER_STATUS)
+        exit_now(LOST_PEER_STATUS)
 
     def _describe_others(self, place: Place) -> str:
         peers = self._heartbeats.peers

@@ -3,7 +3,7 @@
 Linear layers come from a ``LayerFactory``, which knows which of them are sparse; everything else is built directly.
 """
 
-from megasparse.kernels.hybrid_attention import live_entries
+from megasparse.kernels.hybrid_attention import active_entries
 from megasparse.layers.attention import Attention
 from megasparse.layers.cache import KeyValueCache, LayerCache
 from megasparse.layers.embedding import Embedding, InputEmbedding
@@ -12,7 +12,7 @@ from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.loss import HeadLoss, Vocabulary
 from megasparse.layers.mlp import mlp
 from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
-from megasparse.parallel import partition_of
+from megasparse.parallel import shard_spec_of
 
 __all__ = [
     "Attention",
@@ -28,8 +28,8 @@ __all__ = [
     "SparseLinear",
     "SparseSpec",
     "Vocabulary",
-    "live_entries",
+    "active_entries",
     "mlp",
     "normalization",
-    "partition_of",
+    "shard_spec_of",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 
 from megasparse.layers.init import divided_parameter
 from megasparse.layers.linear import Linear
-from megasparse.parallel import Partition, TensorParallel
+from megasparse.parallel import ShardSpec, TensorParallel
 
 
 class Embedding(nn.Module):
@@ -37,7 +37,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.name, self.rows, self.width = name, rows, width
         self.tensor_parallel = tensor_parallel or TensorParallel()
-        partition = Partition((rows, width), 0 if divided else None, self.tensor_parallel.size)
+        partition = ShardSpec((rows, width), 0 if divided else None, self.tensor_parallel.size)
         rank = self.tensor_parallel.rank
         self.first_row, self.local_rows = (rank * partition.local_shape[0] if divided else 0), partition.local_shape[0]
         self.weight = divided_parameter(partition, rank, std=init_std, seed=seed, name=f"{name}.weight")
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
         local = ids - self.first_row
         elsewhere = (local < 0) | (local >= self.local_rows)
         found = self._lookup(local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
-        return self.tensor_parallel.sum(found)
+        return self.tensor_parallel.reduce_from_tensor_parallel_region(found)
 
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return self._tied[0].lookup(ids) if self._tied else F.embedding(ids, self.weight)
@@ -94,7 +94,7 @@ class InputEmbedding(nn.Module):
             if self.reset_positions and documents_BT is not None:
                 position = position - document_starts(documents_BT)
             x_BTC = x_BTC + self.positions(position)
-        return self.tokens.tensor_parallel.divide_tokens(x_BTC)
+        return self.tokens.tensor_parallel.scatter_to_sequence_parallel_region(x_BTC)
 
 
 def document_starts(documents_BT: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,10 @@ from megasparse.parallel import TensorParallel
 class SparseSpec:
     """How a sparse layer is built."""
 
-    unit: int
-    """Side of the square blocks that live and die together; 1: single weights."""
+    block_size: int
+    """Side of the square blocks that are dropped and grown together; 1: single weights."""
     low_rank: int = 0
-    """Rank of the dense side path; 0: none."""
+    """Rank of the dense low-rank branch; 0: none."""
 
 
 def never_sparse(name: str) -> SparseSpec | None:
@@ -93,4 +93,6 @@ class LayerFactory:
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
         settings |= {"kernel": self.kernel, "break_even": self.break_even}
-        return SparseLinear(name, in_features, out_features, unit=spec.unit, low_rank=spec.low_rank, **settings)
+        return SparseLinear(
+            name, in_features, out_features, block_size=spec.block_size, low_rank=spec.low_rank, **settings
+        )

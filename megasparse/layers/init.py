@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import nn
 
-from megasparse.parallel import Partition
+from megasparse.parallel import ShardSpec
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -27,7 +27,7 @@ def _drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Te
 
 
 def divided_parameter(
-    partition: Partition, rank: int, *, std: float = 0.0, seed: int = 0, name: str = ""
+    partition: ShardSpec, rank: int, *, std: float = 0.0, seed: int = 0, name: str = ""
 ) -> nn.Parameter:
     """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0.
 

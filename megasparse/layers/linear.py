@@ -2,11 +2,12 @@
 
 A `column` layer (Megatron-LM's column-parallel) divides its outputs, a `row` layer its inputs; a pair of the two needs
 one sum over the ranks in the forward pass and one in the backward pass. Each layer declares the division of each of its
-parameters once (``Partition``). With one rank both are ordinary layers.
+parameters once (``ShardSpec``). With one rank both are ordinary layers.
 
-A ``SparseLinear`` owns the mask that says which units of its shard of the weight live. Whoever changes the mask (the
-controller) also zeroes the dead weights and then calls ``topology_changed``. Between two such calls the forward pass
-asks the device nothing: while all units live the layer is an ordinary linear layer.
+A ``SparseLinear`` owns the mask that says which units of its shard of the weight active. Whoever changes the mask (the
+controller) also zeroes the inactive weights and then calls ``topology_changed``. Between two such calls the forward
+pass
+asks the device nothing: while all units active the layer is an ordinary linear layer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from megasparse.kernels.block_sparse import BlockIndex, build_index, refresh_index, sparse_embedding, sparse_linear
 from megasparse.layers.init import divided_parameter
-from megasparse.parallel import Partition, TensorParallel, partition_of
+from megasparse.parallel import ShardSpec, TensorParallel, shard_spec_of
 
 Division = Literal["column", "row"]
 
@@ -61,24 +62,24 @@ class Linear(nn.Module):
         self.tensor_parallel = tensor_parallel or TensorParallel()
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
-        self.partition = Partition((out_features, in_features), dim, size, parts)
+        self.partition = ShardSpec((out_features, in_features), dim, size, parts)
         if weight is None:
             weight = divided_parameter(
                 self.partition, self.tensor_parallel.rank, std=init_std, seed=seed, name=f"{name}.weight"
             )
-        assert partition_of(weight) == self.partition, f"{name}: shared weight is {partition_of(weight)}"
+        assert shard_spec_of(weight) == self.partition, f"{name}: shared weight is {shard_spec_of(weight)}"
         self.weight = weight
         # The bias of a row layer is added to the sum, on every rank.
-        bias_partition = Partition((out_features,), 0, size, parts) if dim == 0 else Partition((out_features,))
+        bias_partition = ShardSpec((out_features,), 0, size, parts) if dim == 0 else ShardSpec((out_features,))
         self.bias = divided_parameter(bias_partition, self.tensor_parallel.rank) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""
         if self.division == "column":
-            return self.product(self.tensor_parallel.enter(x), self.bias)
+            return self.product(self.tensor_parallel.copy_to_region(x), self.bias)
         if self.tensor_parallel.size == 1:
             return self.product(x, self.bias)
-        y = self.tensor_parallel.leave(self.product(x, None))
+        y = self.tensor_parallel.reduce_from_region(self.product(x, None))
         return y if self.bias is None else y + self.tensor_parallel.shared(self.bias)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -94,20 +95,22 @@ class Linear(nn.Module):
 
 
 class SparseLinear(Linear):
-    """A linear layer whose weight lives on a grid of `unit` x `unit` blocks (single weights where `unit` is 1).
+    """A linear layer whose weight lies on a grid of `block_size` x `block_size` blocks (single weights where
+    `block_size` is 1).
 
-    Blocks lie whole on one rank. With `low_rank` = r > 0 a thin dense side path is added: y += (x A^T) B^T with
+    Blocks lie whole on one rank. With `low_rank` = r > 0 a thin dense low-rank branch is added: y += (x A^T) B^T with
     `side_in` = A [r, in] and `side_out` = B [out, r]; B is zero at the start, so the path is silent until it has
     learned something.
 
     Attributes:
-        mask: bool, the grid of this rank's shard, True where the unit lives; a buffer that is not in the state dict.
+        mask: bool, the grid of this rank's shard, True where the unit is active; a buffer that is not in the state
+        dict.
         grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
-        index: lists of the live units, for the kernels; None while all live. Kept by `topology_changed`.
-        collect_dense_gradient: while True the backward pass returns the gradient of dead units too.
+        index: lists of the active units, for the kernels; None while all active. Kept by `topology_changed`.
+        collect_dense_gradient: while True the backward pass returns the gradient of inactive units too.
 
     Raises:
-        ValueError: `unit` does not divide both widths of every rank's shard.
+        ValueError: `block_size` does not divide both widths of every rank's shard.
     """
 
     mask: torch.Tensor
@@ -119,7 +122,7 @@ class SparseLinear(Linear):
         out_features: int,
         *,
         bias: bool,
-        unit: int,
+        block_size: int,
         low_rank: int = 0,
         kernel: str = "auto",
         break_even: float | None = None,
@@ -142,11 +145,11 @@ class SparseLinear(Linear):
             seed=seed,
             weight=weight,
         )
-        check_unit(name, self.partition, unit)
-        self.unit, self.low_rank, self.kernel, self.break_even = unit, low_rank, kernel, break_even
+        check_block_size(name, self.partition, block_size)
+        self.block_size, self.low_rank, self.kernel, self.break_even = block_size, low_rank, kernel, break_even
         self.index: BlockIndex | None = None
         self.collect_dense_gradient = False
-        self.grid = self.partition.blocks(unit)
+        self.grid = self.partition.blocks(block_size)
         self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
         if low_rank:
             self._add_side_path(low_rank, init_std, seed)
@@ -154,26 +157,26 @@ class SparseLinear(Linear):
     def _add_side_path(self, low_rank: int, init_std: float, seed: int) -> None:
         """The thin matrix on the divided side of the layer is divided, the other one is replicated."""
         size, rank = self.tensor_parallel.size, self.tensor_parallel.rank
-        inner = Partition((low_rank, self.in_features), 1 if self.division == "row" else None, size)
-        outer = Partition((self.out_features, low_rank), 0, size, self.partition.parts)
+        inner = ShardSpec((low_rank, self.in_features), 1 if self.division == "row" else None, size)
+        outer = ShardSpec((self.out_features, low_rank), 0, size, self.partition.parts)
         if self.division == "row":
-            outer = Partition(outer.shape)
+            outer = ShardSpec(outer.shape)
         self.side_in = divided_parameter(inner, rank, std=init_std, seed=seed, name=f"{self.name}.side_in")
         self.side_out = divided_parameter(outer, rank)
 
-    def topology_changed(self, num_live: int | None = None) -> None:
-        """Must be called after every change of `mask`. The count of live units, where the caller knows it, saves a
+    def topology_changed(self, num_active: int | None = None) -> None:
+        """Must be called after every change of `mask`. The count of active units, where the caller knows it, saves a
         round trip to the device. Where it stays the same the lists of `index` are changed in place, and otherwise made
         anew.
         """
-        if num_live is None:
-            num_live = int(self.mask.sum())
-        if num_live == self.mask.numel():
+        if num_active is None:
+            num_active = int(self.mask.sum())
+        if num_active == self.mask.numel():
             self.index = None
-        elif self.index is not None and self.index.mask is self.mask and self.index.num_live == num_live:
+        elif self.index is not None and self.index.mask is self.mask and self.index.num_active == num_active:
             refresh_index(self.index)
         else:
-            self.index = build_index(self.mask, self.unit, num_live)
+            self.index = build_index(self.mask, self.block_size, num_active)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -185,30 +188,30 @@ class SparseLinear(Linear):
         )
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
-        """The side path: its thin middle crosses between the ranks instead of the wide ends."""
+        """The low-rank branch: its thin middle crosses between the ranks instead of the wide ends."""
         shared = self.tensor_parallel.shared
         if self.division == "column":
-            return F.linear(self.tensor_parallel.enter(F.linear(x, shared(self.side_in))), self.side_out)
-        return F.linear(self.tensor_parallel.leave(F.linear(x, self.side_in)), shared(self.side_out))
+            return F.linear(self.tensor_parallel.copy_to_region(F.linear(x, shared(self.side_in))), self.side_out)
+        return F.linear(self.tensor_parallel.reduce_from_region(F.linear(x, self.side_in)), shared(self.side_out))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return sparse_embedding(ids, self.weight, self.index, self.collect_dense_gradient)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, unit={self.unit}, low_rank={self.low_rank}"
+        return f"{super().extra_repr()}, block_size={self.block_size}, low_rank={self.low_rank}"
 
 
-def check_unit(name: str, partition: Partition, unit: int) -> None:
-    """Raise ValueError unless blocks of side `unit` fill every shard of the weight of layer `name`."""
+def check_block_size(name: str, partition: ShardSpec, block_size: int) -> None:
+    """Raise ValueError unless blocks of side `block_size` fill every shard of the weight of layer `name`."""
     shares = [size // (partition.size if dim == partition.dim else 1) for dim, size in enumerate(partition.shape)]
     if partition.parts:
         shares[partition.dim] = gcd(*(part // partition.size for part in partition.parts))
     common = gcd(*shares)
-    if unit >= 1 and common % unit == 0:
+    if block_size >= 1 and common % block_size == 0:
         return
-    legal = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+    allowed = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
     ranks = f" on each of {partition.size} tensor-parallel ranks" if partition.is_divided else ""
     raise ValueError(
-        f"unit: {unit} does not divide the widths of layer {name} ({partition.shape[0]} x {partition.shape[1]})"
-        f"{ranks}; legal values: {legal}"
+        f"block_size: {block_size} does not divide the widths of layer {name} "
+        f"({partition.shape[0]} x {partition.shape[1]}){ranks}; must be {allowed}"
     )

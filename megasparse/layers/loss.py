@@ -40,7 +40,7 @@ class Vocabulary:
 
     def logits(self, logits_BTW: torch.Tensor) -> torch.Tensor:
         """Logits of all entries, [B, T, V], on every rank."""
-        return self.tensor_parallel.join_channels(logits_BTW)[..., : self.size]
+        return self.tensor_parallel.gather_from_tensor_parallel_region(logits_BTW)[..., : self.size]
 
     def cross_entropy_(self, logits_NW: torch.Tensor, targets_N: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
         """-log softmax(logits)[target] of each token, [N], float32, in nats, the same on every rank.
@@ -93,17 +93,17 @@ class HeadLoss(nn.Module):
         torch._assert_async(
             ((targets_N >= 0) & (targets_N < vocabulary.size)).all(), "a target is no entry of the vocabulary"
         )
-        inputs, parameters = [ranks.enter(x_BTC)], [head.weight]
+        inputs, parameters = [ranks.copy_to_region(x_BTC)], [head.weight]
         if head.bias is not None:
             parameters.append(head.bias)
         if head.low_rank:
-            inputs.append(ranks.enter(F.linear(x_BTC, ranks.shared(head.side_in))))
+            inputs.append(ranks.copy_to_region(F.linear(x_BTC, ranks.shared(head.side_in))))
             parameters.append(head.side_out)
         inputs = [x.flatten(0, 1) for x in inputs]
         return _ChunkedLoss.apply(self, targets_N, torch.is_grad_enabled(), len(inputs), *inputs, *parameters)
 
     def local_logits(self, x_NC: torch.Tensor, side_NR: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, W] from what has entered the head: the activation and the middle of its side path."""
+        """[N, W] from what has entered the head: the activation and the middle of its low-rank branch."""
         (head,) = self._head
         logits_NW = head.product(x_NC, head.bias)
         return logits_NW if side_NR is None else logits_NW + F.linear(side_NR, head.side_out)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megasparse.parallel import Partition, TensorParallel
+from megasparse.parallel import ShardSpec, TensorParallel
 
 
 class LayerNorm(nn.Module):
@@ -46,10 +46,10 @@ def normalization(
         return LayerNorm(size, epsilon=epsilon, bias=bias, tensor_parallel=tensor_parallel)
     if kind == "rmsnorm":
         return RMSNorm(size, epsilon=epsilon, tensor_parallel=tensor_parallel)
-    raise ValueError(f"normalization: {kind!r} is unknown; legal values: layernorm, rmsnorm")
+    raise ValueError(f"normalization: {kind!r} is unknown; must be one of layernorm, rmsnorm")
 
 
 def _replicated(values: torch.Tensor) -> nn.Parameter:
     parameter = nn.Parameter(values)
-    Partition(tuple(values.shape)).declare(parameter)
+    ShardSpec(tuple(values.shape)).declare(parameter)
     return parameter

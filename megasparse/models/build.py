@@ -9,20 +9,20 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.layers import LayerFactory, Linear, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis, TensorParallel
+from megasparse.parallel import CommunicationGroup, TensorParallel
 from megasparse.sparsity.groups import check_groups, layer_settings
 
 
-def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Axis | None = None) -> GPT:
-    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all units live.
+def build_model(config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup | None = None) -> GPT:
+    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all units active.
 
     tensor_parallel: the ranks that share it; None: this process alone.
     """
-    ranks = TensorParallel(tensor_parallel or Axis(), config.parallel.sequence_parallel)
+    ranks = TensorParallel(tensor_parallel or CommunicationGroup(), config.parallel.sequence_parallel)
 
     def sparse_rule(name: str) -> SparseSpec | None:
         settings = layer_settings(config.sparsity, name)
-        return None if settings is None else SparseSpec(settings.unit, config.sparsity.low_rank)
+        return None if settings is None else SparseSpec(settings.block_size, config.sparsity.low_rank)
 
     try:
         model = GPT(

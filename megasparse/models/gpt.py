@@ -31,7 +31,7 @@ from megasparse.layers import (
     SparseLinear,
     Vocabulary,
     mlp,
-    partition_of,
+    shard_spec_of,
 )
 
 
@@ -146,7 +146,7 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters over all ranks, dead ones included; shared and replicated ones count once."""
-        return sum(prod(partition_of(parameter).shape) for parameter in self.parameters())
+        return sum(prod(shard_spec_of(parameter).shape) for parameter in self.parameters())
 
     def _run(
         self, block: nn.Module, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None, cache: LayerCache | None

@@ -1,6 +1,6 @@
 """What rank 0 shows: the plan before the first step, progress while training, the summary at the end.
 
-On a terminal there is one live bar; elsewhere (a log file, a pipe, a batch job) each update is one plain line without
+On a terminal there is one active bar; elsewhere (a log file, a pipe, a batch job) each update is one plain line without
 control codes. Other ranks hold the silent twin, so that no caller asks for its rank::
 
     console = make_console()
@@ -40,10 +40,10 @@ from megasparse.utils.format import (
 )
 
 REFRESH_SECONDS = 0.1
-"""The live bar is drawn at most this often; it has no thread of its own that would take time from training."""
+"""The active bar is drawn at most this often; it has no thread of its own that would take time from training."""
 
 WIDE_TERMINAL = 130
-"""Columns from which the live bar is shown with all its words; eighty columns still hold the numbers."""
+"""Columns from which the active bar is shown with all its words; eighty columns still hold the numbers."""
 
 LOG_WIDTH = 110
 """Columns of a table that goes to a file."""
@@ -192,7 +192,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         (
             "Model",
             f"{format_count(parameters.get('total'))} parameters, {format_count(parameters.get('sparsifiable'))} of "
-            f"them sparsifiable; {format_count(parameters.get('live_at_min_density'))} live at the lowest density",
+            f"them sparsifiable; {format_count(parameters.get('active_at_min_density'))} active at the lowest density",
         ),
         (
             "Training",
@@ -318,7 +318,7 @@ def _communication(sent: Mapping[str, Any]) -> str:
     if not sent:
         return ""
     data, tensor, topology = (format_bytes(sent[k]) for k in ("data_parallel", "tensor_parallel", "topology_step"))
-    return f"{data} data-parallel and {tensor} tensor-parallel a step; up to {topology} a topology step"
+    return f"{data} data-parallel and {tensor} tensor-parallel a step; up to {topology} a topology update"
 
 
 def _parallel(parallel: Mapping[str, Any]) -> str:

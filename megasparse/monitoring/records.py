@@ -1,8 +1,8 @@
-"""What a run writes down while it trains: metrics, topology steps, pictures of topologies. Rank 0 only.
+"""What a run writes down while it trains: metrics, topology updates, pictures of topologies. Rank 0 only.
 
-``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology step, and
-``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it lives. On a restart, lines of steps that
-will be done again are removed.
+``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update, and
+``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a restart, lines of
+steps that will be done again are removed.
 """
 
 from __future__ import annotations

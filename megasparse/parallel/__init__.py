@@ -1,14 +1,14 @@
 """Processes and their groups: one immutable ``Mesh``, passed to whoever needs it; how tensors are divided over it."""
 
-from megasparse.parallel.group import Axis
+from megasparse.parallel.group import CommunicationGroup
 from megasparse.parallel.mesh import Mesh
 from megasparse.parallel.regions import TensorParallel
-from megasparse.parallel.shard_spec import Partition, partition_of
+from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 
 __all__ = [
-    "Axis",
+    "CommunicationGroup",
     "Mesh",
-    "Partition",
+    "ShardSpec",
     "TensorParallel",
-    "partition_of",
+    "shard_spec_of",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Axis:
+class CommunicationGroup:
     """This process is number `rank` of `size`."""
 
     rank: int = 0

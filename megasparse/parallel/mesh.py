@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasparse.parallel.group import Axis
+from megasparse.parallel.group import CommunicationGroup
 
 
 class ModelParallelUnit:
     """The names under which DeepSpeed asks for groups (its `mpu`)."""
 
-    data_parallel: Axis
-    tensor_parallel: Axis
+    data_parallel: CommunicationGroup
+    tensor_parallel: CommunicationGroup
     rank: int
 
     def get_data_parallel_rank(self) -> int:
@@ -57,13 +57,13 @@ class Mesh(ModelParallelUnit):
     """This process among data_parallel.size x tensor_parallel.size others."""
 
     device: torch.device
-    world: Axis
+    world: CommunicationGroup
     """All ranks."""
-    data_parallel: Axis
+    data_parallel: CommunicationGroup
     """Ranks that hold the same shard of the model and see different samples."""
-    tensor_parallel: Axis
+    tensor_parallel: CommunicationGroup
     """Ranks that share each layer and see the same samples."""
-    control: Axis
+    control: CommunicationGroup
     """All ranks over gloo, for decisions on the host: asking them never waits for the device."""
 
     @property
@@ -96,17 +96,17 @@ def make_mesh(
 ) -> Mesh:
     """The mesh over the process group that exists. All ranks make all groups, in one order."""
     ranks = torch.arange(world_size).view(-1, tensor_parallel_size)
-    world = Axis(rank, world_size, dist.group.WORLD)
+    world = CommunicationGroup(rank, world_size, dist.group.WORLD)
 
-    def axis(rows: list[list[int]]) -> Axis:
+    def axis(rows: list[list[int]]) -> CommunicationGroup:
         if len(rows) == 1:
             return world
         own = next(row for row in rows if rank in row)
         groups = {tuple(row): dist.new_group(row, timeout=timeout, backend=backend) for row in rows}
-        return Axis(own.index(rank), len(own), groups[tuple(own)])
+        return CommunicationGroup(own.index(rank), len(own), groups[tuple(own)])
 
     # A group of its own also where training runs over gloo: bookkeeping never waits behind a gradient.
     control = world
     if world.size > 1:
-        control = Axis(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
+        control = CommunicationGroup(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
     return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control)

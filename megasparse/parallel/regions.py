@@ -3,8 +3,8 @@
 ``TensorParallel`` is what a layer is given. Between layers activations are replicated over its ranks or, with sequence
 parallelism (Korthikanti et al. 2022, arXiv 2205.05198), divided along the tokens; the layer calls the same methods:
 
-    x = tensor_parallel.enter(x)          # into a column-divided product
-    y = tensor_parallel.leave(y)          # out of a row-divided product: partial sums become sums
+    x = tensor_parallel.copy_to_region(x)          # into a column-divided product
+    y = tensor_parallel.reduce_from_region(y)          # out of a row-divided product: partial sums become sums
     w = tensor_parallel.shared(w)         # a replicated parameter that is used between layers
 
 With one rank every method returns its argument. Tensor names: B samples, T tokens, C channels; the tokens are dimension
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.parallel.group import Axis
+from megasparse.parallel.group import CommunicationGroup
 
-Collective = Callable[[Tensor, Axis], Tensor]
+Collective = Callable[[Tensor, CommunicationGroup], Tensor]
 
 
 @dataclass(frozen=True)
 class TensorParallel:
     """The ranks that share each layer, and how activations lie between layers."""
 
-    axis: Axis = field(default_factory=Axis)
+    axis: CommunicationGroup = field(default_factory=CommunicationGroup)
     sequence_parallel: bool = False
     """Between layers each rank holds its share of the tokens of every sample; their number must divide."""
 
@@ -41,31 +41,39 @@ class TensorParallel:
     def rank(self) -> int:
         return self.axis.rank
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to_region(self, x: Tensor) -> Tensor:
         """From between layers to the whole activation that every rank multiplies with its shard."""
-        return self._apply(x, _join_tokens, _sum_and_divide_tokens) if self.sequence_parallel else self.replicate(x)
+        return (
+            self._apply(x, _join_tokens, _sum_and_divide_tokens)
+            if self.sequence_parallel
+            else self.copy_to_tensor_parallel_region(x)
+        )
 
-    def leave(self, y: Tensor) -> Tensor:
+    def reduce_from_region(self, y: Tensor) -> Tensor:
         """From this rank's part of a sum to what lies between layers."""
-        return self._apply(y, _sum_and_divide_tokens, _join_tokens) if self.sequence_parallel else self.sum(y)
+        return (
+            self._apply(y, _sum_and_divide_tokens, _join_tokens)
+            if self.sequence_parallel
+            else self.reduce_from_tensor_parallel_region(y)
+        )
 
     def shared(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used between layers: its gradient is complete on every rank."""
-        return self.replicate(parameter) if self.sequence_parallel else parameter
+        return self.copy_to_tensor_parallel_region(parameter) if self.sequence_parallel else parameter
 
-    def divide_tokens(self, x: Tensor) -> Tensor:
+    def scatter_to_sequence_parallel_region(self, x: Tensor) -> Tensor:
         """From an activation that is replicated to what lies between layers."""
         return self._apply(x, _divide_tokens, _join_tokens) if self.sequence_parallel else x
 
-    def replicate(self, x: Tensor) -> Tensor:
+    def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
         """The same on every rank; gradients add up (f of Shoeybi et al. 2019, arXiv 1909.08053)."""
         return self._apply(x, _same, _sum)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def reduce_from_tensor_parallel_region(self, x: Tensor) -> Tensor:
         """The sum over the ranks; the gradient is the same on every rank (g of Shoeybi et al.)."""
         return self._apply(x, _sum, _same)
 
-    def join_channels(self, x: Tensor) -> Tensor:
+    def gather_from_tensor_parallel_region(self, x: Tensor) -> Tensor:
         """Shards of the last dimension, side by side, on every rank."""
         return self._apply(x, _join_channels, _divide_channels)
 
@@ -77,7 +85,7 @@ class _Mapping(torch.autograd.Function):
     """One collective forward, another backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: CommunicationGroup, forward: Collective, backward: Collective) -> Tensor:
         ctx.axis, ctx.backward_collective = axis, backward
         return forward(x, axis)
 
@@ -86,31 +94,31 @@ class _Mapping(torch.autograd.Function):
         return ctx.backward_collective(dy, ctx.axis), None, None, None
 
 
-def _same(x: Tensor, axis: Axis) -> Tensor:
+def _same(x: Tensor, axis: CommunicationGroup) -> Tensor:
     return x.view_as(x)
 
 
-def _sum(x: Tensor, axis: Axis) -> Tensor:
+def _sum(x: Tensor, axis: CommunicationGroup) -> Tensor:
     return axis.sum_(x.clone(memory_format=torch.contiguous_format))
 
 
-def _divide_tokens(x_BTC: Tensor, axis: Axis) -> Tensor:
+def _divide_tokens(x_BTC: Tensor, axis: CommunicationGroup) -> Tensor:
     assert x_BTC.shape[1] % axis.size == 0, f"{x_BTC.shape[1]} tokens over {axis.size} ranks"
     return x_BTC.chunk(axis.size, dim=1)[axis.rank].contiguous()
 
 
-def _join_tokens(x_BTC: Tensor, axis: Axis) -> Tensor:
+def _join_tokens(x_BTC: Tensor, axis: CommunicationGroup) -> Tensor:
     return axis.gather(x_BTC).transpose(0, 1).flatten(1, 2)
 
 
-def _sum_and_divide_tokens(x_BTC: Tensor, axis: Axis) -> Tensor:
+def _sum_and_divide_tokens(x_BTC: Tensor, axis: CommunicationGroup) -> Tensor:
     assert x_BTC.shape[1] % axis.size == 0, f"{x_BTC.shape[1]} tokens over {axis.size} ranks"
     return axis.scatter_sum(x_BTC.unflatten(1, (axis.size, -1)).transpose(0, 1))
 
 
-def _join_channels(x: Tensor, axis: Axis) -> Tensor:
+def _join_channels(x: Tensor, axis: CommunicationGroup) -> Tensor:
     return torch.cat(axis.gather(x).unbind(0), dim=-1)
 
 
-def _divide_channels(x: Tensor, axis: Axis) -> Tensor:
+def _divide_channels(x: Tensor, axis: CommunicationGroup) -> Tensor:
     return x.chunk(axis.size, dim=-1)[axis.rank].contiguous()

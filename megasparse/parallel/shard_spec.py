@@ -3,7 +3,7 @@
     weight = nn.Parameter(partition.shard(full, rank))
     partition.declare(weight)
     ...
-    full = partition_of(weight).merge(shards)
+    full = shard_spec_of(weight).merge(shards)
 
 A parameter is replicated, or divided along one dimension. That dimension may consist of fused parts (the query, key and
 value rows of one matrix), each of which is divided by itself: a shard holds its share of every part, in their order.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Partition:
+class ShardSpec:
     """shape: of the whole parameter. dim: the divided dimension, None: every rank holds everything."""
 
     shape: tuple[int, ...]
@@ -77,11 +77,17 @@ class Partition:
         pieces = [shard.split(shares, dim=self.dim) for shard in shards]
         return torch.cat([piece for part in zip(*pieces, strict=True) for piece in part], dim=self.dim)
 
-    def blocks(self, unit: int) -> Partition:
-        """The same division on the grid of `unit` x `unit` blocks of a matrix. `unit` must divide every share."""
-        assert all(part // self.size % unit == 0 for part in self.divided_parts), f"{unit} does not divide {self}"
-        return Partition(
-            tuple(n // unit for n in self.shape), self.dim, self.size, tuple(part // unit for part in self.parts)
+    def blocks(self, block_size: int) -> ShardSpec:
+        """The same division on the grid of `block_size` x `block_size` blocks of a matrix. `block_size` must divide
+        every share."""
+        assert all(part // self.size % block_size == 0 for part in self.divided_parts), (
+            f"{block_size} does not divide {self}"
+        )
+        return ShardSpec(
+            tuple(n // block_size for n in self.shape),
+            self.dim,
+            self.size,
+            tuple(part // block_size for part in self.parts),
         )
 
     def declare(self, parameter: Tensor) -> None:
@@ -91,7 +97,7 @@ class Partition:
         parameter.tensor_model_parallel = self.is_divided
 
 
-def partition_of(parameter: Tensor) -> Partition:
+def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """The declared partition; a parameter without one is replicated."""
     declared = getattr(parameter, "tensor_partition", None)
-    return declared if declared is not None else Partition(tuple(parameter.shape))
+    return declared if declared is not None else ShardSpec(tuple(parameter.shape))

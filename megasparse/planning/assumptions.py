@@ -26,7 +26,7 @@ class Assumption:
     meaning: str
     basis: str
     largest: float | None = None
-    """Largest legal value; None: there is none. The smallest is 0."""
+    """Largest value; None: there is none. The smallest is 0."""
 
 
 _SHARE = 1.0
@@ -78,7 +78,7 @@ ASSUMPTIONS: Mapping[str, Assumption] = MappingProxyType(
             600.0,
             300.0,
             100.0,
-            "bytes of memory traffic per sparse weight of a rank's share in a topology step",
+            "bytes of memory traffic per sparse weight of a rank's share in a topology update",
             "300 is what the CPU measurements in benchmarks/results amount to",
         ),
         "memory_reserve": Assumption(
@@ -125,20 +125,20 @@ def parse_assumptions(words: Sequence[str]) -> Assumptions:
     for word in words:
         name, separator, text = word.partition("=")
         if name not in ASSUMPTIONS or not separator:
-            raise ConfigError(f"--assume: {word!r} is no name=value; legal names: {', '.join(ASSUMPTIONS)}")
+            raise ConfigError(f"--assume: {word!r} is no name=value; must be one of {', '.join(ASSUMPTIONS)}")
         given[name] = _number(name, text)
     return Assumptions(MappingProxyType(given))
 
 
 def _number(name: str, text: str) -> float:
     largest = ASSUMPTIONS[name].largest
-    legal = f"0 to {largest:g}" if largest is not None else "numbers from 0 up"
+    allowed = f"0 to {largest:g}" if largest is not None else "numbers from 0 up"
     try:
         value = float(text)
     except ValueError:
-        raise ConfigError(f"--assume: {name}={text!r} is no number; legal values: {legal}") from None
+        raise ConfigError(f"--assume: {name}={text!r} is no number; must be {allowed}") from None
     divides = name.endswith("efficiency")
     if not 0.0 <= value <= (largest if largest is not None else 1e12) or (divides and value == 0.0):
-        legal = f"above {legal}" if divides else legal
-        raise ConfigError(f"--assume: {name}={text} is out of range; legal values: {legal}")
+        allowed = f"above {allowed}" if divides else allowed
+        raise ConfigError(f"--assume: {name}={text} is out of range; must be {allowed}")
     return value

@@ -155,5 +155,5 @@ CHIPS: Mapping[str, Chip] = MappingProxyType({chip.name: chip for chip in _TABLE
 def find_chip(name: str) -> Chip:
     """Raises ConfigError for a name that is not in the table."""
     if name not in CHIPS:
-        raise ConfigError(f"--chip: {name!r} is unknown; legal values: {', '.join([HERE, *CHIPS])}")
+        raise ConfigError(f"--chip: {name!r} is unknown; must be one of {', '.join([HERE, *CHIPS])}")
     return CHIPS[name]

@@ -57,11 +57,11 @@ def make_cluster(chip: Chip | str, count: int, gpus_per_node: int | None = None,
     chip = find_chip(chip) if isinstance(chip, str) else chip
     for name, value in (("--count", count), ("--gpus-per-node", gpus_per_node)):
         if value is not None and value < 1:
-            raise ConfigError(f"{name}: {value} is out of range; legal values: 1 and above")
+            raise ConfigError(f"{name}: {value} is out of range; must be 1 and above")
     per_node = gpus_per_node or min(chip.ranks_per_node, count)
     if count > per_node and count % per_node:
         raise ConfigError(
-            f"--count: {count} fills no whole nodes of {per_node} (--gpus-per-node); legal values: up to {per_node}, "
+            f"--count: {count} fills no whole nodes of {per_node} (--gpus-per-node); must be up to {per_node}, "
             f"and multiples of it, such as {count // per_node * per_node} and {(count // per_node + 1) * per_node}"
         )
     bandwidth = chip.network_bandwidth if network is None else parse_bandwidth(network)
@@ -77,14 +77,14 @@ def read_cluster(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--cluster: {path} is not readable as YAML: {error}") from None
     if not isinstance(content, Mapping):
-        raise ConfigError(f"--cluster: {path} must hold keys and values; legal keys: {', '.join(KEYS)}")
+        raise ConfigError(f"--cluster: {path} must hold keys and values; must be one of {', '.join(KEYS)}")
     for key, value in content.items():
         kind = int if key in ("count", "gpus_per_node") else str
         if key not in KEYS:
-            raise ConfigError(f"--cluster: {path}: {key!r} is unknown; legal keys: {', '.join(KEYS)}")
+            raise ConfigError(f"--cluster: {path}: {key!r} is unknown; must be one of {', '.join(KEYS)}")
         if not isinstance(value, kind) or isinstance(value, bool):
             what = "a whole number" if kind is int else "a text such as h100, or 400Gb"
-            raise ConfigError(f"--cluster: {path}: {key}: {value!r} is not legal; it must be {what}")
+            raise ConfigError(f"--cluster: {path}: {key}: {value!r} is not allowed; it must be {what}")
     return dict(content)
 
 
@@ -92,5 +92,5 @@ def parse_bandwidth(text: str) -> float:
     """Bytes a second: `400Gb` are bits, `50GB` bytes; `/s` may follow. Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)([bB])(?:/s|ps)?", text.strip())
     if found is None or float(found[1]) == 0.0:
-        raise ConfigError(f"--network: {text!r} is no bandwidth; legal values: such as 400Gb (bits) or 50GB (bytes)")
+        raise ConfigError(f"--network: {text!r} is no bandwidth; must be such as 400Gb (bits) or 50GB (bytes)")
     return float(found[1]) * _UNITS[found[2]] / (8 if found[3] == "b" else 1)

@@ -21,7 +21,7 @@ from megasparse.cost.resources import memory_per_rank
 from megasparse.planning.assumptions import CASES, Assumptions
 from megasparse.planning.chips import AS_OF
 from megasparse.planning.cluster import Cluster
-from megasparse.planning.layout import Layout, is_legal, legal_layouts, possible_counts, tensor_parallel_sizes
+from megasparse.planning.layout import Layout, is_possible, possible_counts, possible_layouts, tensor_parallel_sizes
 from megasparse.planning.rates import Rates, sheet_rates
 from megasparse.planning.step_time import StepModel
 from megasparse.planning.workload import Shards, Stretch
@@ -102,15 +102,15 @@ def forecast(
     shards.controller(config)
     planner = Planner(config, cluster, assumptions, shards, make_rates)
     given = Layout.of(config)
-    candidates = legal_layouts(config, cluster.count, planner.sizes)
+    candidates = possible_layouts(config, cluster.count, planner.sizes)
     needs = {layout: planner.memory(layout.applied_to(config))["total"] for layout in candidates}
     rows = [planner.row(layout, need) for layout, need in needs.items() if need <= planner.usable_memory]
     if not rows:
         raise ConfigError(_nothing_fits(planner, needs))
     rows.sort(key=lambda row: (row["seconds"], row["memory"]))
-    given_is_legal = is_legal(config, cluster.count)
+    given_is_possible = is_possible(config, cluster.count)
     best = Layout(*(rows[0][name] for name in Layout.__dataclass_fields__))
-    chosen = given if given_is_legal and planner.fits(given) else best
+    chosen = given if given_is_possible and planner.fits(given) else best
     return {
         "run": config.run.name,
         "cluster": _cluster_facts(cluster),
@@ -121,7 +121,7 @@ def forecast(
         "layouts": rows[:top],
         "layouts_that_fit": len(rows),
         "layouts_tried": len(needs),
-        "notes": _notes(planner, given, given_is_legal, measured),
+        "notes": _notes(planner, given, given_is_possible, measured),
     }
 
 
@@ -255,7 +255,7 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
     size = config.parallel.tensor_parallel_size
     if cluster.count % size:
         raise ConfigError(
-            f"--count: {cluster.count} is no multiple of parallel.tensor_parallel_size {size}; legal values: multiples "
+            f"--count: {cluster.count} is no multiple of parallel.tensor_parallel_size {size}; must be multiples "
             f"of {size}"
         )
     # One data-parallel rank and one sample at a time divide every batch.
@@ -271,7 +271,7 @@ def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
         near = sorted(sorted(possible, key=lambda count: abs(count - cluster.count))[:4])
         return (
             f"--count: no layout divides train.global_batch_size {config.train.global_batch_size} over {cluster.count} "
-            f"ranks with tensor-parallel sizes of {', '.join(map(str, planner.sizes))}; legal values nearby: "
+            f"ranks with tensor-parallel sizes of {', '.join(map(str, planner.sizes))}; values nearby that fit: "
             f"{', '.join(map(str, near))}"
         )
     need = min(needs.values())
@@ -289,13 +289,13 @@ def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
 
 def _fits_somewhere(planner: Planner, count: int) -> bool:
     moved = replace(planner, cluster=planner.cluster.with_count(count))
-    return any(moved.fits(layout) for layout in legal_layouts(planner.config, count, planner.sizes))
+    return any(moved.fits(layout) for layout in possible_layouts(planner.config, count, planner.sizes))
 
 
-def _notes(planner: Planner, given: Layout, is_given_legal: bool, measured: dict[str, Any] | None) -> list[str]:
+def _notes(planner: Planner, given: Layout, is_given_possible: bool, measured: dict[str, Any] | None) -> list[str]:
     config, cluster = planner.config, planner.cluster
     notes = []
-    if not is_given_legal:
+    if not is_given_possible:
         try:
             check_run(config, cluster.count)
         except ConfigError as error:

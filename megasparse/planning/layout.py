@@ -59,7 +59,7 @@ def tensor_parallel_sizes(config: RunConfig, largest: int) -> list[int]:
     return [size for size in divisors(min(largest, *counts)) if all(count % size == 0 for count in counts)]
 
 
-def legal_layouts(config: RunConfig, count: int, sizes: Sequence[int]) -> Iterator[Layout]:
+def possible_layouts(config: RunConfig, count: int, sizes: Sequence[int]) -> Iterator[Layout]:
     """All layouts that the checks of a run accept, with these tensor-parallel sizes."""
     batch = config.train.global_batch_size
     for size in sizes:
@@ -71,11 +71,11 @@ def legal_layouts(config: RunConfig, count: int, sizes: Sequence[int]) -> Iterat
             for micro_batch in sorted(micro_batches):
                 for recomputation in (False, True):
                     layout = Layout(size, stage, micro_batch, recomputation)
-                    if is_legal(layout.applied_to(config), count):
+                    if is_possible(layout.applied_to(config), count):
                         yield layout
 
 
-def is_legal(config: RunConfig, count: int) -> bool:
+def is_possible(config: RunConfig, count: int) -> bool:
     try:
         check_run(config, count)
     except ConfigError:

@@ -136,9 +136,9 @@ def measure(config: RunConfig, ranks: int) -> Probe:
     """
     precision, cores = config.train.precision, os.cpu_count() or 1
     if not 1 <= ranks <= 4 * cores:
-        raise ConfigError(f"--count: {ranks} is out of range with --chip here; legal values: 1 to {4 * cores}")
+        raise ConfigError(f"--count: {ranks} is out of range with --chip here; must be 1 to {4 * cores}")
     if precision == "fp16":
-        raise ConfigError("train.precision: fp16 needs a GPU; legal values with --chip here: fp32, bf16")
+        raise ConfigError("train.precision: fp16 needs a GPU; allowed values with --chip here: fp32, bf16")
     started = time.perf_counter()
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores // ranks, 1)
     before = torch.get_num_threads()
@@ -201,13 +201,13 @@ def _layers(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> tuple[dict, d
     curves: dict[Widths, dict[float, float]] = {}
     for shape in sorted(sparse | others, key=lambda shape: shape.widths):
         tokens = _tokens(shape)
-        backend, _ = block_sparse.explain("cpu", dtype, shape.unit)
+        backend, _ = block_sparse.explain("cpu", dtype, shape.block_size)
         if backend is None or shape not in sparse:
             seconds = crew.median(lambda shape=shape, tokens=tokens: _linear_pass(shape.widths, tokens, dtype))
         else:
             rows = crew.each(
                 lambda shape=shape, tokens=tokens, backend=backend: measure_row(
-                    backend, "cpu", dtype, block=shape.unit, tokens=tokens, widths=shape.widths, rounds=ROUNDS
+                    backend, "cpu", dtype, block=shape.block_size, tokens=tokens, widths=shape.widths, rounds=ROUNDS
                 )
             )
             seconds = statistics.median(row.dense_seconds for row in rows)

@@ -74,7 +74,7 @@ def sheet_rates(cluster: Cluster, precision: str, assumptions: Assumptions) -> R
     chip = cluster.chip
     if precision not in chip.peak:
         raise ConfigError(
-            f"train.precision: {precision} is not supported by {chip.title} in hardware; legal values: "
+            f"train.precision: {precision} is not supported by {chip.title} in hardware; must be "
             f"{', '.join(sorted(chip.peak))}"
         )
     peak, memory = chip.peak[precision], chip.memory_bandwidth * assumptions["memory_efficiency"]

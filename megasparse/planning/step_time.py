@@ -48,9 +48,9 @@ TOPOLOGY_COLLECTIVES = 12
 @dataclass(frozen=True)
 class Step:
     parts: dict[str, float]
-    """Seconds of a step without a topology step."""
+    """Seconds of a step without a topology update."""
     topology_extra: float
-    """Seconds that a topology step takes on top."""
+    """Seconds that a topology update takes on top."""
 
     @property
     def seconds(self) -> float:
@@ -123,7 +123,7 @@ class StepModel:
 
     @cached_property
     def _decision_seconds(self) -> float:
-        """Of choosing the units in a topology step."""
+        """Of choosing the units in a topology update."""
         weights = sum(layer.weight.numel() for layer in self.controller.layers.values()) / self._sharing
         memory = weights * self.assumptions["topology_bytes"] / self.rates.streaming
         sent = self.sent["topology_step"]

@@ -113,7 +113,7 @@ def _print_phases(result: Mapping[str, Any], console: Console) -> None:
                 largest,
             )
         )
-    headings = ("phase", "steps", "density, attention", "FLOPs alg. / exec.", "step", "topology step +", "most of it")
+    headings = ("phase", "steps", "density, attention", "FLOPs alg. / exec.", "step", "topology update +", "most of it")
     _print_table("Predicted steps", headings, rows, console)
 
 
@@ -140,7 +140,7 @@ def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
         for number, row in enumerate(result["layouts"], 1)
     ]
     headings = ("", "tensor parallel", "ZeRO", "micro-batch", "recomputation", "memory", "time", "GPU hours")
-    title = f"Cheapest layouts ({result['layouts_that_fit']} of {result['layouts_tried']} legal ones fit)"
+    title = f"Cheapest layouts ({result['layouts_that_fit']} of {result['layouts_tried']} allowed ones fit)"
     _print_table(title, headings, rows, console)
 
 

@@ -5,8 +5,9 @@
         for moment in stretch.moments:
             products = moment.products(kernels)
 
-Between its topology steps a run changes little, so a phase of changing density is sampled at SAMPLES moments instead of
-being walked through step by step as ``training.plan`` does it: a second for 70 B parameters, within a percent of it.
+Between its topology updates a run changes little, so a phase of changing density is sampled at SAMPLES moments
+instead of being walked through step by step as ``training.plan`` does it: a second for 70 B parameters, within a
+percent of it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear, SparseLinear
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller, StepDecision
-from megasparse.training.plan import set_live, stretches
+from megasparse.training.plan import set_active, stretches
 
 SAMPLES = 8
 HEAD = "head"
@@ -44,7 +45,7 @@ class Product:
     """1 where dense products compute them."""
     is_head: bool = False
     wants_dense_gradient: bool = False
-    """On topology steps."""
+    """On topology updates."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Moment:
     """Of each sparse layer."""
     decision: StepDecision
     dense_gradient_layers: frozenset[str]
-    """Layers that want their dense gradient on a topology step at this moment."""
+    """Layers that want their dense gradient on a topology update at this moment."""
     evolves: bool
-    """Whether topology steps happen here."""
+    """Whether topology updates happen here."""
     kinds: tuple[tuple[int, str], ...]
     """Number of layers, and one of them, of the same shape and density."""
 
@@ -84,7 +85,7 @@ class Moment:
         )
 
     def flops(self, counter: FlopCounter, update_interval: int) -> Flops:
-        """Of a mean step over the global batch: one in `update_interval` is a topology step."""
+        """Of a mean step over the global batch: one in `update_interval` is a topology update."""
         result = Flops()
         share = 1.0 / update_interval if self.evolves else 0.0
         for weight, layers in ((1.0 - share, frozenset()), (share, self.dense_gradient_layers)):
@@ -128,14 +129,14 @@ class Shards:
         size = config.parallel.tensor_parallel_size
         if size not in self._models:
             with torch.device("meta"):
-                self._models[size] = build_model(config, self.vocab_size, Axis(0, size))
+                self._models[size] = build_model(config, self.vocab_size, CommunicationGroup(0, size))
         return self._models[size]
 
     def controller(self, config: RunConfig) -> Controller:
         size = config.parallel.tensor_parallel_size
         if size not in self._controllers:
             layers = self.model(config).sparse_layers()
-            self._controllers[size] = Controller(config, layers, Axis(0, size))
+            self._controllers[size] = Controller(config, layers, CommunicationGroup(0, size))
         return self._controllers[size]
 
     def stretches(self, config: RunConfig) -> tuple[Stretch, ...]:
@@ -146,7 +147,7 @@ class Shards:
         return self._stretches[size]
 
     def dense_moment(self, config: RunConfig) -> Moment:
-        """A step of the same model with all weights alive and causal attention, for comparison."""
+        """A step of the same model with all weights active and causal attention, for comparison."""
         model = config.model
         patterns = [("full",) * model.num_attention_heads for _ in range(model.num_layers)]
         densities = dict.fromkeys(self.controller(config).topologies, 1.0)
@@ -156,7 +157,7 @@ class Shards:
 
 
 def dense_products(config: RunConfig, model: GPT) -> tuple[Product, ...]:
-    """Layers that are never sparse, and side paths, as products of a rank's shard; the same at every moment."""
+    """Layers that are never sparse, and low-rank branches, as products of a rank's shard; the same at every moment."""
     tokens, ranks = config.train.micro_batch_size * config.model.seq_length, config.parallel.tensor_parallel_size
     groups: Counter[tuple[LayerShape, bool]] = Counter()
     for name, layer in model.named_modules():
@@ -183,11 +184,11 @@ def _sample(config: RunConfig, controller: Controller) -> tuple[Stretch, ...]:
 
 def _moment(config: RunConfig, controller: Controller, step: float, steps: float) -> Moment:
     interval, total = config.sparsity.update_interval, config.train.steps
-    set_live(controller, step / total)
-    densities = controller.live_densities()
+    set_active(controller, step / total)
+    densities = controller.active_densities()
     density = controller.density()
     decision = _decision(config, controller, int(step))
-    # The nearest topology step.
+    # The nearest topology update.
     update = min(max(round(step / interval), 1) * interval, (total - 1) // interval * interval)
     announced = controller.begin_step(update) if update else None
     evolves = announced is not None and announced.changes_topology
@@ -208,6 +209,6 @@ def _kinds(
 ) -> tuple[tuple[int, str], ...]:
     groups: dict[tuple, list[str]] = {}
     for name, topology in controller.topologies.items():
-        key = topology.unit, tuple(topology.mask.shape), densities[name], name == HEAD, name in wanting
+        key = topology.block_size, tuple(topology.mask.shape), densities[name], name == HEAD, name in wanting
         groups.setdefault(key, []).append(name)
     return tuple((len(names), names[0]) for names in groups.values())

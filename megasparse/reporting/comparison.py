@@ -46,9 +46,9 @@ class ComparedRun:
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Write the page and return its path. Raises ConfigError for folders that hold no run, or a bad `output`."""
     if output.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output: {output}; legal values: a file whose name ends in .html")
+        raise ConfigError(f"--output: {output}; must be a file whose name ends in .html")
     if output.is_dir() or not output.parent.is_dir():
-        raise ConfigError(f"--output: {output}; legal values: a file in a folder that exists")
+        raise ConfigError(f"--output: {output}; must be a file in a folder that exists")
     page = render_comparison(read_runs(folders))
     # A reader never sees half a page: the file appears under its name when it is complete.
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
@@ -63,13 +63,13 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
 def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """Read all folders and tell the runs apart: runs of the same name carry their folder as well."""
     if not 1 <= len(folders) <= MAX_RUNS:
-        raise ConfigError(f"RUN: {len(folders)} run folders; legal values: 1 to {MAX_RUNS}")
+        raise ConfigError(f"RUN: {len(folders)} run folders; must be 1 to {MAX_RUNS}")
     resolved = [folder.resolve() for folder in folders]
     for number, folder in enumerate(folders):
         if resolved[number] in resolved[:number]:
-            raise ConfigError(f"RUN: {folder} is given twice; legal values: different run folders")
+            raise ConfigError(f"RUN: {folder} is given twice; must be different run folders")
         if folder.is_dir() and not any((folder / name).is_file() for name in FILES_OF_A_RUN):
-            raise ConfigError(f"RUN: {folder} holds no run; legal values: a folder with {', '.join(FILES_OF_A_RUN)}")
+            raise ConfigError(f"RUN: {folder} holds no run; must be a folder with {', '.join(FILES_OF_A_RUN)}")
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [

@@ -55,7 +55,7 @@ def comparison_figures(runs: Sequence[Drawn]) -> tuple[dict[str, FigureOnPage], 
     for number, run in enumerate(runs):
         layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
         if layers is None:
-            absent[f"layers-{number}"] = f"{run.label} logged no topology steps"
+            absent[f"layers-{number}"] = f"{run.label} logged no topology updates"
         else:
             figures[layers.name] = layers
     return figures, absent
@@ -109,7 +109,7 @@ def draw_densities(runs: Sequence[Drawn]) -> FigureOnPage | None:
         return figure
 
     keys = _keys(runs, {run.label for run, _, _ in curves})
-    return on_page("density", "Density over steps", "Share of the sparse weights that live.", keys, draw)
+    return on_page("density", "Density over steps", "Share of the sparse weights that are active.", keys, draw)
 
 
 def _curves(runs: Sequence[Drawn], loss: str, cost: Cost) -> list[Curve]:

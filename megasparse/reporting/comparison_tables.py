@@ -111,8 +111,8 @@ def ledger_groups(runs: Sequence[Compared]) -> list[tuple[str, list[TableRow]]]:
         row("Final density", lambda run: format_share(recorded(run, "final_density", "density"))),
     ]
     work = [
-        row("Dense-equivalent", flops("dense"), "had every weight been live; not executed"),
-        row("Algorithmic", flops("algorithmic"), "live weights and attended pairs; share of dense"),
+        row("Dense-equivalent", flops("dense"), "had every weight been active; not executed"),
+        row("Algorithmic", flops("algorithmic"), "active weights and attended pairs; share of dense"),
         row("Executed", flops("executed"), "what the kernels multiplied; share of dense"),
     ]
     time = [

@@ -214,7 +214,7 @@ def draw_step_time(run: RunData) -> FigureOnPage | None:
 
 
 def draw_layers(run: RunData, name: str = "layers", title: str = "Density of every layer") -> FigureOnPage | None:
-    """Density of every layer at every topology step, as a picture; `name` is unique on the page."""
+    """Density of every layer at every topology update, as a picture; `name` is unique on the page."""
     records = [record for record in run.topology if isinstance(record.get("densities"), dict)]
     layers = sorted({name for record in records for name in record["densities"]}, key=natural_order)
     if not layers:
@@ -243,7 +243,7 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
         return figure
 
     caption = (
-        f"A row is a layer, a column one of {len(chosen)} topology steps; from {format_share(floor)} "
+        f"A row is a layer, a column one of {len(chosen)} topology updates; from {format_share(floor)} "
         "(palest) to 100 % (fullest), on a logarithmic scale."
     )
     keys = (Key("density", f"{format_share(floor)} to 100 %", "ramp"),)
@@ -251,7 +251,7 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
 
 
 def draw_churn(run: RunData) -> FigureOnPage | None:
-    """Share of live weights replaced at each topology step, and share of weights that were ever live."""
+    """Share of active weights replaced at each topology update, and share of weights that were ever active."""
     flip_steps, flips = column(run.topology, "flip_rate")
     ever_steps, ever = column(run.topology, "ever_active")
     if not len(flip_steps) and not len(ever_steps):
@@ -265,7 +265,7 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
         top.set_ylabel("flip rate", color=colour("muted"), fontsize=11)
         bottom.plot(*thin_out(ever_steps, ever, points), color=colour("density"), linewidth=1.6)
         bottom.set_ylim(0.0, 1.05)
-        bottom.set_ylabel("ever live", color=colour("muted"), fontsize=11)
+        bottom.set_ylabel("ever active", color=colour("muted"), fontsize=11)
         for ax in (top, bottom):
             ax.yaxis.set_major_formatter(_SHARES)
             ax.locator_params(axis="y", nbins=4)
@@ -273,8 +273,8 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
         return figure
 
     keys = (
-        Key("optimizer", "flip rate: live weights replaced at a topology step"),
-        Key("density", "ever live: weights that have been live at least once"),
+        Key("optimizer", "flip rate: active weights replaced at a topology update"),
+        Key("density", "ever active: weights that have been active at least once"),
     )
     return on_page("churn", "How the topology moves", "", keys, draw)
 

@@ -61,8 +61,8 @@ def render_page(run: RunData) -> str:
         "flops": "no FLOPs were logged",
         "throughput": "no speeds were logged",
         "step_time": "no seconds by part were logged",
-        "layers": "no topology steps were logged",
-        "churn": "no topology steps were logged",
+        "layers": "no topology updates were logged",
+        "churn": "no topology updates were logged",
         "optimizer": "no learning rates were logged",
     }
     films, film_remark = film_strips(run)
@@ -241,11 +241,11 @@ def ledger_rows(run: RunData) -> list[dict[str, Any]]:
         return []
     sentences = {
         "dense": (
-            "What these steps would have cost with every weight live and full attention. "
+            "What these steps would have cost with every weight active and full attention. "
             "A yardstick: it was not executed."
         ),
         "algorithmic": (
-            "What the method needs: live weights and attended pairs only. "
+            "What the method needs: active weights and attended pairs only. "
             "It is the figure that papers report, and no promise of saved time."
         ),
         "executed": (
@@ -349,13 +349,13 @@ def topology_rows(run: RunData) -> list[Row]:
     totals = {key: column(run.topology, key)[1] for key in ("dropped", "grown", "seconds", "flip_rate")}
     last = run.topology[-1]
     return [
-        Row("Topology steps", f"{len(run.topology):,}"),
+        Row("Topology updates", f"{len(run.topology):,}"),
         Row("Units dropped", format_count(totals["dropped"].sum())),
         Row("Units grown", format_count(totals["grown"].sum())),
         Row("Mean flip rate", format_share(totals["flip_rate"].mean() if len(totals["flip_rate"]) else None)),
-        Row("Weights ever live", format_share(last.get("ever_active"))),
-        Row("Dead rows at the last step", format_integer(last.get("dead_rows"))),
-        Row("Time in topology steps", format_seconds(totals["seconds"].sum() if len(totals["seconds"]) else None)),
+        Row("Weights ever active", format_share(last.get("ever_active"))),
+        Row("Inactive rows at the last step", format_integer(last.get("inactive_rows"))),
+        Row("Time in topology updates", format_seconds(totals["seconds"].sum() if len(totals["seconds"]) else None)),
     ]
 
 

@@ -52,7 +52,7 @@ class RunData:
     metrics: list[Record] = field(default_factory=list)
     """One record per step, ordered by step; of repeated steps the last one."""
     topology: list[Record] = field(default_factory=list)
-    """One record per topology step, likewise."""
+    """One record per topology update, likewise."""
     films: list[Film] = field(default_factory=list)
     config: str | None = None
     sample: str | None = None
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> RunData:
     Raises ValueError where `folder` is no directory.
     """
     if not folder.is_dir():
-        raise ValueError(f"run folder: {str(folder)!r} is not a directory; legal values: the folder of a run")
+        raise ValueError(f"run folder: {str(folder)!r} is not a directory; must be the folder of a run")
     remarks: list[str] = []
     plan = _read_object(folder / "plan.json", remarks)
     summary = _read_object(folder / "summary.json", remarks)
@@ -245,7 +245,7 @@ def _find_films(folder: Path, topology: list[Record], remarks: list[str]) -> lis
             digits = path.stem.removeprefix("step-")
             if not digits.isdecimal():
                 continue
-            # A topology holds until the next topology step.
+            # A topology holds until the next topology update.
             position = bisect.bisect_right(topology_steps, int(digits))
             record = topology[position - 1] if position else {}
             pictures.append(Picture(path, int(digits), finite(lookup(record, "densities", layer.name))))

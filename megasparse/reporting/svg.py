@@ -46,7 +46,7 @@ ROLES = (
 """Names of the colours; the page defines `--<role>` for each. `run_1` to `run_8` tell runs apart."""
 
 TINT = (16, 158, 148)
-"""The one colour baked into bitmaps, as RGB; what is dead is transparent, so it is legible on light and on dark."""
+"""The one colour baked into bitmaps, as RGB; what is inactive is transparent, so it is legible on light and on dark."""
 
 _RC = {
     "svg.fonttype": "none",

@@ -1,1 +1,1 @@
-"""Which weights live, how many, and when that changes. The vocabulary is in the README beside this file."""
+"""Which weights are active, how many, and when that changes. The vocabulary is in the README beside this file."""

@@ -1,4 +1,4 @@
-"""What a topology must fulfil: a schedule that can be met, and exact zeros outside of the live units."""
+"""What a topology must fulfil: a schedule that can be met, and exact zeros outside of the active units."""
 
 from __future__ import annotations
 
@@ -26,55 +26,55 @@ def check_schedule(
     last_update = (steps - 1) // sparsity.update_interval * sparsity.update_interval
     if topologies and last_update == 0 and schedule.min_density < schedule.density(0.0):
         raise ConfigError(
-            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step in train.steps {steps}, "
-            f"so the model would stay dense; legal values: below {steps}, or sparsity.algorithm dense"
+            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology update in train.steps {steps}, "
+            f"so the model would stay dense; must be below {steps}, or sparsity.algorithm dense"
         )
     if topologies and schedule.density(1.0) >= 1.0 and schedule.density(last_update / steps) < 1.0:
         largest = _largest_interval(schedule, steps)
-        legal = f"such as {largest}" if largest else "none, unless the restoration ends before the last step"
+        allowed = f"such as {largest}" if largest else "none, unless the restoration ends before the last step"
         raise ConfigError(
-            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology step between the end of the "
-            f"restoration and train.steps {steps}, so the model would not become dense again; legal values: {legal}"
+            f"sparsity.update_interval: {sparsity.update_interval} leaves no topology update between the end of the "
+            f"restoration and train.steps {steps}, so the model would not become dense again; must be {allowed}"
         )
     for name, topology in topologies.items():
         if topology.num_units > MAX_UNITS:
             raise ConfigError(
-                f"sparsity.unit: {topology.unit} divides layer {name} into {topology.num_units} units, more than "
-                f"{MAX_UNITS}; legal values: larger ones"
+                f"sparsity.block_size: {topology.block_size} divides layer {name} into {topology.num_units} units, "
+                f"more than {MAX_UNITS}; must be larger ones"
             )
-        if sparsity.row_floor and topology.unit > 1:
+        if sparsity.row_floor and topology.block_size > 1:
             _check_row_floor(topology, lowest[name])
 
 
 def _largest_interval(schedule: DensitySchedule, steps: int) -> int:
-    """Largest update interval with a topology step at full density."""
+    """Largest update interval with a topology update at full density."""
     full = next(step for step in range(1, steps + 1) if schedule.density(step / steps) >= 1.0)
     return max((n for n in range(1, steps) if (steps - 1) // n * n >= full), default=0)
 
 
 def _check_row_floor(topology: Topology, density: float) -> None:
     rows, columns = topology.whole_grid.shape
-    num_live = unit_target(density, topology.num_units)
-    if num_live < rows:
+    num_active = unit_target(density, topology.num_units)
+    if num_active < rows:
         raise ConfigError(
             f"sparsity.row_floor: layer {topology.name} has {rows} rows of blocks and at density {density:.3g} only "
-            f"{num_live} live blocks; legal values: false, or a density of at least {1 / columns:.3g}"
+            f"{num_active} active blocks; must be false, or a density of at least {1 / columns:.3g}"
         )
 
 
 def check_invariant(topologies: Iterable[Topology], access: StateAccess) -> None:
     """Raise RuntimeError naming the first layer whose weights or moments are not 0 outside its topology.
 
-    Ages of dead weights count on; they begin anew at birth.
+    Per-weight steps of inactive weights count on; they begin anew when a weight is grown.
     """
     fragments = access.fragments()
     for topology in topologies:
         fragment = fragments.get(topology.name)
         if fragment is None:
             continue
-        dead = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.master.device)
-        moments = {label: tensor for label, tensor in fragment.moments.items() if label != "age"}
+        inactive = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.master.device)
+        moments = {label: tensor for label, tensor in fragment.moments.items() if label != "weight_steps"}
         for label, tensor in {"weight": fragment.master, **moments}.items():
-            wrong = int(tensor[dead].count_nonzero())
+            wrong = int(tensor[inactive].count_nonzero())
             if wrong:
-                raise RuntimeError(f"{wrong} dead entries of {label} of layer {topology.name} are not 0")
+                raise RuntimeError(f"{wrong} inactive entries of {label} of layer {topology.name} are not 0")

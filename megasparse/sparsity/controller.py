@@ -1,4 +1,4 @@
-"""The one place that knows about steps: says what each step is to do, and carries out topology steps.
+"""The one place that knows about steps: says what each step is to do, and carries out topology updates.
 
 decision = controller.begin_step(step)         # before the forward passes of optimizer step `step`
 ...                                            # forward and backward, decision.patterns in force
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megasparse.config.schema import Pattern, Phase, RunConfig
-from megasparse.parallel import Axis, Partition
+from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.checks import check_schedule
 from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_target
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
@@ -42,11 +42,11 @@ class SparseLayer(Protocol):
 
     weight: torch.nn.Parameter
     mask: Tensor
-    unit: int
-    grid: Partition
+    block_size: int
+    grid: ShardSpec
     collect_dense_gradient: bool
 
-    def topology_changed(self, num_live: int | None = None) -> None: ...
+    def topology_changed(self, num_active: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StepDecision:
 
 @dataclass(frozen=True)
 class TopologyReport:
-    """One topology step, for the log. Numbers are of weights unless said otherwise."""
+    """One topology update, for the log. Numbers are of weights unless said otherwise."""
 
     step: int
     phase: Phase
@@ -80,10 +80,10 @@ class TopologyReport:
     grown: int
     flip_rate: float
     ever_active: float
-    dead_rows: int
-    """Rows of units without a live one."""
+    inactive_rows: int
+    """Rows of units without an active one."""
     imbalance: float
-    """Largest over all layers of the live units of a tensor-parallel rank over their mean: 1 where no rank waits."""
+    """Largest over all layers of the active units of a tensor-parallel rank over their mean: 1 where no rank waits."""
     seconds: float
 
 
@@ -97,7 +97,7 @@ class Controller:
     def __init__(
         self, config: RunConfig, layers: Mapping[str, SparseLayer], tensor_parallel: Ranks | None = None
     ) -> None:
-        self.config, self.tensor_parallel = config, tensor_parallel or Axis()
+        self.config, self.tensor_parallel = config, tensor_parallel or CommunicationGroup()
         self.layers = dict(layers)
         self.schedule = build_density_schedule(config.sparsity)
         self.pattern_schedule = PatternSchedule(
@@ -106,18 +106,18 @@ class Controller:
         self.settings = {name: _settings(config, name) for name in self.layers}
         self.shapes = [self._shape(name) for name in self.layers]
         self.topologies = {
-            name: Topology(name, layer.mask, layer.unit, layer.grid, self.tensor_parallel.rank)
+            name: Topology(name, layer.mask, layer.block_size, layer.grid, self.tensor_parallel.rank)
             for name, layer in self.layers.items()
         }
-        self.shard_live = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
-        self.ever_live = {}
+        self.shard_active = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
+        self.ever_active = {}
         self.decision: StepDecision | None = None
         check_schedule(config, self.schedule, self.topologies, self.densities_for(self.schedule.min_density))
 
     @property
-    def num_live(self) -> dict[str, int]:
-        """Live units of each whole layer."""
-        return {name: sum(shards) for name, shards in self.shard_live.items()}
+    def num_active(self) -> dict[str, int]:
+        """Active units of each whole layer."""
+        return {name: sum(shards) for name, shards in self.shard_active.items()}
 
     def start_topologies(self, opened: OpenWeight = nullcontext) -> None:
         """Give a run that starts sparse its random first topology; call before the optimizer copies the weights.
@@ -131,9 +131,9 @@ class Controller:
                 self._adopt(name, self._random_topology(name, target))
                 weight = self.layers[name].weight
                 with torch.no_grad(), opened(weight):
-                    dead = ~topology.weights_slice(0, weight.numel())
-                    weight.view(-1).masked_fill_(dead.to(weight.device), 0)
-        self._remember_live()
+                    inactive = ~topology.weights_slice(0, weight.numel())
+                    weight.view(-1).masked_fill_(inactive.to(weight.device), 0)
+        self._remember_active()
 
     def _random_topology(self, name: str, target: int) -> Tensor:
         """A random choice of `target` units of the whole layer, bool [num_units]; balanced between shards if asked."""
@@ -145,7 +145,7 @@ class Controller:
                 own = topology.pick(numbers, rank)
                 whole[own] = random_topology(own.numel(), share, stream_number(f"{name}/{rank}"), seed)
             return whole
-        floor = self.config.sparsity.row_floor and topology.unit > 1
+        floor = self.config.sparsity.row_floor and topology.block_size > 1
         row_length = topology.whole_grid.shape[1] if floor else None
         return random_topology(topology.num_units, target, stream_number(name), seed, row_length)
 
@@ -163,13 +163,13 @@ class Controller:
         return self.decision
 
     def update_topology(self, access: StateAccess) -> TopologyReport:
-        """Carry out the topology step that ``begin_step`` announced: choose units, edit the state, tell the layers.
+        """Carry out the topology update that ``begin_step`` announced: choose units, edit the state, tell the layers.
 
         After it, weights and moments are exactly 0 outside the new topology and at new units, and gradients are 0
         outside it. All ranks must call it.
         """
         decision = self.decision
-        assert decision is not None and decision.changes_topology, "begin_step announced no topology step"
+        assert decision is not None and decision.changes_topology, "begin_step announced no topology update"
         started = time.perf_counter()
         evolving = [
             EvolvingLayer(
@@ -183,23 +183,23 @@ class Controller:
             for name, counts in decision.counts.items()
         ]
         changes = update_layers(evolving, access, self.config.run.seed, decision.step)
-        self._remember_live()
-        statistics = collect_statistics(self.topologies, changes, self.ever_live, self.tensor_parallel)
+        self._remember_active()
+        statistics = collect_statistics(self.topologies, changes, self.ever_active, self.tensor_parallel)
         for name, counts in decision.counts.items():
-            self._set_live(name, statistics[name].shard_live)
-            assert self.num_live[name] == sum(count.target for count in counts), f"{name}: {self.shard_live[name]}"
+            self._set_active(name, statistics[name].shard_active)
+            assert self.num_active[name] == sum(count.target for count in counts), f"{name}: {self.shard_active[name]}"
         return self._report(decision, statistics, time.perf_counter() - started)
 
     def expect(self, name: str, counts: Sequence[StepCounts]) -> None:
-        """Count units as a topology step will leave them, without any mask (for plans)."""
+        """Count units as a topology update will leave them, without any mask (for plans)."""
         if len(counts) > 1:
-            self.shard_live[name] = tuple(count.target for count in counts)
+            self.shard_active[name] = tuple(count.target for count in counts)
         else:
-            self.expect_live(name, counts[0].target)
+            self.expect_active(name, counts[0].target)
 
-    def expect_live(self, name: str, num_live: int) -> None:
-        """Count so many live units of a layer, evenly spread, without any mask (for plans)."""
-        self.shard_live[name] = _shares(num_live, self.topologies[name].num_shards)
+    def expect_active(self, name: str, num_active: int) -> None:
+        """Count so many active units of a layer, evenly spread, without any mask (for plans)."""
+        self.shard_active[name] = _shares(num_active, self.topologies[name].num_shards)
 
     def densities_at(self, progress: float) -> dict[str, float]:
         """Target density of each layer at a progress."""
@@ -212,14 +212,14 @@ class Controller:
             self.shapes, density, self.schedule.min_density, sparsity.distribution, sparsity.depth_boost
         )
 
-    def live_densities(self) -> dict[str, float]:
+    def active_densities(self) -> dict[str, float]:
         """Density of each layer now."""
-        return {name: self._live_density(name) for name in self.topologies}
+        return {name: self._active_density(name) for name in self.topologies}
 
     def density(self) -> float:
-        """Live weights over all weights of the sparse matrices, now; 1 where there are none."""
+        """Active weights over all weights of the sparse matrices, now; 1 where there are none."""
         total = sum(topology.numel for topology in self.topologies.values())
-        return self._live_weights() / total if total else 1.0
+        return self._active_weights() / total if total else 1.0
 
     def density_classes(self) -> dict[tuple[float, ...], list[str]]:
         """Layers that have one density all along, and so may share one optimizer group."""
@@ -233,7 +233,7 @@ class Controller:
     def lr_multiplier(self, name: str) -> float:
         """min(density^-p, cap) of one layer at its present density; its weight decay is divided by the same."""
         sparsity = self.config.sparsity
-        return min(self._live_density(name) ** -sparsity.lr_density_power, sparsity.lr_density_cap)
+        return min(self._active_density(name) ** -sparsity.lr_density_power, sparsity.lr_density_cap)
 
     def state(self) -> dict[str, Tensor]:
         """Topologies as packed bits of the whole layers, one tensor per layer and kind, the same for every layout.
@@ -241,9 +241,9 @@ class Controller:
         All ranks must call it and get the same.
         """
         kinds = {
-            "live": {name: topology.mask for name, topology in self.topologies.items()},
+            "active": {name: topology.mask for name, topology in self.topologies.items()},
             "ever": {
-                name: unpack_bits(bits, self.topologies[name].shard_units) for name, bits in self.ever_live.items()
+                name: unpack_bits(bits, self.topologies[name].shard_units) for name, bits in self.ever_active.items()
             },
         }
         return {
@@ -254,18 +254,18 @@ class Controller:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take topologies from ``state``. Raises ValueError naming a layer that is missing or of another shape."""
-        expected = {f"{kind}/{name}" for kind in ("live", "ever") for name in self.topologies}
+        expected = {f"{kind}/{name}" for kind in ("active", "ever") for name in self.topologies}
         if set(state) != expected:
             odd = sorted(set(state) ^ expected)
             raise ValueError(f"saved topology is of another model or setting: layers differ at {', '.join(odd[:4])}")
         for name, topology in self.topologies.items():
             try:
-                live = unpack_bits(state[f"live/{name}"], topology.num_units)
+                active = unpack_bits(state[f"active/{name}"], topology.num_units)
                 ever = unpack_bits(state[f"ever/{name}"], topology.num_units)
             except ValueError as error:
                 raise ValueError(f"saved topology of layer {name}: {error}") from None
-            self._adopt(name, live)
-            self.ever_live[name] = pack_bits(topology.pick(ever))
+            self._adopt(name, active)
+            self.ever_active[name] = pack_bits(topology.pick(ever))
 
     def whole_mask(self, name: str) -> Tensor:
         """The mask of a whole layer on its unit grid, bool on the CPU; all tensor-parallel ranks must call it."""
@@ -282,7 +282,7 @@ class Controller:
 
     def _shape(self, name: str) -> LayerShape:
         layer = self.layers[name]
-        rows, columns = (size * layer.unit for size in layer.grid.shape)
+        rows, columns = (size * layer.block_size for size in layer.grid.shape)
         parts = name.split(".")
         depth = None
         if parts[0] == "layers":
@@ -293,26 +293,26 @@ class Controller:
         """Counts of the layers that change in this step."""
         progress = step / self.config.train.steps
         decay = self._drop_decay(progress)
-        densities, num_live = self.densities_at(progress), self.num_live
+        densities, num_active = self.densities_at(progress), self.num_active
         result = {}
         for name, topology in self.topologies.items():
             target, settings = unit_target(densities[name], topology.num_units), self.settings[name]
             share = settings.drop_fraction * decay
             if self._is_balanced(name):
-                parts = zip(self.shard_live[name], _shares(target, topology.num_shards), strict=True)
+                parts = zip(self.shard_active[name], _shares(target, topology.num_shards), strict=True)
                 counts = tuple(
-                    step_counts(live, wanted, topology.shard_units, share, settings.gradient_share)
-                    for live, wanted in parts
+                    step_counts(active, wanted, topology.shard_units, share, settings.gradient_share)
+                    for active, wanted in parts
                 )
             else:
-                live = num_live[name]
-                counts = (step_counts(live, target, topology.num_units, share, settings.gradient_share),)
-            if any(count.keep < count.live or count.target > count.live for count in counts):
+                active = num_active[name]
+                counts = (step_counts(active, target, topology.num_units, share, settings.gradient_share),)
+            if any(count.keep < count.active or count.target > count.active for count in counts):
                 result[name] = counts
         return result
 
     def _is_balanced(self, name: str) -> bool:
-        """Whether each tensor-parallel shard of the layer keeps its own equal share of the live units."""
+        """Whether each tensor-parallel shard of the layer keeps its own equal share of the active units."""
         return self.config.sparsity.balance_shards and self.topologies[name].num_shards > 1
 
     def _drop_decay(self, progress: float) -> float:
@@ -326,48 +326,48 @@ class Controller:
     def _needs_gradient(self, name: str, counts: Sequence[StepCounts]) -> bool:
         return any(count.by_gradient > 0 for count in counts) or self.settings[name].drop_score != "magnitude"
 
-    def _adopt(self, name: str, live: Tensor) -> None:
+    def _adopt(self, name: str, active: Tensor) -> None:
         """Take over the mask of a whole layer, bool [num_units], which every rank has."""
         topology = self.topologies[name]
-        topology.replace(topology.pick(live).to(topology.mask.device))
+        topology.replace(topology.pick(active).to(topology.mask.device))
         # Counted where the mask comes from, the host: no layer waits for the device.
-        self._set_live(name, tuple(int(topology.pick(live, rank).sum()) for rank in range(topology.num_shards)))
+        self._set_active(name, tuple(int(topology.pick(active, rank).sum()) for rank in range(topology.num_shards)))
 
-    def _set_live(self, name: str, shard_live: tuple[int, ...]) -> None:
-        self.shard_live[name] = shard_live
+    def _set_active(self, name: str, shard_active: tuple[int, ...]) -> None:
+        self.shard_active[name] = shard_active
         topology = self.topologies[name]
-        own = shard_live[topology.rank if topology.num_shards > 1 else 0]
-        self.layers[name].topology_changed(num_live=own)
+        own = shard_active[topology.rank if topology.num_shards > 1 else 0]
+        self.layers[name].topology_changed(num_active=own)
 
-    def _live_density(self, name: str) -> float:
-        return sum(self.shard_live[name]) / self.topologies[name].num_units
+    def _active_density(self, name: str) -> float:
+        return sum(self.shard_active[name]) / self.topologies[name].num_units
 
-    def _live_weights(self) -> int:
-        return sum(sum(self.shard_live[name]) * topology.unit**2 for name, topology in self.topologies.items())
+    def _active_weights(self) -> int:
+        return sum(sum(self.shard_active[name]) * topology.block_size**2 for name, topology in self.topologies.items())
 
-    def _remember_live(self) -> None:
+    def _remember_active(self) -> None:
         for name, topology in self.topologies.items():
             bits = pack_bits(topology.mask)
-            self.ever_live[name] = bits | self.ever_live[name] if name in self.ever_live else bits
+            self.ever_active[name] = bits | self.ever_active[name] if name in self.ever_active else bits
 
     def _report(
         self, decision: StepDecision, statistics: Mapping[str, LayerStatistics], seconds: float
     ) -> TopologyReport:
-        size = {name: topology.unit**2 for name, topology in self.topologies.items()}
-        dropped = sum(layer.died * size[name] for name, layer in statistics.items())
-        grown = sum(layer.born * size[name] for name, layer in statistics.items())
-        ever = sum(layer.ever_live * size[name] for name, layer in statistics.items())
+        size = {name: topology.block_size**2 for name, topology in self.topologies.items()}
+        dropped = sum(layer.dropped * size[name] for name, layer in statistics.items())
+        grown = sum(layer.grown * size[name] for name, layer in statistics.items())
+        ever = sum(layer.ever_active * size[name] for name, layer in statistics.items())
         return TopologyReport(
             step=decision.step,
             phase=decision.phase,
             density=self.density(),
-            densities=self.live_densities(),
+            densities=self.active_densities(),
             dropped=dropped,
             grown=grown,
-            flip_rate=min(dropped, grown) / self._live_weights(),
+            flip_rate=min(dropped, grown) / self._active_weights(),
             ever_active=ever / sum(topology.numel for topology in self.topologies.values()),
-            dead_rows=sum(layer.dead_rows for layer in statistics.values()),
-            imbalance=max(max(shards) * len(shards) / max(sum(shards), 1) for shards in self.shard_live.values()),
+            inactive_rows=sum(layer.inactive_rows for layer in statistics.values()),
+            imbalance=max(max(shards) * len(shards) / max(sum(shards), 1) for shards in self.shard_active.values()),
             seconds=seconds,
         )
 

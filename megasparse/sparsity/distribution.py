@@ -4,7 +4,7 @@
 
 ``uniform`` gives every layer the target. ``erdos_renyi`` makes the density of an n x m matrix proportional to
 (n + m) / (n m) (Mocanu et al. 2018; Evci et al. 2020), capped at 1 with the excess shared among the others. In both
-cases live weights over all layers add up to the target.
+cases active weights over all layers add up to the target.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def layer_densities(
 
 
 def unit_target(density: float, num_units: int) -> int:
-    """Live units of a layer at a density: the nearest whole number, at least one."""
+    """Active units of a layer at a density: the nearest whole number, at least one."""
     return min(num_units, max(1, math.floor(density * num_units + 0.5)))
 
 

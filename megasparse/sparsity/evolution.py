@@ -1,8 +1,8 @@
-"""One topology step, as a pure function: scores and targets in, kept and grown units out.
+"""One topology update, as a pure function: scores and targets in, kept and grown units out.
 
     results = evolve(layers, step_key, sum_over_shards)
 
-Of each layer the `num_keep` best live units stay; then `num_target - num_keep` of all others (those just dropped
+Of each layer the `num_keep` best active units stay; then `num_target - num_keep` of all others (those just dropped
 included) come to life: `num_by_gradient` by growth score, the rest at random. Every layer may lie in pieces on several
 ranks; all ranks call with the same counts and get the pieces of one global decision.
 """
@@ -26,9 +26,9 @@ TIE_STREAM, GROWTH_STREAM, INITIAL_STREAM = 1, 2, 3
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Units of one layer in one topology step, over all ranks."""
+    """Units of one layer in one topology update, over all ranks."""
 
-    live: int
+    active: int
     keep: int
     by_gradient: int
     at_random: int
@@ -39,19 +39,19 @@ class StepCounts:
 
 
 def step_counts(
-    num_live: int, num_target: int, num_units: int, drop_fraction: float, gradient_share: float
+    num_active: int, num_target: int, num_units: int, drop_fraction: float, gradient_share: float
 ) -> StepCounts:
-    """Counts of a step: n_drop = max(floor(drop_fraction n_live), n_live - n_target), then growth up to the target.
+    """Counts of a step: n_drop = max(floor(drop_fraction n_active), n_active - n_target), then growth up to the target.
 
     gradient_share: r / (r + 1) of the grown units are chosen by gradient. A layer whose target is full drops nothing:
     there is nothing to explore, and dropping would only erase weights.
     """
-    num_drop = 0 if num_target == num_units else math.floor(drop_fraction * num_live)
-    num_drop = max(num_drop, num_live - num_target)
-    num_keep = num_live - num_drop
+    num_drop = 0 if num_target == num_units else math.floor(drop_fraction * num_active)
+    num_drop = max(num_drop, num_active - num_target)
+    num_keep = num_active - num_drop
     num_grow = num_target - num_keep
     by_gradient = math.floor(gradient_share * num_grow + 0.5)
-    return StepCounts(num_live, num_keep, by_gradient, num_grow - by_gradient)
+    return StepCounts(num_active, num_keep, by_gradient, num_grow - by_gradient)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LayerPiece:
     """Number of the layer, the same on all ranks: its stream of random numbers."""
     indices: Tensor
     """int32 or int64, global index of each unit in the layer."""
-    live: Tensor
+    active: Tensor
     """bool."""
     drop_score: Tensor
     """float32, 0 or more."""
@@ -93,7 +93,7 @@ def evolve(
         scores = [_prefer_best_of_rows(*each) for each in zip(layers, scores, taken, strict=True)]
         return select_top_k(scores, ties, counts, sum_over_shards)
 
-    kept = _best_live(layers, ties, sum_over_shards)
+    kept = _best_active(layers, ties, sum_over_shards)
     growth = [layer.growth_score.clone() for layer in layers]
     by_gradient = best(growth, kept, [layer.counts.by_gradient for layer in layers])
     del growth
@@ -107,27 +107,27 @@ def evolve(
     ]
 
 
-def _best_live(layers: Sequence[LayerPiece], ties: Sequence[TieKeys], sum_over_shards: SumOverShards) -> list[Tensor]:
-    """The live units that stay. Live ones are few, so only they are handed to the selection."""
-    live = [positions(layer.live) for layer in layers]
-    scores = [_drop_scores(layer).index_select(0, where) for layer, where in zip(layers, live, strict=True)]
-    keys = [_keys_at(tie, where) for tie, where in zip(ties, live, strict=True)]
+def _best_active(layers: Sequence[LayerPiece], ties: Sequence[TieKeys], sum_over_shards: SumOverShards) -> list[Tensor]:
+    """The active units that stay. Active ones are few, so only they are handed to the selection."""
+    active = [positions(layer.active) for layer in layers]
+    scores = [_drop_scores(layer).index_select(0, where) for layer, where in zip(layers, active, strict=True)]
+    keys = [_keys_at(tie, where) for tie, where in zip(ties, active, strict=True)]
     chosen = select_top_k(scores, keys, [layer.counts.keep for layer in layers], sum_over_shards)
     return [
-        torch.zeros_like(layer.live).index_fill_(0, where[best], True)
-        for layer, where, best in zip(layers, live, chosen, strict=True)
+        torch.zeros_like(layer.active).index_fill_(0, where[best], True)
+        for layer, where, best in zip(layers, active, chosen, strict=True)
     ]
 
 
 def _drop_scores(layer: LayerPiece) -> Tensor:
-    """Drop scores, right where units are live."""
+    """Drop scores, right where units are active."""
     if layer.row_length is None:
         return layer.drop_score
-    return _prefer_best_of_rows(layer, torch.where(layer.live, layer.drop_score, INELIGIBLE), None)
+    return _prefer_best_of_rows(layer, torch.where(layer.active, layer.drop_score, INELIGIBLE), None)
 
 
 def random_topology(num_units: int, num_target: int, stream: int, seed: int, row_length: int | None = None) -> Tensor:
-    """A random start: bool [num_units] with exactly `num_target` live units."""
+    """A random start: bool [num_units] with exactly `num_target` active units."""
     indices = torch.arange(num_units)
     nothing = torch.zeros(num_units, dtype=torch.bool)
     chance = random_scores(indices, seed, stream, INITIAL_STREAM)

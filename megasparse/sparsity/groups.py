@@ -17,14 +17,14 @@ DEFAULT_DROP_FRACTION = {"mst": 0.3, "set": 0.3, "rigl": 0.3}
 class LayerSettings:
     """How one matrix is thinned."""
 
-    unit: int
+    block_size: int
     min_density: float | None
     """Own lowest density; None: a share of the global one."""
     drop_score: str
     gradient_share: float
     """Share of grown units that are chosen by gradient: 1 gradient, 0 random, r / (r + 1) mixed."""
     drop_fraction: float
-    """zeta: the share of live units that a topology step replaces, before its decay."""
+    """zeta: the share of active units that a topology update replaces, before its decay."""
 
 
 def layer_settings(sparsity: SparsityConfig, name: str) -> LayerSettings | None:
@@ -36,7 +36,7 @@ def layer_settings(sparsity: SparsityConfig, name: str) -> LayerSettings | None:
     if group.dense:
         return None
     return LayerSettings(
-        unit=group.unit or sparsity.unit,
+        block_size=group.block_size or sparsity.block_size,
         min_density=group.density,
         drop_score=group.drop_score or sparsity.drop_score,
         gradient_share=_gradient_share(sparsity, group),
@@ -57,7 +57,7 @@ def check_groups(sparsity: SparsityConfig, names: Iterable[str]) -> None:
     unmatched = unmatched_groups(sparsity, names) if sparsity.algorithm != "dense" else []
     if unmatched:
         raise ConfigError(
-            f"sparsity.groups: no layer falls to {unmatched[0]!r}; legal values: patterns that match one of "
+            f"sparsity.groups: no layer falls to {unmatched[0]!r}; must be patterns that match one of "
             f"{', '.join(names[:6])}, ... before an earlier group does"
         )
 

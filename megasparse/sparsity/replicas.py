@@ -25,7 +25,7 @@ MAX_NAMED = 8
 
 
 def is_replica_check_due(step: int, config: RunConfig) -> bool:
-    """Whether the topology step at `step` (0-based) is one before which the masks are compared."""
+    """Whether the topology update at `step` (0-based) is one before which the masks are compared."""
     interval = config.train.replica_check_interval
     return interval > 0 and (step // config.sparsity.update_interval) % interval == 0
 

@@ -152,7 +152,7 @@ def is_update_due(step: int, update_interval: int) -> bool:
 
 
 def density_by_step(schedule: DensitySchedule, steps: int, update_interval: int) -> list[float]:
-    """Target density in force at each step: it changes on topology steps only."""
+    """Target density in force at each step: it changes on topology updates only."""
     densities, density = [], schedule.density(0.0)
     for step in range(steps):
         if is_update_due(step, update_interval):

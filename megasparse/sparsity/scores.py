@@ -1,6 +1,6 @@
 """How much a unit is worth: scores of weights, and their sums over blocks.
 
-A low drop score means that a live unit goes; a high growth score that a dead one comes. A block scores the Frobenius
+A low drop score means that an active unit goes; a high growth score that a dead one comes. A block scores the Frobenius
 norm over its weights. A rank scores only the slice of the flat matrix that it holds; partial sums over blocks add up
 over the ranks. They are kept in float64, so that the float32 result does not depend on where a block was cut (sums of
 at most 128 x 128 float32 squares carry 2^-38 of relative error).
@@ -28,23 +28,23 @@ def drop_scores(kind: str, weight: Tensor, gradient: Tensor, gradient_lambda: fl
     return (weight.abs() / gradient.abs().clamp(min=TINY)).clamp(max=torch.finfo(torch.float32).max)
 
 
-def block_partial_sums(values: Tensor, start: int, grid: tuple[int, int], unit: int) -> Tensor:
+def block_partial_sums(values: Tensor, start: int, grid: tuple[int, int], block_size: int) -> Tensor:
     """Sums of squares over blocks of a slice of a flat matrix.
 
     values: float32 [n], entries [start, start + n) of the row-major matrix [grid[0] unit, grid[1] unit].
     Returns float64 [grid[0], grid[1]]; blocks outside the slice are 0.
     """
-    width = grid[1] * unit
+    width = grid[1] * block_size
     sums = torch.zeros(grid, dtype=torch.float64, device=values.device)
     if values.numel() == 0:
         return sums
     # Whole rows of blocks around the slice, zero where it does not reach: sums in a fixed order, unlike index_add on
     # GPUs, so that replicas with equal state decide alike.
-    first, offset = divmod(start, width * unit)
-    num_block_rows = -(-(offset + values.numel()) // (width * unit))
-    squares = torch.zeros(num_block_rows * unit * width, dtype=torch.float64, device=values.device)
+    first, offset = divmod(start, width * block_size)
+    num_block_rows = -(-(offset + values.numel()) // (width * block_size))
+    squares = torch.zeros(num_block_rows * block_size * width, dtype=torch.float64, device=values.device)
     squares[offset : offset + values.numel()] = values.to(torch.float64).square()
-    sums[first : first + num_block_rows] = squares.view(num_block_rows, unit, grid[1], unit).sum(dim=(1, 3))
+    sums[first : first + num_block_rows] = squares.view(num_block_rows, block_size, grid[1], block_size).sum(dim=(1, 3))
     return sums
 
 

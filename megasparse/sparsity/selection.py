@@ -57,7 +57,7 @@ def select_top_k(
     thresholds = _thresholds([_histogram_of_scores(score, shift, bits) for score in scores], remaining, sum_over_shards)
     candidates = [_at_least(score, bin_ << shift) for score, (bin_, *_) in zip(scores, thresholds, strict=True)]
     digits = [_bits(score.index_select(0, where)) for score, where in zip(scores, candidates, strict=True)]
-    _settle(digits, candidates, chosen, remaining, thresholds, shift, bits)
+    _resolve(digits, candidates, chosen, remaining, thresholds, shift, bits)
     _radix_rounds(later, digits, candidates, chosen, remaining, sum_over_shards)
     # Every rank sees the same sums, so all of them enter the rounds for ties or none does.
     if any(remaining):
@@ -97,10 +97,10 @@ def _radix_rounds(
         if not any(remaining):
             return
         thresholds = _thresholds([_histogram(key, shift, bits) for key in keys], remaining, sum_over_shards)
-        _settle(keys, candidates, chosen, remaining, thresholds, shift, bits)
+        _resolve(keys, candidates, chosen, remaining, thresholds, shift, bits)
 
 
-def _settle(
+def _resolve(
     keys: list[Tensor],
     candidates: list[Tensor],
     chosen: list[Tensor],

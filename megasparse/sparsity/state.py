@@ -1,4 +1,4 @@
-"""What a topology step sees of the training state: the pieces of weights, moments and gradients that a rank holds.
+"""What a topology update sees of the training state: the pieces of weights, moments and gradients that a rank holds.
 
 The controller works on these alone. How an optimizer of a given ZeRO stage hands them out is the business of
 ``megasparse.engine.fragments``, which implements ``StateAccess``.
@@ -26,7 +26,7 @@ class StateFragment:
     gradient: Tensor
     """Averaged over data-parallel ranks and micro-batches, times `gradient_scale`."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
-    """`exp_avg`, `exp_avg_sq`, and `age` where it is kept; empty before the first optimizer step."""
+    """`exp_avg`, `exp_avg_sq`, and `weight_steps` where it is kept; empty before the first optimizer step."""
     gradient_scale: float = 1.0
     """Loss scale that is still in the gradient (float16 training)."""
 

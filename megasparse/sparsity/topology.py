@@ -1,4 +1,4 @@
-"""Which units of one weight matrix live.
+"""Which units of one weight matrix active.
 
 A unit is one weight or one b x b block. ``Topology`` wraps the mask of a layer on its unit grid (the layer's own
 buffer, changed in place, so that kernels see every change) and gives the forms that others need: counts, bits for
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megasparse.parallel import Partition
+from megasparse.parallel import ShardSpec
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Topology:
 
     name: str
     mask: Tensor
-    unit: int
-    grid: Partition | None = None
+    block_size: int
+    grid: ShardSpec | None = None
     """How the grid of the whole matrix is divided; None: it is not."""
     rank: int = 0
     """Tensor-parallel rank of this shard."""
 
     @cached_property
-    def whole_grid(self) -> Partition:
-        return self.grid if self.grid is not None else Partition(tuple(self.mask.shape))
+    def whole_grid(self) -> ShardSpec:
+        return self.grid if self.grid is not None else ShardSpec(tuple(self.mask.shape))
 
     @property
     def num_units(self) -> int:
@@ -50,7 +50,7 @@ class Topology:
     @property
     def numel(self) -> int:
         """Weights of the whole matrix."""
-        return self.num_units * self.unit**2
+        return self.num_units * self.block_size**2
 
     @property
     def shard_units(self) -> int:
@@ -59,11 +59,11 @@ class Topology:
     @property
     def shard_width(self) -> int:
         """Columns of the shard's weight matrix."""
-        return self.mask.shape[1] * self.unit
+        return self.mask.shape[1] * self.block_size
 
-    def replace(self, live: Tensor) -> None:
+    def replace(self, active: Tensor) -> None:
         """Take over a new bool mask of the shard's units (any shape with shard_units entries)."""
-        self.mask.copy_(live.view_as(self.mask))
+        self.mask.copy_(active.view_as(self.mask))
 
     def unit_numbers(self, start: int, numel: int) -> Tensor:
         """Global numbers of the units [start, start + numel) of the shard, int32 [numel] on the mask's device."""
@@ -108,12 +108,12 @@ class Topology:
         units: another bool tensor on the shard's unit grid to expand in place of the mask.
         """
         grid = self.mask if units is None else units.view_as(self.mask)
-        if self.unit == 1:
+        if self.block_size == 1:
             return grid.reshape(-1)[start : start + numel]
         width = self.shard_width
         first_row, last_row = start // width, -(-(start + numel) // width)
-        rows = torch.arange(first_row, last_row, device=grid.device) // self.unit
-        expanded = grid.index_select(0, rows).repeat_interleave(self.unit, dim=1).reshape(-1)
+        rows = torch.arange(first_row, last_row, device=grid.device) // self.block_size
+        expanded = grid.index_select(0, rows).repeat_interleave(self.block_size, dim=1).reshape(-1)
         offset = start - first_row * width
         return expanded[offset : offset + numel]
 

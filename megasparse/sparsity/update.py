@@ -1,4 +1,4 @@
-"""A topology step on the pieces of state that a rank holds: score, decide together, exchange masks, edit.
+"""A topology update on the pieces of state that a rank holds: score, decide together, exchange masks, edit.
 
 Layers of blocks: every rank adds the sums of squares of its slices into the block grid, one all-reduce completes them,
 and each rank takes the same decision. Layers of single weights: scores stay where they are, the global top-k is a radix
@@ -28,7 +28,7 @@ MOST_SHARES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class EvolvingLayer:
-    """A layer that takes part in a topology step."""
+    """A layer that takes part in a topology update."""
 
     topology: Topology
     counts: tuple[StepCounts, ...]
@@ -41,10 +41,10 @@ class EvolvingLayer:
 
 @dataclass(frozen=True)
 class Change:
-    """Units of this rank's shard that were born and died."""
+    """Units of this rank's shard that were grown and dropped."""
 
-    born: int
-    died: int
+    grown: int
+    dropped: int
 
 
 def update_layers(layers: Sequence[EvolvingLayer], access: StateAccess, seed: int, step: int) -> dict[str, Change]:
@@ -52,8 +52,8 @@ def update_layers(layers: Sequence[EvolvingLayer], access: StateAccess, seed: in
     fragments = access.fragments()
     changes: dict[str, Change] = {}
     for update, chosen in (
-        (_update_blocks, [layer for layer in layers if layer.topology.unit > 1]),
-        (_update_weights, [layer for layer in layers if layer.topology.unit == 1]),
+        (_update_blocks, [layer for layer in layers if layer.topology.block_size > 1]),
+        (_update_weights, [layer for layer in layers if layer.topology.block_size == 1]),
     ):
         for some in _portions(chosen, access.shard.size):
             changes |= update(some, fragments, access, seed, step)
@@ -89,9 +89,9 @@ def _update_blocks(
     sums = [_block_sums(layer, fragments.get(layer.topology.name)) for layer in layers]
     flat = torch.cat([layer.topology.spread(part) for layer, pair in zip(layers, sums, strict=True) for part in pair])
     access.whole.sum_(flat)
-    live = _whole_masks(layers, access)
+    active = _whole_masks(layers, access)
     pieces, position = [], 0
-    for layer, mask in zip(layers, live, strict=True):
+    for layer, mask in zip(layers, active, strict=True):
         num_units = layer.topology.num_units
         drop, growth = flat[position : position + 2 * num_units].view(2, num_units)
         position += 2 * num_units
@@ -104,8 +104,8 @@ def _update_blocks(
         for piece in several:
             evolved = next(results)
             whole[0, piece.indices], whole[1, piece.indices] = evolved.kept, evolved.kept | evolved.grown
-        kept, alive = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
-        changes[layer.topology.name] = _adopt(layer.topology, alive)
+        kept, active = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
+        changes[layer.topology.name] = _adopt(layer.topology, active)
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
             _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, kept))
@@ -119,16 +119,16 @@ def _whole_masks(layers: Sequence[EvolvingLayer], access: StateAccess) -> list[T
     return [part.to(torch.bool) for part in flat.split([layer.topology.num_units for layer in layers])]
 
 
-def _block_pieces(layer: EvolvingLayer, live: Tensor, drop: Tensor, growth: Tensor) -> list[LayerPiece]:
+def _block_pieces(layer: EvolvingLayer, active: Tensor, drop: Tensor, growth: Tensor) -> list[LayerPiece]:
     """The whole layer as one piece, or as one per shard that decides for itself; tensors: [num_units]."""
     topology = layer.topology
-    numbers = torch.arange(topology.num_units, device=live.device)
+    numbers = torch.arange(topology.num_units, device=active.device)
     shards = [numbers] if len(layer.counts) == 1 else [topology.pick(numbers, r) for r in range(len(layer.counts))]
     return [
         LayerPiece(
             stream=layer.stream,
             indices=shard,
-            live=live[shard],
+            active=active[shard],
             drop_score=drop[shard],
             growth_score=growth[shard],
             counts=counts,
@@ -140,15 +140,15 @@ def _block_pieces(layer: EvolvingLayer, live: Tensor, drop: Tensor, growth: Tens
 
 def _block_sums(layer: EvolvingLayer, fragment: StateFragment | None) -> tuple[Tensor, Tensor]:
     """This rank's share of the sums of squares behind drop and growth scores, float64 on the shard's block grid."""
-    grid, unit = tuple(layer.topology.mask.shape), layer.topology.unit
+    grid, block_size = tuple(layer.topology.mask.shape), layer.topology.block_size
     if fragment is None:
         nothing = torch.zeros(grid, dtype=torch.float64, device=layer.topology.mask.device)
         return nothing, nothing.clone()
     drop, growth = _weight_scores(layer, fragment)
     device = layer.topology.mask.device
     return (
-        block_partial_sums(drop, fragment.start, grid, unit).to(device),
-        block_partial_sums(growth, fragment.start, grid, unit).to(device),
+        block_partial_sums(drop, fragment.start, grid, block_size).to(device),
+        block_partial_sums(growth, fragment.start, grid, block_size).to(device),
     )
 
 
@@ -167,8 +167,8 @@ def _update_weights(
         own.append(results[position + (layer.topology.rank if len(several) > 1 else 0)])
         position += len(several)
     changes = {}
-    for layer, live in zip(layers, _exchange_masks(layers, fragments, own, access), strict=True):
-        changes[layer.topology.name] = _adopt(layer.topology, live)
+    for layer, active in zip(layers, _exchange_masks(layers, fragments, own, access), strict=True):
+        changes[layer.topology.name] = _adopt(layer.topology, active)
     for layer, evolved in zip(layers, own, strict=True):
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
@@ -196,7 +196,7 @@ def _weight_piece(layer: EvolvingLayer, fragment: StateFragment | None, counts: 
     return LayerPiece(
         stream=layer.stream,
         indices=topology.unit_numbers(fragment.start, fragment.numel),
-        live=topology.weights_slice(fragment.start, fragment.numel).clone(),
+        active=topology.weights_slice(fragment.start, fragment.numel).clone(),
         drop_score=drop.to(device),
         growth_score=growth.to(device),
         counts=counts,
@@ -238,12 +238,12 @@ def _exchange_masks(
     return [mask.to(device) for mask in masks]
 
 
-def _adopt(topology: Topology, live: Tensor) -> Change:
+def _adopt(topology: Topology, active: Tensor) -> Change:
     """Replace the mask of the shard."""
     before = topology.mask.reshape(-1)
-    both = int((live & before).count_nonzero())
-    change = Change(int(live.count_nonzero()) - both, int(before.count_nonzero()) - both)
-    topology.replace(live)
+    both = int((active & before).count_nonzero())
+    change = Change(int(active.count_nonzero()) - both, int(before.count_nonzero()) - both)
+    topology.replace(active)
     return change
 
 

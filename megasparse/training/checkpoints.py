@@ -95,7 +95,7 @@ class Checkpointer:
         if state.step > self._config.train.steps:
             raise CheckpointError(
                 f"checkpoint {folder} is past the end of the run: train.steps is {self._config.train.steps}; "
-                f"legal values: at least {state.step}"
+                f"must be at least {state.step}"
             )
         return state
 

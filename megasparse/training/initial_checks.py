@@ -52,12 +52,14 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
             density = "another grid of units" if found is None else f"density {found:.4f}"
             raise ConfigError(
                 f"train.init_from: {folder.folder} has a topology of {density}, and the schedule starts at "
-                f"{start:.4f}; legal values: a schedule that starts at the topology's density or at 1, or no "
+                f"{start:.4f}; must be a schedule that starts at the topology's density or at 1, or no "
                 "topology.safetensors in the folder"
             )
-        live = [bits for key, bits in folder.topology().items() if key.startswith("live/")]
-        if not all(_all_live(bits) for bits in live):
-            warnings.append("the topology of train.init_from is not used: all weights live at the start, zeros too")
+        active = [bits for key, bits in folder.topology().items() if key.startswith("active/")]
+        if not all(_all_active(bits) for bits in active):
+            warnings.append(
+                "the topology of train.init_from is not used: all weights are active at the start, zeros too"
+            )
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -71,7 +73,7 @@ def open_initial(config: RunConfig) -> ModelFolder:
     path = Path(config.train.init_from or "")
     if not is_model_folder(path):
         raise ConfigError(
-            f"train.init_from: {path}: no model folder there; legal values: unset, or a folder that "
+            f"train.init_from: {path}: no model folder there; must be unset, or a folder that "
             "tools/convert_checkpoint.py has made"
         )
     return ModelFolder(path)
@@ -88,8 +90,8 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
     theirs, ours = folder.config.model, config.model
     if theirs.vocab_size != vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} here, {theirs.vocab_size} in train.init_from {folder.folder}; legal "
-            f"values: {theirs.vocab_size}, and a tokenizer of at most so many entries"
+            f"model.vocab_size: {vocab_size} here, {theirs.vocab_size} in train.init_from {folder.folder}; must "
+            f"be {theirs.vocab_size}, and a tokenizer of at most so many entries"
         )
     derived = ("key_value_heads", "head_dim", "mlp_width", "has_qkv_bias")
     unset = {"num_key_value_heads", "attention_head_dim", "ffn_hidden_size", "qkv_bias"}
@@ -98,7 +100,7 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
         if getattr(theirs, field) != getattr(ours, field):
             raise ConfigError(
                 f"model.{field}: {getattr(ours, field)!r} here, {getattr(theirs, field)!r} in train.init_from "
-                f"{folder.folder}; legal values: {getattr(theirs, field)!r}"
+                f"{folder.folder}; must be {getattr(theirs, field)!r}"
             )
     expected = model_tensors(config.model_copy(update={"model": ours.model_copy(update={"vocab_size": vocab_size})}))
     odd = sorted(set(expected) ^ set(folder.names))
@@ -117,22 +119,22 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
 def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
     """Density of the folder's topology; None where it has none, or one of other layers or units."""
     state, topologies = folder.topology(), controller.topologies
-    if set(state) != {f"{kind}/{name}" for kind in ("live", "ever") for name in topologies}:
+    if set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
         return None
-    live = 0
+    active = 0
     for name, topology in topologies.items():
         try:
-            live += int(unpack_bits(state[f"live/{name}"], topology.num_units).sum()) * topology.unit**2
+            active += int(unpack_bits(state[f"active/{name}"], topology.num_units).sum()) * topology.block_size**2
         except ValueError:
             return None
-    return live / sum(topology.numel for topology in topologies.values())
+    return active / sum(topology.numel for topology in topologies.values())
 
 
 def start_density(controller: Controller) -> float:
     """Density that a run starts at in whole units: those of small layers are far apart. 1 for a dense model."""
     densities, topologies = controller.densities_at(0.0), controller.topologies
-    live = sum(unit_target(densities[name], t.num_units) * t.unit**2 for name, t in topologies.items())
-    return live / sum(t.numel for t in topologies.values()) if topologies else 1.0
+    active = sum(unit_target(densities[name], t.num_units) * t.block_size**2 for name, t in topologies.items())
+    return active / sum(t.numel for t in topologies.values()) if topologies else 1.0
 
 
 def is_used(found: float | None, start: float) -> bool:
@@ -140,7 +142,7 @@ def is_used(found: float | None, start: float) -> bool:
     return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
 
 
-def _all_live(bits: Tensor) -> bool:
-    """Whether packed bits have no dead unit: ones up to the last, zeros to the end of its byte."""
+def _all_active(bits: Tensor) -> bool:
+    """Whether packed bits have no inactive unit: ones up to the last, zeros to the end of its byte."""
     last = int(bits[-1])
     return bool((bits[:-1] == 255).all()) and last > 0 and last & (last + 1) == 0

@@ -18,7 +18,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, fitted
 from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import WEIGHT, restore_state
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel import partition_of
+from megasparse.parallel import shard_spec_of
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.training.initial_checks import is_used, open_initial, start_density, topology_density
@@ -41,13 +41,13 @@ class _InitialState:
     def __init__(self, folder: ModelFolder, engine: TrainingEngine, controller: Controller) -> None:
         self._folder = folder
         parameters = dict(engine.model.named_parameters())
-        self.shapes = {name: partition_of(parameter).shape for name, parameter in parameters.items()}
+        self.shapes = {name: shard_spec_of(parameter).shape for name, parameter in parameters.items()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         # All ranks ask for all masks in the same order: they are put together from the ranks' shards.
-        self._live = {
-            names[id(layer.weight)]: (controller.whole_mask(name), layer.unit)
+        self._active = {
+            names[id(layer.weight)]: (controller.whole_mask(name), layer.block_size)
             for name, layer in controller.layers.items()
-            if controller.live_densities()[name] < 1.0
+            if controller.active_densities()[name] < 1.0
         }
 
     def kinds(self, name: str) -> list[str]:
@@ -55,11 +55,11 @@ class _InitialState:
 
     def tensor(self, name: str, kind: str) -> Tensor:
         weight = fitted(name, self._folder.tensor(name), self.shapes[name]).to(torch.float32)
-        if name not in self._live:
+        if name not in self._active:
             return weight
-        grid, unit = self._live[name]
+        grid, block_size = self._active[name]
         rows, columns = grid.shape
-        blocks = weight.reshape(rows, unit, columns, unit).masked_fill(~grid[:, None, :, None], 0)
+        blocks = weight.reshape(rows, block_size, columns, block_size).masked_fill(~grid[:, None, :, None], 0)
         return blocks.view(weight.shape)
 
     def loss_scaler(self) -> Mapping[str, float]:

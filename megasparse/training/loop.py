@@ -1,6 +1,6 @@
 """The training loop.
 
-``Trainer.run`` goes through the steps: train, record, and now and then validate, save, or leave. ``Trainer.train_step``
+``Trainer.run`` goes through the steps: train, record, and now and then validate, save, or exit. ``Trainer.train_step``
 is one optimizer step and nothing else. Everything the loop works with is passed in.
 """
 
@@ -67,7 +67,7 @@ class Trainer:
     def __post_init__(self) -> None:
         kernels = LayerKernels(self.config, self.engine.model, self.mesh.device.type)
         self._kernels, self._flops = kernels, FlopCounter(self.config, self.engine.model, kernels)
-        self._chosen = kernels.choices(self.controller.live_densities())
+        self._chosen = kernels.choices(self.controller.active_densities())
         self._pictures = _picture_steps(self.config)
         self._first_step = self.state.step + 1
 
@@ -116,7 +116,7 @@ class Trainer:
         with seconds.step():
             decision = self.controller.begin_step(state.step)
             engine.model.set_attention_patterns(decision.patterns)
-            flops = self._flops.step(decision, self.controller.live_densities())
+            flops = self._flops.step(decision, self.controller.active_densities())
             losses = []
             for _ in range(engine.accumulation_steps):
                 self._beat(step, "data")
@@ -156,7 +156,7 @@ class Trainer:
             # A float16 gradient that overflowed ranks nothing, and its optimizer step will be skipped.
             if self.config.train.precision == "fp16":
                 return None
-            raise NonFiniteError(f"a gradient is NaN or infinite at topology step {decision.step}; {REMEDY}")
+            raise NonFiniteError(f"a gradient is NaN or infinite at topology update {decision.step}; {REMEDY}")
 
     def _advance(self, losses: list[torch.Tensor], consumed_samples: int) -> None:
         state = self.state
@@ -193,7 +193,7 @@ class Trainer:
         return dict(Counter(self._chosen.values()))
 
     def _note_kernels(self, step: int) -> None:
-        chosen = self._kernels.choices(self.controller.live_densities())
+        chosen = self._kernels.choices(self.controller.active_densities())
         for change in describe_changes(self._chosen, chosen):
             self.progress.message(f"step {step:,}: kernels: {change}")
         self._chosen = chosen
@@ -256,7 +256,7 @@ class Trainer:
 
 
 def _picture_steps(config: RunConfig) -> set[int]:
-    """About eight steps, each just after a topology step, spread over the run."""
+    """About eight steps, each just after a topology update, spread over the run."""
     interval = config.sparsity.update_interval
     updates = range(interval, config.train.steps, interval)
     stride = max(len(updates) // 8, 1)

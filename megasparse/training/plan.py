@@ -19,7 +19,7 @@ from megasparse.cost.attention_kernels import (
     attention_kernels,
     attention_warnings,
     check_attention,
-    settle_dense_fallback,
+    resolve_dense_fallback,
 )
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
@@ -27,7 +27,7 @@ from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due
@@ -45,11 +45,11 @@ def make_plan(
     the device need not be there; False: ask them.
     """
     check_run(config, world_size)
-    config = settle_dense_fallback(config, device or target_device())
+    config = resolve_dense_fallback(config, device or target_device())
     check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
     # Rank 0's shard: the shapes of all shards are alike.
-    ranks = Axis(0, config.parallel.tensor_parallel_size)
+    ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
     with torch.device("meta"):
         model = build_model(config, vocab_size, ranks)
     controller = Controller(config, model.sparse_layers(), ranks)
@@ -104,38 +104,39 @@ def make_plan(
 def walk_schedule(config: RunConfig, model: GPT, controller: Controller, kernels: LayerKernels) -> tuple[Flops, float]:
     """FLOPs of the whole run and the mean density of the sparse weights over the steps.
 
-    Steps between two topology steps of one phase cost the same, so only the steps where something changes are counted.
+    Steps between two topology updates of one phase cost the same, so only the steps where something changes are
+    counted.
     """
     steps, interval = config.train.steps, config.sparsity.update_interval
     counter, total, density_sum = FlopCounter(config, model, kernels), Flops(), 0.0
     sizes = {name: topology.numel for name, topology in controller.topologies.items()}
-    set_live(controller, 0.0)
+    set_active(controller, 0.0)
     # While no density changes, steps of one pattern and the same dense gradients cost the same.
-    densities, costs = controller.live_densities(), {}
+    densities, costs = controller.active_densities(), {}
     step = 0
     while step < steps:
         decision = controller.begin_step(step)
         run = 1 if decision.changes_topology else _steps_alike(config, controller, step)
         kind = decision.pattern, decision.dense_gradient_layers
         if kind not in costs:
-            live = sum(densities[name] * size for name, size in sizes.items())
-            costs[kind] = counter.step(decision, densities), live / sum(sizes.values()) if sizes else 1.0
+            active = sum(densities[name] * size for name, size in sizes.items())
+            costs[kind] = counter.step(decision, densities), active / sum(sizes.values()) if sizes else 1.0
         cost, density = costs[kind]
         total.add(Flops(run * cost.dense, run * cost.algorithmic, run * cost.executed))
         density_sum += run * density
         if is_update_due(step, interval):
             for name, counts in decision.counts.items():
                 controller.expect(name, counts)
-            if any(count.live != count.target for counts in decision.counts.values() for count in counts):
-                densities, costs = controller.live_densities(), {}
+            if any(count.active != count.target for counts in decision.counts.values() for count in counts):
+                densities, costs = controller.active_densities(), {}
         step += run
     return total, density_sum / steps
 
 
-def set_live(controller: Controller, progress: float) -> None:
-    """Let the controller count live units as the schedule asks for at a progress, without any mask."""
+def set_active(controller: Controller, progress: float) -> None:
+    """Let the controller count active units as the schedule asks for at a progress, without any mask."""
     for name, density in controller.densities_at(progress).items():
-        controller.expect_live(name, unit_target(density, controller.topologies[name].num_units))
+        controller.expect_active(name, unit_target(density, controller.topologies[name].num_units))
 
 
 def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
@@ -163,11 +164,11 @@ def _parameters(model: GPT, controller: Controller) -> dict[str, int]:
     total = model.num_parameters()
     sparsifiable = sum(topology.numel for topology in controller.topologies.values())
     densities = controller.densities_for(controller.schedule.min_density)
-    live = sum(
-        unit_target(densities[name], topology.num_units) * topology.unit**2
+    active = sum(
+        unit_target(densities[name], topology.num_units) * topology.block_size**2
         for name, topology in controller.topologies.items()
     )
-    return {"total": total, "sparsifiable": sparsifiable, "live_at_min_density": total - sparsifiable + live}
+    return {"total": total, "sparsifiable": sparsifiable, "active_at_min_density": total - sparsifiable + active}
 
 
 def stretches(config: RunConfig, controller: Controller) -> list[dict[str, Any]]:

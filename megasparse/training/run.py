@@ -17,7 +17,7 @@ import torch
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
-from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, settle_dense_fallback
+from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.layer_kernels import prepare_kernels, target_device
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
     """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts."""
     folder = Path(config.run.folder) / config.run.name
     before = folder / "config.yaml" if config.train.resume == "auto" else None
-    config = settle_dense_fallback(config, target_device(), before)
+    config = resolve_dense_fallback(config, target_device(), before)
     plan = make_plan(config, environment.world_size)
     tokenizer = open_tokenizer(config)
     vocab_size = vocabulary_size(config, tokenizer)
@@ -121,7 +121,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     traces = [folder / "metrics.jsonl", folder / "checkpoints"]
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
         raise ConfigError(
-            f"run.name: {folder} holds a run already; legal values: another run.name, or train.resume=auto to go on"
+            f"run.name: {folder} holds a run already; must be another run.name, or train.resume=auto to go on"
         )
 
 
@@ -129,7 +129,7 @@ def check_monitor(config: RunConfig) -> None:
     """Raise ConfigError where event files are asked for and the library that writes them is not installed."""
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError(
-            "train.tensorboard: true needs the package tensorboard (extra `monitor`); legal values here: false"
+            "train.tensorboard: true needs the package tensorboard (extra `monitor`); here it must be false"
         )
 
 
@@ -182,7 +182,7 @@ def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) 
     state = checkpointer.restore()
     if state is None and damaged:
         raise CheckpointError(
-            f"run.name: {config.run.name} has no good checkpoint to go on from; legal values: another run.name, or "
+            f"run.name: {config.run.name} has no good checkpoint to go on from; must be another run.name, or "
             f"mend or remove them: {'; '.join(damaged)}"
         )
     if state is None:

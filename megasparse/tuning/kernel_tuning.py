@@ -102,9 +102,9 @@ def measure_attention(
     rows: list[AttentionRow] = []
     for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
         options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
-        # On CPUs `parts` too, for where there is no compiler.
+        # On CPUs `tiled` too, for where there is no compiler.
         fastest = fast_kernel(device, DTYPES[precision], head_dim)
-        for kernel in dict.fromkeys((fastest, *(("parts",) if device == "cpu" else ()))):
+        for kernel in dict.fromkeys((fastest, *(("tiled",) if device == "cpu" else ()))):
             rows += measure_rows(kernel, device, DTYPES[precision], **options)
     return as_measurement(rows, device, command)
 

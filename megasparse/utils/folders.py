@@ -22,9 +22,9 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; legal values: a folder that is new or empty")
+        raise ValueError(f"{folder}: is a file; must be a folder that is new or empty")
     if folder.is_dir() and any(folder.iterdir()) and not replace:
-        raise ValueError(f"{folder}: holds something already; legal values: a folder that is new or empty")
+        raise ValueError(f"{folder}: holds something already; must be a folder that is new or empty")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     partial.mkdir(parents=True)

@@ -26,15 +26,15 @@ from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.conversion.sparsify import MaskedState, sparsify
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.topology import pack_bits
 from megasparse.training.checkpoints import Checkpointer
 
 UP = "layers.0.mlp.up"
 
 
-def sparse_config(unit: int = 8, **more):
-    return dense_config(algorithm="static", density=0.3, unit=unit, **more)
+def sparse_config(block_size: int = 8, **more):
+    return dense_config(algorithm="static", density=0.3, block_size=block_size, **more)
 
 
 def sparse_state(config) -> MaskedState:
@@ -46,9 +46,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("form", [None, "bits", "list"])
-@pytest.mark.parametrize("unit", [1, 8])
-def test_a_run_comes_back_bit_for_bit(tmp_path, unit, form) -> None:
-    config = sparse_config(unit, unit_step_counts=True)
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_a_run_comes_back_bit_for_bit(tmp_path, block_size, form) -> None:
+    config = sparse_config(block_size, per_weight_step_counts=True)
     saved = sparse_state(config)
     pack(saved, config, tmp_path / "small", weights_only=False, form=form)
     unpack_run(CompactReader(tmp_path / "small"), tmp_path / "run")
@@ -65,7 +65,7 @@ def test_a_run_comes_back_bit_for_bit(tmp_path, unit, form) -> None:
 def test_a_run_that_was_unpacked_asks_for_the_setting_that_it_needs(tmp_path) -> None:
     config = sparse_config()
     write_run(tmp_path / "run", sparse_state(config), config)
-    mesh = SimpleNamespace(world_size=1, tensor_parallel=Axis())
+    mesh = SimpleNamespace(world_size=1, tensor_parallel=CommunicationGroup())
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", config, mesh, None, None)
     with pytest.raises(CheckpointError, match="only its universal form. To go on with this one: train.universal=true"):
         checkpointer.restore()
@@ -82,15 +82,15 @@ def test_what_has_ever_lived_comes_back(tmp_path) -> None:
     assert all(torch.equal(bits, found[key]) for key, bits in topology.items()) and set(found) == set(topology)
 
 
-def test_entries_of_dead_units_that_are_not_alike_are_never_pruned(tmp_path) -> None:
+def test_entries_of_inactive_units_that_are_not_alike_are_never_pruned(tmp_path) -> None:
     """A stray weight, negative zeros among zeros, and ages of several values: stored whole, and they come back."""
-    config = sparse_config(unit_step_counts=True)
+    config = sparse_config(per_weight_step_counts=True)
     saved = sparse_state(config)
     sparse = sparse_parameters(config, saved.shapes, [UP])[f"{UP}.weight"]
-    dead = saved._dead(sparse)
+    inactive = saved._inactive(sparse)
     changed = {kind: saved.tensor(f"{UP}.weight", kind) for kind in saved.kinds(f"{UP}.weight")}
-    place = tuple(dead.nonzero()[5].tolist())
-    changed["fp32"][place], changed["exp_avg"][place], changed["age"][place] = 3.5, -0.0, 2
+    place = tuple(inactive.nonzero()[5].tolist())
+    changed["fp32"][place], changed["exp_avg"][place], changed["weight_steps"][place] = 3.5, -0.0, 2
     plain = saved.tensor
     saved.tensor = lambda name, kind: changed[kind] if name == f"{UP}.weight" else plain(name, kind)
     pack(saved, config, tmp_path / "small", weights_only=False)
@@ -102,21 +102,23 @@ def test_entries_of_dead_units_that_are_not_alike_are_never_pruned(tmp_path) -> 
     assert row.expected <= row.compact < row.expected + 700 and row.factor < 1.5
 
 
-def test_ages_that_are_alike_in_all_dead_units_cost_nothing(tmp_path) -> None:
-    """In a run the ages of dead weights count on, all alike: one number, not one each."""
-    config = sparse_config(unit_step_counts=True)
+def test_ages_that_are_alike_in_all_inactive_units_cost_nothing(tmp_path) -> None:
+    """In a run the ages of inactive weights count on, all alike: one number, not one each."""
+    config = sparse_config(per_weight_step_counts=True)
     saved, name = sparse_state(config), f"{UP}.weight"
-    age = saved.tensor(name, "age")
-    age[saved._dead(saved.sparse[name])] = 3
+    age = saved.tensor(name, "weight_steps")
+    age[saved._inactive(saved.sparse[name])] = 3
     plain = saved.tensor
-    saved.tensor = lambda n, kind: age if (n, kind) == (name, "age") else plain(n, kind)
+    saved.tensor = lambda n, kind: age if (n, kind) == (name, "weight_steps") else plain(n, kind)
     pack(saved, config, tmp_path / "small", weights_only=False)
     compact = CompactReader(tmp_path / "small")
-    assert compact.manifest.parameters[name].fill("age") == 3 and same_bits(compact.tensor(name, "age"), age)
+    assert compact.manifest.parameters[name].fill("weight_steps") == 3 and same_bits(
+        compact.tensor(name, "weight_steps"), age
+    )
 
 
 class PatternState(MaskedState):
-    """2 of every 4 weights of a row live."""
+    """2 of every 4 weights of a row active."""
 
     def __init__(self, config) -> None:
         dense = TinyState(dense_config())
@@ -138,10 +140,10 @@ def test_n_of_m_is_stored_where_the_topology_conforms_and_refused_elsewhere(tmp_
         assert same_bits(compact.tensor(name, "fp32"), saved.tensor(name, "fp32"))
     stored = load_file(tmp_path / "small" / tensor_file(f"{UP}.weight"))
     assert stored["fp32"].numel() == 128 * 32 // 2 and stored["index"].numel() == 128 * 32 // 2 * 2 // 8
-    with pytest.raises(CheckpointError, match="groups of 4 weights have other than 2 live ones"):
+    with pytest.raises(CheckpointError, match="groups of 4 weights have other than 2 active ones"):
         pack(sparse_state(config), config, tmp_path / "other", weights_only=True, form="2:4")
     blocks = sparse_config(8)
-    with pytest.raises(CheckpointError, match="it lives in blocks of 8, and 2:4 is a pattern of single weights"):
+    with pytest.raises(CheckpointError, match="it lies in blocks of 8, and 2:4 is a pattern of single weights"):
         pack(sparse_state(blocks), blocks, tmp_path / "other", weights_only=True, form="2:4")
     with pytest.raises(CheckpointError, match="there is no sparse layer"):
         pack(TinyState(dense_config()), dense_config(), tmp_path / "other", weights_only=True, form="2:4")
@@ -150,7 +152,7 @@ def test_n_of_m_is_stored_where_the_topology_conforms_and_refused_elsewhere(tmp_
 
 def test_a_model_folder_comes_back_with_its_dtype(tmp_path) -> None:
     saved, config = TinyState(dense_config()), dense_config()
-    words = ["--density", "0.3", "--unit", "8"]
+    words = ["--density", "0.3", "--block-size", "8"]
     write_model(tmp_path / "dense", saved, config)
     assert call("sparsify", "--model", tmp_path / "dense", *words, "--output", tmp_path / "model")[0] == 0
     half = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
@@ -181,7 +183,7 @@ class LargeState:
     def topology(self) -> dict[str, torch.Tensor]:
         bits = pack_bits(torch.tril(torch.ones(1024, 1024, dtype=torch.bool)))
         layers = [name.removesuffix(".weight") for name in self.shapes]
-        return {f"{kind}/{layer}": bits.clone() for kind in ("live", "ever") for layer in layers}
+        return {f"{kind}/{layer}": bits.clone() for kind in ("active", "ever") for layer in layers}
 
     def loss_scaler(self) -> dict[str, float]:
         return {}
@@ -258,7 +260,7 @@ FILE = tensor_file(f"{UP}.weight")
         ("config.yaml", alter, "config.yaml does not have the checksum"),
         (MANIFEST, Path.unlink, "manifest.json is missing"),
         (MANIFEST, cut, "manifest.json is not readable"),
-        (MANIFEST, change(version=2), "version 2; legal values: 1"),
+        (MANIFEST, change(version=2), "version 2; must be 1"),
         (MANIFEST, change(format="other"), "its manifest.json is not of a compact folder"),
         (MANIFEST, change(step=7), "manifest.json does not have its own checksum"),
     ],
@@ -289,9 +291,9 @@ def rewrite(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"unit": 7}, "manifest.json makes no sense"),
-        ({"live": 1000}, "manifest.json makes no sense"),
-        ({"live": 3}, "live units where 3 are announced|values of 3 live units"),
+        ({"block_size": 7}, "manifest.json makes no sense"),
+        ({"active": 1000}, "manifest.json makes no sense"),
+        ({"active": 3}, "active units where 3 are announced|values of 3 active units"),
         ({"index": "5:9"}, "do not hold"),
         ({"kinds": {"fp32": {"dtype": "complex64", "fill": 0}}}, "manifest.json makes no sense"),
         ({"kinds": {"fp32": {"dtype": "float16", "fill": 0}}}, "holds fp32 as torch.float32, not torch.float16"),
@@ -315,9 +317,9 @@ def test_names_that_lead_elsewhere_are_refused(packed, tmp_path) -> None:
 
 
 BAD_PACKING = [
-    (["--run", "{run}", "--step", "7"], "has no checkpoint of step 7; legal values: 6"),
+    (["--run", "{run}", "--step", "7"], "has no checkpoint of step 7; must be 6"),
     (["--run", "{nothing}"], "has no good checkpoint"),
-    (["--run", "{run}", "--n-of-m", "4:2"], "--n-of-m: '4:2'; legal values: N:M with 0 < N < M"),
+    (["--run", "{run}", "--n-of-m", "4:2"], "--n-of-m: '4:2'; must be N:M with 0 < N < M"),
     (["--run", "{run}", "--n-of-m", "2:4"], "--n-of-m: 2:4, and there is no sparse layer"),
 ]
 

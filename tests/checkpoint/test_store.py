@@ -108,7 +108,7 @@ DAMAGES = [
     (lose_the_manifest, "manifest.json is missing, so it was never finished"),
     (cut_the_manifest, "manifest.json is not readable"),
     (alter_the_topology, "topology.safetensors does not have the checksum"),
-    (change_manifest(format=2), "format 2; legal values: 1"),
+    (change_manifest(format=2), "format 2; must be 1"),
     (change_manifest(colour="red"), "manifest.json is not readable"),
     (change_manifest(files=[]), "manifest.json is not readable"),
     (replace_the_manifest("[1, 2]"), "manifest.json is not readable"),

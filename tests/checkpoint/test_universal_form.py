@@ -18,7 +18,7 @@ from saved_files import MODEL_STATES, content, layout, parameters, write, write_
 from megasparse.checkpoint.store import MANIFEST, TOPOLOGY, CheckpointError
 from megasparse.checkpoint.universal import UniversalReader, has_universal, verify_universal, write_universal
 from megasparse.engine.safe_checkpoint import load_data
-from megasparse.parallel.shard_spec import Partition
+from megasparse.parallel.shard_spec import ShardSpec
 
 
 def test_it_holds_every_tensor_whole_and_the_state_of_the_run(tmp_path: Path) -> None:
@@ -28,13 +28,13 @@ def test_it_holds_every_tensor_whole_and_the_state_of_the_run(tmp_path: Path) ->
     assert done == [4 * 24, 4 * 28]
     universal = UniversalReader(folder)
     assert (universal.step, universal.shapes) == (3, {"table.weight": (6, 4), "norm.weight": (4,)})
-    assert universal.kinds("table.weight") == ["fp32", "exp_avg", "exp_avg_sq", "age"]
+    assert universal.kinds("table.weight") == ["fp32", "exp_avg", "exp_avg_sq", "weight_steps"]
     assert universal.kinds("norm.weight") == ["fp32", "exp_avg", "exp_avg_sq"]
     for name, weight in weights.items():
         for kind, factor in (("fp32", 1), ("exp_avg", 2), ("exp_avg_sq", 3)):
             assert torch.equal(universal.tensor(name, kind), factor * weight)
-    assert universal.tensor("table.weight", "age").dtype == torch.int16
-    assert universal.topology()["live/table"].tolist() == [3]
+    assert universal.tensor("table.weight", "weight_steps").dtype == torch.int16
+    assert universal.topology()["active/table"].tolist() == [3]
     assert (universal.manifest.train_state, universal.manifest.window_losses) == ({"step": 3}, [0.1, 0.3])
     verify_universal(folder)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -58,11 +58,11 @@ def test_left_overs_of_an_interrupted_writing_go(tmp_path: Path) -> None:
 
 
 SHAPES = {
-    "column": Partition((8, 4), 0),
-    "row": Partition((8, 4), 1),
-    "gate_up": Partition((8, 4), 0, 1, (4, 4)),
-    "qkv": Partition((8, 4), 0, 1, (4, 2, 2)),
-    "norm": Partition((4,)),
+    "column": ShardSpec((8, 4), 0),
+    "row": ShardSpec((8, 4), 1),
+    "gate_up": ShardSpec((8, 4), 0, 1, (4, 4)),
+    "qkv": ShardSpec((8, 4), 0, 1, (4, 2, 2)),
+    "norm": ShardSpec((4,)),
 }
 
 
@@ -148,7 +148,7 @@ WEIGHT_FILE = "zero/table.weight/fp32.pt"
         (MANIFEST, Path.unlink, "it is not there"),
         (MANIFEST, cut, "manifest.json is not readable"),
         (MANIFEST, exchange, "made from another checkpoint"),
-        (MANIFEST, age_of_format, "format 9; legal values: 1"),
+        (MANIFEST, age_of_format, "format 9; must be 1"),
         (TOPOLOGY, cut, "topology.safetensors has"),
     ],
 )
@@ -209,7 +209,7 @@ def test_memory_holds_little_more_than_the_largest_tensor(tmp_path: Path) -> Non
         for n, weight in enumerate(weights.values())
     }
     saved = {"module": weights, "optimizer": {"state": state}, "train_state": {}, "window_losses": [0.0]}
-    partitions = {name: Partition((1024, 1024), 0) for name in weights}
+    partitions = {name: ShardSpec((1024, 1024), 0) for name in weights}
     folder = write(tmp_path, 3, {MODEL_STATES: saved}, layout(parameters=partitions, aliases={}, groups=[[*weights]]))
     del saved, state, weights
     process, done = psutil.Process(), threading.Event()

@@ -21,11 +21,11 @@ def test_a_good_run_passes() -> None:
         (1, ["train.micro_batch_size=5"], ["train.global_batch_size: 32", "5 x 1", "multiples of 5"]),
         (16, [], ["train.global_batch_size: 32", "multiples of 64"]),
         (0, [], ["world size 0"]),
-        (1, ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage: 0", "train.precision bf16", "legal values: 1"]),
+        (1, ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage: 0", "train.precision bf16", "must be one of 1"]),
         (
             1,
             ["deepspeed.zero_stage=0", "train.precision=fp32", "deepspeed.offload_optimizer=cpu"],
-            ["deepspeed.offload_optimizer: cpu", "legal values at stage 0: none"],
+            ["deepspeed.offload_optimizer: cpu", "at stage 0 it must be none"],
         ),
         (3, ["parallel.tensor_parallel_size=2"], ["parallel.tensor_parallel_size: 2", "world size 3", "[1, 3]"]),
         (
@@ -50,21 +50,21 @@ def test_a_good_run_passes() -> None:
         ),
         (1, ["data.tokenizer=sentencepiece"], ["data.tokenizer_path: needed by data.tokenizer sentencepiece"]),
         (1, ["model.vocab_size=null"], ["model.vocab_size: unset"]),
-        (1, ["optimizer.warmup_steps=1001"], ["optimizer.warmup_steps: 1001", "1000", "legal values: 0 to 1000"]),
+        (1, ["optimizer.warmup_steps=1001"], ["optimizer.warmup_steps: 1001", "1000", "must be 0 to 1000"]),
         (
             1,
             ["attention.overrides=[{layers: [12], pattern: local}]"],
-            ["attention.overrides.0.layers: 12", "legal values: 0 to 11"],
+            ["attention.overrides.0.layers: 12", "must be 0 to 11"],
         ),
         (
             1,
             ["attention.overrides=[{pattern: local}, {heads: [0, 40], pattern: local}]"],
-            ["attention.overrides.1.heads: 40", "legal values: 0 to 11"],
+            ["attention.overrides.1.heads: 40", "must be 0 to 11"],
         ),
         (
             1,
             ["attention.overrides=[{every: 4, first: 12, pattern: local}]"],
-            ["attention.overrides.0.first: 12 does not exist", "legal values: 0 to 11"],
+            ["attention.overrides.0.first: 12 does not exist", "must be 0 to 11"],
         ),
         (
             1,
@@ -78,7 +78,7 @@ def test_a_good_run_passes() -> None:
         ),
     ],
 )
-def test_contradictions_name_field_value_and_legal_values(world_size, overrides, parts) -> None:
+def test_contradictions_name_field_value_and_possible_values(world_size, overrides, parts) -> None:
     config = load_config([], [*GOOD, *overrides])
     with pytest.raises(ConfigError) as caught:
         check_run(config, world_size)
@@ -128,7 +128,7 @@ def test_contradictions_name_field_value_and_legal_values(world_size, overrides,
             "attention.stride_offsets is used by the patterns strided, sparse and fixed only",
         ),
         (
-            ["attention.dense_fallback=true", "kernels.hybrid_attention=parts"],
+            ["attention.dense_fallback=true", "kernels.hybrid_attention=tiled"],
             "attention.dense_fallback true is used with kernels.hybrid_attention auto only",
         ),
         (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),

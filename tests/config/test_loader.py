@@ -1,4 +1,4 @@
-"""From files and words to a checked configuration: precedence, bases, errors that say what is legal, round trips."""
+"""From files and words to a checked configuration: precedence, bases, errors that say what is allowed, round trips."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_bases_that_build_on_themselves_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize("content", ["base: 3\n", "base: null\n", "base: [a.yaml, 3]\n", "base: {a: b}\n"])
 def test_a_base_that_is_no_file_name_is_refused(tmp_path, content) -> None:
     write(tmp_path / "a.yaml", "run: {seed: 7}\n")
-    with pytest.raises(ConfigError, match="base: .* legal values: a file name or a list of file names"):
+    with pytest.raises(ConfigError, match="base: .* must be a file name or a list of file names"):
         load_config([write(tmp_path / "main.yaml", content)])
 
 
@@ -83,7 +83,7 @@ def test_a_base_that_is_no_file_name_is_refused(tmp_path, content) -> None:
         ("- 1\n- 2\n", "must hold sections"),
         ("train: [1\n", "not readable as YAML"),
         ("base: nowhere.yaml\n", "no such file: .*nowhere.yaml"),
-        ("train: 3\n", "train: 3 is not legal"),
+        ("train: 3\n", "train: 3 is not allowed"),
         ("run: {name: !!binary aGVsbG8=}\n", "settings must be text, numbers"),
     ],
 )
@@ -107,32 +107,32 @@ def test_words_that_are_no_overrides_are_refused(word) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("trian.steps=3", ["trian: unknown setting", "did you mean train?", "legal values: attention, data"]),
-        ("train.step=3", ["train.step: unknown setting", "did you mean steps?", "legal values: ", "micro_batch_size"]),
+        ("trian.steps=3", ["trian: unknown setting", "did you mean train?", "must be one of attention, data"]),
+        ("train.step=3", ["train.step: unknown setting", "did you mean steps?", "must be ", "micro_batch_size"]),
         ("sparsity.groups=[{patern: a}]", ["sparsity.groups.0.patern: unknown setting", "did you mean pattern?"]),
         ("data.train=[{paht: a}]", ["data.train.0.paht: unknown setting", "did you mean path?"]),
-        ("train.steps=many", ["train.steps", '"many" is not legal', "integer"]),
-        ("train.steps=1.5", ["train.steps", "1.5 is not legal", "integer"]),
-        ("train.steps='3'", ["train.steps", '"3" is not legal', "integer"]),
-        ("train.steps=true", ["train.steps", "true is not legal", "integer"]),
-        ("train.steps=0", ["train.steps", "0 is not legal", "greater than or equal to 1"]),
-        ("model.bias=1", ["model.bias", "1 is not legal", "boolean"]),
-        ("run.name=5", ["run.name", "5 is not legal", "string"]),
-        ("run.name=a/b", ["run.name", '"a/b" is not legal', "pattern"]),
-        ("optimizer.lr=0", ["optimizer.lr", "0 is not legal", "greater than 0"]),
-        ("optimizer.lr=.inf", ["optimizer.lr", "is not legal", "finite"]),
-        ("optimizer.gradient_clipping=.nan", ["optimizer.gradient_clipping", "is not legal", "finite"]),
-        ("sparsity.points=[[0,1],[.nan,0.5]]", ["sparsity.points.1.0", "is not legal", "finite"]),
-        ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0 is not legal", "less than 1"]),
-        ("sparsity.density=0", ["sparsity.density", "0 is not legal", "greater than 0"]),
-        ("sparsity.density=1.1", ["sparsity.density", "1.1 is not legal", "less than or equal to 1"]),
-        ("sparsity.drop_fraction=1.0", ["sparsity.drop_fraction", "1.0 is not legal", "less than 1"]),
-        ("train.precision=fp8", ["train.precision", '"fp8" is not legal', "legal values: 'fp32', 'bf16' or 'fp16'"]),
-        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "4 is not legal", "legal values: 0, 1, 2 or 3"]),
+        ("train.steps=many", ["train.steps", '"many" is not allowed', "integer"]),
+        ("train.steps=1.5", ["train.steps", "1.5 is not allowed", "integer"]),
+        ("train.steps='3'", ["train.steps", '"3" is not allowed', "integer"]),
+        ("train.steps=true", ["train.steps", "true is not allowed", "integer"]),
+        ("train.steps=0", ["train.steps", "0 is not allowed", "greater than or equal to 1"]),
+        ("model.bias=1", ["model.bias", "1 is not allowed", "boolean"]),
+        ("run.name=5", ["run.name", "5 is not allowed", "string"]),
+        ("run.name=a/b", ["run.name", '"a/b" is not allowed', "pattern"]),
+        ("optimizer.lr=0", ["optimizer.lr", "0 is not allowed", "greater than 0"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "is not allowed", "finite"]),
+        ("optimizer.gradient_clipping=.nan", ["optimizer.gradient_clipping", "is not allowed", "finite"]),
+        ("sparsity.points=[[0,1],[.nan,0.5]]", ["sparsity.points.1.0", "is not allowed", "finite"]),
+        ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0 is not allowed", "less than 1"]),
+        ("sparsity.density=0", ["sparsity.density", "0 is not allowed", "greater than 0"]),
+        ("sparsity.density=1.1", ["sparsity.density", "1.1 is not allowed", "less than or equal to 1"]),
+        ("sparsity.drop_fraction=1.0", ["sparsity.drop_fraction", "1.0 is not allowed", "less than 1"]),
+        ("train.precision=fp8", ["train.precision", '"fp8" is not allowed', "must be one of 'fp32', 'bf16' or 'fp16'"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "4 is not allowed", "must be one of 0, 1, 2 or 3"]),
         ("sparsity.groups=[{density: 0.5}]", ["sparsity.groups.0.pattern", "required"]),
-        ("data.train=[]", ["data.train", "is not legal", "at least 1 item"]),
-        ("model.num_attention_heads=7", ["model.num_attention_heads: 7 does not divide", "legal values: [1, 2, 3"]),
-        ("model.num_key_value_heads=5", ["model.num_key_value_heads: 5", "legal values: [1, 2, 3, 4, 6, 12]"]),
+        ("data.train=[]", ["data.train", "is not allowed", "at least 1 item"]),
+        ("model.num_attention_heads=7", ["model.num_attention_heads: 7 does not divide", "must be one of [1, 2, 3"]),
+        ("model.num_key_value_heads=5", ["model.num_key_value_heads: 5", "must be one of [1, 2, 3, 4, 6, 12]"]),
         ("sparsity.warmup_end=0.8", ["sparsity.warmup_end, restoration_start", "must not decrease", "0.8"]),
         ("sparsity.points=[[0,1]]", ["sparsity.points", "at least two"]),
         ("sparsity.points=[[0.1,1],[0.5,1]]", ["sparsity.points", "rise strictly from 0"]),
@@ -145,11 +145,11 @@ def test_words_that_are_no_overrides_are_refused(word) -> None:
         ("attention.overrides=[{heads: 1, pattern: local}]", ["attention.overrides.0.heads: 1 ", "less than 1"]),
         ("attention.stride_offsets=[128]", ["attention.stride_offsets: 128", "below stride 128", "0 to 127"]),
         ("attention.stride_offsets=even", ['attention.stride_offsets: "even"', "'none'", "'spread'"]),
-        ("attention.phases={dense: diagonal}", ["attention.phases.dense", "diagonal", "legal values: 'full', 'local'"]),
-        ("attention.phases={wet: full}", ["attention.phases.wet", "legal values: 'warm_up', 'ultra_sparse'"]),
+        ("attention.phases={dense: diagonal}", ["attention.phases.dense", "diagonal", "one of 'full', 'local'"]),
+        ("attention.phases={wet: full}", ["attention.phases.wet", "must be one of 'warm_up', 'ultra_sparse'"]),
     ],
 )  # fmt: skip
-def test_errors_name_field_value_and_legal_values(override, parts) -> None:
+def test_errors_name_field_value_and_possible_values(override, parts) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([], [override])
     for part in parts:
@@ -157,10 +157,25 @@ def test_errors_name_field_value_and_legal_values(override, parts) -> None:
     assert "pydantic" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        ("sparsity.unit=32", "sparsity.unit", "sparsity.block_size"),
+        ("sparsity.unit_step_counts=true", "sparsity.unit_step_counts", "sparsity.per_weight_step_counts"),
+        ("sparsity.groups=[{pattern: head, unit: 1}]", "sparsity.groups.0.unit", "sparsity.groups.block_size"),
+        ("kernels.hybrid_attention=parts", 'kernels.hybrid_attention: "parts"', "tiled"),
+    ],
+)
+def test_names_of_version_0_1_are_refused_with_the_new_ones(override, old, new) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert str(caught.value).startswith(old) and str(caught.value).endswith(f"was renamed; must be given as {new}")
+
+
 def test_contradictions_inside_a_section_are_refused() -> None:
     for overrides, message in [
         (["sparsity.algorithm=static", "sparsity.drop_fraction=0.2"], "sparsity.drop_fraction: 0.2 contradicts"),
-        (["sparsity.row_floor=true", "sparsity.unit=1"], "sparsity.row_floor: true needs blocks"),
+        (["sparsity.row_floor=true", "sparsity.block_size=1"], "sparsity.row_floor: true needs blocks"),
         (
             ["model.position_embedding=rope", "model.hidden_size=12", "model.num_attention_heads=4"],
             "model.hidden_size: rope needs an even head dimension",

@@ -46,7 +46,7 @@ def test_gelu_without_approximation() -> None:
     [
         ([*ROPE, "model.attention_head_dim=15"], "attention_head_dim: rope needs an even one, got 15"),
         (["model.hidden_size=20", "model.num_attention_heads=3"], "num_attention_heads: 3 does not divide"),
-        ([*ROPE, "model.rope_scaling={type: yarn, factor: 2}"], "rope_scaling.type: .yarn. is not legal"),
+        ([*ROPE, "model.rope_scaling={type: yarn, factor: 2}"], "rope_scaling.type: .yarn. is not allowed"),
         ([*ROPE, "model.rope_scaling={type: linear, factor: 0.5}"], "rope_scaling.factor: 0.5"),
         (
             [*ROPE, "model.rope_scaling={type: llama3, factor: 2, low_freq_factor: 4}"],

@@ -33,7 +33,8 @@ WORLD_SIZES = {
     "llama-7b": 256,
     "llama-70b": 2048,
 }
-# Fewer topology steps of the same phases: ratios change by less than 5e-4, and planning takes a twentieth of the time.
+# Fewer topology updates of the same phases: ratios change by less than 5e-4, and planning takes a twentieth of the
+# time.
 STEPS = {name: 30_000 if name.startswith("gpt2") else 20_000 for name in WORLD_SIZES}
 MST = sorted(name for name in WORLD_SIZES if not name.endswith("-base"))
 # Of the checkpoints that the model families' papers describe.
@@ -159,7 +160,7 @@ def test_the_table_of_clusters_has_every_preset() -> None:
 
 @pytest.mark.parametrize(("name", "chip", "count", "memory"), cluster_rows(), ids=str)
 def test_presets_fit_their_clusters(name: str, chip: str, count: int, memory: str) -> None:
-    """The layout that the file states is legal there and fits, with the memory that the table states."""
+    """The layout that the file states is possible there and fits, with the memory that the table states."""
     result = forecast(load_config([CONFIGS / f"{name}.yaml"]), make_cluster(chip, count), parse_assumptions([]))
     assert result["layout"]["is_given"], result["notes"]
     assert result["memory"]["total"] / 1e9 == pytest.approx(float(memory), abs=0.06)

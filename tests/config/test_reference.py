@@ -33,8 +33,8 @@ def test_every_field_has_a_row_with_default_and_help() -> None:
             cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             rows[f"{section}.{cells[0].strip('`')}"] = cells[1:]
     for name, _, default, text in describe_fields():
-        legal, shown, meaning = rows[name]
-        assert (shown, meaning) == (f"`{default}`", text) and legal, name
+        allowed, shown, meaning = rows[name]
+        assert (shown, meaning) == (f"`{default}`", text) and allowed, name
     assert rows["train.steps"][0] == "integer >= 1"
     assert rows["data.valid_fraction"][0] == "number >= 0, < 1"
     assert rows["deepspeed.zero_stage"][0] == "`0`, `1`, `2`, `3`"

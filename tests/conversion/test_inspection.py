@@ -78,10 +78,12 @@ def test_every_form_tells_the_same(made, name) -> None:
         for name, row in rows.items() if not name.startswith("embedding")
     )  # fmt: skip
     up = rows[f"{UP}.weight"]
-    assert (up["layer"], up["unit"], up["shape"]) == (UP, 8, [128, 32]) and up["density"] == up["live"] / 64
+    assert (up["layer"], up["block_size"], up["shape"]) == (UP, 8, [128, 32]) and up["density"] == up["active"] / 64
     assert rows["final_norm.weight"]["density"] is None
-    dead = sum(round(row["shape"][0] * row["shape"][1] * (1 - row["density"])) for row in rows.values() if row["layer"])
-    assert found["live_parameters"] == found["parameters"] - dead
+    inactive = sum(
+        round(row["shape"][0] * row["shape"][1] * (1 - row["density"])) for row in rows.values() if row["layer"]
+    )
+    assert found["active_parameters"] == found["parameters"] - inactive
     assert found["files"] and all(size > 0 for size, _ in found["files"].values())
 
 
@@ -103,7 +105,7 @@ def test_a_checkpoint_of_deepspeeds_files_tells_its_layout(tmp_path) -> None:
     assert found["layout"] == {
         "ranks": 2, "data_parallel_size": 2, "tensor_parallel_size": 1, "zero_stage": 0, "universal_form": False,
     }  # fmt: skip
-    assert found["moments"] == ["age", "exp_avg", "exp_avg_sq"] and found["algorithm"] is None
+    assert found["moments"] == ["exp_avg", "exp_avg_sq", "weight_steps"] and found["algorithm"] is None
 
 
 @pytest.mark.parametrize("name", [*KINDS, "huggingface"])
@@ -118,7 +120,7 @@ def test_forms_of_one_state_do_not_differ(made) -> None:
         assert found["tensors"] == [] and found["equal"] == alike, found
         # What is not there is named: the moments.
         assert len(found["only_first"]) == (0 if alike else 2 * 28), found["only_first"]
-    assert [layer["unit"] for layer in found["layers"]] == ["sparse in the first only"] * 8
+    assert [layer["block_size"] for layer in found["layers"]] == ["sparse in the first only"] * 8
     printed = call("inspect_checkpoint", "--diff", made / "small", made / "huggingface")[1]
     assert "only in the first: 48 more" in printed and "28 tensors in both, 0 of them differ" in printed
 
@@ -196,12 +198,12 @@ def test_a_shard_that_the_index_lists_is_missed(forms) -> None:
     assert status == 2 and "model-00002-of-00002.safetensors is missing" in printed
 
 
-def test_weights_that_live_where_the_mask_is_dead_are_named(forms) -> None:
+def test_weights_that_active_where_the_mask_is_inactive_are_named(forms) -> None:
     """Good checksums of bad numbers."""
     folder = forms / "model"
     weights = load_file(folder / "model.safetensors")
-    dead = (weights[f"{UP}.weight"] == 0).nonzero()[:3]
-    weights[f"{UP}.weight"][dead[:, 0], dead[:, 1]] = 0.5
+    inactive = (weights[f"{UP}.weight"] == 0).nonzero()[:3]
+    weights[f"{UP}.weight"][inactive[:, 0], inactive[:, 1]] = 0.5
     config = load_config([folder / "config.yaml"])
 
     class Weights(TinyState):
@@ -213,7 +215,7 @@ def test_weights_that_live_where_the_mask_is_dead_are_named(forms) -> None:
     write_model(folder, Weights(dense_config()), config)
     (folder / TOPOLOGY).write_bytes(topology)
     status, printed = call("inspect_checkpoint", "--verify", folder)
-    assert status == 1 and f"{UP}.weight: 3 entries of fp32 of dead units are not 0" in printed
+    assert status == 1 and f"{UP}.weight: 3 entries of fp32 of inactive units are not 0" in printed
 
 
 def test_nothing_is_executed_from_any_file(forms, tmp_path) -> None:
@@ -262,10 +264,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["{made}/nowhere"], "no such folder; legal values: a run folder"),
-        (["{made}"], "nothing that is known; legal values: a run folder"),
-        (["{made}/run", "--step", "7"], "has no checkpoint of step 7; legal values: 6"),
-        (["{made}/small", "--step", "6"], "--step: 6; legal values: none"),
+        (["{made}/nowhere"], "no such folder; must be a run folder"),
+        (["{made}"], "nothing that is known; must be a run folder"),
+        (["{made}/run", "--step", "7"], "has no checkpoint of step 7; must be 6"),
+        (["{made}/small", "--step", "6"], "--step: 6; must be none"),
         (["--diff", "{made}/run"], "two with --diff"),
         (["{made}/run", "{made}/small"], "otherwise one"),
         (["--verify", "{made}/nowhere"], "no such folder"),

@@ -16,7 +16,7 @@ from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
 from megasparse.conversion.sparsify import densify, sparsify
 from megasparse.models.build import build_model
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.state import StateFragment
 from megasparse.sparsity.topology import unpack_bits
@@ -29,7 +29,7 @@ class WholeAccess:
 
     pieces: dict
 
-    shard = tensor_parallel = whole = Axis()
+    shard = tensor_parallel = whole = CommunicationGroup()
 
     def fragments(self):
         return self.pieces
@@ -39,31 +39,31 @@ class WholeAccess:
 
 
 def masks(saved, config) -> dict[str, torch.Tensor]:
-    """Live weights by layer, bool in the shape of the weight."""
-    unit, found = config.sparsity.unit, {}
+    """Active weights by layer, bool in the shape of the weight."""
+    block_size, found = config.sparsity.block_size, {}
     for key, bits in saved.topology().items():
         kind, _, layer = key.partition("/")
         rows, columns = saved.shapes[f"{layer}.weight"]
-        grid = unpack_bits(bits, rows * columns // unit**2).view(rows // unit, columns // unit)
-        if kind == "live":
-            found[layer] = grid.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+        grid = unpack_bits(bits, rows * columns // block_size**2).view(rows // block_size, columns // block_size)
+        if kind == "active":
+            found[layer] = grid.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
     return found
 
 
-def settings(unit: int, floor: bool = False, distribution: str = "erdos_renyi", **more) -> dict:
+def settings(block_size: int, floor: bool = False, distribution: str = "erdos_renyi", **more) -> dict:
     return {
         "algorithm": "static",
         "density": 0.3,
-        "unit": unit,
+        "block_size": block_size,
         "distribution": distribution,
         "row_floor": floor,
         **more,
     }
 
 
-@pytest.mark.parametrize(("unit", "floor"), [(1, False), (8, False), (8, True)])
-def test_random_is_the_topology_that_a_run_of_the_seed_starts_with(unit, floor) -> None:
-    config = dense_config(**settings(unit, floor))
+@pytest.mark.parametrize(("block_size", "floor"), [(1, False), (8, False), (8, True)])
+def test_random_is_the_topology_that_a_run_of_the_seed_starts_with(block_size, floor) -> None:
+    config = dense_config(**settings(block_size, floor))
     model = build_model(config, 96)
     controller = Controller(config, model.sparse_layers())
     controller.start_topologies()
@@ -72,12 +72,12 @@ def test_random_is_the_topology_that_a_run_of_the_seed_starts_with(unit, floor) 
     assert all(torch.equal(bits, made[key]) for key, bits in controller.state().items())
 
 
-@pytest.mark.parametrize(("unit", "floor"), [(1, False), (8, False), (8, True)])
-def test_magnitude_is_what_a_topology_step_of_a_run_keeps(unit, floor) -> None:
+@pytest.mark.parametrize(("block_size", "floor"), [(1, False), (8, False), (8, True)])
+def test_magnitude_is_what_a_topology_step_of_a_run_keeps(block_size, floor) -> None:
     """A run that prunes gradually, dense until a step at which its density falls, decides on the same weights."""
     dense = TinyState(dense_config())
     points = [[0.0, 1.0], [0.2, 0.3]]
-    config = dense_config(**settings(unit, floor, drop_fraction=0.0, points=points, update_interval=STEP))
+    config = dense_config(**settings(block_size, floor, drop_fraction=0.0, points=points, update_interval=STEP))
     controller = Controller(config, build_model(config, 96).sparse_layers())
     controller.start_topologies()
     controller.begin_step(STEP)
@@ -88,31 +88,31 @@ def test_magnitude_is_what_a_topology_step_of_a_run_keeps(unit, floor) -> None:
     controller.update_topology(WholeAccess(pieces))
     made = sparsify(dense, config, "magnitude", STEP)
     for key, bits in controller.state().items():
-        if key.startswith("live/"):
+        if key.startswith("active/"):
             assert torch.equal(bits, made.topology()[key]), key
     for layer, piece in pieces.items():
         assert torch.equal(piece.master, made.tensor(f"{layer}.weight", "fp32").view(-1))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])
-def test_dead_units_are_exactly_zero_and_live_ones_untouched(method) -> None:
+def test_inactive_units_are_exactly_zero_and_active_ones_untouched(method) -> None:
     dense, config = TinyState(dense_config()), dense_config(**settings(8, regrowth_warmup_steps=2))
     dense.tensors["layers.0.mlp.up.weight"]["fp32"].neg_()
     made = sparsify(dense, config, method, STEP)
-    live = masks(made, config)
-    assert len(live) == 8
-    total = sum(mask.numel() for mask in live.values())
-    assert sum(int(mask.sum()) for mask in live.values()) / total == pytest.approx(0.3, abs=0.02)
-    for layer, mask in live.items():
+    active = masks(made, config)
+    assert len(active) == 8
+    total = sum(mask.numel() for mask in active.values())
+    assert sum(int(mask.sum()) for mask in active.values()) / total == pytest.approx(0.3, abs=0.02)
+    for layer, mask in active.items():
         name = f"{layer}.weight"
-        assert made.kinds(name) == ["fp32", "exp_avg", "exp_avg_sq", "age"]
+        assert made.kinds(name) == ["fp32", "exp_avg", "exp_avg_sq", "weight_steps"]
         for kind in dense.kinds(name):
             tensor = made.tensor(name, kind)
             assert torch.equal(tensor[mask], dense.tensor(name, kind)[mask])
             # By their bits: no negative zeros.
             assert not tensor.view(torch.int32)[~mask].any()
-        assert made.tensor(name, "age").unique().tolist() == [0, STEP]
-    for name in set(dense.shapes) - {f"{layer}.weight" for layer in live}:
+        assert made.tensor(name, "weight_steps").unique().tolist() == [0, STEP]
+    for name in set(dense.shapes) - {f"{layer}.weight" for layer in active}:
         assert made.kinds(name) == dense.kinds(name) and made.tensor(name, "fp32") is dense.tensor(name, "fp32")
 
 
@@ -137,7 +137,7 @@ def folders(tmp_path) -> Path:
 
 
 def test_the_tool_makes_a_run_that_keeps_its_state_and_takes_it_back(folders) -> None:
-    words = ["--density", "0.25", "--unit", "8", "--keep-dense", "layers.0.*"]
+    words = ["--density", "0.25", "--block-size", "8", "--keep-dense", "layers.0.*"]
     status, printed = call("sparsify", "--run", folders / "run", *words, "--output", folders / "sparse")
     assert status == 0 and "layers.1.mlp.up" in printed and "layers.0" not in printed, printed
     config = load_config([folders / "sparse" / "config.yaml"])
@@ -157,7 +157,7 @@ def test_the_tool_makes_a_run_that_keeps_its_state_and_takes_it_back(folders) ->
 
 
 def test_the_tool_makes_a_model_folder_that_the_loader_takes(folders) -> None:
-    words = ["--method", "random", "--density", "0.2", "--unit", "1", "--distribution", "erdos_renyi"]
+    words = ["--method", "random", "--density", "0.2", "--block-size", "1", "--distribution", "erdos_renyi"]
     status, printed = call("sparsify", "--model", folders / "model", *words, "--output", folders / "sparse")
     assert status == 0 and f"train.init_from={folders / 'sparse'}" in printed, printed
     model = ModelFolder(folders / "sparse")
@@ -165,7 +165,7 @@ def test_the_tool_makes_a_model_folder_that_the_loader_takes(folders) -> None:
     controller = Controller(model.config, build_model(model.config, 96).sparse_layers())
     controller.load_state(model.topology())
     assert controller.density() == pytest.approx(0.2, abs=0.01)
-    densities = controller.live_densities()
+    densities = controller.active_densities()
     assert densities["layers.0.attention.output"] > densities["layers.0.mlp.up"]
 
 
@@ -175,7 +175,7 @@ EARLY = ["sparsity.restoration_start=0.1", "sparsity.update_interval=5"]
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_a_run_may_start_from_it_though_units_are_whole(folders, method) -> None:
     """Of 4 blocks in the smallest layer the nearest to a fifth is one: the density is not quite what was asked for."""
-    words = ["--density", "0.2", "--unit", "16", "--method", method]
+    words = ["--density", "0.2", "--block-size", "16", "--method", method]
     assert call("sparsify", "--model", folders / "model", *words, "--output", folders / "sparse")[0] == 0
     config = load_config([folders / "sparse" / "config.yaml"], [f"train.init_from={folders / 'sparse'}"])
     controller = Controller(config, build_model(config, 96).sparse_layers())
@@ -185,19 +185,19 @@ def test_a_run_may_start_from_it_though_units_are_whole(folders, method) -> None
 
 
 BAD = [
-    (["--density", "1.5"], "sparsity.density: 1.5 is not legal"),
-    (["--density", "0"], "sparsity.density: 0.0 is not legal"),
-    (["--density", "0.2", "--unit", "5"], "sparsity.unit: 5 does not divide the widths of layer layers.0.att"),
-    (["--density", "0.2", "--unit", "8", "--keep-dense", "layers.9.*"], "no layer falls to 'layers.9.*'"),
-    (["--density", "0.2", "--unit", "8", "--keep-dense", "*"], "every layer stays dense"),
-    (["--density", "0.2", "--algorithm", "lottery"], 'sparsity.algorithm: "lottery" is not legal'),
-    (["--density", "0.2", "--unit", "8", "--algorithm", "dense"], "sparsity.algorithm: dense has no topology"),
-    (["--density", "0.2", "--unit", "8", "train.steps=9"], "train.steps: 24 -> 9: only section sparsity can change"),
-    (["--density", "0.02", "--unit", "8", "--row-floor"], "sparsity.row_floor: layer"),
-    (["--density", "0.2", "--unit", "8", "--algorithm=spdf", *EARLY], "is dense at step 6"),
-    (["--density", "0.2", "--unit", "8", "sparsity.low_rank=4"], "the state is of another model than its config"),
-    (["--density", "0.2", "--step", "5"], "has no checkpoint of step 5; legal values: 6"),
-    ([], "--density: missing; legal values: above 0, at most 1"),
+    (["--density", "1.5"], "sparsity.density: 1.5 is not allowed"),
+    (["--density", "0"], "sparsity.density: 0.0 is not allowed"),
+    (["--density", "0.2", "--block-size", "5"], "sparsity.block_size: 5 does not divide the widths of layer layers.0"),
+    (["--density", "0.2", "--block-size", "8", "--keep-dense", "layers.9.*"], "no layer falls to 'layers.9.*'"),
+    (["--density", "0.2", "--block-size", "8", "--keep-dense", "*"], "every layer stays dense"),
+    (["--density", "0.2", "--algorithm", "lottery"], 'sparsity.algorithm: "lottery" is not allowed'),
+    (["--density", "0.2", "--block-size", "8", "--algorithm", "dense"], "sparsity.algorithm: dense has no topology"),
+    (["--density", "0.2", "--block-size", "8", "train.steps=9"], "train.steps: 24 -> 9: only section sparsity can"),
+    (["--density", "0.02", "--block-size", "8", "--row-floor"], "sparsity.row_floor: layer"),
+    (["--density", "0.2", "--block-size", "8", "--algorithm=spdf", *EARLY], "is dense at step 6"),
+    (["--density", "0.2", "--block-size", "8", "sparsity.low_rank=4"], "the state is of another model than its config"),
+    (["--density", "0.2", "--step", "5"], "has no checkpoint of step 5; must be 6"),
+    ([], "--density: missing; must be above 0, at most 1"),
     (["--densify", "--density", "0.2"], "--densify: takes no setting of the topology"),
     (["--densify"], "the state is dense already"),
 ]  # fmt: skip
@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(folders, words, reason) -
 
 
 def test_an_output_that_is_there_and_a_sparse_input_are_refused(folders) -> None:
-    words = ["--density", "0.2", "--unit", "8"]
+    words = ["--density", "0.2", "--block-size", "8"]
     before = content(folders)
     status, printed = call("sparsify", "--run", folders / "run", *words, "--output", folders / "model")
     assert status == 2 and "holds something already" in printed and content(folders) == before
@@ -239,4 +239,4 @@ def test_a_head_whose_rows_are_padded_has_no_place_in_a_model_folder() -> None:
         sparsify(saved, dense_config(**settings(1, head=True)), "random", 0)
     whole = TinyState(dense_config())
     made = sparsify(whole, dense_config(**settings(8, head=True)), "random", 0)
-    assert "live/head" in made.topology() and int(made.tensor("embedding.tokens.weight", "fp32").eq(0).sum()) > 1000
+    assert "active/head" in made.topology() and int(made.tensor("embedding.tokens.weight", "fp32").eq(0).sum()) > 1000

@@ -19,7 +19,7 @@ SETTINGS = [
     "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "train.precision=fp32",
-    "sparsity.unit=16",
+    "sparsity.block_size=16",
     "sparsity.update_interval=3",
     "attention.stride=16",
 ]
@@ -60,13 +60,13 @@ def test_the_plan_names_the_kernel(compiler) -> None:
 def test_a_forced_kernel_that_cannot_run_stops_the_plan(device, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_no_compiler", lambda: "no C++ compiler found: g++")
     words = {"cpu": "no C.. compiler found", "cuda": "on cpu, not on cuda"}[device]
-    with pytest.raises(ConfigError, match=f"^kernels.hybrid_attention: 'cpu' cannot run: .*{words}.*legal values"):
+    with pytest.raises(ConfigError, match=f"^kernels.hybrid_attention: 'cpu' cannot run: .*{words}.*must be"):
         make_plan(load("kernels.hybrid_attention=cpu"), 1, device)
 
 
 def test_triton_stops_the_plan_of_a_cpu(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    words = "^kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts"
+    words = "^kernels.hybrid_attention: 'triton' cannot run: they run on cuda, not on cpu.*auto, reference, tiled"
     with pytest.raises(ConfigError, match=words):
         make_plan(load("kernels.hybrid_attention=triton"), 1, "cpu")
 
@@ -76,9 +76,9 @@ def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
     plan = make_plan(load(), 1, "cpu")
     (warning,) = warnings_of(plan)
     assert "auto" in warning and "no C++ compiler found: g++" in warning
-    assert plan["kernels"]["hybrid_attention"] == f"causal for full; parts for {PATTERNS}"
+    assert plan["kernels"]["hybrid_attention"] == f"causal for full; tiled for {PATTERNS}"
     # No word where the kernel would not be used: short sequences, other devices, no patterns, another choice.
-    for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=parts"):
+    for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=tiled"):
         assert not warnings_of(make_plan(load(never), 1, "cpu")), never
     assert not warnings_of(make_plan(load(), 1, "cuda"))
 
@@ -87,15 +87,15 @@ def test_the_kernel_is_built_before_a_run_and_only_where_it_is_used(monkeypatch)
     asked = []
     monkeypatch.setattr(cpu, "_build_failure", lambda: asked.append(1) or "cc: exit status 1")
     assert not prepare_attention(load(), "cpu") and asked
-    assert attention_kernels(load(), "cpu") == f"causal for full; parts for {PATTERNS}"
+    assert attention_kernels(load(), "cpu") == f"causal for full; tiled for {PATTERNS}"
     with pytest.raises(ConfigError, match="kernels.hybrid_attention: 'cpu' cannot run: cc: exit status 1"):
         prepare_attention(load("kernels.hybrid_attention=cpu"), "cpu")
     asked.clear()
-    for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=parts"):
+    for never in ("model.seq_length=32", "attention.phases={}", "kernels.hybrid_attention=tiled"):
         assert prepare_attention(load(never), "cpu")
     assert prepare_attention(load(), "cuda") and not asked
 
 
 def test_values_of_the_setting_are_checked() -> None:
-    with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'parts', 'cpu' or 'triton'"):
+    with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'tiled', 'cpu' or 'triton'"):
         load("kernels.hybrid_attention=fast")

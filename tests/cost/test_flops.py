@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.cost.flops import FlopCount, count_flops
 from megasparse.kernels.block_sparse import linear
-from megasparse.kernels.hybrid_attention import executed_entries, live_entries
+from megasparse.kernels.hybrid_attention import active_entries, executed_entries
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models import GPT
 
@@ -44,11 +44,11 @@ def square(pattern: str, seq_length: int, stride: int, offset: int) -> int:
 
 
 @pytest.mark.parametrize("low_rank", [0, 2])
-@pytest.mark.parametrize("state", ["plain", "all live", "half live"])
+@pytest.mark.parametrize("state", ["plain", "all active", "half active"])
 @pytest.mark.parametrize("style", STYLES)
 def test_matches_the_counter_of_torch(style, state, low_rank, monkeypatch) -> None:
     model = build(style, (lambda name: None) if state == "plain" else (lambda name: SparseSpec(16, low_rank)))
-    if state == "half live":
+    if state == "half active":
         for layer in model.sparse_layers().values():
             layer.mask[:, ::2], layer.kernel = False, "dense"
             layer.topology_changed()
@@ -64,7 +64,7 @@ def test_matches_the_counter_of_torch(style, state, low_rank, monkeypatch) -> No
             loss.backward()
     # Dense products do the whole work at any density.
     count = count_flops(model, B, T, attention_entries=square)
-    # The loss makes both gradients of the head, and of the side path that ends there, in the forward pass.
+    # The loss makes both gradients of the head, and of the low-rank branch that ends there, in the forward pass.
     early = 2 * (2 * B * T * (model.head.in_features + model.head.low_rank) * model.head.out_features)
     assert forward.get_total_flops() == count.forward + count.attention_forward + early
     assert backward.get_total_flops() == count.input_gradient + count.weight_gradient + count.attention_backward - early
@@ -109,7 +109,7 @@ def test_patterns_by_layer_and_head() -> None:
     model = build("llama")
     patterns = [("full", "local", "sparse", "sparse"), ("fixed", "strided", "full", "full")]
     count = count_flops(model, B, T, patterns=patterns)
-    entries = sum(live_entries(pattern, T, 4) for heads in patterns for pattern in heads)
+    entries = sum(active_entries(pattern, T, 4) for heads in patterns for pattern in heads)
     assert count.attention_forward == 4 * B * entries * 8
     assert count.attention_backward == 8 * B * entries * 8
 

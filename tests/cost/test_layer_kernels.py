@@ -12,7 +12,7 @@ from megasparse.cost.ledger import FlopCounter
 from megasparse.kernels.block_sparse import break_even as tables
 from megasparse.kernels.block_sparse import cpu
 from megasparse.models.build import build_model
-from megasparse.parallel import Axis
+from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
 from megasparse.training.plan import make_plan
 
@@ -26,7 +26,7 @@ SETTINGS = [
     "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "train.precision=fp32",
-    "sparsity.unit=16",
+    "sparsity.block_size=16",
     "sparsity.density=0.2",
     "sparsity.update_interval=3",
     "attention.stride=4",
@@ -37,7 +37,7 @@ KINDS = ["attention.qkv", "attention.output", "mlp.up", "mlp.down"]
 
 def parts(*overrides: str, ranks: int = 1, device: str = "cpu"):
     config = load_config([], [*SETTINGS, f"parallel.tensor_parallel_size={ranks}", *overrides])
-    model = build_model(config, 64, Axis(0, ranks))
+    model = build_model(config, 64, CommunicationGroup(0, ranks))
     return config, model, LayerKernels(config, model, device, planned=True)
 
 
@@ -47,12 +47,12 @@ def _no_build(monkeypatch) -> None:
 
 
 def test_choices_follow_density_unit_and_what_a_layer_sees(monkeypatch) -> None:
-    groups = "sparsity.groups=[{pattern: 'layers.1.mlp.up', unit: 1}]"
+    groups = "sparsity.groups=[{pattern: 'layers.1.mlp.up', block_size: 1}]"
     _, _, kernels = parts(groups, "kernels.break_even=null", "parallel.sequence_parallel=true", ranks=2)
     seen = []
 
-    def measured(backend, device, dtype, unit, tokens, widths):
-        seen.append((backend, device, dtype, unit, tokens, widths))
+    def measured(backend, device, dtype, block_size, tokens, widths):
+        seen.append((backend, device, dtype, block_size, tokens, widths))
         return 0.6
 
     monkeypatch.setattr("megasparse.kernels.block_sparse.dispatch.measured", measured)
@@ -69,12 +69,20 @@ def test_choices_follow_density_unit_and_what_a_layer_sees(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "device", "words"),
     [
-        (("kernels.block_sparse=cpu", "sparsity.unit=1"), "cpu", "'cpu' cannot run: sparsity.unit 1.*here: auto"),
-        (("kernels.block_sparse=cpu", "sparsity.unit=8"), "cpu", "sparsity.unit 8"),
+        (
+            ("kernels.block_sparse=cpu", "sparsity.block_size=1"),
+            "cpu",
+            "'cpu' cannot run: sparsity.block_size 1.*here it must be auto",
+        ),
+        (("kernels.block_sparse=cpu", "sparsity.block_size=8"), "cpu", "sparsity.block_size 8"),
         (("kernels.block_sparse=cpu", "train.precision=fp16"), "cpu", "dtype torch.float16"),
         (("kernels.block_sparse=cpu",), "cuda", "on cpu, not on cuda"),
-        (("kernels.block_sparse=cpu", "sparsity.groups=[{pattern: '*mlp.up', unit: 8}]"), "cpu", "sparsity.unit 8"),
-        (("kernels.block_sparse=triton",), "cpu", "'triton' (is unknown|cannot run).*legal values"),
+        (
+            ("kernels.block_sparse=cpu", "sparsity.groups=[{pattern: '*mlp.up', block_size: 8}]"),
+            "cpu",
+            "sparsity.block_size 8",
+        ),
+        (("kernels.block_sparse=triton",), "cpu", "'triton' (is unknown|cannot run).*must be"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_stops_the_plan(overrides, device, words) -> None:
@@ -110,19 +118,23 @@ def test_only_blocks_without_a_kernel_are_warned_about(monkeypatch) -> None:
     def words(*overrides: str) -> list[str]:
         return parts(*overrides)[2].warnings()
 
-    assert not words() and not words("sparsity.unit=1") and not words("sparsity.unit=8", "kernels.block_sparse=dense")
-    (warning,) = words("sparsity.unit=8")
-    assert "sparsity.unit 8" in warning
-    (warning,) = words("sparsity.groups=[{pattern: 'layers.0.mlp.up', unit: 8}]")
+    assert (
+        not words()
+        and not words("sparsity.block_size=1")
+        and not words("sparsity.block_size=8", "kernels.block_sparse=dense")
+    )
+    (warning,) = words("sparsity.block_size=8")
+    assert "sparsity.block_size 8" in warning
+    (warning,) = words("sparsity.groups=[{pattern: 'layers.0.mlp.up', block_size: 8}]")
     assert "in mlp.up:" in warning
     monkeypatch.setattr(training_kernels, "table_problem", lambda: "x.json: no table")
     assert words() == ["x.json: no table"] and not words("kernels.block_sparse=cpu")
 
 
 def test_the_plan_has_a_row_per_kind_of_layer() -> None:
-    config = load_config([], [*SETTINGS, "sparsity.groups=[{pattern: 'layers.1.mlp.up', unit: 1}]"])
+    config = load_config([], [*SETTINGS, "sparsity.groups=[{pattern: 'layers.1.mlp.up', block_size: 1}]"])
     rows = make_plan(config, 1, "cpu")["kernels"]["block_sparse"]
-    assert [(row["layer"], row["count"], row["unit"], row["kernel"]) for row in rows] == [
+    assert [(row["layer"], row["count"], row["block_size"], row["kernel"]) for row in rows] == [
         ("attention.qkv", 2, 16, "cpu"),
         ("attention.output", 2, 16, "cpu"),
         ("mlp.up", 1, 16, "cpu"),
@@ -164,9 +176,9 @@ def test_the_ledger_counts_what_the_chosen_kernels_execute() -> None:
     dense = executed(1.0)
     assert executed(0.75) == dense, "above the break-even density dense products run"
     assert dense - executed(0.25) == pytest.approx(3 * 0.75 * products)
-    # On a topology step the dense weight gradient is computed in full, the other two products are sparse.
+    # On a topology update the dense weight gradient is computed in full, the other two products are sparse.
     for name, topology in controller.topologies.items():
-        controller.expect_live(name, topology.num_units // 10)
+        controller.expect_active(name, topology.num_units // 10)
     changing = controller.begin_step(21)
     assert changing.dense_gradient_layers == set(names)
     assert dense - executed(0.25, changing) == pytest.approx(2 * 0.75 * products)
@@ -185,7 +197,7 @@ def test_kernels_are_built_before_a_run_and_only_where_it_uses_them(monkeypatch)
     with pytest.raises(ConfigError, match="kernels.block_sparse: 'cpu' cannot run: cc: exit status 1"):
         prepare_kernels(load_config([], [*SETTINGS, "kernels.block_sparse=cpu"]), plan)
     asked.clear()
-    for never in ("sparsity.unit=1", "kernels.block_sparse=dense", "kernels.break_even=0"):
+    for never in ("sparsity.block_size=1", "kernels.block_sparse=dense", "kernels.break_even=0"):
         config = load_config([], [*SETTINGS, never])
         assert prepare_kernels(config, make_plan(config, 1, "cpu"))
     assert not asked

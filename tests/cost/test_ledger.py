@@ -12,7 +12,7 @@ from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.cost.attention_kernels import (
     agree_on_dense_fallback,
-    settle_dense_fallback,
+    resolve_dense_fallback,
     with_dense_fallback,
 )
 from megasparse.cost.flops import count_flops
@@ -35,7 +35,7 @@ SETTINGS = [
     "train.global_batch_size=4",
     "train.micro_batch_size=2",
     "train.precision=fp32",
-    "sparsity.unit=8",
+    "sparsity.block_size=8",
     "sparsity.update_interval=3",
     "sparsity.warmup_end=0.3",
     "attention.stride=4",
@@ -71,10 +71,10 @@ def test_a_step_counts_what_the_model_counts(overrides: tuple[str, ...]) -> None
 
 
 def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
-    config, model, controller = parts("sparsity.unit=1")
+    config, model, controller = parts("sparsity.block_size=1")
     for name, topology in controller.topologies.items():
-        controller.expect_live(name, topology.num_units // 10)
-    densities = controller.live_densities()
+        controller.expect_active(name, topology.num_units // 10)
+    densities = controller.active_densities()
     counter = counter_of(config, model)
     usual, changing = controller.begin_step(19), controller.begin_step(21)
     assert changing.dense_gradient_layers == set(controller.layers) and not usual.dense_gradient_layers
@@ -87,7 +87,7 @@ def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
 def test_recomputation_is_executed_and_not_algorithmic() -> None:
     config, model, controller = parts("train.activation_recomputation=true")
     plain_config, plain_model, _ = parts()
-    decision, densities = controller.begin_step(1), controller.live_densities()
+    decision, densities = controller.begin_step(1), controller.active_densities()
     again, once = (
         counter_of(c, m).step(decision, densities) for c, m in ((config, model), (plain_config, plain_model))
     )
@@ -103,14 +103,14 @@ def test_attention_is_counted_as_a_count_of_the_mask_gives_it(pattern: str, offs
     config, model, controller = parts(
         f"attention.phases={{ultra_sparse: {pattern}}}", f"attention.stride_offsets={offsets}"
     )
-    decision, densities = controller.begin_step(20), controller.live_densities()
+    decision, densities = controller.begin_step(20), controller.active_densities()
     assert decision.patterns == [(pattern,) * 2] * 2
     counted = counter_of(config, model).step(decision, densities)
     shifts = {"none": (0, 0), "spread": (0, 2), "[3,1]": (3, 1)}[offsets]
-    live = sum(int(pattern_mask(pattern, 24, 4, offset=offset).sum()) for offset in shifts)
+    active = sum(int(pattern_mask(pattern, 24, 4, offset=offset).sum()) for offset in shifts)
     without = count_flops(model, 4, 24, patterns=decision.patterns, densities=densities, attention_entries=nothing)
     # Two products forward and four backward, for 4 samples, 2 layers and a head dimension of 16.
-    assert counted.algorithmic - without.total == 6 * 2 * 4 * 2 * 16 * live
+    assert counted.algorithmic - without.total == 6 * 2 * 4 * 2 * 16 * active
     entries = sum(executed_entries("auto", pattern, 24, 4, offset=offset) for offset in shifts)
     # No kernel takes blocks of 8.
     dense = partial(count_flops, linear_density=lambda density: 1.0, attention_entries=nothing)
@@ -127,10 +127,10 @@ def test_a_widened_pattern_is_counted_and_told(monkeypatch) -> None:
     words = ["attention.phases={ultra_sparse: strided, restoration: local}"]
     exact, model, controller = parts(*words)
     asked = load_config([], [*SETTINGS, *words, "attention.dense_fallback=true"])
-    allowed = settle_dense_fallback(asked, "cpu")
+    allowed = resolve_dense_fallback(asked, "cpu")
     decisions = [Controller(config, model.sparse_layers()).begin_step(20) for config in (exact, allowed)]
     assert [decision.patterns[0][0] for decision in decisions] == ["strided", "full"]
-    densities = controller.live_densities()
+    densities = controller.active_densities()
     counts = [counter_of(exact, model).step(decision, densities) for decision in decisions]
     full = count_flops(model, 4, 24, densities=densities)
     assert counts[1].algorithmic == pytest.approx(full.total) and counts[0].algorithmic < counts[1].algorithmic
@@ -148,19 +148,19 @@ def test_what_is_widened_is_settled_once(monkeypatch, tmp_path) -> None:
     words = ["attention.phases={ultra_sparse: strided, restoration: local}", "attention.dense_fallback=true"]
     asked = load_config([], [*SETTINGS, *words])
     monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 25 * (pattern == "strided"))
-    settled = settle_dense_fallback(asked, "cpu")
+    settled = resolve_dense_fallback(asked, "cpu")
     assert settled.attention.dense_fallback == ["strided"]
     save_config(settled, tmp_path / "config.yaml")
     assert load_config([tmp_path / "config.yaml"]) == settled
     monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 0)
-    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == []
-    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml") == settled
+    assert resolve_dense_fallback(asked, "cpu").attention.dense_fallback == []
+    assert resolve_dense_fallback(asked, "cpu", tmp_path / "config.yaml") == settled
     (tmp_path / "config.yaml").write_text("{")
-    assert settle_dense_fallback(asked, "cpu", tmp_path / "config.yaml").attention.dense_fallback == []
+    assert resolve_dense_fallback(asked, "cpu", tmp_path / "config.yaml").attention.dense_fallback == []
     monkeypatch.setattr(break_even, "dense_limit", lambda kernel, pattern, *shape: 24)
-    assert settle_dense_fallback(asked, "cpu").attention.dense_fallback == [], "at 24 tokens it is no slower"
-    forced = load_config([], [*SETTINGS, "attention.dense_fallback=[sparse]", "kernels.hybrid_attention=parts"])
-    assert settle_dense_fallback(forced, "cpu") is forced
+    assert resolve_dense_fallback(asked, "cpu").attention.dense_fallback == [], "at 24 tokens it is no slower"
+    forced = load_config([], [*SETTINGS, "attention.dense_fallback=[sparse]", "kernels.hybrid_attention=tiled"])
+    assert resolve_dense_fallback(forced, "cpu") is forced
 
 
 def test_ranks_agree_on_what_is_widened() -> None:
@@ -182,9 +182,9 @@ def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
     counter, total, densities = counter_of(config, model), 0.0, []
     for step in range(config.train.steps):
         decision = fresh.begin_step(step)
-        total += counter.step(decision, fresh.live_densities()).algorithmic
+        total += counter.step(decision, fresh.active_densities()).algorithmic
         for name, (count,) in decision.counts.items():
-            fresh.expect_live(name, count.target)
+            fresh.expect_active(name, count.target)
         densities.append(fresh.density())
     assert walked.algorithmic == pytest.approx(total, rel=1e-12)
     assert mean_density == pytest.approx(sum(densities) / len(densities), rel=1e-12)

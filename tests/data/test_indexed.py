@@ -117,7 +117,7 @@ def test_merge_equals_writing_in_one_go(tmp_path):
         assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"all{suffix}").read_bytes()
     with pytest.raises(DatasetError, match="uint16.*int32"), IndexedDatasetWriter(tmp_path / "x", np.int32) as writer:
         writer.merge_from(tmp_path / "a")
-    with pytest.raises(ValueError, match="legal ids"):
+    with pytest.raises(ValueError, match="ids must be"):
         with IndexedDatasetWriter(tmp_path / "x", np.uint16, vocab_size=10) as writer:
             writer.merge_from(tmp_path / "a")
 
@@ -132,9 +132,9 @@ def test_smallest_dtype():
 @pytest.mark.parametrize(
     "dtype, vocab_size, tokens, message",
     [
-        (np.uint16, 100, [5, 100], "token id 100; legal ids are 0 to 99"),
-        (np.uint16, None, [65536], "token id 65536; legal ids are 0 to 65535"),
-        (np.uint8, 1000, [256], "token id 256; legal ids are 0 to 255"),
+        (np.uint16, 100, [5, 100], "token id 100; ids must be 0 to 99"),
+        (np.uint16, None, [65536], "token id 65536; ids must be 0 to 65535"),
+        (np.uint8, 1000, [256], "token id 256; ids must be 0 to 255"),
         (np.int32, None, [-1], "token id -1"),
         (np.int32, None, [1.5], "float64; they must be integers"),
     ],
@@ -178,7 +178,7 @@ def test_failing_index_write_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint32])
 def test_writer_refuses_dtypes_the_format_lacks(tmp_path, dtype):
-    with pytest.raises(ValueError, match=f"{np.dtype(dtype).name}.*legal dtypes: uint8"):
+    with pytest.raises(ValueError, match=f"{np.dtype(dtype).name}.*must be one of uint8"):
         IndexedDatasetWriter(tmp_path / "set", dtype)
 
 

@@ -298,7 +298,7 @@ def test_close_from_another_thread_ends_a_waiting_consumer():
         ({"global_batch_size": 10}, r"multiple of .* = 2 \* 4 = 8, for example 8 or 16"),
         ({"global_batch_size": 4}, "= 8, for example 8"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
-        ({"data_parallel_rank": 4}, "legal: 0 to 3"),
+        ({"data_parallel_rank": 4}, "must be 0 to 3"),
         ({"consumed_samples": -1}, "consumed_samples is -1"),
         ({"prefetch": 0}, "prefetch is 0"),
     ],

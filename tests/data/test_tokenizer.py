@@ -78,7 +78,7 @@ def test_text_may_be_cut_after_any_line_end(sentencepiece):
 @pytest.mark.parametrize("bad", [-1, 700, 10**6])
 def test_ids_outside_the_vocabulary(sentencepiece, byte_tokenizer, bad):
     for tokenizer in (sentencepiece, byte_tokenizer):
-        with pytest.raises(ValueError, match=f"token id {bad}; legal ids are 0 to {tokenizer.vocab_size - 1}"):
+        with pytest.raises(ValueError, match=f"token id {bad}; ids must be 0 to {tokenizer.vocab_size - 1}"):
             tokenizer.decode([1, bad])
 
 
@@ -147,7 +147,7 @@ def test_files_that_are_no_tokenizer(tmp_path, kind, content):
 
 
 def test_wrong_use_of_kinds(tmp_path):
-    with pytest.raises(ValueError, match="legal kinds: sentencepiece, huggingface, bytes"):
+    with pytest.raises(ValueError, match="must be one of sentencepiece, huggingface, bytes"):
         load_tokenizer("word")
     with pytest.raises(ValueError, match="needs a file"):
         load_tokenizer("sentencepiece")
@@ -174,7 +174,7 @@ def test_training_is_deterministic_and_respects_the_sample(tmp_path, python_sour
     [
         ({"vocab_size": 100}, "vocab_size is 100; .* at least 300"),
         ({"vocab_size": 60_000}, "no model of vocab_size 60000"),
-        ({"vocab_size": 500, "model_type": "word"}, "legal: bpe, unigram"),
+        ({"vocab_size": 500, "model_type": "word"}, "must be bpe, unigram"),
         ({"vocab_size": 500, "max_sentences": 0}, "max_sentences is 0"),
     ],
 )

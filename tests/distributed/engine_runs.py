@@ -17,7 +17,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching import LaunchEnvironment
-from megasparse.parallel import Mesh, partition_of
+from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
@@ -125,13 +125,13 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
 
 
 def check_state(engine: TrainingEngine, controller: Controller) -> None:
-    """Dead entries are exactly 0 in master weights, moments and the model's own weights; the latter are the master
+    """Inactive entries are exactly 0 in master weights, moments and the model's own weights; the latter are the master
     rounded to the model's dtype. Raises AssertionError or RuntimeError."""
     check_invariant(list(controller.topologies.values()), engine.state)
     fragments = engine.state.fragments()
     for name, topology in controller.topologies.items():
         weight = model_weight(controller.layers[name].weight).reshape(-1)
-        assert not weight[~topology.weights_slice(0, weight.numel())].any(), f"dead model weights of {name}"
+        assert not weight[~topology.weights_slice(0, weight.numel())].any(), f"inactive model weights of {name}"
         if name in fragments:
             fragment = fragments[name]
             mine = weight[fragment.start : fragment.start + fragment.numel]
@@ -151,7 +151,7 @@ def collected_state(mesh: Mesh, engine: TrainingEngine) -> dict[str, dict[str, T
     fragments = access.fragments()
     result = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in parameters.items():
-        partition = partition_of(parameter)
+        partition = shard_spec_of(parameter)
         flat = torch.zeros(3, prod(partition.local_shape))
         if name in fragments:
             fragment = fragments[name]
@@ -169,7 +169,7 @@ def collected_state(mesh: Mesh, engine: TrainingEngine) -> dict[str, dict[str, T
 
 
 def run_case(mesh: Mesh, config: RunConfig) -> dict:
-    """A whole run: losses, norms, packed masks after every step, digests of all topology steps, final state."""
+    """A whole run: losses, norms, packed masks after every step, digests of all topology updates, final state."""
     engine, controller = build(mesh, config)
     losses, norms, masks, digests = [], [], [], []
     for step, batch in enumerate(make_batches(config)):
@@ -177,7 +177,7 @@ def run_case(mesh: Mesh, config: RunConfig) -> dict:
         losses.append(float(result["loss"]))
         norms.append(result["norm"])
         state = controller.state()
-        masks.append({name: state[f"live/{name}"] for name in controller.topologies})
+        masks.append({name: state[f"active/{name}"] for name in controller.topologies})
         if result["changed"]:
             digests.append(digest(controller.topologies))
     return {
@@ -228,7 +228,7 @@ def run_interrupted(mesh: Mesh, config: RunConfig, folder: Path, stop: int) -> d
             "losses": losses,
             "digest": digest(controller.topologies),
             "ever": {name: bits for name, bits in controller.state().items() if name.startswith("ever/")},
-            "ages": {name: f.moments.get("age") for name, f in engine.state.fragments().items()},
+            "per-weight steps": {name: f.moments.get("weight_steps") for name, f in engine.state.fragments().items()},
             **collected_state(mesh, engine),
         }
     return outcome
@@ -238,7 +238,7 @@ def run_interruptions(mesh: Mesh, cases: list[tuple[str, list[str], Layout]], fo
     meshes = {size: divided(mesh, size) for size in sorted({layout.tensor for _, _, layout in cases})}
     results = {}
     for name, overrides, layout in cases:
-        # After step 10: ultra-sparse, between two topology steps.
+        # After step 10: ultra-sparse, between two topology updates.
         config = run_config(overrides, layout)
         results[name] = run_interrupted(meshes[layout.tensor], config, folder / name, stop=10)
     return results
@@ -256,7 +256,7 @@ class TrapDoor:
 
 def load_trapped_files(mesh: Mesh, folder: Path) -> dict[str, str]:
     """Error message by file name: each file of a checkpoint in turn is exchanged for one with a trap door in it."""
-    config = run_config(["model.hidden_size=64", "sparsity.unit=16"])
+    config = run_config(["model.hidden_size=64", "sparsity.block_size=16"])
     engine, controller = build(mesh, config)
     advance(mesh, engine, controller, 0, 2)
     engine.save(folder, "good", {})

@@ -14,11 +14,11 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.models.build import build_model
-from megasparse.parallel import Mesh, partition_of
+from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.controller import Controller
 from megasparse.training.initial_weights import load_initial_weights
 
-MODEL = ["model.hidden_size=64", "sparsity.unit=16", "model.vocab_size=97", "model.tie_embeddings=false"]
+MODEL = ["model.hidden_size=64", "sparsity.block_size=16", "model.vocab_size=97", "model.tie_embeddings=false"]
 STATIC = [*MODEL, "sparsity.algorithm=static", "sparsity.density=0.25"]
 
 
@@ -47,7 +47,7 @@ def masters(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
     access = state_access(engine._engine, engine.optimizer, parameters, mesh)
     fragments, result = access.fragments(), {}
     for name, parameter in parameters.items():
-        partition = partition_of(parameter)
+        partition = shard_spec_of(parameter)
         flat = torch.zeros(prod(partition.local_shape))
         if name in fragments:
             fragment = fragments[name]
@@ -64,7 +64,7 @@ def start(mesh: Mesh, config: RunConfig) -> dict:
     check_state(engine, controller)
     found = masters(mesh, engine)
     for name, parameter in engine.model.named_parameters():
-        mine = partition_of(parameter).shard(found[name], mesh.tensor_parallel.rank)
+        mine = shard_spec_of(parameter).shard(found[name], mesh.tensor_parallel.rank)
         assert torch.equal(model_weight(parameter), mine.to(parameter.dtype)), f"{name}: model and master differ"
     state = {name: bits.clone() for name, bits in controller.state().items()}
     steps = [train_step(mesh, engine, controller, step, batch) for step, batch in enumerate(make_batches(config)[:3])]

@@ -93,15 +93,15 @@ class PlainTraining:
 
     @torch.no_grad()
     def evolve(self, step: int, layer: str, parameter: str, gradient: Tensor) -> bool:
-        """One topology step of one matrix; whether anything could change."""
+        """One topology update of one matrix; whether anything could change."""
         sparsity, weight = self.config.sparsity, self.weights[parameter]
-        live = self.units(self.masks[layer].float()) > 0
-        num_live, num_units = int(live.sum()), live.size
+        active = self.units(self.masks[layer].float()) > 0
+        num_active, num_units = int(active.sum()), active.size
         target = min(num_units, max(1, math.floor(self.target_density(step) * num_units + 0.5)))
         zeta = 0.3 / 2 * (1 + math.cos(math.pi * step / self.config.train.steps))
-        drop = 0 if target == num_units else math.floor(zeta * num_live)
-        drop = max(drop, num_live - target)
-        grow = target - (num_live - drop)
+        drop = 0 if target == num_units else math.floor(zeta * num_active)
+        drop = max(drop, num_active - target)
+        grow = target - (num_active - drop)
         if drop == 0 and grow == 0:
             return False
         ratio = sparsity.growth_ratio
@@ -115,7 +115,7 @@ class PlainTraining:
             gradient[~self.masks[layer]] = 0
         key, indices = (self.config.run.seed, step, zlib.crc32(layer.encode())), np.arange(num_units)
         tie = hashed(indices, *key, TIE_STREAM)
-        kept = self.best_with_margin(self.units(score), tie, live, num_live - drop)
+        kept = self.best_with_margin(self.units(score), tie, active, num_active - drop)
         grown = self.best_with_margin(self.units(gradient), tie, ~kept, by_gradient)
         chance = (hashed(indices, *key, GROWTH_STREAM) >> np.uint32(8)).astype(np.float32) / 2**24
         grown |= best(chance, tie, ~(kept | grown), grow - by_gradient)
@@ -134,7 +134,7 @@ class PlainTraining:
 
     def units(self, values: Tensor) -> np.ndarray:
         """Frobenius norms of the blocks of a matrix, flat float32 (absolute values where a unit is one weight)."""
-        b = self.config.sparsity.unit
+        b = self.config.sparsity.block_size
         if b == 1:
             return values.abs().numpy().reshape(-1)
         rows, columns = values.shape
@@ -142,7 +142,7 @@ class PlainTraining:
         return blocks.square().sum(dim=(1, 3)).sqrt().float().numpy().reshape(-1)
 
     def expanded(self, units: np.ndarray, weight: Tensor) -> Tensor:
-        b = self.config.sparsity.unit
+        b = self.config.sparsity.block_size
         grid = torch.from_numpy(units).view(weight.shape[0] // b, weight.shape[1] // b)
         return torch.kron(grid, torch.ones(b, b, dtype=torch.bool))
 
@@ -159,7 +159,7 @@ class PlainTraining:
         age += 1
         first.mul_(o.beta1).add_(gradient, alpha=1 - o.beta1)
         second.mul_(o.beta2).add_(gradient.square(), alpha=1 - o.beta2)
-        by_age = sparsity.unit_step_counts and layer is not None
+        by_age = sparsity.per_weight_step_counts and layer is not None
         count = age.double() if by_age else torch.tensor(self.updates, dtype=torch.float64)
         corrected = (second.double() / (1 - o.beta2**count)).sqrt() + o.epsilon
         update = first.double() / (1 - o.beta1**count) / corrected

@@ -10,26 +10,26 @@ from torch import Tensor
 
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel import Mesh, partition_of
+from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.controller import Controller
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.state import TrainState
 
 STOP = 10
-"""Steps before the checkpoint: ultra-sparse, between two topology steps."""
+"""Steps before the checkpoint: ultra-sparse, between two topology updates."""
 
 
 def collected_ages(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
-    """Whole ages by layer name; empty where none are kept."""
+    """Whole per-weight steps by layer name; empty where none are kept."""
     fragments, result = engine.state.fragments(), {}
     for name, layer in engine.controller.layers.items():
         if not engine.optimizer.keeps_ages:
             continue
-        partition = partition_of(layer.weight)
+        partition = shard_spec_of(layer.weight)
         flat = torch.zeros(torch.Size(partition.local_shape).numel(), dtype=torch.int32)
         if name in fragments:
             fragment = fragments[name]
-            flat[fragment.start : fragment.start + fragment.numel] = fragment.moments["age"].int()
+            flat[fragment.start : fragment.start + fragment.numel] = fragment.moments["weight_steps"].int()
         engine.state.shard.sum_(flat)
         shards = mesh.tensor_parallel.gather(flat)
         result[name] = partition.merge([shard.view(partition.local_shape) for shard in shards])
@@ -59,7 +59,7 @@ def save_and_go_on(mesh: Mesh, layout: Layout, overrides: list[str], folder: Pat
     state = TrainState(step=STOP, consumed_samples=STOP * 8, last_loss=1 / 3)
     state.window.loss = 1.0 + mesh.data_parallel.rank
     Checkpointer(folder, config, mesh, engine, controller).save(state)
-    saved = {**collected_state(mesh, engine), "age": collected_ages(mesh, engine)}
+    saved = {**collected_state(mesh, engine), "weight_steps": collected_ages(mesh, engine)}
     return {"saved": saved, "rest": train_on(mesh, engine, controller, STOP, config.train.steps)}
 
 
@@ -71,7 +71,7 @@ def resume(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> di
     engine.config = controller.config = config
     state = Checkpointer(folder, config, mesh, engine, controller).restore()
     check_state(engine, controller)
-    restored = {**collected_state(mesh, engine), "age": collected_ages(mesh, engine)}
+    restored = {**collected_state(mesh, engine), "weight_steps": collected_ages(mesh, engine)}
     return {
         "window_loss": state.window.loss,
         "state": [state.step, state.consumed_samples, state.last_loss],
@@ -101,9 +101,9 @@ def refusals(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> 
         return "accepted"
 
     messages = {"not asked for": attempt(universal=False)}
-    engine.optimizer.unit_step_counts = True
-    messages["no ages"] = attempt()
-    engine.optimizer.unit_step_counts = False
+    engine.optimizer.per_weight_step_counts = True
+    messages["no per-weight steps"] = attempt()
+    engine.optimizer.per_weight_step_counts = False
     if mesh.is_first:
         universal = next(folder.glob("*/universal"))
         # Files are divided among the ranks for checking: the first in order is the first rank's.

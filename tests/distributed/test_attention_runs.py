@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 
 COMMON = [
     "model.hidden_size=32",
-    "sparsity.unit=8",
+    "sparsity.block_size=8",
     "sparsity.algorithm=static",
     "sparsity.density=0.5",
     "optimizer.lr=0.01",
@@ -26,7 +26,7 @@ COMMON = [
     # Full in steps 1 to 3 and 10 to 12.
     "attention.windows=[{start: 0.25, end: 0.75, pattern: sparse}]",
 ]
-# From 512 tokens on `auto` takes parts for sparse patterns, and the reference for `full`.
+# From 512 tokens on `auto` takes tiled for sparse patterns, and the reference for `full`.
 SWITCHING = ["model.seq_length=512", "train.global_batch_size=2", "attention.stride=32"]
 MASKED = [
     "model.seq_length=32",
@@ -36,7 +36,7 @@ MASKED = [
     "attention.overrides=[{heads: [1], pattern: local}, {heads: [2], pattern: fixed}]",
 ]
 RECOMPUTED = [*MASKED, "train.activation_recomputation=true"]
-SEQUENCE = [*MASKED, "parallel.sequence_parallel=true", "kernels.hybrid_attention=parts"]
+SEQUENCE = [*MASKED, "parallel.sequence_parallel=true", "kernels.hybrid_attention=tiled"]
 
 # As between layouts in test_mst_equivalence: float32 carries 1.2e-7, and a loss averages 256 losses or more after some
 # thousand operations each, which were done in another order. Measured over all steps: 1.4e-7. Another pattern shows as
@@ -52,7 +52,7 @@ def one_rank(mesh, folder: Path) -> dict[str, Any]:
     long, short = (f"data.train=[{{path: {folder / name}}}]" for name in ("long", "short"))
     # The batch of two samples needs another size of micro-batch than the layout's.
     alone, pair = Layout(), "train.micro_batch_size=2"
-    cases = [(kernel, [*switching(kernel), long, pair], alone, []) for kernel in ("reference", "parts", "auto")]
+    cases = [(kernel, [*switching(kernel), long, pair], alone, []) for kernel in ("reference", "tiled", "auto")]
     cases.append(("full", [*switching("reference"), long, pair, "attention.windows=[]"], alone, []))
     # Before the first change of the pattern, and between the two.
     cases.append(("auto resumed", [*switching("auto"), long, pair], alone, [2, 6]))
@@ -109,7 +109,7 @@ def test_every_kernel_gives_the_same_curve_over_changes_of_the_pattern(alone) ->
     reference = alone["reference"]
     assert [line["pattern"] for line in reference] == ["full"] * 3 + ["sparse"] * 6 + ["full"] * 3
     assert reference[-1]["loss"] < reference[0]["loss"] - 0.3, "nothing was learned"
-    for kernel in ("parts", "auto"):
+    for kernel in ("tiled", "auto"):
         assert distance(alone[kernel], reference) < LOSS_RTOL, kernel
         assert [line["flops_algorithmic"] for line in alone[kernel]] == [
             line["flops_algorithmic"] for line in reference

@@ -17,7 +17,7 @@ from megasparse.parallel import Mesh
 
 pytestmark = pytest.mark.timeout(400)
 
-COMMON = ["model.hidden_size=32", "sparsity.unit=8", "sparsity.algorithm=rigl", "train.steps=7"]
+COMMON = ["model.hidden_size=32", "sparsity.block_size=8", "sparsity.algorithm=rigl", "train.steps=7"]
 RECIPES = {
     "tied": COMMON,
     "sparse-tied": [*COMMON, "sparsity.head=true"],

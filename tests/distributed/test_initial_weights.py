@@ -73,12 +73,12 @@ def test_masters_are_the_folders_weights_bit_for_bit(starts, folders) -> None:
 def test_topologies_are_taken_over_where_they_fit(starts, folders) -> None:
     saved = ModelFolder(folders / "sparse").topology()
     for name, result in starts.items():
-        live = torch.cat([bits for key, bits in sorted(result["topology"].items()) if key.startswith("live/")])
-        wanted = torch.cat([bits for key, bits in sorted(saved.items()) if key.startswith("live/")])
+        active = torch.cat([bits for key, bits in sorted(result["topology"].items()) if key.startswith("active/")])
+        wanted = torch.cat([bits for key, bits in sorted(saved.items()) if key.startswith("active/")])
         if name.startswith("sparse"):
-            assert torch.equal(live, wanted), name
+            assert torch.equal(active, wanted), name
         elif name.startswith("random"):
-            assert not torch.equal(live, wanted), name
+            assert not torch.equal(active, wanted), name
             zeros = (result["masters"]["layers.0.mlp.up.weight"] == 0).float().mean()
             assert zeros == pytest.approx(0.75, abs=0.05)
 

@@ -21,13 +21,13 @@ from megasparse.sparsity.topology import unpack_bits
 
 pytestmark = pytest.mark.timeout(1000)
 
-BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
-WEIGHTS = ["model.hidden_size=32", "sparsity.unit=1"]
+BLOCKS = ["model.hidden_size=64", "sparsity.block_size=16"]
+WEIGHTS = ["model.hidden_size=32", "sparsity.block_size=1"]
 RECIPES = {
     "blocks": BLOCKS,
     "weights": WEIGHTS,
     "skipped_updates": [*BLOCKS, "sparsity.skip_optimizer_on_update=true"],
-    "ages": [*WEIGHTS, "sparsity.unit_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
+    "per-weight steps": [*WEIGHTS, "sparsity.per_weight_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
     "ages_of_blocks": [*BLOCKS, "sparsity.regrowth_warmup_steps=4"],
     "tied_head": [*BLOCKS, "sparsity.head=true"],
     "llama": [
@@ -78,7 +78,7 @@ BFLOAT16 = [
     ("blocks", Layout(2, 1, 1, 2)),
     ("weights", Layout(2, 1, 1, 1)),
     ("tied_head", Layout(2, 1, 1, 1)),
-    ("ages", Layout(1, 1, 1, 1)),
+    ("per-weight steps", Layout(1, 1, 1, 1)),
     ("weights", Layout(2, 1, 2, 1)),
     ("blocks", Layout(2, 1, 3, 1)),
     ("blocks", Layout(1, 2, 1, 1)),
@@ -89,11 +89,11 @@ INTERRUPTIONS = [
     ("blocks", [], Layout(1, 1, 0, 2)),
     ("blocks", [], Layout(2, 1, 1, 2)),
     ("weights", ["train.precision=bf16"], Layout(2, 1, 1, 2)),
-    ("ages", [], Layout(1, 1, 0, 2)),
-    ("ages", [], Layout(2, 1, 1, 2)),
+    ("per-weight steps", [], Layout(1, 1, 0, 2)),
+    ("per-weight steps", [], Layout(2, 1, 1, 2)),
     ("tied_head", [], Layout(2, 1, 1, 2)),
     ("blocks", [], Layout(2, 1, 2, 2)),
-    ("ages", [], Layout(2, 1, 3, 2)),
+    ("per-weight steps", [], Layout(2, 1, 3, 2)),
     ("weights", [], Layout(1, 2, 1, 2)),
     ("tied_head", [], Layout(2, 2, 3, 2)),
 ]
@@ -101,7 +101,7 @@ INTERRUPTIONS = [
 TIMEOUT_SECONDS = 900
 # Float32 carries 1.2e-7; a loss averages 128 of them after some thousand operations each. Measured: 3e-7.
 LOSS_RTOL = 2e-6
-# On some topology steps the gradient of units just born is 20 times all the rest, and the sum of terms that nearly
+# On some topology updates the gradient of units just grown is 20 times all the rest, and the sum of terms that nearly
 # cancel: they carry the rounding of much larger numbers. Measured: 5e-5 there, 3e-7 elsewhere.
 NORM_RTOL = 3e-4
 # One AdamW step moves a weight by up to lr x multiplier = 0.003 x 3.2; 0.3 % of one step. Measured: 3e-6. A single mask
@@ -174,9 +174,11 @@ def results(tmp_path_factory, pytestconfig) -> Results:
 
 
 def unpacked(bits: torch.Tensor, recipe: str, shape: torch.Size) -> torch.Tensor:
-    unit = reference(recipe)[1].sparsity.unit
-    units = unpack_bits(bits, shape.numel() // unit**2)
-    return torch.kron(units.view(shape[0] // unit, shape[1] // unit), torch.ones(unit, unit, dtype=torch.bool))
+    block_size = reference(recipe)[1].sparsity.block_size
+    units = unpack_bits(bits, shape.numel() // block_size**2)
+    return torch.kron(
+        units.view(shape[0] // block_size, shape[1] // block_size), torch.ones(block_size, block_size, dtype=torch.bool)
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,14 +211,14 @@ def test_training_equals_the_plain_one(results, recipe, layout, option) -> None:
 def test_the_reference_goes_through_all_phases(recipe) -> None:
     """What the comparison relies on: sparse to 10 %, dense at the end, units that come and go, every step clipped."""
     plain, config, _ = reference(recipe)
-    live = [sum(int(mask.sum()) for mask in masks.values()) for masks in plain["masks"]]
-    assert live[0] == live[-1] == max(live)
-    assert 0.09 < min(live) / live[0] < 0.12
+    active = [sum(int(mask.sum()) for mask in masks.values()) for masks in plain["masks"]]
+    assert active[0] == active[-1] == max(active)
+    assert 0.09 < min(active) / active[0] < 0.12
     moved = [
-        any((a[name] != b[name]).any() for name in a) and sum(int(m.sum()) for m in a.values()) == min(live)
+        any((a[name] != b[name]).any() for name in a) and sum(int(m.sum()) for m in a.values()) == min(active)
         for a, b in pairwise(plain["masks"])
     ]
-    assert any(moved), "no topology step moved units at constant density"
+    assert any(moved), "no topology update moved units at constant density"
     assert float(plain["norms"].min()) > config.optimizer.gradient_clipping
     assert plain["losses"][-1] < plain["losses"][0] - 0.4
 
@@ -245,7 +247,7 @@ def test_every_recipe_makes_a_difference() -> None:
     """The recipes are told apart by the comparison: a switch that did nothing would pass otherwise."""
     plain = {recipe: reference(recipe)[0]["losses"] for recipe in RECIPES}
     for recipe, losses in plain.items():
-        base = plain["weights"] if "sparsity.unit=1" in RECIPES[recipe] else plain["blocks"]
+        base = plain["weights"] if "sparsity.block_size=1" in RECIPES[recipe] else plain["blocks"]
         if recipe not in EVERYWHERE:
             assert not torch.allclose(losses, base, rtol=10 * LOSS_RTOL, atol=0), recipe
 
@@ -260,9 +262,9 @@ def test_a_resumed_run_is_bit_identical(results, recipe, more, layout) -> None:
         for kind in ("weights", "exp_avg", "exp_avg_sq", "ever"):
             for name, tensor in expected[kind].items():
                 assert torch.equal(resumed[kind][name], tensor), f"{kind} of {name}"
-        for name, age in expected["ages"].items():
-            assert (age is None) == (recipe != "ages")
-            assert age is None or torch.equal(resumed["ages"][name], age), f"age of {name}"
+        for name, age in expected["per-weight steps"].items():
+            assert (age is None) == (recipe != "per-weight steps")
+            assert age is None or torch.equal(resumed["per-weight steps"][name], age), f"age of {name}"
 
 
 def test_files_with_code_in_them_are_refused(results) -> None:

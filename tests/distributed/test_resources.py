@@ -12,11 +12,11 @@ from traffic import counted
 
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.models.build import build_model
-from megasparse.parallel import Axis, Mesh
+from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller
 
-BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
-WEIGHTS = ["model.hidden_size=64", "sparsity.unit=1"]
+BLOCKS = ["model.hidden_size=64", "sparsity.block_size=16"]
+WEIGHTS = ["model.hidden_size=64", "sparsity.block_size=1"]
 CASES = {
     2: [
         *[(BLOCKS, Layout(2, 1, zero, 2)) for zero in range(4)],
@@ -30,7 +30,7 @@ CASES = {
 
 
 def measure(mesh: Mesh, cases: list) -> list[dict]:
-    """Bytes sent in an ordinary step and in a topology step, and bytes held, on this rank."""
+    """Bytes sent in an ordinary step and in a topology update, and bytes held, on this rank."""
     with counted() as traffic:
         return [measured(divided(mesh, layout.tensor), overrides, layout, traffic) for overrides, layout in cases]
 
@@ -64,7 +64,7 @@ def measured(mesh: Mesh, overrides: list[str], layout: Layout, traffic) -> dict:
         if torch.is_tensor(tensor) and tensor.ndim
     ) + master_bytes(engine, config.deepspeed.zero_stage)
     found["masks"] = sum(layer.mask.numel() for layer in controller.layers.values())
-    found["masks"] += sum(bits.numel() for bits in controller.ever_live.values())
+    found["masks"] += sum(bits.numel() for bits in controller.ever_active.values())
     return found
 
 
@@ -111,15 +111,15 @@ def found() -> dict[str, dict]:
 def test_the_plan_equals_the_run(found, overrides, layout) -> None:
     config = run_config(overrides, layout)
     with torch.device("meta"):
-        model = build_model(config, config.model.vocab_size, Axis(0, layout.tensor))
-    controller = Controller(config, model.sparse_layers(), Axis(0, layout.tensor))
+        model = build_model(config, config.model.vocab_size, CommunicationGroup(0, layout.tensor))
+    controller = Controller(config, model.sparse_layers(), CommunicationGroup(0, layout.tensor))
     memory = memory_per_rank(config, model, layout.world_size)
     sent = communication_per_rank(config, model, controller, layout.world_size)
     for rank in found[f"{overrides}{layout}"]:
         # Norms, overflow flags and padding of flat groups are not counted: a few bytes in a hundred thousand.
         assert rank["step"] == pytest.approx(sent["data_parallel"] + sent["tensor_parallel"], rel=0.01)
         # At most; fewer rounds where scores do not tie. Blocks have no rounds, so the number is exact.
-        low = 1.0 if "sparsity.unit=16" in overrides else 0.1
+        low = 1.0 if "sparsity.block_size=16" in overrides else 0.1
         assert low * sent["topology_step"] - 1 <= rank["topology"] <= sent["topology_step"] + 1
         assert rank["masks"] == pytest.approx(memory["masks"], rel=1e-3)
         assert rank["optimizer"] == pytest.approx(memory["optimizer"], rel=0.01)

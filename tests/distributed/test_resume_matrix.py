@@ -22,13 +22,13 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.universal import UniversalReader, verify_universal, write_universal
 from megasparse.checkpoint.weights import load_model_weights
 
-BLOCKS = ["model.hidden_size=64", "sparsity.unit=16"]
-WEIGHTS = ["model.hidden_size=32", "sparsity.unit=1"]
+BLOCKS = ["model.hidden_size=64", "sparsity.block_size=16"]
+WEIGHTS = ["model.hidden_size=32", "sparsity.block_size=1"]
 PERSISTENCE = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
 RECIPES = {
     "blocks": [*BLOCKS, "model.tie_embeddings=false"],
     "weights": WEIGHTS,
-    "ages": [*WEIGHTS, "sparsity.unit_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
+    "per-weight steps": [*WEIGHTS, "sparsity.per_weight_step_counts=true", "sparsity.regrowth_warmup_steps=4"],
     # At stage 3 vectors and the smaller matrices stay whole on every rank.
     "tied_head": [*BLOCKS, "sparsity.head=true", f"{PERSISTENCE}=5000"],
     "bfloat16": [*BLOCKS, "train.precision=bf16", "deepspeed.offload_optimizer=cpu"],
@@ -40,9 +40,9 @@ RESUMES = [
     ("tied_head", Layout(tensor=2), [Layout(), Layout(tensor=4), Layout(data=2, tensor=2, zero=3)]),
     ("weights", Layout(), [Layout(data=2), Layout(tensor=2), Layout(zero=2), Layout(zero=3)]),
     ("blocks", Layout(zero=3), [Layout(), Layout(data=2, zero=3)]),
-    ("ages", Layout(data=2, zero=3), [Layout(), Layout(data=4, zero=3), Layout(tensor=2, zero=3)]),
+    ("per-weight steps", Layout(data=2, zero=3), [Layout(), Layout(data=4, zero=3), Layout(tensor=2, zero=3)]),
     ("blocks", Layout(tensor=2, zero=3), [Layout(zero=0), Layout(tensor=4, zero=3), Layout(data=2, zero=2)]),
-    ("ages", Layout(tensor=2, zero=2), [Layout(), Layout(data=2, tensor=2)]),
+    ("per-weight steps", Layout(tensor=2, zero=2), [Layout(), Layout(data=2, tensor=2)]),
     ("tied_head", Layout(zero=0), [Layout(), Layout(data=2), Layout(tensor=2, zero=3)]),
     ("bfloat16", Layout(data=2, zero=2), [Layout(zero=3), Layout(tensor=2)]),
 ]
@@ -159,12 +159,12 @@ def test_the_reader_gives_what_the_engine_held(sources, universal, recipe, sourc
             assert found.dtype == torch.float32 and torch.equal(found, expected), f"{kind} of {parameter}"
             assert torch.equal(whole.tensor(parameter, kind), expected), f"universal {kind} of {parameter}"
     assert any(tensor.any() for tensor in saved["exp_avg"].values())
-    assert bool(saved["age"]) == (recipe == "ages")
-    for layer, expected in saved["age"].items():
-        found = reader.tensor(f"{layer}.weight", "age")
+    assert bool(saved["weight_steps"]) == (recipe == "per-weight steps")
+    for layer, expected in saved["weight_steps"].items():
+        found = reader.tensor(f"{layer}.weight", "weight_steps")
         assert found.dtype == torch.int16 and torch.equal(found.int(), expected), layer
-        assert torch.equal(whole.tensor(f"{layer}.weight", "age"), found)
-        assert 0 < int(found.min()) < int(found.max()), "some weights were born on the way"
+        assert torch.equal(whole.tensor(f"{layer}.weight", "weight_steps"), found)
+        assert 0 < int(found.min()) < int(found.max()), "some weights were grown on the way"
     verify_universal(universal[name])
 
 
@@ -222,7 +222,7 @@ def refused(universal, tmp_path_factory) -> list[dict[str, str]]:
             "not asked for",
             ["saved by 1 rank, this run has 2", "universal_checkpoint.py", "train.universal=true"],
         ),
-        ("no ages", ["sparsity.unit_step_counts", "kept no ages", "legal values: false and 0"]),
+        ("no per-weight steps", ["sparsity.per_weight_step_counts", "kept no per-weight steps", "must be false and 0"]),
         ("missing", ["universal: it is not there", "tools/universal_checkpoint.py"]),
         ("good again", ["accepted"]),
     ],

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(200)
 OVERRIDES = [
     "model.hidden_size=128",
     "model.num_layers=1",
-    "sparsity.unit=1",
+    "sparsity.block_size=1",
     "sparsity.drop_score=magnitude_gradient",
     "sparsity.warmup_end=0.05",
 ]
@@ -55,7 +55,7 @@ def measure(mesh, stages: list[int]) -> list[dict[str, int]]:
 
 
 def measure_stage(mesh, stage: int) -> dict[str, int]:
-    """Two topology steps of a short run: the first drops from dense, the second keeps the topology moving."""
+    """Two topology updates of a short run: the first drops from dense, the second keeps the topology moving."""
     engine, controller = build(mesh, run_config(OVERRIDES, Layout(data=2, zero=stage)))
     recorder, update = LargestAllocation(), controller.update_topology
     reports = []

@@ -1,4 +1,5 @@
-"""SparseAdamW against torch's AdamW and, with ages, against scalar arithmetic; groups that hold each parameter once."""
+"""MaskedAdamW against torch's AdamW and, with per-weight steps, against scalar arithmetic; groups that hold each
+parameter once."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from megasparse.config.loader import load_config
-from megasparse.engine.optimizer import MAX_AGE, SparseAdamW, parameter_groups, set_learning_rates
+from megasparse.engine.optimizer import MAX_WEIGHT_STEPS, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
@@ -16,7 +17,7 @@ from megasparse.sparsity.groups import layer_settings
 
 SMALL = [
     "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=16",
-    "model.vocab_size=64", "sparsity.unit=8", "optimizer.lr=0.01", "optimizer.weight_decay=0.2",
+    "model.vocab_size=64", "sparsity.block_size=8", "optimizer.lr=0.01", "optimizer.weight_decay=0.2",
 ]  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def build(*overrides: str) -> tuple[GPT, Controller]:
 
     def sparse(name: str) -> SparseSpec | None:
         settings = layer_settings(config.sparsity, name)
-        return None if settings is None else SparseSpec(settings.unit, config.sparsity.low_rank)
+        return None if settings is None else SparseSpec(settings.block_size, config.sparsity.low_rank)
 
     model = GPT(config.model, config.attention, 64, LayerFactory(sparse, seed=1))
     controller = Controller(config, model.sparse_layers())
@@ -37,9 +38,9 @@ def groups_of(tensors: list[torch.Tensor], sparse_layer: str | None) -> list[dic
     return [{"name": "all", "params": tensors, "weight_decay": 0.2, "sparse_layer": sparse_layer}]
 
 
-def make_optimizer(tensors, *overrides: str, sparse_layer: str | None = None) -> SparseAdamW:
+def make_optimizer(tensors, *overrides: str, sparse_layer: str | None = None) -> MaskedAdamW:
     config = load_config([], [*SMALL, *overrides])
-    return SparseAdamW(groups_of(tensors, sparse_layer), config.optimizer, config.sparsity)
+    return MaskedAdamW(groups_of(tensors, sparse_layer), config.optimizer, config.sparsity)
 
 
 def parameters(*shapes, seed: int = 0) -> list[torch.nn.Parameter]:
@@ -62,7 +63,7 @@ def test_without_ages_it_is_adamw() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("overrides", [[], ["sparsity.unit_step_counts=true"]])
+@pytest.mark.parametrize("overrides", [[], ["sparsity.per_weight_step_counts=true"]])
 def test_skipped_updates_change_nothing(overrides) -> None:
     (weight,) = parameters((4, 4))
     optimizer = make_optimizer([weight], *overrides, sparse_layer="x")
@@ -84,36 +85,36 @@ class ScalarAdamW:
     def __init__(self, weight: float, by_age: bool, ramp: int) -> None:
         self.weight, self.by_age, self.ramp = weight, by_age, ramp
         self.first = self.second = 0.0
-        self.age = self.steps = 0
+        self.weight_steps = self.steps = 0
 
     def step(self, gradient: float, lr: float = 0.01, decay: float = 0.2) -> None:
-        self.age, self.steps = self.age + 1, self.steps + 1
+        self.weight_steps, self.steps = self.weight_steps + 1, self.steps + 1
         self.first = 0.9 * self.first + 0.1 * gradient
         self.second = 0.95 * self.second + 0.05 * gradient**2
-        count = self.age if self.by_age else self.steps
+        count = self.weight_steps if self.by_age else self.steps
         update = self.first / (1 - 0.9**count) / (math.sqrt(self.second / (1 - 0.95**count)) + 1e-8)
-        if self.ramp and self.age < self.steps:
-            update *= min(1.0, self.age / self.ramp)
+        if self.ramp and self.weight_steps < self.steps:
+            update *= min(1.0, self.weight_steps / self.ramp)
         self.weight = self.weight * (1 - lr * decay) - lr * update
 
-    def be_born(self) -> None:
+    def be_grown(self) -> None:
         self.weight = self.first = self.second = 0.0
-        self.age = 0
+        self.weight_steps = 0
 
 
 @pytest.mark.parametrize(("by_age", "ramp"), [(True, 0), (False, 5), (True, 5)])
 def test_ages_against_scalar_arithmetic(by_age, ramp) -> None:
     (weight,) = parameters((6,))
     scalars = [ScalarAdamW(float(value), by_age, ramp) for value in weight.detach()]
-    overrides = [f"sparsity.unit_step_counts={str(by_age).lower()}", f"sparsity.regrowth_warmup_steps={ramp}"]
+    overrides = [f"sparsity.per_weight_step_counts={str(by_age).lower()}", f"sparsity.regrowth_warmup_steps={ramp}"]
     optimizer = make_optimizer([weight], *overrides, sparse_layer="x")
     births = {4: [1], 9: [1, 2], 10: [3], 17: [5]}
     for step in range(25):
         for index in births.get(step, []):
-            scalars[index].be_born()
+            scalars[index].be_grown()
             with torch.no_grad():
                 weight[index] = 0
-            for key in ("exp_avg", "exp_avg_sq", "age"):
+            for key in ("exp_avg", "exp_avg_sq", "weight_steps"):
                 optimizer.state[weight][key][index] = 0
         weight.grad = torch.randn(6, generator=torch.Generator().manual_seed(step))
         for scalar, gradient in zip(scalars, weight.grad.tolist(), strict=True):
@@ -121,28 +122,37 @@ def test_ages_against_scalar_arithmetic(by_age, ramp) -> None:
         optimizer.step()
         expected = torch.tensor([scalar.weight for scalar in scalars])
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=2e-6)
-    assert optimizer.state[weight]["age"].tolist() == [scalar.age for scalar in scalars] == [25, 16, 16, 15, 25, 8]
+    assert (
+        optimizer.state[weight]["weight_steps"].tolist()
+        == [scalar.weight_steps for scalar in scalars]
+        == [25, 16, 16, 15, 25, 8]
+    )
 
 
 def test_the_first_update_of_a_new_weight() -> None:
     """By age it is one full step of the learning rate; by the global step count (1 - b1) / sqrt(1 - b2) of one."""
     for by_age, expected in [(True, 1.0), (False, 0.1 / math.sqrt(0.05))]:
         (weight,) = parameters((2,))
-        optimizer = make_optimizer([weight], f"sparsity.unit_step_counts={str(by_age).lower()}", sparse_layer="x")
+        optimizer = make_optimizer([weight], f"sparsity.per_weight_step_counts={str(by_age).lower()}", sparse_layer="x")
         weight.grad = torch.ones(2)
         for _ in range(200):
             optimizer.step()
         state = optimizer.state[weight]
-        for tensor in (weight.data, state["exp_avg"], state["exp_avg_sq"], *([state["age"]] if by_age else [])):
+        for tensor in (
+            weight.data,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            *([state["weight_steps"]] if by_age else []),
+        ):
             tensor[0] = 0
         optimizer.step()
         assert -float(weight.detach()[0]) / 0.01 == pytest.approx(expected, rel=1e-3)
 
 
-def test_dead_weights_stay_exactly_zero() -> None:
+def test_inactive_weights_stay_exactly_zero() -> None:
     (weight,) = parameters((50,))
     optimizer = make_optimizer(
-        [weight], "sparsity.unit_step_counts=true", "sparsity.regrowth_warmup_steps=3", sparse_layer="x"
+        [weight], "sparsity.per_weight_step_counts=true", "sparsity.regrowth_warmup_steps=3", sparse_layer="x"
     )
     weight.data[::2] = 0
     for step in range(5):
@@ -159,11 +169,11 @@ def test_ages_stop_at_their_largest_value() -> None:
     optimizer = make_optimizer([weight], "sparsity.regrowth_warmup_steps=4", sparse_layer="x")
     weight.grad = torch.ones(2)
     optimizer.step()
-    optimizer.state[weight]["age"].fill_(MAX_AGE - 1)
-    optimizer.state[weight]["step"].fill_(MAX_AGE - 1)
+    optimizer.state[weight]["weight_steps"].fill_(MAX_WEIGHT_STEPS - 1)
+    optimizer.state[weight]["step"].fill_(MAX_WEIGHT_STEPS - 1)
     for _ in range(3):
         optimizer.step()
-        assert optimizer.state[weight]["age"].tolist() == [MAX_AGE] * 2
+        assert optimizer.state[weight]["weight_steps"].tolist() == [MAX_WEIGHT_STEPS] * 2
     assert weight.isfinite().all()
 
 
@@ -195,7 +205,7 @@ def test_groups_hold_every_parameter_once(overrides) -> None:
 def test_learning_rates_follow_the_density() -> None:
     model, controller = build("sparsity.algorithm=set", "sparsity.density=0.25", "sparsity.lr_density_power=0.5")
     config = controller.config
-    optimizer = SparseAdamW(parameter_groups(model, controller, config.optimizer), config.optimizer, config.sparsity)
+    optimizer = MaskedAdamW(parameter_groups(model, controller, config.optimizer), config.optimizer, config.sparsity)
     rates = set_learning_rates(optimizer, 1e-3, controller, 0.2)
     for group in optimizer.param_groups:
         multiplier = 2.0 if group["sparse_layer"] else 1.0
@@ -203,6 +213,6 @@ def test_learning_rates_follow_the_density() -> None:
         if group["name"] != "vectors":
             assert group["weight_decay"] == pytest.approx(0.2 / multiplier)
     for name, topology in controller.topologies.items():
-        controller.expect_live(name, topology.num_units)
+        controller.expect_active(name, topology.num_units)
     set_learning_rates(optimizer, 1e-3, controller, 0.2)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}

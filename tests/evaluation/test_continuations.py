@@ -83,12 +83,12 @@ def test_choices_are_compared_as_they_are_and_by_length() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"txt": "a b"}, r"line 1: text: missing; legal values: a text, not empty"),
-        ({"text": 3}, r"line 1: text: 3; legal"),
-        ({"text": "  "}, r"line 1: text: '  '; legal"),
+        ({"txt": "a b"}, r"line 1: text: missing; must be a text, not empty"),
+        ({"text": 3}, r"line 1: text: 3; must"),
+        ({"text": "  "}, r"line 1: text: '  '; must"),
         ({"text": " word "}, r"line 1: text: ' word' is a single word"),
         ({"text": "a \ud800"}, r"line 1: text: not valid Unicode"),
-        ({"text": "a " + "b" * 20}, r"line 1: text: 'b+' has 21 tokens of its own; legal values: 1 to 16"),
+        ({"text": "a " + "b" * 20}, r"line 1: text: 'b+' has 21 tokens of its own; must be 1 to 16"),
     ],
 )
 def test_bad_passages_are_refused(record: dict, message: str) -> None:
@@ -99,17 +99,17 @@ def test_bad_passages_are_refused(record: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label": 2}, r"line 1: label: 2; legal values: 0 to 1"),
-        ({"label": -1}, r"line 1: label: -1; legal"),
-        ({"label": "0"}, r"line 1: label: '0'; legal"),
-        ({"label": True}, r"line 1: label: True; legal"),
-        ({"label": None}, r"line 1: label: None; legal"),
-        ({"choices": ["a"]}, r"line 1: choices: \['a'\]; legal values: a list of two or more texts"),
-        ({"choices": "ab"}, r"line 1: choices: 'ab'; legal"),
-        ({"choices": ["a", ""]}, r"line 1: choices: \['a', ''\]; legal"),
+        ({"label": 2}, r"line 1: label: 2; must be 0 to 1"),
+        ({"label": -1}, r"line 1: label: -1; must"),
+        ({"label": "0"}, r"line 1: label: '0'; must"),
+        ({"label": True}, r"line 1: label: True; must"),
+        ({"label": None}, r"line 1: label: None; must"),
+        ({"choices": ["a"]}, r"line 1: choices: \['a'\]; must be a list of two or more texts"),
+        ({"choices": "ab"}, r"line 1: choices: 'ab'; must"),
+        ({"choices": ["a", ""]}, r"line 1: choices: \['a', ''\]; must"),
         ({"choices": ["a", "b" * 17]}, r"line 1: choices\[1\]: 'b+' has 18 tokens"),
         ({"choices": ["a", "\udfff"]}, r"line 1: choices\[1\]: not valid Unicode"),
-        ({"context": None}, r"line 1: context: None; legal values: a text"),
+        ({"context": None}, r"line 1: context: None; must be a text"),
     ],
 )
 def test_bad_choices_are_refused(changes: dict, message: str) -> None:
@@ -139,7 +139,7 @@ def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:
     assert len(list(read_jsonl(str(path), limit=1))) == 1
     for content, message in (
         ('{"text": "a b"}\n{"text": ', r"x.jsonl, line 2: not JSON"),
-        ("[1]\n", r"line 1: list; legal values: one JSON object a line"),
+        ("[1]\n", r"line 1: list; must be one JSON object a line"),
         ("\n \n", r"no text in it"),
     ):
         path.write_text(content)

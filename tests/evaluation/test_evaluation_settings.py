@@ -24,7 +24,7 @@ from megasparse.models.build import build_model
 def trained() -> TrainedModel:
     """A model of random weights as `open_trained` hands it out."""
     model = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 16}
-    config = check_config({"model": model, "data": {"tokenizer": "bytes"}, "sparsity": {"unit": 16}})
+    config = check_config({"model": model, "data": {"tokenizer": "bytes"}, "sparsity": {"block_size": 16}})
     tokenizer = load_tokenizer("bytes")
     return TrainedModel(config, build_model(config, tokenizer.vocab_size).eval(), tokenizer, 0, "full", [])
 
@@ -36,12 +36,12 @@ def settings(**changes) -> EvaluationSettings:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "trivia"}, "--task: trivia; legal values: perplexity, last-word, multiple-choice"),
-        ({"detokenizer": "c4"}, "--detokenizer: c4; legal values: none, wikitext, ptb"),
-        ({"precision": "fp8"}, "--precision: fp8; legal values: fp32, bf16, fp16"),
+        ({"task": "trivia"}, "--task: trivia; must be one of perplexity, last-word, multiple-choice"),
+        ({"detokenizer": "c4"}, "--detokenizer: c4; must be one of none, wikitext, ptb"),
+        ({"precision": "fp8"}, "--precision: fp8; must be one of fp32, bf16, fp16"),
         ({"precision": "fp16"}, "--precision: fp16 needs a GPU"),
-        ({"batch_size": 0}, "--batch-size: 0; legal values: 1 or more"),
-        ({"limit": -3}, "--limit: -3; legal values: 1 or more"),
+        ({"batch_size": 0}, "--batch-size: 0; must be 1 or more"),
+        ({"limit": -3}, "--limit: -3; must be 1 or more"),
         ({"output": Path(".")}, "--output: . is a folder"),
         ({"task": "last-word", "stride": 4}, "--stride: only used with --task perplexity"),
         ({"task": "multiple-choice", "detokenizer": "ptb"}, "--detokenizer: only used with"),
@@ -73,9 +73,9 @@ def test_the_input_decides_between_text_and_tokens(trained: TrainedModel, tmp_pa
     assert isinstance(task, Perplexity) and task.windows.tokens.tolist() == [1, 2, 256]
     with IndexedDatasetWriter(tmp_path / "short", "uint16") as writer:
         writer.add_document([1])
-    with pytest.raises(ValueError, match="holds 1 tokens; legal values: 2 tokens or more"):
+    with pytest.raises(ValueError, match="holds 1 tokens; must be 2 tokens or more"):
         make_task(settings(input=str(tmp_path / "short")), trained)
-    with pytest.raises(ValueError, match="no such file; legal values: a text file, or the prefix"):
+    with pytest.raises(ValueError, match="no such file; must be a text file, or the prefix"):
         make_task(settings(input=str(tmp_path / "nothing")), trained)
 
 

@@ -22,7 +22,7 @@ from megasparse.evaluation.continuations import last_word_task, multiple_choice_
 from megasparse.evaluation.inputs import read_jsonl  # noqa: E402
 from megasparse.evaluation.scoring import Scorer  # noqa: E402
 from megasparse.inference.trained import TrainedModel  # noqa: E402
-from megasparse.parallel import Axis  # noqa: E402
+from megasparse.parallel import CommunicationGroup  # noqa: E402
 
 T = 32
 PAIRS = [
@@ -150,9 +150,9 @@ def test_last_words_are_the_likelihoods_of_the_harness(ours) -> None:
 
 
 def test_wrong_arguments_are_refused(ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="precision: fp8; legal values: fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision: fp8; must be fp32, bf16, fp16"):
         adapter.MegaSparseLM("x", precision="fp8", device="cpu")
-    with pytest.raises(ValueError, match="has 33 tokens|33 tokens; legal values: 1 to 32"):
+    with pytest.raises(ValueError, match="has 33 tokens|33 tokens; must be 1 to 32"):
         ours.loglikelihood(requests(("a", "b" * 33)), disable_tqdm=True)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="nothing"):
@@ -165,5 +165,8 @@ def texts_on(mesh) -> list[str]:
 
 
 def test_texts_of_all_ranks_reach_each() -> None:
-    assert adapter.share_texts({0: "a", 1: ""}, 2, Axis()) == ["a", ""] and adapter.share_texts({}, 0, Axis()) == []
+    assert (
+        adapter.share_texts({0: "a", 1: ""}, 2, CommunicationGroup()) == ["a", ""]
+        and adapter.share_texts({}, 0, CommunicationGroup()) == []
+    )
     assert run_distributed(texts_on, 2, timeout=120) == 2 * [["", "für", "", "drei", "\n"]]

@@ -110,7 +110,7 @@ def test_default_stride_is_half_the_window() -> None:
 
 def test_bad_values_are_refused() -> None:
     for stride in (0, 9, -1):
-        with pytest.raises(ValueError, match=f"--stride: {stride}; legal values: 1 to 8"):
+        with pytest.raises(ValueError, match=f"--stride: {stride}; must be 1 to 8"):
             text_perplexity("one two", BYTES, 8, stride)
     with pytest.raises(ValueError, match="the text has 1 tokens"):
         text_perplexity("a", BYTES, 8)

@@ -46,12 +46,18 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: str, unit: int, dtype: torch.dtype, chip: str, tile: Tile | None = None, precision: str = "ieee"
+    kernel: str, block_size: int, dtype: torch.dtype, chip: str, tile: Tile | None = None, precision: str = "ieee"
 ) -> Compiled:
     """Compile one of KERNELS as a launch on aligned tensors of odd token count would."""
     name = WEIGHT_GRADIENT if kernel == SPLIT else kernel
-    tile = tile or default_tile(name, unit, dtype, TARGETS[chip].backend == "hip")
-    constants = {"UNIT": unit, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": precision}
+    tile = tile or default_tile(name, block_size, dtype, TARGETS[chip].backend == "hip")
+    constants = {
+        "UNIT": block_size,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "PRECISION": precision,
+    }
     if name == WEIGHT_GRADIENT:
         function = triton_kernels.gradient_kernel
         constants |= {"MAX_ROWS": 128, "PARTIAL": kernel == SPLIT}
@@ -118,21 +124,21 @@ def _registers_and_spills(ptx: str, chip: str) -> tuple[int, int]:
 def cases(units: tuple[int, ...] = (16, 32, 64, 128)) -> Iterator[tuple[str, int, torch.dtype, str]]:
     for chip in TARGETS:
         for dtype in NAMES:
-            for unit in units:
+            for block_size in units:
                 for kernel in KERNELS:
-                    yield kernel, unit, dtype, chip
+                    yield kernel, block_size, dtype, chip
 
 
 if __name__ == "__main__":
     import time
 
     print(f"triton {triton.__version__}")
-    for kernel, unit, dtype, chip in cases():
+    for kernel, block_size, dtype, chip in cases():
         start = time.perf_counter()
-        made = compile_kernel(kernel, unit, dtype, chip)
+        made = compile_kernel(kernel, block_size, dtype, chip)
         wgmma = "wgmma" in made.assembly
         print(
-            f"{chip:7}{NAMES[dtype]:5}{unit:4}  {kernel:24}{made.registers:4} registers {made.spills:4} spilled "
+            f"{chip:7}{NAMES[dtype]:5}{block_size:4}  {kernel:24}{made.registers:4} registers {made.spills:4} spilled "
             f"{made.shared / 1024:6.1f} KiB shared{'  wgmma' if wgmma else ''} {time.perf_counter() - start:.1f}s",
             flush=True,
         )

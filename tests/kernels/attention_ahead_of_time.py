@@ -108,7 +108,7 @@ if __name__ == "__main__":
     for chip, dtype, head_dim, launch, kernel in chosen:
         start = time.perf_counter()
         made = compile_kernel(kernel, launch, dtype, head_dim, chip)
-        units = next((unit for unit in ("wgmma", "mma.sync", "mfma") if unit in made.assembly), "")
+        units = next((block_size for block_size in ("wgmma", "mma.sync", "mfma") if block_size in made.assembly), "")
         print(
             f"{chip:7}{NAMES[dtype]:5}{head_dim:4}  {launch:15}{kernel:15}{made.registers:4} registers "
             f"{made.spills:4} spilled {made.shared / 1024:6.1f} KiB  {units:9}{time.perf_counter() - start:5.1f}s",

@@ -18,8 +18,8 @@ from megasparse.kernels.block_sparse.index import BlockIndex  # noqa: E402
 from megasparse.kernels.block_sparse.tiles import FORWARD, Tile, default_tile  # noqa: E402
 
 
-def expand(mask: torch.Tensor, unit: int) -> torch.Tensor:
-    return mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+def expand(mask: torch.Tensor, block_size: int) -> torch.Tensor:
+    return mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
 
 
 def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor | None = None) -> None:
@@ -33,17 +33,19 @@ def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plus: torch.Tenso
     assert excess.max() <= 0, f"beyond the bound by {excess.max():.2e}"
 
 
-def layer(mask: torch.Tensor, unit: int, tokens: int) -> tuple[BlockIndex, torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer(
+    mask: torch.Tensor, block_size: int, tokens: int
+) -> tuple[BlockIndex, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Index, x, weight and dy of a layer."""
-    keep = expand(mask, unit)
+    keep = expand(mask, block_size)
     weight = torch.randn(keep.shape) * keep
-    return build_index(mask, unit), torch.randn(tokens, keep.shape[1]), weight, torch.randn(tokens, keep.shape[0])
+    return build_index(mask, block_size), torch.randn(tokens, keep.shape[1]), weight, torch.randn(tokens, keep.shape[0])
 
 
-def check_products(mask: torch.Tensor, unit: int, tokens: int) -> None:
-    index, x, weight, dy = layer(mask, unit, tokens)
-    bias, keep = torch.randn(weight.shape[0]), expand(mask, unit)
-    # A dead block must not be read: what is there may be anything.
+def check_products(mask: torch.Tensor, block_size: int, tokens: int) -> None:
+    index, x, weight, dy = layer(mask, block_size, tokens)
+    bias, keep = torch.randn(weight.shape[0]), expand(mask, block_size)
+    # An inactive block must not be read: what is there may be anything.
     poisoned = weight.masked_fill(~keep, torch.nan)
     check(gpu.forward(x, poisoned, bias, index), x, weight.t(), bias)
     check(gpu.forward(x, poisoned, None, index), x, weight.t())
@@ -60,53 +62,53 @@ def check_masked(dweight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, keep:
 
 
 def products() -> None:
-    """All blocks; random topologies from empty to full, rows and columns without a live block, odd token counts."""
-    for unit in gpu.UNITS:
-        products_of_blocks(unit)
+    """All blocks; random topologies from empty to full, rows and columns without an active block, odd token counts."""
+    for block_size in gpu.UNITS:
+        products_of_blocks(block_size)
 
 
-def products_of_blocks(unit: int) -> None:
+def products_of_blocks(block_size: int) -> None:
     for density, tokens in ((0.0, 5), (0.1, 1), (0.35, 37), (0.7, 70), (1.0, 16)):
         mask = torch.rand(3, 5) < density
         if 0 < density < 1:
             mask[1], mask[:, 3], mask[2, 0] = False, False, True
-        check_products(mask, unit, tokens)
+        check_products(mask, block_size, tokens)
     # A single block row, and a single block column.
-    check_products(torch.tensor([[True, False, True]]), unit, 33)
-    check_products(torch.tensor([[True], [False], [True]]), unit, 33)
+    check_products(torch.tensor([[True, False, True]]), block_size, 33)
+    check_products(torch.tensor([[True], [False], [True]]), block_size, 33)
 
 
 def tiles() -> None:
     """Steps and tiles smaller and larger than a block, uneven rows, several splits of the tokens."""
     mask = torch.rand(4, 5) < 0.4
     mask[0], mask[3] = True, False
-    for unit, depth, columns, group in ((16, 64, 16, 1), (32, 16, 16, 2), (32, 32, 32, 4), (64, 32, 32, 1)):
-        index, x, weight, dy = layer(mask, unit, 50)
+    for block_size, depth, columns, group in ((16, 64, 16, 1), (32, 16, 16, 2), (32, 32, 32, 4), (64, 32, 32, 1)):
+        index, x, weight, dy = layer(mask, block_size, 50)
         tile = Tile(16, columns, depth, warps=4, stages=2, group=group)
         check(gpu.forward(x, weight, None, index, tile), x, weight.t())
         check(gpu.input_gradient(dy, weight, index, tile), dy, weight)
-    for unit, rows, columns, depth, splits in (
+    for block_size, rows, columns, depth, splits in (
         *((16, 16, 64, 16, 1), (16, 16, 64, 16, 3), (32, 16, 16, 32, 2)),
         *((32, 32, 64, 32, 2), (64, 32, 32, 32, 1), (64, 64, 128, 32, 5)),
     ):
-        index, x, weight, dy = layer(mask, unit, 83)
+        index, x, weight, dy = layer(mask, block_size, 83)
         tile = Tile(rows, columns, depth, warps=4, stages=2)
-        check_masked(gpu.weight_gradient(dy, x, index, tile, splits), dy, x, expand(mask, unit))
+        check_masked(gpu.weight_gradient(dy, x, index, tile, splits), dy, x, expand(mask, block_size))
 
 
 def inputs() -> None:
     """Tensors that are not contiguous, no tokens at all, infinities, and equal bits in every run."""
-    unit = 16
+    block_size = 16
     mask = torch.rand(3, 4) < 0.6
     mask[:, 2], mask[0, 1] = False, True
-    index, x, weight, dy = layer(mask, unit, 21)
+    index, x, weight, dy = layer(mask, block_size, 21)
     wide = torch.randn(21, 2 * x.shape[1])[:, : x.shape[1]]
     check(gpu.forward(wide, weight, None, index), wide, weight.t())
     check(gpu.forward(x.t().contiguous().t(), weight.t().contiguous().t(), None, index), x, weight.t())
     assert gpu.forward(x[:0], weight, None, index).shape == (0, weight.shape[0])
     assert (gpu.weight_gradient(dy[:0], x[:0], index) == 0).all()
-    # What no live block multiplies cannot reach the result, not even an infinity.
-    x[:, 2 * unit : 3 * unit] = torch.inf
+    # What no active block multiplies cannot reach the result, not even an infinity.
+    x[:, 2 * block_size : 3 * block_size] = torch.inf
     for depth in (16, 64):
         assert gpu.forward(x, weight, None, index, Tile(16, 16, depth, warps=4, stages=2)).isfinite().all()
     for columns in (16, 64):
@@ -117,9 +119,9 @@ def inputs() -> None:
 
 def autograd() -> None:
     """The public function with this kernel: all gradients, leading dimensions, and the dense gradient."""
-    unit = 16
+    block_size = 16
     mask = torch.rand(3, 4) < 0.5
-    index, x, weight, dy = layer(mask, unit, 30)
+    index, x, weight, dy = layer(mask, block_size, 30)
     bias = torch.randn(weight.shape[0])
     for dense_gradient in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x.view(5, 6, -1), weight, bias)]
@@ -128,7 +130,7 @@ def autograd() -> None:
         dx, dweight, dbias = (leaf.grad for leaf in leaves)
         check(y.detach().flatten(0, 1), x, weight.t(), bias)
         check(dx.flatten(0, 1), dy, weight)
-        check_masked(dweight, dy, x, torch.ones_like(weight) if dense_gradient else expand(mask, unit))
+        check_masked(dweight, dy, x, torch.ones_like(weight) if dense_gradient else expand(mask, block_size))
         check(dbias[None], torch.ones(1, 30), dy)
 
 

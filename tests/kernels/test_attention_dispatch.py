@@ -90,7 +90,7 @@ def test_the_table_decides(own) -> None:
     assert [select_kernel("auto", "sparse", tokens, 64) for tokens in (255, 256)] == ["reference", FAST]
     assert widened("auto", ("sparse", "local", "full"), 511, 64) == ("full", "local", "full")
     assert widened("auto", ("sparse",), 512, 64) == ("sparse",)
-    assert widened("parts", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
+    assert widened("tiled", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
 
 
 def test_another_machine_does_not_count(own) -> None:
@@ -129,10 +129,10 @@ def test_no_pattern_is_widened_unless_that_is_allowed(monkeypatch) -> None:
 
 
 def test_measured_rows_are_what_was_asked_for() -> None:
-    rows = measure_rows("parts", "cpu", torch.float32, stride=8, head_dim=8, lengths=(32, 16), heads=1, rounds=1)
+    rows = measure_rows("tiled", "cpu", torch.float32, stride=8, head_dim=8, lengths=(32, 16), heads=1, rounds=1)
     assert [row.pattern for row in rows] == ["local", "strided", "sparse", "fixed"]
     for row in rows:
-        assert row.lengths == [16, 32] and (row.stride, row.head_dim, row.heads, row.kernel) == (8, 8, 1, "parts")
+        assert row.lengths == [16, 32] and (row.stride, row.head_dim, row.heads, row.kernel) == (8, 8, 1, "tiled")
         assert all(seconds > 0 for times in row.seconds.values() for seconds in times.values())
 
 
@@ -172,18 +172,18 @@ def test_dropout() -> None:
         # Every weight is dropped or doubled: sums of them are 1 on average, and seldom exactly.
         assert 0.9 < y.mean() < 1.1 and (y - 1).abs().max() > 0.1
         assert torch.equal(hybrid_attention(q, k, v, pattern, 8, dropout=0.0), hybrid_attention(q, k, v, pattern, 8))
-    with pytest.raises(ValueError, match="'parts' has no dropout; legal values: auto, reference"):
-        hybrid_attention(q, k, v, "sparse", 8, "parts", dropout=0.1)
+    with pytest.raises(ValueError, match="'tiled' has no dropout; must be one of auto, reference"):
+        hybrid_attention(q, k, v, "sparse", 8, "tiled", dropout=0.1)
     for impossible in (1.0, -0.1):
-        with pytest.raises(ValueError, match=f"dropout: {impossible} .*legal values: 0 to below 1"):
+        with pytest.raises(ValueError, match=f"dropout: {impossible} .*must be 0 to below 1"):
             hybrid_attention(q, k, v, "sparse", 8, dropout=impossible)
 
 
 def test_mistakes_are_named() -> None:
     q, k, v = inputs(9)
-    with pytest.raises(ValueError, match="got 3 for 4 query heads; legal values: 1 for all, or 4"):
+    with pytest.raises(ValueError, match="got 3 for 4 query heads; must be 1 for all, or 4"):
         hybrid_attention(q, k, v, "sparse", 4, offsets=(0, 1, 2))
-    with pytest.raises(ValueError, match="offset: 4 is out of range; legal values: 0 to stride - 1 = 3"):
+    with pytest.raises(ValueError, match="offset: 4 is out of range; must be 0 to stride - 1 = 3"):
         hybrid_attention(q, k, v, "sparse", 4, offsets=4)
-    with pytest.raises(ValueError, match="'causal' does not compute the pattern 'local'; legal values: auto, ref"):
+    with pytest.raises(ValueError, match="'causal' does not compute the pattern 'local'; must be auto, ref"):
         hybrid_attention(q, k, v, "local", 4, "causal")

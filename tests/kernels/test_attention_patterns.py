@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.kernels.hybrid_attention import PATTERNS, executed_entries, live_entries, pattern_mask
+from megasparse.kernels.hybrid_attention import PATTERNS, active_entries, executed_entries, pattern_mask
 
 
 def sees(pattern: str, q: int, k: int, s: int, o: int = 0) -> bool:
@@ -56,12 +56,12 @@ def test_patterns_differ() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_live_entries_is_the_sum_of_the_mask(pattern: str) -> None:
+def test_active_entries_is_the_sum_of_the_mask(pattern: str) -> None:
     for seq_length in [*range(1, 35), 64, 100, 127]:
         for stride in [*range(1, 12), 16, 31, 64, 128]:
             for offset in {0, 1, stride // 2, stride - 1} & set(range(stride)):
                 expected = int(pattern_mask(pattern, seq_length, stride, offset=offset).sum())
-                assert live_entries(pattern, seq_length, stride, offset) == expected, (seq_length, stride, offset)
+                assert active_entries(pattern, seq_length, stride, offset) == expected, (seq_length, stride, offset)
 
 
 def test_reference_executes_half_of_full_and_all_of_a_mask() -> None:
@@ -69,19 +69,19 @@ def test_reference_executes_half_of_full_and_all_of_a_mask() -> None:
     assert {executed_entries("auto", pattern, 10, 4) for pattern in PATTERNS if pattern != "full"} == {100}
 
 
-@pytest.mark.parametrize("call", [lambda: live_entries("lokal", 8, 2), lambda: pattern_mask("lokal", 8, 2)])
-def test_unknown_pattern_names_the_legal_ones(call) -> None:
+@pytest.mark.parametrize("call", [lambda: active_entries("lokal", 8, 2), lambda: pattern_mask("lokal", 8, 2)])
+def test_unknown_pattern_names_the_possible_ones(call) -> None:
     with pytest.raises(ValueError, match="'lokal'.*full, local, strided, sparse, fixed"):
         call()
 
 
 def test_stride_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="stride: 0"):
-        live_entries("local", 8, 0)
+        active_entries("local", 8, 0)
 
 
 @pytest.mark.parametrize("offset", [-1, 4])
 def test_an_offset_outside_of_the_stride_is_refused(offset: int) -> None:
-    for call in (live_entries, pattern_mask):
-        with pytest.raises(ValueError, match=rf"offset: {offset} .*legal values: 0 to stride - 1 = 3"):
+    for call in (active_entries, pattern_mask):
+        with pytest.raises(ValueError, match=rf"offset: {offset} .*must be 0 to stride - 1 = 3"):
             call("strided", 8, 4, offset=offset)

@@ -1,4 +1,4 @@
-"""Lists of live blocks against what `nonzero` finds."""
+"""Lists of active blocks against what `nonzero` finds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_lists_are_those_of_the_mask(shape, density) -> None:
     assert index.row_offsets.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
     assert index.column_offsets.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
     assert {part.dtype for part in index.lists} == {torch.int32}
-    assert index.num_live == mask.sum() and index.density == mask.sum() / mask.numel()
+    assert index.num_active == mask.sum() and index.density == mask.sum() / mask.numel()
     counted = build_index(mask, 32)
     assert all(torch.equal(one, two) for one, two in zip(index.lists, counted.lists, strict=True))
 
 
 def test_single_weights_have_no_lists() -> None:
     index = build_index(torch.rand(6, 4) < 0.5, 1)
-    assert all(part.numel() == 0 for part in index.lists) and index.num_live == index.mask.sum()
+    assert all(part.numel() == 0 for part in index.lists) and index.num_active == index.mask.sum()

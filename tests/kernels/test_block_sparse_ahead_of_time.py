@@ -32,16 +32,16 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
-@pytest.mark.parametrize("unit", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("chip", list(aot.TARGETS))
-def test_defaults_in_bfloat16(chip, unit, kernel) -> None:
-    made = aot.compile_kernel(kernel, unit, BF16, chip)
+def test_defaults_in_bfloat16(chip, block_size, kernel) -> None:
+    made = aot.compile_kernel(kernel, block_size, BF16, chip)
     check_limits(made, chip)
     if chip == "gfx942":
         assert "v_mfma" in made.assembly
         return
     # Loads run ahead of the products only where each operand has two buffers or more.
-    tile = default_tile(kernel, unit, BF16)
+    tile = default_tile(kernel, block_size, BF16)
     assert made.shared >= 2 * (tile.rows + tile.columns) * tile.depth * BF16.itemsize
     # 16 bytes at a time, also where the columns of a tile come from several blocks.
     assert "cp.async.cg.shared.global" in made.assembly and ", 0x10, " in made.assembly
@@ -52,7 +52,7 @@ def test_defaults_in_bfloat16(chip, unit, kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel, unit, dtype, chip, precision",
+    "kernel, block_size, dtype, chip, precision",
     [
         *((kernel, 128, FP32, "sm_80", "ieee") for kernel in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)),
         (FORWARD, 16, FP32, "sm_90", "ieee"),
@@ -65,8 +65,8 @@ def test_defaults_in_bfloat16(chip, unit, kernel) -> None:
         (aot.SPLIT, 128, BF16, "sm_90", "ieee"),
     ],
 )
-def test_other_defaults(kernel, unit, dtype, chip, precision) -> None:
-    made = aot.compile_kernel(kernel, unit, dtype, chip, precision=precision)
+def test_other_defaults(kernel, block_size, dtype, chip, precision) -> None:
+    made = aot.compile_kernel(kernel, block_size, dtype, chip, precision=precision)
     check_limits(made, chip)
     tensor_cores = "tf32" in made.assembly or "mma" in made.assembly.replace("mmap", "")
     if dtype == FP32 and chip != "gfx942":
@@ -106,16 +106,16 @@ def launches(monkeypatch):
 
 def test_launches_compile_once_for_all_steps(launches) -> None:
     """As Triton specializes the arguments of real launches: wide loads, and nothing new for other numbers of tokens or
-    of live blocks, which would stall a run in the middle."""
-    unit = 64
+    of active blocks, which would stall a run in the middle."""
+    block_size = 64
     sets = []
-    for tokens, num_live in ((300, 16), (304, 17), (512, 24)):
+    for tokens, num_active in ((300, 16), (304, 17), (512, 24)):
         mask = torch.zeros(64, dtype=torch.bool)
-        mask[torch.randperm(64)[:num_live]] = True
-        index = build_index(mask.view(8, 8), unit)
-        x, dy, weight = (torch.randn(rows, 8 * unit).bfloat16() for rows in (tokens, tokens, 8 * unit))
+        mask[torch.randperm(64)[:num_active]] = True
+        index = build_index(mask.view(8, 8), block_size)
+        x, dy, weight = (torch.randn(rows, 8 * block_size).bfloat16() for rows in (tokens, tokens, 8 * block_size))
         launches.clear()
-        gpu.forward(x, weight, torch.zeros(8 * unit).bfloat16(), index)
+        gpu.forward(x, weight, torch.zeros(8 * block_size).bfloat16(), index)
         gpu.backward(dy, x, weight, index, (True, True, True))
         gpu.weight_gradient(dy, x, index, splits=2)
         assert len(launches) == 5

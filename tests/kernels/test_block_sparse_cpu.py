@@ -61,8 +61,8 @@ def test_products_match_the_reference(rows, columns, block, tokens, density, dty
     for gradient, wanted, terms in zip(got, expected, (rows * block, tokens, tokens), strict=True):
         assert gradient.dtype == dtype
         compare(gradient, wanted, terms, dtype)
-    dead = ~index.mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
-    assert (got[1][dead] == 0).all()
+    inactive = ~index.mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    assert (got[1][inactive] == 0).all()
     # A part that is not asked for changes nothing in the others.
     only = cpu.backward(dy, x, weight, index, (False, True, False))
     assert only[0] is None and only[2] is None and torch.equal(only[1], got[1])
@@ -151,14 +151,14 @@ class LargestTensor(TorchDispatchMode):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temporaries_are_proportional_to_the_live_blocks(dtype) -> None:
+def test_temporaries_are_proportional_to_the_active_blocks(dtype) -> None:
     x, dy, weight, bias, index = case(16, 16, 64, 512, 0.1, dtype)
     with LargestTensor(x.shape, dy.shape, weight.shape) as largest:
         cpu.forward(x, weight, bias, index)
         cpu.backward(dy, x, weight, index, (True, True, True))
-    # Live weights in float32, and padded tiles: 128 tokens of x and dy, or 192 KiB for each thread.
+    # Active weights in float32, and padded tiles: 128 tokens of x and dy, or 192 KiB for each thread.
     tiles = max(128 * (x.shape[1] + dy.shape[1]) * 80 // 64 + dy.shape[1], 48 * 1024 * torch.get_num_threads())
-    assert 0 < largest.bytes <= 4 * (index.num_live * 64**2 + tiles)
+    assert 0 < largest.bytes <= 4 * (index.num_active * 64**2 + tiles)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -190,7 +190,7 @@ def test_without_a_compiler_dense_products_run_and_a_forced_kernel_is_refused(tm
         done = python(USE.format(kernel="cpu"), **{**broken, "CXX": compiler})
         assert done.returncode != 0
         assert "ValueError" in done.stderr and "'cpu' cannot run" in done.stderr and reason in done.stderr
-        assert "legal values here: auto, dense, reference" in done.stderr
+        assert "here it must be auto, dense, reference" in done.stderr
 
 
 @needs_kernels
@@ -218,7 +218,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path) -> None:
 def test_supported_inputs() -> None:
     assert "not on cuda" in cpu.why_not("cuda", torch.float32, 64)
     assert "torch.float16" in cpu.why_not("cpu", torch.float16, 64)
-    assert "sparsity.unit 8" in cpu.why_not("cpu", torch.float32, 8)
+    assert "sparsity.block_size 8" in cpu.why_not("cpu", torch.float32, 8)
 
 
 def test_dense_and_reference_agree() -> None:

@@ -40,10 +40,10 @@ def test_says_why_it_cannot_run(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "cuda, not on cpu" in gpu.why_not("cpu", torch.float32, 32)
     assert "float64" in gpu.why_not("cuda", torch.float64, 32)
-    assert "sparsity.unit 48; supported: 16, 32, 64, 128" in gpu.why_not("cuda", torch.bfloat16, 48)
+    assert "sparsity.block_size 48; supported: 16, 32, 64, 128" in gpu.why_not("cuda", torch.bfloat16, 48)
     if not torch.cuda.is_available():
         assert gpu.why_not("cuda", torch.bfloat16, 64) is not None
-    with pytest.raises(ValueError, match="'triton' cannot run: they run on cuda, not on cpu.*legal values here"):
+    with pytest.raises(ValueError, match="'triton' cannot run: they run on cuda, not on cpu.*here it must be"):
         check_forced("triton", "cpu", torch.float32, 32)
     # A plan may be made where the GPU is not.
     if importlib.util.find_spec("triton") is not None:

@@ -39,9 +39,15 @@ def test_default_until_tuned() -> None:
     assert tile_cache.tile_for(PROBLEM) == TILE
     # What is stored holds for neighbouring sizes, and for nothing else.
     change = {**vars(PROBLEM)}
-    assert tile_cache.tile_for(tile_cache.Problem(**{**change, "tokens": 4000, "num_live": 100})) == TILE
-    others = {"kernel": INPUT_GRADIENT, "device": "another GPU", "dtype": torch.float16, "unit": 128, "tokens": 5000}
-    for name, value in {**others, "groups": 64, "num_live": 500}.items():
+    assert tile_cache.tile_for(tile_cache.Problem(**{**change, "tokens": 4000, "num_active": 100})) == TILE
+    others = {
+        "kernel": INPUT_GRADIENT,
+        "device": "another GPU",
+        "dtype": torch.float16,
+        "block_size": 128,
+        "tokens": 5000,
+    }
+    for name, value in {**others, "groups": 64, "num_active": 500}.items():
         assert tile_cache.tile_for(tile_cache.Problem(**{**change, name: value})) != TILE, name
 
 
@@ -122,21 +128,21 @@ def test_processes_that_store_at_once_lose_nothing(path) -> None:
 
 @pytest.mark.parametrize("is_hip", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("unit", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
-def test_every_candidate_can_be_used(kernel, unit, dtype, is_hip) -> None:
-    tiles = list(candidates(kernel, unit, dtype, is_hip))
-    assert tiles[0] == default_tile(kernel, unit, dtype, is_hip)
+def test_every_candidate_can_be_used(kernel, block_size, dtype, is_hip) -> None:
+    tiles = list(candidates(kernel, block_size, dtype, is_hip))
+    assert tiles[0] == default_tile(kernel, block_size, dtype, is_hip)
     # Each costs a second of compilation, and more.
     assert 4 <= len(tiles) == len(set(tiles)) <= 48
     for tile in tiles:
-        assert fits(tile, kernel, unit)
-        for tokens, live in ((1, 0.1), (20, 1.6), (5000, 50.0)):
-            small = fitted(tile, kernel, unit, tokens, live)
-            assert fits(small, kernel, unit) and small.rows <= tile.rows and small.columns <= tile.columns
+        assert fits(tile, kernel, block_size)
+        for tokens, active in ((1, 0.1), (20, 1.6), (5000, 50.0)):
+            small = fitted(tile, kernel, block_size, tokens, active)
+            assert fits(small, kernel, block_size) and small.rows <= tile.rows and small.columns <= tile.columns
 
 
 @pytest.mark.parametrize("change", [{"rows": 48}, {"depth": 8}, {"warps": 3}, {"stages": 0}, {"columns": 64.0}])
 def test_impossible_tile(change) -> None:
-    with pytest.raises(ValueError, match=f"tile: {next(iter(change))} = .*legal values"):
+    with pytest.raises(ValueError, match=f"tile: {next(iter(change))} = .*must be"):
         Tile(**{**vars(TILE), **change})

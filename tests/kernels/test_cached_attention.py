@@ -7,9 +7,9 @@ import torch
 
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
+    active_entries,
     attend_cached,
     hybrid_attention,
-    live_entries,
     pattern_mask,
     visible_keys,
 )
@@ -29,7 +29,7 @@ def test_the_visible_keys_are_the_row_of_the_mask(pattern, stride) -> None:
         assert keys == rows[position].nonzero().flatten().tolist(), (position, ranges)
         assert all(len(piece) > 0 for piece in ranges)
         total += len(keys)
-    assert total == live_entries(pattern, T, stride)
+    assert total == active_entries(pattern, T, stride)
 
 
 def sees(pattern: str, q: int, k: int, s: int, o: int) -> bool:

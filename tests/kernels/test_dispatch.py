@@ -182,19 +182,25 @@ def test_a_plan_sees_that_there_is_no_compiler(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "device", "dtype", "unit", "words"),
+    ("kernel", "device", "dtype", "block_size", "words"),
     [
-        ("cpu", "cpu", F32, 1, "'cpu' cannot run: sparsity.unit 1; supported: 16, 32.*legal values here: auto, dense"),
-        ("cpu", "cpu", F32, 8, "sparsity.unit 8"),
+        (
+            "cpu",
+            "cpu",
+            F32,
+            1,
+            "'cpu' cannot run: sparsity.block_size 1; supported: 16, 32.*here it must be auto, dense",
+        ),
+        ("cpu", "cpu", F32, 8, "sparsity.block_size 8"),
         ("cpu", "cpu", torch.float16, 64, "dtype torch.float16"),
         ("cpu", "cuda", F32, 64, "on cpu, not on cuda"),
-        ("fast", "cpu", F32, 64, "'fast' is unknown; legal values: auto"),
+        ("fast", "cpu", F32, 64, "'fast' is unknown; must be one of auto"),
     ],
 )
-def test_a_forced_kernel_that_cannot_run_is_refused(never_built, kernel, device, dtype, unit, words) -> None:
+def test_a_forced_kernel_that_cannot_run_is_refused(never_built, kernel, device, dtype, block_size, words) -> None:
     for planned in (False, True):
         with pytest.raises(ValueError, match=words):
-            check_forced(kernel, device, dtype, unit, planned=planned)
+            check_forced(kernel, device, dtype, block_size, planned=planned)
 
 
 def test_a_failed_build_is_told(monkeypatch) -> None:
@@ -205,7 +211,7 @@ def test_a_failed_build_is_told(monkeypatch) -> None:
 
 
 def test_the_layer_chooses_as_the_table_says(own) -> None:
-    """By what only dense products do: they read dead weights."""
+    """By what only dense products do: they read inactive weights."""
     mask = torch.tensor([[True, False], [True, True]])
     weight, x = torch.ones(32, 32), torch.ones(8, 32)
     used = lambda **options: sparse_linear(x, weight, None, build_index(mask, 16), **options)[0, 0]  # noqa: E731
@@ -221,7 +227,7 @@ def test_compiled_code_holds_the_choice_for_any_number_of_tokens(own) -> None:
     write_table(own, [measurement(row(0.6, block=16, tokens=64), row(0.0, block=16, tokens=4))])
     forget()
     mask = torch.tensor([[True, False], [False, True]])
-    weight = torch.randn(32, 32).requires_grad_()  # not masked: dense products read its dead weights
+    weight = torch.randn(32, 32).requires_grad_()  # not masked: dense products read its inactive weights
     index = build_index(mask, 16)
     layer = lambda x: sparse_linear(x, weight, None, index).tanh()  # noqa: E731
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, parts, reference
+from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, reference, tiled
 from megasparse.kernels.hybrid_attention.break_even import _look_up
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
@@ -30,14 +30,14 @@ def _fresh_compiler():
 def calls(monkeypatch) -> dict[str, tuple]:
     """Arguments of the last call of each operator."""
     seen = {}
-    for name in ("attention_parts_forward", "attention_parts_backward"):
-        operator = getattr(parts, name)
+    for name in ("attention_tiled_forward", "attention_tiled_backward"):
+        operator = getattr(tiled, name)
 
         def record(*args, name=name, operator=operator):
             seen[name] = args
             return operator(*args)
 
-        monkeypatch.setattr(parts, name, record)
+        monkeypatch.setattr(tiled, name, record)
     return seen
 
 
@@ -46,7 +46,7 @@ def calls(monkeypatch) -> dict[str, tuple]:
 @pytest.mark.parametrize(("pattern", "offset"), [("full", 0), ("sparse", 0), ("strided", 3), ("fixed", 1)])
 def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None
-    y = hybrid_attention(*inputs(dtype), pattern, STRIDE, "parts", None, documents, offsets=offset)
+    y = hybrid_attention(*inputs(dtype), pattern, STRIDE, "tiled", None, documents, offsets=offset)
     y.sum().backward()
     assert len(calls) == 2
     for name, arguments in calls.items():
@@ -55,7 +55,7 @@ def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype)
 
 
 # At this length `auto` takes the reference, and torch's causal kernel for `full`.
-@pytest.mark.parametrize(("kernel", "with_documents"), [("auto", False), ("auto", True), ("parts", True)])
+@pytest.mark.parametrize(("kernel", "with_documents"), [("auto", False), ("auto", True), ("tiled", True)])
 @pytest.mark.parametrize("patterns", [*PATTERNS, MIXED], ids=str)
 def test_compiled_equals_eager(patterns, kernel, with_documents) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None
@@ -120,7 +120,7 @@ def test_caches_are_bounded() -> None:
     q, k, v = (x.detach() for x in inputs(seq_length=24))
 
     def attend(stride: int) -> None:
-        for kernel in ("parts", "reference"):
+        for kernel in ("tiled", "reference"):
             for pattern in PATTERNS:
                 hybrid_attention(q, k, v, pattern, stride, kernel, offsets=(0, 1, 2, 3))
 

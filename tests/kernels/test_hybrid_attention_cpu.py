@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.kernels.block_sparse.build import load_library
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
+    active_entries,
     break_even,
     cpu,
     executed_entries,
     hybrid_attention,
-    live_entries,
     select_kernel,
 )
 
@@ -239,7 +239,7 @@ def test_inputs_with_gaps_between_rows_and_elements() -> None:
 
 
 def brute_force_entries(pattern: str, seq_length: int, stride: int, offset: int) -> int:
-    """Register tiles with a live pair, by looking at the masks of the parts."""
+    """Register tiles with an active pair, by looking at the masks of the parts."""
     everything = torch.arange(seq_length)
     mask, distance = offset_mask(pattern, seq_length, stride, offset), everything[:, None] - everything
     if pattern in ("strided", "sparse"):
@@ -254,13 +254,13 @@ def brute_force_entries(pattern: str, seq_length: int, stride: int, offset: int)
     else:
         parts = [(mask, everything, everything)]
     total = 0
-    for live, queries, keys in parts:
+    for active, queries, keys in parts:
         for tile in queries.split(cpu.TILE) if len(queries) else ():
             groups = -(-len(tile) // cpu.ROWS)
             for group in range(groups):
                 rows = tile[group * len(tile) // groups : (group + 1) * len(tile) // groups]
                 for columns in keys.split(cpu.COLUMNS):
-                    total += len(rows) * cpu.COLUMNS * bool(live[rows][:, columns].any())
+                    total += len(rows) * cpu.COLUMNS * bool(active[rows][:, columns].any())
     return total
 
 
@@ -271,7 +271,7 @@ def test_executed_entries_are_those_of_the_register_tiles(pattern: str) -> None:
         assert cpu.executed_entries(pattern, seq_length, stride, offset) == expected, (seq_length, stride, offset)
         assert expected >= offset_mask(pattern, seq_length, stride, offset).sum()
     # Padding of the window and the blocks; residues of 32 tokens are half of a square.
-    assert cpu.executed_entries(pattern, 4096, 128) < 1.6 * live_entries(pattern, 4096, 128)
+    assert cpu.executed_entries(pattern, 4096, 128) < 1.6 * active_entries(pattern, 4096, 128)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -344,7 +344,7 @@ def test_compiled_equals_eager(backend: str) -> None:
 def test_inputs_that_are_not_supported_are_named() -> None:
     assert "not on cuda" in cpu.why_not("cuda", torch.float32)
     q, k, v = inputs(1, 1, 8, torch.float64)
-    with pytest.raises(ValueError, match="'cpu' cannot run: dtype torch.float64.*legal values here: auto, reference"):
+    with pytest.raises(ValueError, match="'cpu' cannot run: dtype torch.float64.*here it must be auto, reference"):
         hybrid_attention(q, k, v, "sparse", 4, "cpu")
 
 
@@ -357,7 +357,7 @@ def test_auto_takes_the_fastest_that_runs() -> None:
         assert executed_entries("auto", pattern, long, 64) == executed_entries(expected, pattern, long, 64)
     limit = break_even.mask_limit("cpu", "sparse", 64, "cpu", torch.float32, 64)
     assert select_kernel("auto", "sparse", limit - 1, 64) == "reference"
-    assert select_kernel("auto", "sparse", long, 64, dtype=torch.float64) == "parts"
+    assert select_kernel("auto", "sparse", long, 64, dtype=torch.float64) == "tiled"
     assert select_kernel("auto", "sparse", long, 64, "cuda") != "cpu"
 
 
@@ -370,20 +370,20 @@ hybrid_attention(x, x, x, "sparse", 16, "cpu")
 """
 
 
-def test_without_a_working_compiler_parts_run_and_a_forced_kernel_is_refused(tmp_path) -> None:
+def test_without_a_working_compiler_tiled_runs_and_a_forced_kernel_is_refused(tmp_path) -> None:
     broken = {"CXX": "/bin/false", "MEGASPARSE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_COMPILER]
     done = subprocess.run(command, env={**os.environ, **broken}, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "(1, 1, 512, 4) parts\n", done.stderr
+    assert done.stdout == "(1, 1, 512, 4) tiled\n", done.stderr
     assert done.returncode != 0
     assert "ValueError: hybrid_attention kernel: 'cpu' cannot run: /bin/false" in done.stderr
-    assert "exit status 1" in done.stderr and "legal values here: auto, reference, parts" in done.stderr
+    assert "exit status 1" in done.stderr and "here it must be auto, reference, tiled" in done.stderr
 
 
 def test_a_plan_looks_for_a_compiler_and_builds_nothing(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("it builds"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "parts"
+    assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "tiled"
     with pytest.raises(ValueError, match="'cpu' cannot run: no C.. compiler found: no-such-compiler"):
         select_kernel("cpu", "sparse", 4096, 64, planned=True)
     monkeypatch.setenv("CXX", sys.executable)

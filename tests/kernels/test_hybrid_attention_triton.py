@@ -14,11 +14,11 @@ import torch
 
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
+    active_entries,
     check_forced,
     executed_entries,
     gpu,
     hybrid_attention,
-    live_entries,
     select_kernel,
 )
 
@@ -47,11 +47,11 @@ def test_says_why_it_cannot_run(monkeypatch) -> None:
     assert "float64" in gpu.why_not("cuda", torch.float64, 64)
     assert "head_dim 256; supported: up to 128" in gpu.why_not("cuda", BF16, 256)
     q = torch.zeros(1, 1, 8, 4)
-    with pytest.raises(ValueError, match="'triton' cannot run: they run on cuda, not on cpu.*auto, reference, parts"):
+    with pytest.raises(ValueError, match="'triton' cannot run: they run on cuda, not on cpu.*auto, reference, tiled"):
         hybrid_attention(q, q, q, "local", 4, kernel="triton")
-    with pytest.raises(ValueError, match="cannot run.*head_dim 160.*legal values here: auto, reference, parts$"):
+    with pytest.raises(ValueError, match="cannot run.*head_dim 160.*here it must be auto, reference, tiled$"):
         check_forced("triton", "cuda", BF16, 160)
-    for kernel in ("auto", "reference", "parts"):
+    for kernel in ("auto", "reference", "tiled"):
         check_forced(kernel, "cpu", torch.float64, 160)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "cpu only" in gpu.why_not("cuda", torch.float32, 64)
@@ -83,7 +83,7 @@ def test_executed_entries_are_those_of_the_tiles() -> None:
     window = 64 * (64 + 128 + 14 * 192)
     assert executed("local", 1024, 128) == window
     # 8 tokens of a residue are too few for tiles: each query takes its own keys, 4 at a time at most.
-    assert live_entries("strided", 1024, 128) <= executed("strided", 1024, 128) <= 64 * 16 * 8
+    assert active_entries("strided", 1024, 128) <= executed("strided", 1024, 128) <= 64 * 16 * 8
     # 64 tokens of each residue are one tile; under `sparse` it joins the window.
     assert executed("strided", 8192, 128) == 128 * 64 * 64
     assert executed("sparse", 8192, 128) == 128 * 64 * 64 + executed("local", 8192, 128)
@@ -92,7 +92,7 @@ def test_executed_entries_are_those_of_the_tiles() -> None:
     for pattern in ("local", "strided", "sparse", "fixed", "full"):
         for seq_length, stride, offset in ((1, 4, 3), (130, 16, 5), (700, 16, 15), (512, 3, 0), (33, 128, 100)):
             shape = pattern, seq_length, stride, offset
-            assert executed(*shape) >= live_entries(*shape)
+            assert executed(*shape) >= active_entries(*shape)
 
 
 @needs_triton

@@ -18,15 +18,15 @@ from megasparse.kernels.block_sparse import (
 OUT, IN = 24, 16
 
 
-def expand(mask: torch.Tensor, unit: int) -> torch.Tensor:
-    return mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
+def expand(mask: torch.Tensor, block_size: int) -> torch.Tensor:
+    return mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
 
 
-def case(unit: int, lead: tuple[int, ...] = (3, 5), dtype: torch.dtype = torch.float64):
-    mask = torch.rand(OUT // unit, IN // unit) < 0.5
+def case(block_size: int, lead: tuple[int, ...] = (3, 5), dtype: torch.dtype = torch.float64):
+    mask = torch.rand(OUT // block_size, IN // block_size) < 0.5
     mask[0, 0], mask[-1, -1] = True, False
     x = torch.randn(*lead, IN, dtype=dtype)
-    weight = torch.randn(OUT, IN, dtype=dtype) * expand(mask, unit)
+    weight = torch.randn(OUT, IN, dtype=dtype) * expand(mask, block_size)
     bias = torch.randn(OUT, dtype=dtype)
     return x, weight, bias, mask
 
@@ -36,17 +36,17 @@ def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("lead", [(), (7,), (3, 5), (2, 1, 4)], ids=str)
-@pytest.mark.parametrize("unit", [1, 4, 8])
+@pytest.mark.parametrize("block_size", [1, 4, 8])
 @pytest.mark.parametrize("dense_gradient", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_matches_plain_autograd(unit, lead, dense_gradient, with_bias) -> None:
-    x0, weight0, bias0, mask = case(unit, lead)
+def test_matches_plain_autograd(block_size, lead, dense_gradient, with_bias) -> None:
+    x0, weight0, bias0, mask = case(block_size, lead)
     x, weight, bias = leaves(x0, weight0, bias0)
-    y = sparse_linear(x, weight, bias if with_bias else None, build_index(mask, unit), dense_gradient)
+    y = sparse_linear(x, weight, bias if with_bias else None, build_index(mask, block_size), dense_gradient)
 
     x_ref, weight_ref, bias_ref = leaves(x0, weight0, bias0)
     # With the mask inside the graph plain autograd gives the masked gradient, without it the dense one.
-    used = weight_ref if dense_gradient else weight_ref * expand(mask, unit)
+    used = weight_ref if dense_gradient else weight_ref * expand(mask, block_size)
     y_ref = x_ref @ used.t() + (bias_ref if with_bias else 0)
     torch.testing.assert_close(y, y_ref)
     dy = torch.randn_like(y)
@@ -56,21 +56,21 @@ def test_matches_plain_autograd(unit, lead, dense_gradient, with_bias) -> None:
     torch.testing.assert_close(weight.grad, weight_ref.grad)
     if with_bias:
         torch.testing.assert_close(bias.grad, bias_ref.grad)
-    dead = weight.grad[~expand(mask, unit)]
-    assert (dead != 0).all() if dense_gradient else (dead == 0).all()
+    inactive = weight.grad[~expand(mask, block_size)]
+    assert (inactive != 0).all() if dense_gradient else (inactive == 0).all()
 
 
-@pytest.mark.parametrize("unit", [1, 4])
-def test_gradcheck(unit) -> None:
-    x, weight, bias, mask = case(unit, (3,))
-    keep = expand(mask, unit)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_gradcheck(block_size) -> None:
+    x, weight, bias, mask = case(block_size, (3,))
+    keep = expand(mask, block_size)
     x, weight, bias = leaves(x, weight, bias)
-    # The product with the mask keeps finite differences inside the live weights.
+    # The product with the mask keeps finite differences inside the active weights.
     assert torch.autograd.gradcheck(
-        lambda x, w, b: sparse_linear(x, w * keep, b, build_index(mask, unit), False), (x, weight, bias)
+        lambda x, w, b: sparse_linear(x, w * keep, b, build_index(mask, block_size), False), (x, weight, bias)
     )
     assert torch.autograd.gradcheck(
-        lambda x, w, b: sparse_linear(x, w, b, build_index(mask, unit), True), (x, weight, bias)
+        lambda x, w, b: sparse_linear(x, w, b, build_index(mask, block_size), True), (x, weight, bias)
     )
 
 
@@ -139,14 +139,14 @@ def test_checkpoint_gives_identical_gradients(dense_gradient) -> None:
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("dense_gradient", [False, True])
-def test_embedding_matches_plain_autograd(unit, dense_gradient) -> None:
-    _, weight0, _, mask = case(unit)
+def test_embedding_matches_plain_autograd(block_size, dense_gradient) -> None:
+    _, weight0, _, mask = case(block_size)
     ids = torch.randint(OUT, (3, 40))  # 120 draws of 24 rows: repeated rows must add up
     (weight,), (weight_ref,) = leaves(weight0), leaves(weight0)
-    y = sparse_embedding(ids, weight, build_index(mask, unit), dense_gradient)
-    y_ref = (weight_ref if dense_gradient else weight_ref * expand(mask, unit))[ids]
+    y = sparse_embedding(ids, weight, build_index(mask, block_size), dense_gradient)
+    y_ref = (weight_ref if dense_gradient else weight_ref * expand(mask, block_size))[ids]
     assert torch.equal(y, y_ref)
     dy = torch.randn_like(y)
     # A gradient that is not contiguous, as a slice upstream would give.
@@ -154,7 +154,7 @@ def test_embedding_matches_plain_autograd(unit, dense_gradient) -> None:
     y_ref.backward(dy)
     torch.testing.assert_close(weight.grad, weight_ref.grad)
     if not dense_gradient:
-        assert (weight.grad[~expand(mask, unit)] == 0).all()
+        assert (weight.grad[~expand(mask, block_size)] == 0).all()
 
 
 def test_no_mask_is_the_plain_layer() -> None:
@@ -164,18 +164,18 @@ def test_no_mask_is_the_plain_layer() -> None:
     assert torch.equal(sparse_embedding(ids, weight, None, False), weight[ids])
 
 
-@pytest.mark.parametrize("unit", [1, 4, 8])
-def test_apply_mask_clears_dead_units_in_place(unit) -> None:
-    mask = torch.rand(OUT // unit, IN // unit) < 0.5
-    keep = expand(mask, unit)
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_apply_mask_clears_inactive_units_in_place(block_size) -> None:
+    mask = torch.rand(OUT // block_size, IN // block_size) < 0.5
+    keep = expand(mask, block_size)
     for tensor in (torch.randn(OUT, IN), torch.randn(IN, OUT).t(), torch.full((OUT, IN), float("nan"))):
         before = tensor.clone()
-        assert apply_mask_(tensor, mask, unit) is tensor
+        assert apply_mask_(tensor, mask, block_size) is tensor
         assert (tensor[~keep] == 0).all() and not torch.signbit(tensor[~keep]).any()
         torch.testing.assert_close(tensor[keep], before[keep], equal_nan=True, rtol=0, atol=0)
 
 
-def test_unknown_kernel_names_the_legal_ones() -> None:
+def test_unknown_kernel_names_the_possible_ones() -> None:
     x, weight, bias, mask = case(4)
     for call in (
         lambda: sparse_linear(x, weight, bias, build_index(mask, 4), False, kernel="fst"),

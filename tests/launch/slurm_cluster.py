@@ -241,6 +241,6 @@ def _end_tree(number: int) -> None:
     except psutil.NoSuchProcess:
         return
     process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    for left in alive:
+    _, active = psutil.wait_procs(processes, timeout=5)
+    for left in active:
         left.kill()

@@ -23,7 +23,7 @@ from megasparse.sparsity.topology import unpack_bits
 pytestmark = pytest.mark.timeout(300)
 
 STOP = 11
-AGES = "sparsity.unit_step_counts=true"
+AGES = "sparsity.per_weight_step_counts=true"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_dense_run_made_sparse_goes_on_in_training(corpus, tmp_path) -> None:
     settings = [*TINY, "sparsity.algorithm=dense", "train.steps=8", f"data.train=[{{path: {corpus}}}]"]
     config = load_config([], settings)
     write_run(tmp_path / "dense", TinyState(config, step=4, vocab_size=257), config)
-    words = ["--density", "0.2", "--unit", "16", "--algorithm", "rigl", "sparsity.update_interval=2"]
+    words = ["--density", "0.2", "--block-size", "16", "--algorithm", "rigl", "sparsity.update_interval=2"]
     status, printed = call("sparsify", "--run", tmp_path / "dense", *words, "--output", tmp_path / "sparse")
     assert status == 0, printed
     entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "train.resume=auto", "train.universal=true"]

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_before_anything_starts(trained: Path, tmp_path: P
     rows = ({"context": "a", "choices": ["b", "c"], "label": label} for label in (1, 2))
     bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = evaluate("--run", str(trained), "--task", "multiple-choice", "--input", str(bad), expect=2)
-    assert f"error: --input: {bad}, line 2: label: 2; legal values: 0 to 1" in shown and "Traceback" not in shown
+    assert f"error: --input: {bad}, line 2: label: 2; must be 0 to 1" in shown and "Traceback" not in shown
 
 
 def test_an_output_that_cannot_be_written_is_named(trained: Path, lines: Path, tmp_path: Path) -> None:

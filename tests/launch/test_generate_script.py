@@ -100,7 +100,7 @@ def test_weights_of_dead_units_are_zero_so_that_masks_need_not_be_loaded(trained
     assert layers
     for name, layer in layers.items():
         live = unpack_bits(masks[f"live/{name}"], layer.mask.numel()).view_as(layer.mask)
-        weights = live.repeat_interleave(layer.unit, 0).repeat_interleave(layer.unit, 1)
+        weights = live.repeat_interleave(layer.block_size, 0).repeat_interleave(layer.block_size, 1)
         assert 0 < int(live.sum()) < live.numel()
         assert not layer.weight[~weights].any() and layer.weight[weights].all()
         assert layer.weight.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(copied: Path) -> None:
 def test_what_is_missing_is_named(trained: Path, copied: Path, tmp_path: Path) -> None:
     refused = generate(tmp_path / "nowhere", expect=2)
     assert "no run there" in refused.stderr and refused.stdout == ""
-    with pytest.raises(ValueError, match="no checkpoint of step 9; legal values: 8, 16, 24"):
+    with pytest.raises(ValueError, match="no checkpoint of step 9; must be 8, 16, 24"):
         open_trained(trained, step=9)
     with pytest.raises(ValueError, match="temperature: -1"):
         sample(open_trained(trained), PROMPT, 3, seed=0, temperature=-1.0)

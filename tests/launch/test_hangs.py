@@ -74,7 +74,8 @@ def assert_named_and_nothing_lost(output: str, stopped: int, corpus: Path, strai
 @pytest.mark.parametrize(
     ("settings", "saved"),
     [
-        # The bit flips after step 9. Compared before the topology step of step 11, or before the checkpoint of step 10.
+        # The bit flips after step 9. Compared before the topology update of step 11, or before the checkpoint of
+        # step 10.
         (["train.replica_check_interval=5", "train.save_interval=4"], ["step-00000004", "step-00000008"]),
         pytest.param(["train.replica_check_interval=0", "train.save_interval=10"], [], marks=pytest.mark.exhaustive),
     ],

@@ -58,7 +58,7 @@ def test_the_tuner_writes_a_table_that_its_machine_reads(tmp_path: Path) -> None
     variables = {"MEGASPARSE_CACHE": str(tmp_path)}
     table = tmp_path / "break_even.json"
     dry = run([*tool, "--dry-run"], variables=variables)
-    assert "break-even" in dry.stdout and "sparsity.unit 24" in dry.stdout and not table.exists()
+    assert "break-even" in dry.stdout and "sparsity.block_size 24" in dry.stdout and not table.exists()
     run(tool, variables=variables)
     (measurement,) = json.loads(table.read_text())["measurements"]
     assert measurement["device"] == "cpu" and measurement["threads"] == 1 and len(measurement["rows"]) == 1
@@ -75,7 +75,7 @@ def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
     assert "beats dense" in run([*tool, "--dry-run"], variables=variables).stdout and not table.exists()
     run(tool, variables=variables)
     (measurement,) = json.loads(table.read_text())["measurements"]
-    kernels = dict.fromkeys((fast_kernel("cpu", torch.float32, 8), "parts"))
+    kernels = dict.fromkeys((fast_kernel("cpu", torch.float32, 8), "tiled"))
     patterns = ("local", "strided", "sparse", "fixed")
     assert [(row["kernel"], row["pattern"]) for row in measurement["rows"]] == list(product(kernels, patterns))
     assert measurement["device"] == "cpu" and "--attention" in measurement["command"]

@@ -62,7 +62,7 @@ def test_the_ledger_adds_up(straight: Path) -> None:
 
 @pytest.mark.parametrize("stop_after", [7, pytest.param(13, marks=pytest.mark.exhaustive)])
 def test_resume_continues_bit_for_bit(corpus: Path, straight: Path, tmp_path: Path, stop_after: int) -> None:
-    """Step 7 is inside the fall, one past a topology step; 13 inside the ultra-sparse phase; accumulation is 2."""
+    """Step 7 is inside the fall, one past a topology update; 13 inside the ultra-sparse phase; accumulation is 2."""
     assert_resumes(corpus, straight, tmp_path, stop_after)
 
 
@@ -186,7 +186,7 @@ def test_every_algorithm_is_one_override_away(corpus: Path, tmp_path: Path, algo
 
 
 def assert_golden(run_folder: Path, algorithm: str) -> None:
-    """Equal steps, densities and phases; losses to 1e-3, as processors add up in different orders and a topology step
+    """Equal steps, densities and phases; losses to 1e-3, as processors add up in different orders and a topology update
     may turn a last digit into another unit."""
     expected = [row.split() for row in golden_path(algorithm).read_text().splitlines()[1:]]
     found = [row.split() for row in golden_text(run_folder).splitlines()[1:]]
@@ -200,11 +200,11 @@ def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Pat
     cases = {
         "train.stepz=3": "did you mean steps?",
         "train.global_batch_size=6": "multiples of 4",
-        "model.hidden_size=72": "sparsity.unit: 16 does not divide",
+        "model.hidden_size=72": "sparsity.block_size: 16 does not divide",
         "deepspeed.extra={train_batch_size: 4}": "derived from train.global_batch_size",
         "data.train=[{path: /nowhere/corpus}]": "/nowhere/corpus",
         "sparsity.update_interval=20": "would not become dense again",
-        "train.precision=fp16": "legal values",
+        "train.precision=fp16": "must be",
         "data.train=null": "data.train",
     }
     for override, message in cases.items():
@@ -223,7 +223,7 @@ def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Pat
 def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "straight")
     before = contents(tmp_path / "straight")
-    for override in ("model.num_layers=3", "train.steps=20", "sparsity.unit=8"):
+    for override in ("model.num_layers=3", "train.steps=20", "sparsity.block_size=8"):
         run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto", override, ranks=2), expect=2)
         assert contents(tmp_path / "straight") == before, override
 

@@ -107,7 +107,7 @@ def test_one_process_samples_from_what_the_ranks_have_left(started) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["--run", "nowhere"], "nowhere has no good checkpoint"), (["--run", "{run}", "--step", "7"], "legal values: 11")],
+    [(["--run", "nowhere"], "nowhere has no good checkpoint"), (["--run", "{run}", "--step", "7"], "must be 11")],
 )
 def test_the_tool_refuses_what_is_not_there(stopped, arguments, reason) -> None:
     filled = [argument.replace("{run}", str(stopped)) for argument in arguments]

@@ -93,13 +93,13 @@ def test_the_port_of_a_step_is_legal_and_the_same_on_all_ranks(job: int, step: i
         (TORCH | {"RANK": "-1"}, "RANK: '-1'"),
         (TORCH | {"RANK": "4"}, "RANK: 4 must be below WORLD_SIZE 4"),
         (TORCH | {"LOCAL_RANK": "4"}, "LOCAL_RANK: 4 must be below WORLD_SIZE 4"),
-        (TORCH | {"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: 0 in the environment; legal values: 1 or more"),
+        (TORCH | {"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: 0 in the environment; must be 1 or more"),
         (without(TORCH, "LOCAL_RANK"), "LOCAL_RANK: not in the environment.*RANK, LOCAL_RANK, WORLD_SIZE"),
         (without(TORCH, "RANK"), "LOCAL_RANK|WORLD_SIZE: 4 in the environment without a RANK"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 in the environment without a RANK, but it can only be 1 here"),
         (without(TORCH, "MASTER_ADDR"), "MASTER_ADDR: not in the environment, though WORLD_SIZE is 4"),
         (without(TORCH, "MASTER_PORT"), "MASTER_PORT: not in the environment, though WORLD_SIZE is 4"),
-        (TORCH | {"MASTER_PORT": "70000"}, "MASTER_PORT: 70000 in the environment; legal values: 1 to 65535"),
+        (TORCH | {"MASTER_PORT": "70000"}, "MASTER_PORT: 70000 in the environment; must be 1 to 65535"),
         (TORCH | {"MASTER_PORT": "http"}, "MASTER_PORT: 'http'"),
         (without(OPEN_MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK: not in the environment"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK: 4 must be below OMPI_COMM_WORLD_SIZE 4"),
@@ -137,7 +137,7 @@ def test_node_lists_of_slurm(nodelist: str, hosts: list[str]) -> None:
 
 @pytest.mark.parametrize("nodelist", ["", "n[", "n]", "n[1-2", "n[]", "n[2-1]", "n[a-b]", "n1,,n2", "n1, n2", "n[[1]]"])
 def test_what_is_no_node_list_is_refused(nodelist: str) -> None:
-    with pytest.raises(ValueError, match="legal values look like"):
+    with pytest.raises(ValueError, match="it must look like"):
         expand_hosts(nodelist)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from harness import RankFailure, run_distributed
 
-from megasparse.launching.failures import GO_ON, leave_after_lost_peer
+from megasparse.launching.failures import GO_ON, exit_after_lost_peer
 from megasparse.launching.heartbeats import Heartbeats
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
@@ -26,7 +26,7 @@ def misbehave(mesh: Mesh, folder: str, how: str, wrong: int) -> None:
     """All ranks go on for a while, then rank `wrong` misbehaves and the others wait for it in a collective."""
     with (Path(folder) / f"{mesh.rank}.stderr").open("w") as errors:
         os.dup2(errors.fileno(), 2)
-    with leave_after_lost_peer(mesh.rank, GO_ON), Watchdog(mesh, Path(folder) / "hangs", LIMIT, 60) as watchdog:
+    with exit_after_lost_peer(mesh.rank, GO_ON), Watchdog(mesh, Path(folder) / "hangs", LIMIT, 60) as watchdog:
         for step in range(4):
             watchdog.beat(f"step {step}: data")
             mesh.barrier()

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megasparse.layers import HeadLoss, Linear, SparseLinear, Vocabulary
-from megasparse.parallel import Axis, TensorParallel
+from megasparse.parallel import CommunicationGroup, TensorParallel
 
 V, ROWS, C, TOKENS = 43, 48, 16, (3, 7)
 
@@ -20,9 +20,11 @@ def make_head(kind: str, dtype: torch.dtype = torch.float32) -> Linear:
     elif kind == "bias":
         head = Linear("head", C, ROWS, bias=True, init_std=0.5)
     else:
-        head = SparseLinear("head", C, ROWS, bias=False, unit=4, low_rank=3 if kind == "low-rank" else 0, init_std=0.5)
+        head = SparseLinear(
+            "head", C, ROWS, bias=False, block_size=4, low_rank=3 if kind == "low-rank" else 0, init_std=0.5
+        )
         head.mask.copy_(torch.rand(head.mask.shape) < 0.4)
-        head.weight.data.mul_(live_entries_of(head))
+        head.weight.data.mul_(active_entries_of(head))
         head.topology_changed()
     for parameter in head.parameters():
         if parameter is not head.weight:
@@ -30,7 +32,7 @@ def make_head(kind: str, dtype: torch.dtype = torch.float32) -> Linear:
     return head.to(dtype)
 
 
-def live_entries_of(head: SparseLinear) -> torch.Tensor:
+def active_entries_of(head: SparseLinear) -> torch.Tensor:
     return head.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
 
 
@@ -77,10 +79,10 @@ def test_loss_and_gradients(kind, dtype, chunk_rows) -> None:
 def test_a_sparse_head_follows_its_mask_in_every_chunk() -> None:
     head, (x, targets) = make_head("sparse"), inputs()
     head_loss(head, 4)(x, targets).backward()
-    live = live_entries_of(head)
-    assert (head.weight.grad[~live] == 0).all()
+    active = active_entries_of(head)
+    assert (head.weight.grad[~active] == 0).all()
     _, (_, gradient) = expected_results(head, x, targets)
-    torch.testing.assert_close(head.weight.grad.double(), gradient * live, rtol=0, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad.double(), gradient * active, rtol=0, atol=1e-6)
 
 
 def test_padded_rows_get_no_gradient() -> None:
@@ -155,7 +157,7 @@ def test_gradients_are_given_out_once() -> None:
 @pytest.mark.parametrize("target", [-1, -100, V])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_target_is_skipped_silently(target, rank) -> None:
-    ranks = TensorParallel(Axis(rank, 2))
+    ranks = TensorParallel(CommunicationGroup(rank, 2))
     head = Linear("head", C, ROWS, bias=False, tensor_parallel=ranks)
     with pytest.raises(RuntimeError, match="no entry of the vocabulary"):
         HeadLoss(head, Vocabulary(V, ROWS, ranks))(torch.randn(1, 2, C), torch.tensor([[3, target]]))

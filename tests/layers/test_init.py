@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from megasparse.layers.init import divided_parameter, parameter_seed
-from megasparse.parallel import Partition, partition_of
+from megasparse.parallel import ShardSpec, shard_spec_of
 
 
 def drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Tensor:
-    return divided_parameter(Partition(shape), 0, std=std, seed=seed, name=name).detach()
+    return divided_parameter(ShardSpec(shape), 0, std=std, seed=seed, name=name).detach()
 
 
 def test_seed_is_stable_over_versions() -> None:
@@ -42,12 +42,12 @@ def test_the_numbers_are_those_of_a_plain_draw() -> None:
 
 def test_shards_are_cut_from_the_same_draw() -> None:
     whole = drawn((12, 4), 0.5, 3, "w")
-    for partition in (Partition((12, 4), 0, 2), Partition((12, 4), 1, 4), Partition((12, 4), 0, 2, (8, 2, 2))):
+    for partition in (ShardSpec((12, 4), 0, 2), ShardSpec((12, 4), 1, 4), ShardSpec((12, 4), 0, 2, (8, 2, 2))):
         shards = [divided_parameter(partition, r, std=0.5, seed=3, name="w") for r in range(partition.size)]
         assert torch.equal(partition.merge([shard.detach() for shard in shards]), whole)
-        assert all(partition_of(shard) == partition and shard.tensor_model_parallel for shard in shards)
+        assert all(shard_spec_of(shard) == partition and shard.tensor_model_parallel for shard in shards)
 
 
 def test_meta_tensors_stay_meta() -> None:
     with torch.device("meta"):
-        assert divided_parameter(Partition((4, 4)), 0, std=1.0, seed=0, name="w").is_meta
+        assert divided_parameter(ShardSpec((4, 4)), 0, std=1.0, seed=0, name="w").is_meta

@@ -1,4 +1,4 @@
-"""Linear and SparseLinear: dense path, sparse path, side path, tied look-up, refusals."""
+"""Linear and SparseLinear: dense path, sparse path, low-rank branch, tied look-up, refusals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megasparse.kernels.block_sparse import apply_mask_
 from megasparse.layers import Embedding, LayerFactory, Linear, SparseLinear, SparseSpec
 
 
-def sparse(name="layers.0.mlp.up", *, unit=4, **options) -> SparseLinear:
-    return SparseLinear(name, 16, 24, bias=True, unit=unit, **options)
+def sparse(name="layers.0.mlp.up", *, block_size=4, **options) -> SparseLinear:
+    return SparseLinear(name, 16, 24, bias=True, block_size=block_size, **options)
 
 
 def make_sparse(layer: SparseLinear) -> torch.Tensor:
@@ -20,8 +20,8 @@ def make_sparse(layer: SparseLinear) -> torch.Tensor:
     layer.mask.copy_(torch.rand(layer.mask.shape) < 0.5)
     layer.mask[0, 0], layer.mask[-1, -1] = True, False
     layer.topology_changed()
-    apply_mask_(layer.weight.data, layer.mask, layer.unit)
-    return layer.mask.repeat_interleave(layer.unit, 0).repeat_interleave(layer.unit, 1)
+    apply_mask_(layer.weight.data, layer.mask, layer.block_size)
+    return layer.mask.repeat_interleave(layer.block_size, 0).repeat_interleave(layer.block_size, 1)
 
 
 def test_sparse_layer_starts_as_the_dense_one() -> None:
@@ -39,14 +39,14 @@ def test_topology_changed_reads_the_mask_or_believes_the_caller() -> None:
     layer.mask[0, 0] = False
     assert layer.index is None
     layer.topology_changed()
-    assert layer.index is not None and layer.index.num_live == layer.mask.numel() - 1
-    layer.topology_changed(num_live=layer.mask.numel())
+    assert layer.index is not None and layer.index.num_active == layer.mask.numel() - 1
+    layer.topology_changed(num_active=layer.mask.numel())
     assert layer.index is None
 
 
-@pytest.mark.parametrize("unit", [1, 4, 8])
-def test_gradient_of_dead_units(unit) -> None:
-    layer = sparse(unit=unit)
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_gradient_of_inactive_units(block_size) -> None:
+    layer = sparse(block_size=block_size)
     keep = make_sparse(layer)
     x, dy = torch.randn(7, 16), torch.randn(7, 24)
     layer(x).backward(dy)
@@ -75,10 +75,12 @@ def test_side_path_is_silent_at_first_and_dense_ever_after() -> None:
     assert layer.side_in.grad.abs().min() > 0 and (layer.weight.grad[~keep] == 0).all()
 
 
-@pytest.mark.parametrize("unit", [0, 3, 5, 16])
-def test_widths_must_be_multiples_of_the_unit(unit) -> None:
-    with pytest.raises(ValueError, match=rf"unit: {unit} .*layers.0.mlp.up \(24 x 16\); legal values: 1, 2, 4, 8$"):
-        sparse(unit=unit)
+@pytest.mark.parametrize("block_size", [0, 3, 5, 16])
+def test_widths_must_be_multiples_of_the_unit(block_size) -> None:
+    with pytest.raises(
+        ValueError, match=rf"block_size: {block_size} .*layers.0.mlp.up \(24 x 16\); must be 1, 2, 4, 8$"
+    ):
+        sparse(block_size=block_size)
 
 
 def test_mask_stays_boolean_and_out_of_the_state() -> None:
@@ -95,7 +97,7 @@ def test_factory_follows_the_rule() -> None:
     layer = factory.column("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
     assert type(plain) is Linear and plain.bias is None
     assert type(layer) is SparseLinear
-    assert (layer.unit, layer.low_rank, layer.kernel) == (8, 2, "reference")
+    assert (layer.block_size, layer.low_rank, layer.kernel) == (8, 2, "reference")
     twin = LayerFactory(seed=5).column("layers.0.mlp.up", 16, 24, bias=True, init_std=0.1)
     assert torch.equal(twin.weight, layer.weight)
 

@@ -12,7 +12,7 @@ from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.inference.generation import generate
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Axis, Mesh, Partition, TensorParallel, partition_of
+from megasparse.parallel import CommunicationGroup, Mesh, ShardSpec, TensorParallel, shard_spec_of
 from megasparse.training.plan import make_plan
 
 GPT2 = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size_multiple": 8}
@@ -44,7 +44,7 @@ CASES = {
 SPARSE_HEADS = ("sparse-head", "low-rank-head-sequence")
 
 
-def build(case: str, axis: Axis) -> GPT:
+def build(case: str, axis: CommunicationGroup) -> GPT:
     kind, vocab_size, spec, sequence_parallel = CASES[case]
     settings = {**MODELS[kind], **({"vocab_size_multiple": 40} if case == "padding-only" else {})}
     factory = LayerFactory(
@@ -61,7 +61,7 @@ def build(case: str, axis: Axis) -> GPT:
     model.set_attention_patterns([tuple(["local", "full", "strided", "sparse"] * 2)[:heads]] * 2)
     for name, parameter in model.named_parameters():
         # All parameters different from their initial zeros and ones; the same for every division.
-        partition = partition_of(parameter)
+        partition = shard_spec_of(parameter)
         noise = torch.randn(partition.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
         parameter.data.add_(partition.shard(noise, axis.rank), alpha=0.1)
     return model
@@ -72,14 +72,14 @@ def tokens(case: str) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(CASES[case][1], (3, 16), generator=generator) for _ in range(2))
 
 
-def results(case: str, model: nn.Module, axis: Axis) -> dict[str, Tensor]:
+def results(case: str, model: nn.Module, axis: CommunicationGroup) -> dict[str, Tensor]:
     """Loss, logits, and the whole gradients from the shards of all ranks."""
     inputs, targets = tokens(case)
     loss = model(inputs, targets)
     loss.backward()
     found = {"loss": loss.detach().double(), "logits": model(inputs).detach()}
     for name, parameter in model.named_parameters():
-        partition, shards = partition_of(parameter), axis.gather(parameter.grad)
+        partition, shards = shard_spec_of(parameter), axis.gather(parameter.grad)
         if not partition.is_divided:
             assert all(torch.equal(shards[0], shard) for shard in shards), f"{case}: {name} differs between ranks"
         found[name] = partition.merge(list(shards)).clone()
@@ -107,7 +107,7 @@ def divided() -> dict[int, list[dict]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_divided_model_is_the_same_model(divided, world, case) -> None:
     """Weights are float64; the loss takes its softmax in float32 on purpose, which bounds what follows from it."""
-    expected = results(case, build(case, Axis()), Axis())
+    expected = results(case, build(case, CommunicationGroup()), CommunicationGroup())
     for found in divided[world]:
         assert found[case].keys() == expected.keys()
         for name, tensor in expected.items():
@@ -119,14 +119,14 @@ def test_a_divided_model_is_the_same_model(divided, world, case) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_divided_model_continues_a_prompt_alike(divided, world, case) -> None:
     """Neither the prompt's length nor a single token is a multiple of the ranks that divide the tokens."""
-    expected = continued(build(case, Axis()))
+    expected = continued(build(case, CommunicationGroup()))
     for found in divided[world]:
         assert torch.equal(found[f"generated {case}"]["tokens"], expected)
 
 
 @pytest.mark.parametrize(
     "partition",
-    [Partition((12, 4), 0, 4), Partition((6, 8), 1, 2), Partition((24, 2), 0, 2, (12, 8, 4)), Partition((3,), 0, 3)],
+    [ShardSpec((12, 4), 0, 4), ShardSpec((6, 8), 1, 2), ShardSpec((24, 2), 0, 2, (12, 8, 4)), ShardSpec((3,), 0, 3)],
     ids=str,
 )
 def test_shards_make_up_the_whole(partition) -> None:
@@ -139,25 +139,25 @@ def test_shards_make_up_the_whole(partition) -> None:
 
 
 def test_every_parameter_declares_its_division() -> None:
-    model = build("llama", Axis(1, 4))
-    divided = {name for name, parameter in model.named_parameters() if partition_of(parameter).is_divided}
+    model = build("llama", CommunicationGroup(1, 4))
+    divided = {name for name, parameter in model.named_parameters() if shard_spec_of(parameter).is_divided}
     assert {name for name, _ in model.named_parameters()} - divided == {
         name for name, _ in model.named_parameters() if "norm" in name
     }
     for name, parameter in model.named_parameters():
-        assert tuple(parameter.shape) == partition_of(parameter).local_shape, name
+        assert tuple(parameter.shape) == shard_spec_of(parameter).local_shape, name
         assert parameter.tensor_model_parallel == (name in divided), name
-    assert partition_of(model.layers[0].attention.qkv.weight).parts == (32, 16, 16)
-    assert model.num_parameters() == build("llama", Axis()).num_parameters()
+    assert shard_spec_of(model.layers[0].attention.qkv.weight).parts == (32, 16, 16)
+    assert model.num_parameters() == build("llama", CommunicationGroup()).num_parameters()
 
 
-def test_blocks_that_do_not_fill_a_shard_are_refused_with_the_legal_ones() -> None:
+def test_blocks_that_do_not_fill_a_shard_are_refused_with_the_possible_ones() -> None:
     """Key and value rows: 4 heads of 16 over 4 ranks are 16 each, which blocks of 32 do not fill."""
     overrides = [
         "model.vocab_size=64", "model.num_layers=1", "model.hidden_size=128", "model.num_attention_heads=8",
-        "model.num_key_value_heads=4", "sparsity.unit=32", "parallel.tensor_parallel_size=4",
+        "model.num_key_value_heads=4", "sparsity.block_size=32", "parallel.tensor_parallel_size=4",
     ]  # fmt: skip
     with pytest.raises(ValueError) as caught:
         make_plan(load_config([], overrides), 4)
-    for part in ("sparsity.unit: 32", "layers.0.attention.qkv", "4 tensor-parallel ranks", "1, 2, 4, 8, 16"):
+    for part in ("sparsity.block_size: 32", "layers.0.attention.qkv", "4 tensor-parallel ranks", "1, 2, 4, 8, 16"):
         assert part in str(caught.value)

@@ -53,7 +53,7 @@ def one_by_one(model: GPT, tokens: torch.Tensor, targets: torch.Tensor, layout: 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kernel", ["reference", "parts"])
+@pytest.mark.parametrize("kernel", ["reference", "tiled"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_documents_in_a_sample_train_as_documents_alone(name, style, kernel, recompute) -> None:
@@ -74,7 +74,7 @@ def test_documents_in_a_sample_train_as_documents_alone(name, style, kernel, rec
     assert abs(float(packed(tokens, targets).detach()) - float(loss)) > 1e-3
 
 
-@pytest.mark.parametrize("kernel", ["reference", "parts"])
+@pytest.mark.parametrize("kernel", ["reference", "tiled"])
 @pytest.mark.parametrize("style", STYLES)
 def test_no_token_sees_another_document_wherever_it_begins(style, kernel) -> None:
     """Also under `fixed`, and with positions that go on: other documents are changed in every token."""

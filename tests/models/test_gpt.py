@@ -36,7 +36,7 @@ def sparsify(model: GPT, density: float = 0.4) -> None:
         layer.mask.copy_(torch.rand(layer.mask.shape) < density)
         layer.mask[0, 0], layer.mask[-1, -1] = False, True
         layer.topology_changed()
-        apply_mask_(layer.weight.data, layer.mask, layer.unit)
+        apply_mask_(layer.weight.data, layer.mask, layer.block_size)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ def test_too_long_a_sequence() -> None:
     assert build("llama")(torch.zeros(1, 25, dtype=torch.int64)).shape == (1, 25, V)
 
 
-@pytest.mark.parametrize("attention_kernel", ["reference", "parts"])
+@pytest.mark.parametrize("attention_kernel", ["reference", "tiled"])
 @pytest.mark.parametrize("style", STYLES)
 def test_recomputation_changes_nothing(style, attention_kernel) -> None:
     tokens, targets = batch()
@@ -197,7 +197,7 @@ def test_recomputation_saves_activations() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_dead_weights_stay_exactly_zero(style) -> None:
+def test_inactive_weights_stay_exactly_zero(style) -> None:
     model = build(style, rule=unit8)
     sparsify(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
@@ -236,7 +236,7 @@ def test_sparse_model_is_the_dense_model_with_those_zeros() -> None:
         assert torch.equal(parameter.grad, expected), name
 
 
-def test_tied_sparse_head_gets_no_gradient_in_dead_units_from_either_use() -> None:
+def test_tied_sparse_head_gets_no_gradient_in_inactive_units_from_either_use() -> None:
     model = build(rule=lambda name: SparseSpec(8) if name == "head" else None)
     sparsify(model)
     keep = model.head.mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -244,7 +244,7 @@ def test_tied_sparse_head_gets_no_gradient_in_dead_units_from_either_use() -> No
     model(tokens, targets).backward()
     gradient = model.embedding.tokens.weight.grad
     assert (gradient[~keep] == 0).all() and gradient[:V][keep[:V]].abs().min() > 0
-    # Without its own mask the look-up would leave a gradient here: the topology step shows it.
+    # Without its own mask the look-up would leave a gradient here: the topology update shows it.
     model.head.collect_dense_gradient = True
     model.zero_grad()
     model.embedding(tokens).sum().backward()

@@ -1,4 +1,4 @@
-"""What rank 0 prints: plain lines away from a terminal, a live bar on one, nothing on other ranks."""
+"""What rank 0 prints: plain lines away from a terminal, an active bar on one, nothing on other ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megasparse.utils import format as units
 
 PLAN = {
     "run": "mst-small",
-    "parameters": {"total": 124_439_808, "sparsifiable": 84_934_656, "live_at_min_density": 47_998_000},
+    "parameters": {"total": 124_439_808, "sparsifiable": 84_934_656, "active_at_min_density": 47_998_000},
     "tokens": {"total": 65_536_000, "per_step": 32768},
     "steps": 2000,
     "schedule": {

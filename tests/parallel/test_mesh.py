@@ -12,7 +12,7 @@ from harness import run_distributed
 
 from megasparse.launching import LaunchEnvironment
 from megasparse.launching.failures import is_lost_peer
-from megasparse.parallel import Axis, Mesh
+from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.parallel.mesh import make_mesh
 
 
@@ -73,12 +73,14 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
 
 
 def test_an_axis_of_one_needs_no_group() -> None:
-    axis, tensor = Axis(), torch.arange(6.0).view(2, 3)
+    axis, tensor = CommunicationGroup(), torch.arange(6.0).view(2, 3)
     assert torch.equal(axis.sum_(tensor.clone()), tensor) and torch.equal(axis.max_(tensor.clone()), tensor)
     assert torch.equal(axis.gather(tensor), tensor[None]) and torch.equal(axis.scatter_sum(tensor[None]), tensor)
 
 
 def test_a_mesh_cannot_be_changed() -> None:
-    mesh = Mesh(torch.device("cpu"), Axis(), Axis(), Axis(), Axis())
+    mesh = Mesh(
+        torch.device("cpu"), CommunicationGroup(), CommunicationGroup(), CommunicationGroup(), CommunicationGroup()
+    )
     with pytest.raises(FrozenInstanceError):
         mesh.device = torch.device("meta")

@@ -19,7 +19,7 @@ from megasparse.planning.cluster import make_cluster, parse_bandwidth, read_clus
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
 MODEL = [
     *("model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.vocab_size=300"),
-    *("sparsity.unit=16", "train.steps=2000", "train.global_batch_size=32", "train.micro_batch_size=2"),
+    *("sparsity.block_size=16", "train.steps=2000", "train.global_batch_size=32", "train.micro_batch_size=2"),
 ]
 
 
@@ -76,7 +76,7 @@ def test_json_from_a_cluster_file_where_options_win(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--chip", "h900", "--count", "8"), "plan: error: --chip: 'h900' is unknown; legal values: here, v100"),
+        (("--chip", "h900", "--count", "8"), "plan: error: --chip: 'h900' is unknown; must be one of here, v100"),
         (("--count", "8"), "plan: error: --chip: needed"),
         (("--chip", "h100", "--count", "8", "--config", "missing.yaml"), "no such file"),
         (("--cluster", "missing.yaml"), "plan: error: --cluster: no such file"),
@@ -92,9 +92,9 @@ def test_mistakes_end_with_status_2_and_one_line(plan, words, message) -> None:
     ("content", "message"),
     [
         ("- h100\n", "must hold keys and values"),
-        ("gpus: 8\n", "'gpus' is unknown; legal keys: chip, count"),
-        ("count: eight\n", "count: 'eight' is not legal; it must be a whole number"),
-        ("chip: 100\n", "chip: 100 is not legal"),
+        ("gpus: 8\n", "'gpus' is unknown; must be one of chip, count"),
+        ("count: eight\n", "count: 'eight' is not allowed; it must be a whole number"),
+        ("chip: 100\n", "chip: 100 is not allowed"),
         ("chip: [\n", "not readable as YAML"),
         ("!!python/object/apply:os.system ['true']\n", "not readable as YAML"),
     ],
@@ -115,7 +115,7 @@ def test_bandwidths(text, expected) -> None:
 
 @pytest.mark.parametrize("text", ["400", "fast", "-1GB", "0Gb", "400GiB"])
 def test_bad_bandwidths(text) -> None:
-    with pytest.raises(ConfigError, match="--network: .*legal values"):
+    with pytest.raises(ConfigError, match="--network: .*must be"):
         parse_bandwidth(text)
 
 

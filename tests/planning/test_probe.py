@@ -16,7 +16,7 @@ from megasparse.planning.probe import here_chip, measure
 
 WORDS = [
     *("model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.vocab_size=300"),
-    *("model.seq_length=64", "sparsity.unit=16", "attention.stride=16", "train.precision=fp32"),
+    *("model.seq_length=64", "sparsity.block_size=16", "attention.stride=16", "train.precision=fp32"),
     *("train.steps=2000", "train.global_batch_size=8", "train.micro_batch_size=2"),
 ]
 
@@ -65,5 +65,5 @@ def test_the_number_of_threads_is_restored(found) -> None:
 
 
 def test_too_many_ranks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--count: 100000 is out of range with --chip here; legal values: 1 to"):
+    with pytest.raises(ConfigError, match="--count: 100000 is out of range with --chip here; must be 1 to"):
         measure(load_config([], WORDS), ranks=100000)

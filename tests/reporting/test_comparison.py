@@ -134,7 +134,7 @@ def test_runs_that_lack_records_are_compared_as_far_as_it_goes(tmp_path: Path, t
         "What bare lacks", "config.yaml is missing", "The last line of metrics.jsonl is cut off",
         "What planned lacks", "Nothing was logged in this folder yet", "Logged up to step 90 of 90",
         "Without algorithmic FLOPs in their logs: bare, planned", "No cost was logged by all runs",
-        "bare logged no topology steps", "Fewer than two of these folders hold a configuration",
+        "bare logged no topology updates", "Fewer than two of these folders hold a configuration",
     ):  # fmt: skip
         assert words in text, words
     rows = budget_rows(read_runs([two_runs[0], bare]))
@@ -168,7 +168,7 @@ def test_many_runs_have_different_looks(tmp_path: Path) -> None:
     runs = read_runs(folders[:16])
     assert len({(run.role, run.mark) for run in runs}) == 16 and runs[8].mark == "dashed"
     assert 'class="mark dashed"' in render_comparison(runs)
-    with pytest.raises(ValueError, match="17 run folders; legal values: 1 to 16"):
+    with pytest.raises(ValueError, match="17 run folders; must be 1 to 16"):
         read_runs(folders)
 
 
@@ -185,9 +185,9 @@ def test_costs_that_were_not_logged_at_a_loss_are_left_out() -> None:
 def test_bad_input_is_refused(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
     for folders, output, message in (
         ([tmp_path / "nothing"], "x.html", "is not a directory"),
-        ([tmp_path], "x.html", "holds no run; legal values: a folder with config.yaml"),
+        ([tmp_path], "x.html", "holds no run; must be a folder with config.yaml"),
         ([two_runs[0], two_runs[0] / "."], "x.html", "is given twice"),
-        (two_runs, "x.txt", "legal values: a file whose name ends in .html"),
+        (two_runs, "x.txt", "must be a file whose name ends in .html"),
         (two_runs, "nowhere/x.html", "a file in a folder that exists"),
     ):
         with pytest.raises(ValueError, match=message):

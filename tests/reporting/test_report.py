@@ -90,7 +90,7 @@ def make_plan(name: str, steps: int) -> dict:
     }
     return {
         "run": name,
-        "parameters": {"total": 124_439_808, "sparsifiable": 84_934_656, "live_at_min_density": 48_000_000},
+        "parameters": {"total": 124_439_808, "sparsifiable": 84_934_656, "active_at_min_density": 48_000_000},
         "tokens": {"total": steps * 32768, "per_step": 32768},
         "steps": steps,
         "schedule": {
@@ -169,16 +169,16 @@ def make_topology(folder: Path, layers: list[str], steps: int, stop: int, interv
                 "grown": 38,
                 "flip_rate": 0.3 * 0.5 * (1 + math.cos(math.pi * step / steps)),
                 "ever_active": ever,
-                "dead_rows": 2,
+                "inactive_rows": 2,
                 "seconds": 0.4,
             }
         )
         for layer in layers:
             scores[layer] = 0.8 * scores[layer] + 0.2 * rng.random(scores[layer].shape)
             if index % 3 == 0:
-                live = scores[layer] >= np.quantile(scores[layer], 1.0 - spread[layer])
+                active = scores[layer] >= np.quantile(scores[layer], 1.0 - spread[layer])
                 (folder / "topology" / layer).mkdir(parents=True, exist_ok=True)
-                picture = Image.fromarray((255 * live).astype(np.uint8))
+                picture = Image.fromarray((255 * active).astype(np.uint8))
                 picture.save(folder / "topology" / layer / f"step-{step:08d}.png")
     return records
 
@@ -276,7 +276,7 @@ def test_whole_run_shows_everything(whole_run: Path, whole_page: str) -> None:
     assert "density 100 % at the end" in text
     for words in (
         "mst-small", "Loss over steps", "Loss over FLOPs", "Dense-equivalent", "Algorithmic", "Executed",
-        "Seconds by part", "Speed over steps", "Density of every layer", "flip rate", "ever live", "Film strips",
+        "Seconds by part", "Speed over steps", "Density of every layer", "flip rate", "ever active", "Film strips",
         "Learning rate and gradient norm", "num_layers: 12", "The river kept its own count", "124 M", "84.9 M",
         "steps 200 to 1,400", "blocks of 64: cpu at density 10 %, dense above 82 %", "12 by the kernel cpu",
         "hybrid_attention: the reference kernel is slow", "2 x AVX-512 CPU",
@@ -459,13 +459,13 @@ def test_many_steps_stay_small(tmp_path: Path) -> None:
     assert len(report_of(tmp_path)) < 2_000_000
 
 
-def test_tinted_picture_keeps_the_live_units(tmp_path: Path) -> None:
-    live = np.random.default_rng().random((12, 5)) < 0.4
-    Image.fromarray((255 * live).astype(np.uint8)).save(tmp_path / "x.png")
+def test_tinted_picture_keeps_the_active_units(tmp_path: Path) -> None:
+    active = np.random.default_rng().random((12, 5)) < 0.4
+    Image.fromarray((255 * active).astype(np.uint8)).save(tmp_path / "x.png")
     source, width, height = tinted_picture(tmp_path / "x.png", 128)
     assert (width, height) == (5, 12)
     decoded = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGBA")
-    assert np.array_equal(np.asarray(decoded)[..., 3], 255 * live)
+    assert np.array_equal(np.asarray(decoded)[..., 3], 255 * active)
 
 
 def test_smooth_is_a_mean_and_does_not_lag() -> None:

@@ -9,7 +9,7 @@ import torch
 from shards import cuts, on_shards
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.parallel import Axis, Partition
+from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.state import StateFragment
@@ -17,22 +17,22 @@ from megasparse.sparsity.topology import digest
 
 WIDTHS = {"layers.0.mlp.up": (64, 32), "layers.0.mlp.down": (32, 64), "layers.1.mlp.up": (64, 32)}
 BASE = [
-    "model.num_layers=2", "train.steps=40", "sparsity.update_interval=4", "sparsity.unit=4", "sparsity.warmup_end=0.25",
-    "sparsity.restoration_start=0.6", "sparsity.restoration_end=0.85",
+    "model.num_layers=2", "train.steps=40", "sparsity.update_interval=4", "sparsity.block_size=4",
+    "sparsity.warmup_end=0.25", "sparsity.restoration_start=0.6", "sparsity.restoration_end=0.85",
 ]  # fmt: skip
 
 
 class FakeLayer:
     """What the controller needs of a layer."""
 
-    def __init__(self, rows: int, columns: int, unit: int, seed: int) -> None:
+    def __init__(self, rows: int, columns: int, block_size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(rows, columns, generator=generator))
-        self.mask = torch.ones(rows // unit, columns // unit, dtype=torch.bool)
-        self.grid = Partition(tuple(self.mask.shape))
-        self.unit, self.collect_dense_gradient, self.changes = unit, False, 0
+        self.mask = torch.ones(rows // block_size, columns // block_size, dtype=torch.bool)
+        self.grid = ShardSpec(tuple(self.mask.shape))
+        self.block_size, self.collect_dense_gradient, self.changes = block_size, False, 0
 
-    def topology_changed(self, num_live: int | None = None) -> None:
+    def topology_changed(self, num_active: int | None = None) -> None:
         self.changes += 1
 
 
@@ -43,8 +43,8 @@ class FakeState:
         self, layers: dict[str, FakeLayer], parts: dict[str, tuple[int, int]] | None = None, ranks=None
     ) -> None:
         self.layers, self.parts = layers, parts
-        self.shard = self.whole = ranks or Axis()
-        self.tensor_parallel = Axis()
+        self.shard = self.whole = ranks or CommunicationGroup()
+        self.tensor_parallel = CommunicationGroup()
         self.state = {
             name: torch.stack([layer.weight.detach().reshape(-1).clone(), *torch.randn(3, layer.weight.numel())])
             for name, layer in layers.items()
@@ -69,23 +69,23 @@ class FakeState:
 
     def optimizer_step(self, topologies) -> None:
         for name, fragment in self.fragments().items():
-            live = topologies[name].weights_slice(fragment.start, fragment.numel)
-            fragment.master.sub_(0.1 * fragment.gradient * live)
-            fragment.moments["exp_avg"].add_(fragment.gradient * live)
-            fragment.moments["exp_avg_sq"].add_(live.float())
+            active = topologies[name].weights_slice(fragment.start, fragment.numel)
+            fragment.master.sub_(0.1 * fragment.gradient * active)
+            fragment.moments["exp_avg"].add_(fragment.gradient * active)
+            fragment.moments["exp_avg_sq"].add_(active.float())
 
 
 def make(*overrides: str, widths=WIDTHS) -> tuple[Controller, dict[str, FakeLayer]]:
     config = load_config([], [*BASE, *overrides])
-    layers = {name: FakeLayer(*size, config.sparsity.unit, i) for i, (name, size) in enumerate(widths.items())}
+    layers = {name: FakeLayer(*size, config.sparsity.block_size, i) for i, (name, size) in enumerate(widths.items())}
     controller = Controller(config, layers)
     controller.start_topologies()
     return controller, layers
 
 
-@pytest.mark.parametrize("unit", [1, 4, 8])
-def test_a_whole_run_meets_every_target_and_ends_full(unit) -> None:
-    controller, layers = make(f"sparsity.unit={unit}", "sparsity.drop_fraction=0.5")
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_a_whole_run_meets_every_target_and_ends_full(block_size) -> None:
+    controller, layers = make(f"sparsity.block_size={block_size}", "sparsity.drop_fraction=0.5")
     state, densities, flips = FakeState(layers), [], 0
     for step in range(40):
         decision = controller.begin_step(step)
@@ -95,11 +95,11 @@ def test_a_whole_run_meets_every_target_and_ends_full(unit) -> None:
             assert step % 4 == 0 and step > 0
             before = {name: layer.mask.clone() for name, layer in layers.items()}
             report = controller.update_topology(state)
-            born = sum(int((layers[n].mask & ~mask).sum()) for n, mask in before.items()) * unit**2
-            died = sum(int((~layers[n].mask & mask).sum()) for n, mask in before.items()) * unit**2
-            assert (report.grown, report.dropped) == (born, died)
+            grown = sum(int((layers[n].mask & ~mask).sum()) for n, mask in before.items()) * block_size**2
+            dropped = sum(int((~layers[n].mask & mask).sum()) for n, mask in before.items()) * block_size**2
+            assert (report.grown, report.dropped) == (grown, dropped)
             assert report.density == controller.density()
-            flips += born and died
+            flips += grown and dropped
         if step and step % 4 == 0:
             target = controller.schedule.density(step / 40)
             for layer in layers.values():
@@ -109,13 +109,13 @@ def test_a_whole_run_meets_every_target_and_ends_full(unit) -> None:
         check_invariant(list(controller.topologies.values()), state)
         densities.append(controller.density())
     assert densities[0] == densities[-1] == 1.0
-    assert min(densities) == pytest.approx(0.1, abs=0.02 if unit > 1 else 1e-3)
+    assert min(densities) == pytest.approx(0.1, abs=0.02 if block_size > 1 else 1e-3)
     assert flips, "units never moved at constant density"
     assert all(layer.mask.all() for layer in layers.values())
     assert report.ever_active == 1.0
 
 
-def test_born_weights_start_at_zero_and_dead_gradients_are_zero() -> None:
+def test_grown_weights_start_at_zero_and_inactive_gradients_are_zero() -> None:
     controller, layers = make("sparsity.algorithm=rigl")
     state = FakeState(layers)
     for step in range(1, 9):
@@ -126,25 +126,25 @@ def test_born_weights_start_at_zero_and_dead_gradients_are_zero() -> None:
             old = {n: s.clone() for n, s in state.state.items()}
             controller.update_topology(state)
             for name, topology in controller.topologies.items():
-                live = topology.weights_slice(0, topology.numel)
+                active = topology.weights_slice(0, topology.numel)
                 master, gradient, first, second = state.state[name]
-                stayed = (master != 0) & live
+                stayed = (master != 0) & active
                 assert (stayed <= before[name]).all()
                 assert torch.equal(master[stayed], old[name][0][stayed])
                 assert not first[~stayed].any() and not second[~stayed].any()
-                assert not gradient[~live].any()
-                assert torch.equal(gradient[live], old[name][1][live])
-                assert (live & ~before[name]).any()
+                assert not gradient[~active].any()
+                assert torch.equal(gradient[active], old[name][1][active])
+                assert (active & ~before[name]).any()
 
 
-@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("num_shards", [2, 3])
-def test_the_topology_does_not_depend_on_the_layout(unit, num_shards) -> None:
+def test_the_topology_does_not_depend_on_the_layout(block_size, num_shards) -> None:
     points = {"layers.0.mlp.up": [700, 701], "layers.0.mlp.down": [0, 1999], "layers.1.mlp.up": [2048, 2048]}
     pieces = {name: cuts(64 * 32, own[: num_shards - 1]) for name, own in points.items()}
 
     def run(rank, ranks=None) -> tuple[list[str], dict[str, torch.Tensor]]:
-        controller, layers = make(f"sparsity.unit={unit}")
+        controller, layers = make(f"sparsity.block_size={block_size}")
         torch.manual_seed(3)
         state = FakeState(layers, {name: p[rank] for name, p in pieces.items()} if ranks else None, ranks)
         digests = []
@@ -167,11 +167,11 @@ def test_the_topology_does_not_depend_on_the_layout(unit, num_shards) -> None:
 
 
 def test_learning_rate_multipliers() -> None:
-    controller, layers = make("sparsity.lr_density_power=0.5", "sparsity.lr_density_cap=3.0", "sparsity.unit=1")
+    controller, layers = make("sparsity.lr_density_power=0.5", "sparsity.lr_density_cap=3.0", "sparsity.block_size=1")
     assert [controller.lr_multiplier(name) for name in layers] == [1.0] * 3
     for density, expected in [(0.25, 2.0), (0.5, 2**0.5), (0.1, 3.0), (1.0, 1.0)]:
         name = next(iter(layers))
-        controller.expect_live(name, round(density * 2048))
+        controller.expect_active(name, round(density * 2048))
         assert controller.lr_multiplier(name) == pytest.approx(expected, rel=1e-3)
     off, layers = make("sparsity.lr_density_power=0", "sparsity.algorithm=set")
     assert off.density() == pytest.approx(0.1, abs=0.01)
@@ -188,10 +188,10 @@ def test_density_classes_tell_layers_apart() -> None:
 def test_sparse_starts_are_random_exact_and_zeroed() -> None:
     controller, layers = make("sparsity.algorithm=set", "sparsity.density=0.25")
     for name, layer in layers.items():
-        assert int(layer.mask.sum()) == layer.mask.numel() // 4 == controller.num_live[name]
-        dead = ~controller.topologies[name].weights_slice(0, layer.weight.numel())
-        assert not layer.weight.detach().reshape(-1)[dead].any()
-        assert layer.weight.detach().reshape(-1)[~dead].all()
+        assert int(layer.mask.sum()) == layer.mask.numel() // 4 == controller.num_active[name]
+        inactive = ~controller.topologies[name].weights_slice(0, layer.weight.numel())
+        assert not layer.weight.detach().reshape(-1)[inactive].any()
+        assert layer.weight.detach().reshape(-1)[~inactive].all()
         assert layer.changes > 0
     assert not torch.equal(layers["layers.0.mlp.up"].mask, layers["layers.1.mlp.up"].mask)
 
@@ -219,26 +219,26 @@ def test_state_goes_round() -> None:
     other, others = make()
     other.load_state(saved)
     assert digest(other.topologies) == digest(controller.topologies)
-    assert other.num_live == controller.num_live
+    assert other.num_active == controller.num_active
     assert all(torch.equal(bits, other.state()[name]) for name, bits in saved.items())
 
 
 def test_a_stored_mask_costs_one_bit_per_unit() -> None:
     controller, _ = make()
     for name, topology in controller.topologies.items():
-        bits = controller.state()[f"live/{name}"]
+        bits = controller.state()[f"active/{name}"]
         assert bits.dtype == torch.uint8 and bits.numel() == -(-topology.num_units // 8)
 
 
 def test_wrong_state_is_refused_with_the_layer_named() -> None:
     controller, _ = make()
     state = controller.state()
-    with pytest.raises(ValueError, match=r"live/layers\.0\.mlp\.up"):
-        controller.load_state({k: v for k, v in state.items() if k != "live/layers.0.mlp.up"})
-    with pytest.raises(ValueError, match=r"live/layers\.9"):
-        controller.load_state({**state, "live/layers.9": torch.zeros(1, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match=r"active/layers\.0\.mlp\.up"):
+        controller.load_state({k: v for k, v in state.items() if k != "active/layers.0.mlp.up"})
+    with pytest.raises(ValueError, match=r"active/layers\.9"):
+        controller.load_state({**state, "active/layers.9": torch.zeros(1, dtype=torch.uint8)})
     with pytest.raises(ValueError, match=r"layer layers\.1\.mlp\.up: 3 bytes of mask bits do not hold 128 units"):
-        controller.load_state({**state, "live/layers.1.mlp.up": torch.zeros(3, dtype=torch.uint8)})
+        controller.load_state({**state, "active/layers.1.mlp.up": torch.zeros(3, dtype=torch.uint8)})
     with pytest.raises(ValueError, match=r"layer layers\.1\.mlp\.up: 3 bytes"):
         controller.load_state({**state, "ever/layers.1.mlp.up": torch.zeros(3, dtype=torch.uint8)})
 
@@ -248,10 +248,10 @@ def test_wrong_state_is_refused_with_the_layer_named() -> None:
     [
         (["sparsity.update_interval=9", "sparsity.restoration_end=0.95"], ["update_interval: 9", "such as 39"]),
         (["sparsity.restoration_end=1.0"], ["update_interval: 4", "none, unless the restoration ends"]),
-        (["sparsity.update_interval=40"], ["update_interval: 40 leaves no topology step", "below 40"]),
+        (["sparsity.update_interval=40"], ["update_interval: 40 leaves no topology update", "below 40"]),
         (
             ["sparsity.row_floor=true", "sparsity.density=0.05"],
-            ["sparsity.row_floor: layer layers.0.mlp.up has 16 rows", "6 live blocks", "at least 0.125"],
+            ["sparsity.row_floor: layer layers.0.mlp.up has 16 rows", "6 active blocks", "at least 0.125"],
         ),
     ],
 )
@@ -275,7 +275,9 @@ def test_broken_invariants_name_layer_and_tensor() -> None:
         for name, topology in controller.topologies.items():
             state.state[name][:, ~topology.weights_slice(0, topology.numel)] = 0
         check_invariant(topologies, state)
-        dead = (~topologies[1].weights_slice(0, topologies[1].numel)).nonzero()[0, 0]
-        state.state[topologies[1].name][row, dead] = 1e-30
-        with pytest.raises(RuntimeError, match=rf"1 dead entries of {label} of layer {topologies[1].name} are not 0"):
+        inactive = (~topologies[1].weights_slice(0, topologies[1].numel)).nonzero()[0, 0]
+        state.state[topologies[1].name][row, inactive] = 1e-30
+        with pytest.raises(
+            RuntimeError, match=rf"1 inactive entries of {label} of layer {topologies[1].name} are not 0"
+        ):
             check_invariant(topologies, state)

@@ -45,8 +45,8 @@ sizes = st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 4096)), min_size
 def test_the_budget_is_met(sizes, density, distribution, boost) -> None:
     layers = [LayerShape(str(i), n, m, depth=i / len(sizes)) for i, (n, m) in enumerate(sizes)]
     found = layer_densities(layers, density, 0.001, distribution, boost)
-    live = sum(found[layer.name] * layer.numel for layer in layers)
-    assert live == pytest.approx(density * sum(layer.numel for layer in layers), rel=1e-9)
+    active = sum(found[layer.name] * layer.numel for layer in layers)
+    assert active == pytest.approx(density * sum(layer.numel for layer in layers), rel=1e-9)
     assert all(0.0 < value <= 1.0 for value in found.values())
     if density == 1.0:
         assert set(found.values()) == {1.0}

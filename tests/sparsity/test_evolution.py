@@ -1,4 +1,4 @@
-"""One topology step against the rule written down with sorts, whole and on simulated ranks."""
+"""One topology update against the rule written down with sorts, whole and on simulated ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megasparse.sparsity.evolution import Evolved, LayerPiece, StepCounts, evolv
 SEED, STEP = 42, 300
 
 
-def plain_step(live, drop, growth, counts: StepCounts, stream: int) -> tuple[np.ndarray, np.ndarray]:
+def plain_step(active, drop, growth, counts: StepCounts, stream: int) -> tuple[np.ndarray, np.ndarray]:
     """Kept and grown units by the rule of the method, on whole arrays, no floor."""
-    indices = np.arange(live.size)
+    indices = np.arange(active.size)
     tie = hashed(indices, SEED, STEP, stream, 1)
     chance = (hashed(indices, SEED, STEP, stream, 2) >> np.uint32(8)).astype(np.float32) / 2**24
-    kept = best(drop, tie, live, counts.keep)
+    kept = best(drop, tie, active, counts.keep)
     grown = best(growth, tie, ~kept, counts.by_gradient)
     grown |= best(chance, tie, ~(kept | grown), counts.at_random)
     return kept, grown
@@ -30,19 +30,19 @@ def plain_step(live, drop, growth, counts: StepCounts, stream: int) -> tuple[np.
 
 def random_layer(num_units: int, density: float, target: int, zeta: float, share: float, seed: int, ties: bool):
     generator = np.random.default_rng(seed)
-    live = generator.random(num_units) < density
-    live[0] = True
+    active = generator.random(num_units) < density
+    active[0] = True
     drop, growth = (generator.random(num_units).astype(np.float32) for _ in range(2))
     if ties:
         drop, growth = np.floor(drop * 4), np.floor(growth * 3)
-    counts = step_counts(int(live.sum()), target, num_units, zeta, share)
-    return live, drop.astype(np.float32), growth.astype(np.float32), counts
+    counts = step_counts(int(active.sum()), target, num_units, zeta, share)
+    return active, drop.astype(np.float32), growth.astype(np.float32), counts
 
 
 def piece(layer, stream: int, part: slice = slice(None)) -> LayerPiece:
-    live, drop, growth, counts = layer
-    indices = np.arange(live.size)
-    return LayerPiece(stream, *(torch.from_numpy(a[part].copy()) for a in (indices, live, drop, growth)), counts)
+    active, drop, growth, counts = layer
+    indices = np.arange(active.size)
+    return LayerPiece(stream, *(torch.from_numpy(a[part].copy()) for a in (indices, active, drop, growth)), counts)
 
 
 @given(data=st.data(), num_shards=st.integers(1, 6), share=st.sampled_from([0.75, 1.0, 0.0]), ties=st.booleans())
@@ -64,26 +64,26 @@ def test_a_step_equals_the_plain_rule_on_any_number_of_ranks(data, num_shards, s
         return evolve(mine, SEED, STEP, ranks.sum_)
 
     results = on_shards(num_shards, work)
-    for number, (live, drop, growth, counts) in enumerate(layers):
+    for number, (active, drop, growth, counts) in enumerate(layers):
         kept = np.concatenate([result[number].kept.numpy() for result in results])
         grown = np.concatenate([result[number].grown.numpy() for result in results])
-        expected_kept, expected_grown = plain_step(live, drop, growth, counts, number)
+        expected_kept, expected_grown = plain_step(active, drop, growth, counts, number)
         assert (kept == expected_kept).all() and (grown == expected_grown).all()
         assert kept.sum() == counts.keep and grown.sum() == counts.by_gradient + counts.at_random
-        assert not (kept & grown).any() and (kept <= live).all()
+        assert not (kept & grown).any() and (kept <= active).all()
 
 
 def test_gradient_growth_takes_the_largest_and_random_growth_does_not() -> None:
     n = 2000
     layer = random_layer(n, 0.1, 600, 0.0, 1.0, seed=1, ties=False)
     (by_gradient,) = evolve([piece(layer, 0)], SEED, STEP)
-    dead = torch.from_numpy(~layer[0])
+    inactive = torch.from_numpy(~layer[0])
     score = torch.from_numpy(layer[2])
-    assert score[by_gradient.grown].min() > score[dead & ~by_gradient.grown].max()
+    assert score[by_gradient.grown].min() > score[inactive & ~by_gradient.grown].max()
     random = (*layer[:3], step_counts(int(layer[0].sum()), 600, n, 0.0, 0.0))
     (at_random,) = evolve([piece(random, 0)], SEED, STEP)
-    # The mean score of a random draw of some 400 is that of all dead units, within six standard errors.
-    gap = abs(float(score[at_random.grown].mean() - score[dead].mean()))
+    # The mean score of a random draw of some 400 is that of all inactive units, within six standard errors.
+    gap = abs(float(score[at_random.grown].mean() - score[inactive].mean()))
     assert gap < 6 * float(score.std()) / int(at_random.grown.sum()) ** 0.5
     assert not torch.equal(evolve([piece(random, 0)], SEED, STEP + 1)[0].grown, at_random.grown)
     assert not torch.equal(evolve([piece(random, 1)], SEED, STEP)[0].grown, at_random.grown)
@@ -94,13 +94,13 @@ def test_gradient_growth_takes_the_largest_and_random_growth_does_not() -> None:
     num_units=st.integers(1, 10_000), data=st.data(), zeta=st.floats(0.0, 0.99), share=st.floats(0.0, 1.0)
 )  # fmt: skip
 def test_counts_follow_the_method(num_units, data, zeta, share) -> None:
-    live, target = data.draw(st.integers(1, num_units)), data.draw(st.integers(1, num_units))
-    counts = step_counts(live, target, num_units, zeta, share)
-    drop = live - counts.keep
-    assert counts.target == target and counts.live == live
+    active, target = data.draw(st.integers(1, num_units)), data.draw(st.integers(1, num_units))
+    counts = step_counts(active, target, num_units, zeta, share)
+    drop = active - counts.keep
+    assert counts.target == target and counts.active == active
     assert min(counts.keep, counts.by_gradient, counts.at_random) >= 0
     if target < num_units:
-        assert drop == max(math.floor(zeta * live), live - target)
+        assert drop == max(math.floor(zeta * active), active - target)
     else:
         assert drop == 0
     assert abs(counts.by_gradient - share * (target - counts.keep)) <= 0.5 + 1e-6
@@ -118,9 +118,9 @@ def test_counts_by_hand() -> None:
 def test_row_floor_leaves_no_row_empty(share, keep_fraction) -> None:
     rows, columns, target = 16, 8, 20
     generator = torch.Generator().manual_seed(3)
-    live = torch.zeros(rows, columns, dtype=torch.bool)
-    live[:, 0] = True
-    live[0, :5] = True
+    active = torch.zeros(rows, columns, dtype=torch.bool)
+    active[:, 0] = True
+    active[0, :5] = True
     # Whole rows with the worst scores: a step without the floor would empty them.
     drop = torch.rand(rows, columns, generator=generator) * torch.linspace(1, 0.01, rows).unsqueeze(1)
     growth = torch.rand(rows, columns, generator=generator) * torch.linspace(1, 0.01, rows).unsqueeze(1)
@@ -129,7 +129,7 @@ def test_row_floor_leaves_no_row_empty(share, keep_fraction) -> None:
     indices = torch.arange(rows * columns)
 
     def step(row_length):
-        flat = (live.reshape(-1), drop.reshape(-1), growth.reshape(-1))
+        flat = (active.reshape(-1), drop.reshape(-1), growth.reshape(-1))
         (evolved,) = evolve([LayerPiece(0, indices, *flat, counts, row_length)], SEED, STEP)
         assert int(evolved.kept.sum()) == counts.keep
         assert int(evolved.kept.sum() + evolved.grown.sum()) == target
@@ -141,10 +141,10 @@ def test_row_floor_leaves_no_row_empty(share, keep_fraction) -> None:
 
 
 def test_row_floor_keeps_the_best_of_each_row() -> None:
-    live = torch.ones(2, 3, dtype=torch.bool)
+    active = torch.ones(2, 3, dtype=torch.bool)
     drop = torch.tensor([[9.0, 8.0, 7.0], [1.0, 3.0, 2.0]])
     counts = StepCounts(6, 3, 0, 0)
-    layer = LayerPiece(0, torch.arange(6), live.reshape(-1), drop.reshape(-1), torch.zeros(6), counts, 3)
+    layer = LayerPiece(0, torch.arange(6), active.reshape(-1), drop.reshape(-1), torch.zeros(6), counts, 3)
     (evolved,) = evolve([layer], SEED, STEP)
     assert evolved.kept.view(2, 3).tolist() == [[True, True, False], [False, True, False]]
 

@@ -10,27 +10,27 @@ from megasparse.sparsity.groups import check_groups, layer_settings, unmatched_g
 
 GROUPS = [
     SparsityGroup(pattern="layers.0.*", dense=True),
-    SparsityGroup(pattern="layers.*.mlp.*", unit=16, density=0.3, growth="random"),
+    SparsityGroup(pattern="layers.*.mlp.*", block_size=16, density=0.3, growth="random"),
     SparsityGroup(pattern="layers.?.attention.qkv.weight", drop_score="sensitivity"),
-    SparsityGroup(pattern="layers.1.mlp.up", unit=2),
+    SparsityGroup(pattern="layers.1.mlp.up", block_size=2),
 ]
 
 
 def test_the_first_group_that_matches_wins() -> None:
-    sparsity = SparsityConfig(groups=GROUPS, unit=32, growth_ratio=3.0)
+    sparsity = SparsityConfig(groups=GROUPS, block_size=32, growth_ratio=3.0)
     assert layer_settings(sparsity, "layers.0.mlp.up") is None
     mlp = layer_settings(sparsity, "layers.1.mlp.up")
-    assert (mlp.unit, mlp.min_density, mlp.gradient_share, mlp.drop_score) == (16, 0.3, 0.0, "magnitude")
+    assert (mlp.block_size, mlp.min_density, mlp.gradient_share, mlp.drop_score) == (16, 0.3, 0.0, "magnitude")
     qkv = layer_settings(sparsity, "layers.1.attention.qkv")
-    assert (qkv.unit, qkv.min_density, qkv.gradient_share, qkv.drop_score) == (32, None, 0.75, "sensitivity")
+    assert (qkv.block_size, qkv.min_density, qkv.gradient_share, qkv.drop_score) == (32, None, 0.75, "sensitivity")
     # `?` is one character: layer 10 falls to no group.
     other = layer_settings(sparsity, "layers.10.attention.qkv")
-    assert (other.unit, other.drop_score) == (32, "magnitude")
+    assert (other.block_size, other.drop_score) == (32, "magnitude")
 
 
 def test_the_head_is_sparse_on_request_and_nothing_is_where_sparsity_is_off() -> None:
     assert layer_settings(SparsityConfig(), "head") is None
-    assert layer_settings(SparsityConfig(head=True), "head").unit == SparsityConfig().unit
+    assert layer_settings(SparsityConfig(head=True), "head").block_size == SparsityConfig().block_size
     assert layer_settings(SparsityConfig(algorithm="dense", head=True), "head") is None
     assert layer_settings(SparsityConfig(algorithm="dense"), "layers.0.mlp.up") is None
 
@@ -75,7 +75,11 @@ def test_groups_that_no_layer_falls_to() -> None:
 
 @pytest.mark.parametrize(
     "group",
-    ["{pattern: 'layer.0.*', density: 0.5}", "{pattern: 'layers.0.mpl.*', dense: true}", "{pattern: head, unit: 8}"],
+    [
+        "{pattern: 'layer.0.*', density: 0.5}",
+        "{pattern: 'layers.0.mpl.*', dense: true}",
+        "{pattern: head, block_size: 8}",
+    ],
 )
 def test_groups_that_say_nothing_are_refused(group: str) -> None:
     """A misspelt name, dense or not, and the head while it is not among the sparse layers."""

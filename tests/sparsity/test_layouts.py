@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shards import SimulatedMesh, SimulatedRanks, cuts, on_mesh
 
-from megasparse.parallel import Axis, Partition
+from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.evolution import StepCounts
 from megasparse.sparsity.state import StateFragment
 from megasparse.sparsity.statistics import collect_statistics
@@ -33,9 +33,9 @@ class Pieces:
     """A rank's piece of each whole matrix [4, rows, columns]: weight, gradient and two moments."""
 
     def __init__(self, whole: dict[str, torch.Tensor], topologies, mesh: SimulatedMesh | None, points) -> None:
-        self.shard = mesh.data_parallel if mesh else Axis()
-        self.tensor_parallel = mesh.tensor_parallel if mesh else Axis()
-        self.whole = mesh.whole if mesh else Axis()
+        self.shard = mesh.data_parallel if mesh else CommunicationGroup()
+        self.tensor_parallel = mesh.tensor_parallel if mesh else CommunicationGroup()
+        self.whole = mesh.whole if mesh else CommunicationGroup()
         self.found, self.told = {}, set()
         for name, tensors in whole.items():
             partition, rank = weight_partition(name, self.tensor_parallel.size), self.tensor_parallel.rank
@@ -52,32 +52,32 @@ class Pieces:
         self.told |= set(names)
 
 
-def weight_partition(name: str, size: int) -> Partition:
+def weight_partition(name: str, size: int) -> ShardSpec:
     shape, dim, parts = SHAPES[name]
-    return Partition(shape, dim, size, parts)
+    return ShardSpec(shape, dim, size, parts)
 
 
-def whole_state(unit: int, density: float, levels: int, seed: int) -> tuple[dict, dict]:
+def whole_state(block_size: int, density: float, levels: int, seed: int) -> tuple[dict, dict]:
     """Masks on the unit grid, and state with few different values, so that scores tie."""
     generator = torch.Generator().manual_seed(seed)
     masks, state = {}, {}
     for name, (shape, _, _) in SHAPES.items():
-        grid = tuple(n // unit for n in shape)
+        grid = tuple(n // block_size for n in shape)
         masks[name] = torch.rand(grid, generator=generator) < density
         values = torch.randint(-levels, levels + 1, (4, *shape), generator=generator).float()
-        live = torch.kron(masks[name], torch.ones(unit, unit, dtype=torch.bool))
-        values[[0, 2, 3]] *= live
+        active = torch.kron(masks[name], torch.ones(block_size, block_size, dtype=torch.bool))
+        values[[0, 2, 3]] *= active
         state[name] = values
     return masks, state
 
 
-def decide(masks, state, unit: int, counts, mesh: SimulatedMesh | None, points: Sequence[int]):
-    """One topology step; masks of the whole layers as packed bits, this rank's shards of the state, statistics."""
-    ranks: SimulatedRanks | Axis = mesh.tensor_parallel if mesh else Axis()
+def decide(masks, state, block_size: int, counts, mesh: SimulatedMesh | None, points: Sequence[int]):
+    """One topology update; masks of the whole layers as packed bits, this rank's shards of the state, statistics."""
+    ranks: SimulatedRanks | CommunicationGroup = mesh.tensor_parallel if mesh else CommunicationGroup()
     topologies = {}
     for name, mask in masks.items():
-        grid = weight_partition(name, ranks.size).blocks(unit)
-        topologies[name] = Topology(name, grid.shard(mask, ranks.rank).clone(), unit, grid, ranks.rank)
+        grid = weight_partition(name, ranks.size).blocks(block_size)
+        topologies[name] = Topology(name, grid.shard(mask, ranks.rank).clone(), block_size, grid, ranks.rank)
     layers = [
         EvolvingLayer(topologies[name], counts(name, ranks.size), stream, "magnitude_gradient", 0.5, False)
         for stream, name in enumerate(masks)
@@ -91,15 +91,15 @@ def decide(masks, state, unit: int, counts, mesh: SimulatedMesh | None, points: 
     return whole, {name: (f.start, f.master, f.gradient) for name, f in pieces.found.items()}, statistics
 
 
-def even_counts(masks, live_share: float):
-    """Keep half of the live units and grow to `live_share` of all, half by gradient."""
+def even_counts(masks, active_share: float):
+    """Keep half of the active units and grow to `active_share` of all, half by gradient."""
 
     def counts(name: str, num_shards: int) -> tuple[StepCounts, ...]:
-        live, total = int(masks[name].sum()), masks[name].numel()
-        target = max(int(live_share * total), 1)
-        keep = min(live // 2, target)
+        active, total = int(masks[name].sum()), masks[name].numel()
+        target = max(int(active_share * total), 1)
+        keep = min(active // 2, target)
         grow = target - keep
-        return (StepCounts(live, keep, grow // 2, grow - grow // 2),)
+        return (StepCounts(active, keep, grow // 2, grow - grow // 2),)
 
     return counts
 
@@ -107,25 +107,25 @@ def even_counts(masks, live_share: float):
 @given(
     data=st.data(),
     layout=st.sampled_from([(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (1, 4), (8, 1), (3, 2), (5, 1)]),
-    unit=st.sampled_from([1, 2]),
+    block_size=st.sampled_from([1, 2]),
     levels=st.sampled_from([1, 3, 1000]),
     seed=st.integers(0, 10**6),
 )
-def test_every_layout_takes_the_decision_of_one_rank(data, layout, unit, levels, seed) -> None:
-    masks, state = whole_state(unit, data.draw(st.floats(0.1, 1.0)), levels, seed)
+def test_every_layout_takes_the_decision_of_one_rank(data, layout, block_size, levels, seed) -> None:
+    masks, state = whole_state(block_size, data.draw(st.floats(0.1, 1.0)), levels, seed)
     counts = even_counts(masks, data.draw(st.floats(0.05, 0.9)))
     points = data.draw(st.lists(st.integers(0, 256), min_size=layout[0] - 1, max_size=layout[0] - 1))
-    expected, whole_pieces, numbers = decide(masks, state, unit, counts, None, [])
-    results = on_mesh(*layout, lambda mesh: decide(masks, state, unit, counts, mesh, points))
+    expected, whole_pieces, numbers = decide(masks, state, block_size, counts, None, [])
+    results = on_mesh(*layout, lambda mesh: decide(masks, state, block_size, counts, mesh, points))
     for found, _, statistics in results:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], bits) for name, bits in expected.items())
         for name, layer in statistics.items():
             alone = numbers[name]
-            assert (layer.dead_rows, layer.born, layer.died, layer.ever_live) == (
-                alone.dead_rows, alone.born, alone.died, alone.ever_live,
+            assert (layer.inactive_rows, layer.grown, layer.dropped, layer.ever_active) == (
+                alone.inactive_rows, alone.grown, alone.dropped, alone.ever_active,
             )  # fmt: skip
-            assert sum(layer.shard_live) == sum(alone.shard_live) and len(layer.shard_live) == layout[1]
+            assert sum(layer.shard_active) == sum(alone.shard_active) and len(layer.shard_active) == layout[1]
     for name in masks:
         for index in (1, 2):
             assert torch.equal(
@@ -144,21 +144,21 @@ def put_together(name: str, layout: tuple[int, int], results, index: int) -> tor
     return partition.merge(shards)
 
 
-@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2])
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_balanced_shards_hold_equal_numbers_whatever_the_replicas(unit, num_replicas) -> None:
-    masks, state = whole_state(unit, 1.0, 1000, 4)
+def test_balanced_shards_hold_equal_numbers_whatever_the_replicas(block_size, num_replicas) -> None:
+    masks, state = whole_state(block_size, 1.0, 1000, 4)
 
     def counts(name: str, num_shards: int) -> tuple[StepCounts, ...]:
         units = masks[name].numel() // num_shards
         return tuple(StepCounts(units, units // 8, units // 8, units // 8) for _ in range(num_shards))
 
-    alone = on_mesh(1, 4, lambda mesh: decide(masks, state, unit, counts, mesh, []))
-    results = on_mesh(num_replicas, 4, lambda mesh: decide(masks, state, unit, counts, mesh, [30]))
+    alone = on_mesh(1, 4, lambda mesh: decide(masks, state, block_size, counts, mesh, []))
+    results = on_mesh(num_replicas, 4, lambda mesh: decide(masks, state, block_size, counts, mesh, [30]))
     for found, _, statistics in results:
         for name, mask in masks.items():
             share = mask.numel() // 4
-            assert statistics[name].shard_live == (3 * (share // 8),) * 4
+            assert statistics[name].shard_active == (3 * (share // 8),) * 4
             assert torch.equal(found[name], alone[0][0][name])
 
 
@@ -167,8 +167,8 @@ def test_a_change_in_one_score_is_seen() -> None:
     masks, state = whole_state(1, 0.5, 1000, 1)
     counts = even_counts(masks, 0.5)
     before, _, _ = decide(masks, state, 1, counts, None, [])
-    dead = (~unpack_bits(before["row"], masks["row"].numel()).view_as(masks["row"]) & ~masks["row"]).nonzero()[0]
-    state["row"][1, dead[0], dead[1]] = 10**6
+    inactive = (~unpack_bits(before["row"], masks["row"].numel()).view_as(masks["row"]) & ~masks["row"]).nonzero()[0]
+    state["row"][1, inactive[0], inactive[1]] = 10**6
     after, _, _ = decide(masks, state, 1, counts, None, [])
     assert torch.equal(before["column"], after["column"]) and not torch.equal(before["row"], after["row"])
-    assert unpack_bits(after["row"], masks["row"].numel()).view_as(masks["row"])[dead[0], dead[1]]
+    assert unpack_bits(after["row"], masks["row"].numel()).view_as(masks["row"])[inactive[0], inactive[1]]

@@ -8,7 +8,7 @@ from harness import run_distributed
 
 from megasparse.config.loader import check_config
 from megasparse.launching.failures import ReplicaMismatchError
-from megasparse.parallel import Axis, Mesh
+from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.replicas import check_replicas, describe_difference, is_replica_check_due, mask_digest
 from megasparse.sparsity.topology import Topology
 
@@ -45,16 +45,16 @@ def test_the_first_layer_and_the_minority_are_named(
     assert found is None if message is None else message in found
 
 
-@pytest.mark.parametrize("unit", [1, 16])
-def test_every_bit_of_a_mask_is_in_its_digest(unit: int) -> None:
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_every_bit_of_a_mask_is_in_its_digest(block_size: int) -> None:
     mask = torch.rand(5, 7) < 0.3
-    seen = {mask_digest(Topology("layer", mask, unit))}
+    seen = {mask_digest(Topology("layer", mask, block_size))}
     for index in range(mask.numel()):
         flipped = mask.clone()
         flipped.view(-1)[index] ^= True
-        seen.add(mask_digest(Topology("layer", flipped, unit)))
+        seen.add(mask_digest(Topology("layer", flipped, block_size)))
     assert len(seen) == mask.numel() + 1
-    assert mask_digest(Topology("layer", mask.clone(), unit)) in seen
+    assert mask_digest(Topology("layer", mask.clone(), block_size)) in seen
 
 
 def test_masks_are_compared_at_every_kth_topology_step() -> None:
@@ -67,8 +67,8 @@ def test_masks_are_compared_at_every_kth_topology_step() -> None:
 
 def flip_one_bit(mesh: Mesh, tensor_parallel_size: int) -> list[str]:
     """What each rank raises before and after one bit of the second layer is flipped on the last rank."""
-    tensor_parallel = Axis(mesh.rank % tensor_parallel_size, tensor_parallel_size)
-    data_parallel = Axis(mesh.rank // tensor_parallel_size, mesh.world_size // tensor_parallel_size)
+    tensor_parallel = CommunicationGroup(mesh.rank % tensor_parallel_size, tensor_parallel_size)
+    data_parallel = CommunicationGroup(mesh.rank // tensor_parallel_size, mesh.world_size // tensor_parallel_size)
     mesh = Mesh(mesh.device, mesh.world, data_parallel, tensor_parallel, mesh.control)
     torch.manual_seed(tensor_parallel.rank)
     topologies = {name: Topology(name, torch.rand(8, 6) < 0.5, 4) for name in NAMES}

@@ -12,19 +12,21 @@ from megasparse.sparsity.scores import block_norms, block_partial_sums, drop_sco
 
 
 @given(
-    rows=st.integers(1, 5), columns=st.integers(1, 5), unit=st.sampled_from([2, 3, 8]),
+    rows=st.integers(1, 5), columns=st.integers(1, 5), block_size=st.sampled_from([2, 3, 8]),
     points=st.lists(st.integers(0, 1600), max_size=6), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_pieces_add_up_to_the_whole_wherever_they_are_cut(rows, columns, unit, points, seed) -> None:
-    matrix = torch.randn(rows * unit, columns * unit, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 7)
+def test_pieces_add_up_to_the_whole_wherever_they_are_cut(rows, columns, block_size, points, seed) -> None:
+    matrix = torch.randn(
+        rows * block_size, columns * block_size, generator=torch.Generator().manual_seed(seed)
+    ) * 10 ** (seed % 7)
     flat, grid = matrix.reshape(-1), (rows, columns)
-    parts = [block_partial_sums(flat[a:b], a, grid, unit) for a, b in cuts(flat.numel(), points)]
+    parts = [block_partial_sums(flat[a:b], a, grid, block_size) for a, b in cuts(flat.numel(), points)]
     assert all(part.shape == grid and part.dtype == torch.float64 for part in parts)
-    blocks = matrix.double().view(rows, unit, columns, unit).permute(0, 2, 1, 3).reshape(rows, columns, -1)
+    blocks = matrix.double().view(rows, block_size, columns, block_size).permute(0, 2, 1, 3).reshape(rows, columns, -1)
     expected = torch.linalg.vector_norm(blocks, dim=-1).to(torch.float32).reshape(-1)
     # Float64 sums of a few dozen squares, then one rounding to float32.
     torch.testing.assert_close(block_norms(sum(parts)), expected, rtol=1.2e-7, atol=0)
-    whole = block_partial_sums(flat, 0, grid, unit)
+    whole = block_partial_sums(flat, 0, grid, block_size)
     torch.testing.assert_close(sum(parts), whole, rtol=1e-14, atol=0)
 
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasparse.parallel import Partition
+from megasparse.parallel import ShardSpec
 from megasparse.sparsity.topology import Topology, digest, pack_bits, unpack_bits
 
 
-def make(rows: int, columns: int, unit: int, seed: int = 0, name: str = "layer") -> Topology:
-    return Topology(name, torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5, unit)
+def make(rows: int, columns: int, block_size: int, seed: int = 0, name: str = "layer") -> Topology:
+    return Topology(name, torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5, block_size)
 
 
 @given(st.lists(st.booleans(), max_size=100))
@@ -35,12 +35,14 @@ def test_bits_of_another_length_are_refused(num_units) -> None:
         unpack_bits(torch.zeros(2, dtype=torch.uint8), num_units)
 
 
-@pytest.mark.parametrize(("rows", "columns", "unit"), [(3, 4, 1), (3, 2, 2), (2, 3, 3), (1, 1, 4)])
-def test_every_slice_equals_the_plain_expansion(rows, columns, unit) -> None:
-    topology = make(rows, columns, unit, seed=rows)
-    plain = torch.kron(topology.mask, torch.ones(unit, unit, dtype=torch.bool)).reshape(-1)
+@pytest.mark.parametrize(("rows", "columns", "block_size"), [(3, 4, 1), (3, 2, 2), (2, 3, 3), (1, 1, 4)])
+def test_every_slice_equals_the_plain_expansion(rows, columns, block_size) -> None:
+    topology = make(rows, columns, block_size, seed=rows)
+    plain = torch.kron(topology.mask, torch.ones(block_size, block_size, dtype=torch.bool)).reshape(-1)
     other = torch.rand(rows * columns) < 0.5
-    plain_other = torch.kron(other.view(rows, columns), torch.ones(unit, unit, dtype=torch.bool)).reshape(-1)
+    plain_other = torch.kron(other.view(rows, columns), torch.ones(block_size, block_size, dtype=torch.bool)).reshape(
+        -1
+    )
     for start in range(topology.numel + 1):
         for stop in range(start, topology.numel + 1):
             assert torch.equal(topology.weights_slice(start, stop - start), plain[start:stop])
@@ -66,7 +68,7 @@ def test_digest_tells_masks_and_names_apart() -> None:
 
 @pytest.mark.parametrize(("dim", "parts"), [(0, ()), (1, ()), (0, (4, 2, 2))])
 def test_a_shard_knows_its_places_in_the_whole(dim, parts) -> None:
-    grid = Partition((8, 6), dim, 2, parts)
+    grid = ShardSpec((8, 6), dim, 2, parts)
     whole = torch.rand(8, 6) < 0.5
     numbers = torch.arange(48).view(8, 6)
     joined = torch.zeros(48, dtype=torch.uint8)

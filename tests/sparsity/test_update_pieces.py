@@ -1,4 +1,4 @@
-"""Parts of a topology step: which layers go together, how state is cleared, where masks are true."""
+"""Parts of a topology update: which layers go together, how state is cleared, where masks are true."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from megasparse.training.plan import make_plan
 
 SETTINGS = [
     "model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=8",
-    "model.vocab_size=97", "model.position_embedding=rope", "sparsity.unit=16", "train.steps=40",
+    "model.vocab_size=97", "model.position_embedding=rope", "sparsity.block_size=16", "train.steps=40",
     "sparsity.update_interval=2",
 ]  # fmt: skip
 STATIC = ["sparsity.algorithm=static", "sparsity.density=0.25"]
@@ -58,16 +58,16 @@ def test_what_becomes_of_topologies_is_said(tmp_path) -> None:
     (message,) = warnings(dense, *STATIC)
     assert "has no topology, and the schedule starts at density 0.25" in message
     (message,) = warnings(sparse)
-    assert "topology of train.init_from is not used: all weights live at the start" in message
+    assert "topology of train.init_from is not used: all weights are active at the start" in message
     (message,) = warnings(sparse, "sparsity.algorithm=dense")
     assert "is not used" in message
     # A topology in which everything lives says nothing.
-    assert warnings(write(tmp_path / "all-live", topology=True)) == []
-    assert warnings(tmp_path / "all-live", "sparsity.algorithm=dense") == []
-    with pytest.raises(ValueError, match="topology of density 0.25.*, and the schedule starts at 0.5000; legal values"):
+    assert warnings(write(tmp_path / "all-active", topology=True)) == []
+    assert warnings(tmp_path / "all-active", "sparsity.algorithm=dense") == []
+    with pytest.raises(ValueError, match="topology of density 0.25.*, and the schedule starts at 0.5000; must be"):
         warnings(sparse, *STATIC, "sparsity.density=0.5")
     with pytest.raises(ValueError, match="topology of another grid of units"):
-        warnings(sparse, *STATIC, "sparsity.unit=8")
+        warnings(sparse, *STATIC, "sparsity.block_size=8")
 
 
 def test_context_may_change_and_is_said(tmp_path) -> None:
@@ -83,9 +83,9 @@ def test_context_may_change_and_is_said(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("model.num_layers=2", "model.num_layers: 2 here, 1 in train.init_from .*; legal values: 1"),
+        ("model.num_layers=2", "model.num_layers: 2 here, 1 in train.init_from .*; must be 1"),
         ("model.hidden_size=64", "model.hidden_size: 64 here, 32"),
-        ("model.vocab_size=98", "model.vocab_size: 98 here, 97 in train.init_from .*; legal values: 97"),
+        ("model.vocab_size=98", "model.vocab_size: 98 here, 97 in train.init_from .*; must be 97"),
         ("model.activation=swiglu", "model.activation: 'swiglu' here, 'gelu'"),
         ("model.num_key_value_heads=1", "model.key_value_heads: 1 here, 2"),
         ("model.qkv_bias=false", "model.has_qkv_bias: False here, True"),
@@ -100,7 +100,7 @@ def test_another_model_is_refused(tmp_path, override, reason) -> None:
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="train.init_from: .*nowhere: no model folder there; legal values: unset"):
+    with pytest.raises(ValueError, match="train.init_from: .*nowhere: no model folder there; must be unset"):
         warnings(tmp_path / "nowhere")
     folder = write(tmp_path / "dense", "sparsity.algorithm=dense")
     path = folder / "model.safetensors"

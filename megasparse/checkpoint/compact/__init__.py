@@ -1,1 +1,1 @@
-"""The compact format: saved states without the values of dead units. See README.md beside this file."""
+"""The compact format: saved states without the values of inactive units. See README.md beside this file."""

@@ -33,20 +33,23 @@ class Stored:
 
     shape: list[int]
     kinds: dict[str, dict[str, Any]]
-    """By kind: `dtype`, and `fill`, the bit pattern, as a signed integer, of all entries of dead units; null: whole."""
+    """By kind: `dtype`, and `fill`, the bit pattern, as a signed integer, of all entries of inactive units; null:
+    whole."""
     division: dict[str, Any]
     """How DeepSpeed's own loader of universal checkpoints is to divide it."""
     layer: str | None = None
     """Sparse layer whose weight it is; None: it is dense."""
-    unit: int = 1
+    block_size: int = 1
     index: str = ""
     """Form of the mask: `bits`, `list` or `n:m`."""
-    live: int = 0
-    """Live units."""
+    active: int = 0
+    """Active units."""
 
     @property
     def sparse(self) -> SparseParameter | None:
-        return None if self.layer is None else SparseParameter(self.layer, self.unit, (self.shape[0], self.shape[1]))
+        return (
+            None if self.layer is None else SparseParameter(self.layer, self.block_size, (self.shape[0], self.shape[1]))
+        )
 
     def dtype(self, kind: str) -> torch.dtype:
         return DTYPES[self.kinds[kind]["dtype"]]
@@ -57,7 +60,7 @@ class Stored:
 
     @property
     def density(self) -> float:
-        return 1.0 if self.sparse is None else self.live / self.sparse.num_units
+        return 1.0 if self.sparse is None else self.active / self.sparse.num_units
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,10 @@ def size_report(manifest: CompactManifest) -> list[ParameterSize]:
         sizes = {kind: stored.dtype(kind).itemsize * prod(stored.shape) for kind in stored.kinds}
         dense = expected = sum(sizes.values())
         if stored.sparse is not None:
-            index = stored_bytes(stored.index, stored.sparse.num_units, stored.live)
+            index = stored_bytes(stored.index, stored.sparse.num_units, stored.active)
             ever = 0 if manifest.weights_only else stored_bytes("bits", stored.sparse.num_units, 0)
-            live = sum(size * (1.0 if stored.fill(k) is None else stored.density) for k, size in sizes.items())
-            expected = round(live) + index + ever
+            active = sum(size * (1.0 if stored.fill(k) is None else stored.density) for k, size in sizes.items())
+            expected = round(active) + index + ever
         rows.append(ParameterSize(name, stored.density, dense, expected, manifest.files[tensor_file(name)][0]))
     return rows
 
@@ -148,7 +151,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != NAME:
         raise CheckpointError(f"{folder}: its {MANIFEST} is not of a compact folder")
     if values.get("version") != VERSION:
-        raise CheckpointError(f"compact folder {folder}: version {values.get('version')}; legal values: {VERSION}")
+        raise CheckpointError(f"compact folder {folder}: version {values.get('version')}; must be {VERSION}")
     if values.get("checksum") != checksum_of(values):
         raise CheckpointError(f"compact folder {folder}: {MANIFEST} does not have its own checksum")
     return values
@@ -163,9 +166,11 @@ def _check_parameter(name: str, stored: Stored) -> None:
     assert all(isinstance(n, int) and n >= 0 for n in stored.shape), f"{name}: shape {stored.shape}"
     sparse = stored.sparse
     if sparse is not None:
-        assert len(stored.shape) == 2 and stored.unit >= 1, f"{name}: {stored.shape} of units {stored.unit}"
-        assert not any(n % stored.unit for n in stored.shape), f"{name}: {stored.shape} of units {stored.unit}"
-        assert 0 <= stored.live <= sparse.num_units, f"{name}: {stored.live} live units"
+        assert len(stored.shape) == 2 and stored.block_size >= 1, f"{name}: {stored.shape} of units {stored.block_size}"
+        assert not any(n % stored.block_size for n in stored.shape), (
+            f"{name}: {stored.shape} of units {stored.block_size}"
+        )
+        assert 0 <= stored.active <= sparse.num_units, f"{name}: {stored.active} active units"
 
 
 def checksum_of(values: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megasparse.checkpoint.compact.encoding import decode_places, with_live_values
+from megasparse.checkpoint.compact.encoding import decode_places, with_active_values
 from megasparse.checkpoint.compact.manifest import COMPANIONS, CONFIG, Stored, read_manifest, tensor_file
 from megasparse.checkpoint.compact.writer import EVER_BITS, INDEX
 from megasparse.checkpoint.saved_state import EVER, KINDS, LIVE, RunFacts, moved
@@ -70,26 +70,26 @@ class CompactReader:
         if values.dtype != stored.dtype(kind):
             self._fail(f"{tensor_file(name)} holds {kind} as {values.dtype}, not {stored.dtype(kind)}")
         if stored.sparse is not None and fill is not None:
-            if values.numel() != stored.live * stored.unit**2:
-                self._fail(f"{tensor_file(name)} holds {values.numel()} values of {stored.live} live units")
-            return with_live_values(values, self._mask(name), stored.unit, fill)
+            if values.numel() != stored.active * stored.block_size**2:
+                self._fail(f"{tensor_file(name)} holds {values.numel()} values of {stored.active} active units")
+            return with_active_values(values, self._mask(name), stored.block_size, fill)
         if tuple(values.shape) != self.shapes[name]:
             self._fail(f"{tensor_file(name)} has {kind} of shape {tuple(values.shape)}, not {self.shapes[name]}")
         return values
 
     def topology(self) -> dict[str, Tensor]:
-        """Where only weights were packed, what lives now is all that is known to have lived."""
+        """Where only weights were packed, what is active now is all that is known to have been active."""
         found = {}
         for name, stored in self._parameters.items():
             if stored.layer is not None:
-                live = pack_bits(self._mask(name))
-                found[f"{LIVE}{stored.layer}"] = live
-                found[f"{EVER}{stored.layer}"] = self._ever(name, live)
+                active = pack_bits(self._mask(name))
+                found[f"{LIVE}{stored.layer}"] = active
+                found[f"{EVER}{stored.layer}"] = self._ever(name, active)
         return found
 
-    def _ever(self, name: str, live: Tensor) -> Tensor:
+    def _ever(self, name: str, active: Tensor) -> Tensor:
         # A copy: safetensors refuses tensors that share memory.
-        return live.clone() if self.manifest.weights_only else self._read(name, EVER_BITS)
+        return active.clone() if self.manifest.weights_only else self._read(name, EVER_BITS)
 
     def loss_scaler(self) -> dict[str, float]:
         return self.manifest.loss_scaler
@@ -116,7 +116,7 @@ class CompactReader:
         stored = self._parameters[name]
         assert stored.sparse is not None, name
         try:
-            return decode_places(self._read(name, INDEX), stored.index, stored.sparse.grid, stored.live)
+            return decode_places(self._read(name, INDEX), stored.index, stored.sparse.grid, stored.active)
         except ValueError as error:
             self._fail(f"{tensor_file(name)}: {error}")
 

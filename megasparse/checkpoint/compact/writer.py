@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megasparse.checkpoint.compact.encoding import (
+    active_values,
     common_fill,
     encode_places,
-    live_values,
     smallest_form,
 )
 from megasparse.checkpoint.compact.manifest import (
@@ -102,15 +102,15 @@ class _ParameterWriter:
         return Stored(list(self.saved.shapes[self.name]), kinds, self._division())
 
     def write_sparse(
-        self, folder: Path, sparse: SparseParameter, live: Tensor, ever: Tensor | None, form: str | None
+        self, folder: Path, sparse: SparseParameter, active: Tensor, ever: Tensor | None, form: str | None
     ) -> Stored:
-        """live, ever: packed bits of the units that live and have lived."""
+        """active, ever: packed bits of the units that are active and that have ever been."""
         try:
-            mask = unpack_bits(live, sparse.num_units).view(sparse.grid)
-            num_live = int(mask.count_nonzero())
-            form = form or smallest_form(sparse.num_units, num_live)
-            if form not in ("bits", "list") and sparse.unit > 1:
-                raise ValueError(f"it lives in blocks of {sparse.unit}, and {form} is a pattern of single weights")
+            mask = unpack_bits(active, sparse.num_units).view(sparse.grid)
+            num_active = int(mask.count_nonzero())
+            form = form or smallest_form(sparse.num_units, num_active)
+            if form not in ("bits", "list") and sparse.block_size > 1:
+                raise ValueError(f"it lies in blocks of {sparse.block_size}, and {form} is a pattern of single weights")
             tensors = {INDEX: encode_places(mask, form)}
         except ValueError as error:
             raise CheckpointError(f"layer {sparse.layer}: {error}") from None
@@ -119,14 +119,14 @@ class _ParameterWriter:
         kinds = {}
         for kind in self.kinds:
             matrix = self.saved.tensor(self.name, kind)
-            fill = common_fill(matrix, mask, sparse.unit)
-            # Never a silent prune: where dead entries are not alike, all entries are kept.
+            fill = common_fill(matrix, mask, sparse.block_size)
+            # Never a silent prune: where inactive entries are not alike, all entries are kept.
             kinds[kind] = _kind(matrix, fill)
-            tensors[kind] = matrix if fill is None else live_values(matrix, mask, sparse.unit)
+            tensors[kind] = matrix if fill is None else active_values(matrix, mask, sparse.block_size)
             del matrix
         self._save(folder, tensors)
         shape = list(sparse.shape)
-        return Stored(shape, kinds, self._division(), sparse.layer, sparse.unit, form, num_live)
+        return Stored(shape, kinds, self._division(), sparse.layer, sparse.block_size, form, num_active)
 
     def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         # Mapped tensors may share one storage, which safetensors refuses: take what is asked for, and no more.

@@ -185,6 +185,6 @@ def _tokenizer_section(companions: Mapping[str, Path], vocab_size: int, notes: l
             notes.append(f"the tokenizer is copied and not used: it has {size} entries, the model {vocab_size}")
             return {}
         return {"tokenizer": kind, "tokenizer_path": name}
-    legal = " or ".join(TOKENIZER_NAMES.values())
-    notes.append(f"there is no {legal}: set data.tokenizer in config.yaml before sampling text")
+    allowed = " or ".join(TOKENIZER_NAMES.values())
+    notes.append(f"there is no {allowed}: set data.tokenizer in config.yaml before sampling text")
     return {}

@@ -38,31 +38,31 @@ class Settings:
     def number(self, field: str) -> int:
         value = self._values.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"config.json: {field}: {value!r}; legal values: whole numbers of at least 1")
+            raise ConfigError(f"config.json: {field}: {value!r}; must be whole numbers of at least 1")
         return value
 
-    def must_be(self, field: str, legal: tuple[Any, ...], default: Any) -> Any:
-        """The value, one of `legal`; `default` where it is not there or null."""
+    def must_be(self, field: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        """The value, one of `allowed`; `default` where it is not there or null."""
         value = self.get(field, default)
-        if value not in legal:
-            raise ConfigError(f"config.json: {field}: {value!r}; legal values: {', '.join(map(repr, legal))}")
+        if value not in allowed:
+            raise ConfigError(f"config.json: {field}: {value!r}; must be one of {', '.join(map(repr, allowed))}")
         return value
 
 
 def read_settings(values: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
     """The architecture, and our sections `model` and `attention` as nested plain values.
 
-    Raises ConfigError naming the field, its value and the legal values.
+    Raises ConfigError naming the field, its value and the what they must be.
     """
     settings = Settings(values)
     names = settings.get("architectures", [])
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ConfigError(f"config.json: architectures: {names!r}; legal values: one of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"config.json: architectures: {names!r}; must be one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[names[0]]
     settings.must_be("model_type", (architecture.model_type,), architecture.model_type)
     for field, meaning in (("quantization_config", "weights that are not quantised"), ("auto_map", "no code")):
         if settings.get(field) is not None:
-            raise ConfigError(f"config.json: {field}: is set; legal values: unset, which means {meaning}")
+            raise ConfigError(f"config.json: {field}: is set; must be unset, which means {meaning}")
     if architecture is GPT2:
         return architecture, {"model": _read_gpt2(settings)}
     attention = _read_window(settings, architecture)
@@ -138,8 +138,8 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     found = Settings({**settings.get("rope_scaling", {}), **settings.get("rope_parameters", {})})
     unknown = sorted(found.fields - ROPE_NAMES)
     if unknown:
-        legal = ", ".join(sorted(ROPE_NAMES))
-        raise ConfigError(f"config.json: rope_scaling.{unknown[0]}: unknown setting; legal values: {legal}")
+        allowed = ", ".join(sorted(ROPE_NAMES))
+        raise ConfigError(f"config.json: rope_scaling.{unknown[0]}: unknown setting; must be {allowed}")
     for place in (settings, found):
         place.must_be("partial_rotary_factor", (1, 1.0), 1.0)
     theta = float(found.get("rope_theta", settings.get("rope_theta", 10_000.0)))
@@ -147,7 +147,7 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
-        raise ConfigError(f"config.json: rope_scaling.rope_type: {kind!r}; legal values: 'default', 'linear', 'llama3'")
+        raise ConfigError(f"config.json: rope_scaling.rope_type: {kind!r}; must be 'default', 'linear', 'llama3'")
     scaling = {"type": kind, "factor": float(found.get("factor", 1.0))}
     if kind == "llama3":
         scaling["low_freq_factor"] = float(found.get("low_freq_factor", 1.0))
@@ -162,7 +162,7 @@ def _read_window(settings: Settings, architecture: Architecture) -> dict[str, An
         settings.must_be("use_sliding_window", (False,), False)
     types = set(settings.get("layer_types", [])) - {"full_attention"}
     if types:
-        raise ConfigError(f"config.json: layer_types: {', '.join(sorted(types))}; legal values: full_attention")
+        raise ConfigError(f"config.json: layer_types: {', '.join(sorted(types))}; must be full_attention")
     # Where Mistral's config.json says nothing, transformers takes 4096.
     given = "sliding_window" in settings.fields
     if architecture is not MISTRAL or (given and settings.get("sliding_window") is None):

@@ -21,7 +21,7 @@ def choose_architecture(config: RunConfig, wanted: str | None = None) -> Archite
     Raises ConfigError naming what is in the way.
     """
     if wanted is not None and wanted not in ARCHITECTURES:
-        raise ConfigError(f"architecture: {wanted!r}; legal values: {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"architecture: {wanted!r}; must be one of {', '.join(ARCHITECTURES)}")
     candidates = [GPT2, LLAMA, QWEN2, MISTRAL] if wanted is None else [ARCHITECTURES[wanted]]
     reasons = []
     for architecture in candidates:
@@ -33,10 +33,10 @@ def choose_architecture(config: RunConfig, wanted: str | None = None) -> Archite
 
 
 def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
-    """The first setting that the architecture cannot express, with its legal values."""
+    """The first setting that the architecture cannot express, with its what they must be."""
     model, window = config.model, config.attention.sliding_window
     if config.sparsity.algorithm != "dense" and config.sparsity.low_rank:
-        return f"sparsity.low_rank is {config.sparsity.low_rank}; legal values: 0"
+        return f"sparsity.low_rank is {config.sparsity.low_rank}; must be 0"
     wanted: dict[str, tuple[Any, tuple[Any, ...]]]
     if architecture is GPT2:
         wanted = {
@@ -58,10 +58,10 @@ def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
             # transformers refuses others for Llama.
             wanted["hidden_size"] = (model.hidden_size % model.num_attention_heads, (0,))
     wanted["attention.windows"] = (window, (window,) if architecture is MISTRAL else (None,))
-    for field, (value, legal) in wanted.items():
-        if value not in legal:
+    for field, (value, allowed) in wanted.items():
+        if value not in allowed:
             name = field if "." in field else f"model.{field}"
-            return f"{name} is {value!r}; legal values: {', '.join(map(repr, legal))}"
+            return f"{name} is {value!r}; must be one of {', '.join(map(repr, allowed))}"
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorSpec
 from megasparse.conversion.huggingface.architectures import IGNORED, Architecture, Entry, entries
-from megasparse.parallel.shard_spec import Partition
+from megasparse.parallel.shard_spec import ShardSpec
 
 
 class Tensors(Protocol):
@@ -31,7 +31,7 @@ class Importer:
     where there are tensors that the architecture does not know.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture, expected: Mapping[str, Partition]) -> None:
+    def __init__(self, source: Tensors, architecture: Architecture, expected: Mapping[str, ShardSpec]) -> None:
         self._source, self._expected = source, expected
         self._entries = {entry.ours: entry for entry in entries(architecture, expected)}
         self._found = _names_with_prefix(source.names, architecture.prefix)
@@ -72,7 +72,7 @@ class Exporter:
         self,
         source: Tensors,
         architecture: Architecture,
-        expected: Mapping[str, Partition],
+        expected: Mapping[str, ShardSpec],
         dtype: torch.dtype | None = None,
     ) -> None:
         self._source, self._expected, self._dtype = source, expected, dtype
@@ -107,7 +107,7 @@ class Exporter:
         return self._source.dtype(name) if name in self._present else self._default
 
 
-def their_shapes(entry: Entry, partition: Partition) -> list[tuple[int, ...]]:
+def their_shapes(entry: Entry, partition: ShardSpec) -> list[tuple[int, ...]]:
     """Shapes of the tensors that ours consists of."""
     rows = partition.parts if len(entry.theirs) > 1 else partition.shape[:1]
     shapes = [(number, *partition.shape[1:]) for number in rows]

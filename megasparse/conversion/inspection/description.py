@@ -1,7 +1,7 @@
 """What is in a saved state, as plain values for a table or for JSON.
 
 description = describe(open_any(path), read_values=False)
-description.density, description.tensors[0].live
+description.density, description.tensors[0].active
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class TensorDescription:
     kinds: list[str]
     layer: str | None = None
     """Sparse layer that it is the weight of."""
-    unit: int | None = None
-    live: int | None = None
-    """Live units."""
+    block_size: int | None = None
+    active: int | None = None
+    """Active units."""
     density: float | None = None
     values: Values | None = None
 
@@ -61,7 +61,7 @@ class Description:
     tokens: int | None
     algorithm: str | None
     parameters: int
-    live_parameters: int
+    active_parameters: int
     density: float
     """Of the sparse matrices together; 1 where there are none."""
     moments: list[str]
@@ -84,14 +84,19 @@ def describe(
         found = sparse.get(name)
         fields: dict[str, Any] = {}
         if found is not None:
-            live = int(unpack_bits(masks[f"{LIVE}{found.layer}"], found.num_units).count_nonzero())
-            fields = {"layer": found.layer, "unit": found.unit, "live": live, "density": live / found.num_units}
+            active = int(unpack_bits(masks[f"{LIVE}{found.layer}"], found.num_units).count_nonzero())
+            fields = {
+                "layer": found.layer,
+                "block_size": found.block_size,
+                "active": active,
+                "density": active / found.num_units,
+            }
         tensors.append(TensorDescription(name, list(shape), saved.kinds(name), values=values, **fields))
         done += 4 * prod(shape)
         progress(done)
     sizes = [(prod(row.shape), row.density) for row in tensors]
     total, all_sparse = sum(size for size, _ in sizes), sum(size for size, density in sizes if density is not None)
-    dead = sum(round(size * (1 - density)) for size, density in sizes if density is not None)
+    inactive = sum(round(size * (1 - density)) for size, density in sizes if density is not None)
     return Description(
         kind=opened.kind,
         folder=str(opened.folder),
@@ -100,8 +105,8 @@ def describe(
         tokens=saved.facts.train_state.get("tokens"),
         algorithm=None if opened.config is None else opened.config.sparsity.algorithm,
         parameters=total,
-        live_parameters=total - dead,
-        density=1 - dead / all_sparse if all_sparse else 1.0,
+        active_parameters=total - inactive,
+        density=1 - inactive / all_sparse if all_sparse else 1.0,
         moments=sorted({kind for row in tensors for kind in row.kinds} - {WEIGHT}),
         layout=opened.layout,
         model=saved.facts.model,

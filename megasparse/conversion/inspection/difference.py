@@ -24,13 +24,13 @@ from megasparse.sparsity.topology import unpack_bits
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Units of a sparse layer, by where they live."""
+    """Units of a sparse layer, by where they are active."""
 
     layer: str
     both: int
     only_first: int
     only_second: int
-    unit: str = "alike"
+    block_size: str = "alike"
     """`alike`, or how the two differ: then nothing is counted."""
 
 
@@ -67,7 +67,7 @@ class Difference:
     @property
     def equal(self) -> bool:
         """Whether tensors and topologies are the same; settings and progress may differ."""
-        moved = any(layer.only_first or layer.only_second or layer.unit != "alike" for layer in self.layers)
+        moved = any(layer.only_first or layer.only_second or layer.block_size != "alike" for layer in self.layers)
         return not (self.only_first or self.only_second or self.tensors or moved)
 
 
@@ -126,7 +126,7 @@ def _layers(first: Opened, second: Opened) -> list[LayerChange]:
         topology = opened.saved.topology()
         masks.append(
             {
-                sparse.layer: (sparse.unit, unpack_bits(topology[f"{LIVE}{sparse.layer}"], sparse.num_units))
+                sparse.layer: (sparse.block_size, unpack_bits(topology[f"{LIVE}{sparse.layer}"], sparse.num_units))
                 for sparse in find_sparse(opened).values()
             }
         )
@@ -136,9 +136,9 @@ def _layers(first: Opened, second: Opened) -> list[LayerChange]:
             where = "the first" if layer in masks[0] else "the second"
             changes.append(LayerChange(layer, 0, 0, 0, f"sparse in {where} only"))
             continue
-        (unit, a), (other, b) = masks[0][layer], masks[1][layer]
-        if unit != other or a.numel() != b.numel():
-            changes.append(LayerChange(layer, 0, 0, 0, f"units of {unit} against {other}"))
+        (block_size, a), (other, b) = masks[0][layer], masks[1][layer]
+        if block_size != other or a.numel() != b.numel():
+            changes.append(LayerChange(layer, 0, 0, 0, f"units of {block_size} against {other}"))
             continue
         both = int((a & b).count_nonzero())
         changes.append(LayerChange(layer, both, int(a.count_nonzero()) - both, int(b.count_nonzero()) - both))

@@ -92,7 +92,7 @@ def kind_of(path: Path) -> str:
     if (path / "config.json").is_file():
         return HUGGING_FACE
     raise CheckpointError(
-        f"{path}: {'no such folder' if not path.is_dir() else 'nothing that is known'}; legal values: a run folder, a "
+        f"{path}: {'no such folder' if not path.is_dir() else 'nothing that is known'}; must be a run folder, a "
         "checkpoint in it, a universal form, a compact folder, a model folder, a Hugging Face folder"
     )
 
@@ -104,7 +104,7 @@ def open_any(path: Path, step: int | None = None) -> Opened:
     """
     kind = kind_of(path)
     if step is not None and kind != RUN:
-        raise ConfigError(f"--step: {step}; legal values: none, {path} is no run but a {kind}")
+        raise ConfigError(f"--step: {step}; must be none, {path} is no run but a {kind}")
     if kind == RUN:
         found, _ = find_checkpoint(path, step)
         opened = _open_checkpoint(found, kind)

@@ -36,7 +36,7 @@ from megasparse.engine.safe_checkpoint import load_data
 from megasparse.sparsity.topology import unpack_bits
 
 NOT_ZERO_OUTSIDE = ("fp32", "exp_avg", "exp_avg_sq")
-"""Kinds that are 0 where units are dead; ages count on."""
+"""Kinds that are 0 where units are inactive; per-weight steps count on."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _unreadable(file: Path) -> str | None:
 
 
 def _bad_tensors(opened: Opened, progress: Callable[[str], None]) -> Iterator[Problem]:
-    """Tensors that cannot be put together, and dead units that are not 0."""
+    """Tensors that cannot be put together, and inactive units that are not 0."""
     saved, sparse = opened.saved, find_sparse(opened)
     topology = saved.topology()
     for name in saved.shapes:
@@ -161,8 +161,8 @@ def _bad_tensors(opened: Opened, progress: Callable[[str], None]) -> Iterator[Pr
             found = sparse.get(name)
             if found is None or kind not in NOT_ZERO_OUTSIDE:
                 continue
-            live = unpack_bits(topology[f"{LIVE}{found.layer}"], found.num_units).view(found.grid)
-            dead = ~live.repeat_interleave(found.unit, 0).repeat_interleave(found.unit, 1)
-            wrong = int(torch.count_nonzero(tensor[dead]))
+            active = unpack_bits(topology[f"{LIVE}{found.layer}"], found.num_units).view(found.grid)
+            inactive = ~active.repeat_interleave(found.block_size, 0).repeat_interleave(found.block_size, 1)
+            wrong = int(torch.count_nonzero(tensor[inactive]))
             if wrong:
-                yield Problem(f"{opened.folder}: {name}", f"{wrong} entries of {kind} of dead units are not 0")
+                yield Problem(f"{opened.folder}: {name}", f"{wrong} entries of {kind} of inactive units are not 0")

@@ -1,8 +1,9 @@
-"""Sparse linear: the products of a linear layer whose weight is zero outside of live units.
+"""Sparse linear: the products of a linear layer whose weight is zero outside of active units.
 
 Use ``sparse_linear`` and, for a table that shares its weight with a sparse head, ``sparse_embedding``; which kernel
-computes them is decided in ``dispatch``. A unit is a square block of `unit` x `unit` weights, or a single weight where
-`unit` is 1; ``build_index`` makes the lists of live blocks from a mask on the grid of units, [out / unit, in / unit].
+computes them is decided in ``dispatch``. A unit is a square block of `block_size` x `block_size` weights, or a
+single weight where `block_size` is 1; ``build_index`` makes the lists of active blocks from a mask on the grid of
+units, [out / unit, in / unit].
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ def sparse_linear(
     kernel: str = "auto",
     break_even: float | None = None,
 ) -> torch.Tensor:
-    """y = x W^T + b for a weight that is already exactly zero in its dead units.
+    """y = x W^T + b for a weight that is already exactly zero in its inactive units.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
         weight: [out, in], dense storage, same dtype.
         bias: [out] or None, same dtype.
-        index: the live units; None where all live (plain dense layer).
-        dense_gradient: return the gradient of all weights, as a topology step needs it; otherwise the gradient of
-            dead units is exactly zero.
+        index: the active units; None where all are active (plain dense layer).
+        dense_gradient: return the gradient of all weights, as a topology update needs it; otherwise the gradient of
+            inactive units is exactly zero.
         kernel: `auto` for the fastest one, or a name from `KERNELS`.
         break_even: density above which `auto` takes dense products; None: as measured.
 
@@ -63,32 +64,34 @@ def sparse_linear(
     check_name(kernel)
     if index is None:
         return F.linear(x, weight, bias)
-    assert weight.shape == tuple(size * index.unit for size in index.mask.shape), f"{weight.shape}, {index.mask.shape}"
+    assert weight.shape == tuple(size * index.block_size for size in index.mask.shape), (
+        f"{weight.shape}, {index.mask.shape}"
+    )
     return linear.apply(x, weight, bias, index, dense_gradient, kernel, break_even)
 
 
 def sparse_embedding(
     ids: torch.Tensor, weight: torch.Tensor, index: BlockIndex | None, dense_gradient: bool = False
 ) -> torch.Tensor:
-    """Rows `ids` of a table that is exactly zero in its dead units; the gradient rule is that of `sparse_linear`.
+    """Rows `ids` of a table that is exactly zero in its inactive units; the gradient rule is that of `sparse_linear`.
 
     `ids` is an integer tensor of any shape, `weight` [rows, width]; returns [*ids.shape, width].
     """
     if index is None:
         return F.embedding(ids, weight)
-    return SparseEmbedding.apply(ids, weight, index.mask, index.unit, dense_gradient)
+    return SparseEmbedding.apply(ids, weight, index.mask, index.block_size, dense_gradient)
 
 
 def executed_density(
     kernel: str,
     device: str,
     dtype: torch.dtype,
-    unit: int,
+    block_size: int,
     tokens: int,
     density: float,
     widths: tuple[int, int] | None = None,
     **options: Any,
 ) -> float:
     """Share of the dense work that is really done at this density; the arguments are those of `choose`."""
-    backend = choose(kernel, device, dtype, unit, tokens, density, widths, **options)
+    backend = choose(kernel, device, dtype, block_size, tokens, density, widths, **options)
     return 1.0 if backend in ("dense", "reference") else density

@@ -1,4 +1,4 @@
-// Products of a linear layer whose weight is zero outside of live blocks, for CPUs. cpu.py calls them; their meaning is
+// Products of a linear layer whose weight is zero outside of active blocks, for CPUs. cpu.py calls them; their meaning is
 // that of reference.py.
 //
 // Operands are packed into cells of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the summed
@@ -146,7 +146,7 @@ struct Groups {
   }
 };
 
-// C = A W^T (transposed) or A W, plus bias, over the live blocks of each group of outputs.
+// C = A W^T (transposed) or A W, plus bias, over the active blocks of each group of outputs.
 template <class Type, int Vectors>
 struct Product {
   using Element = typename Type::Element;
@@ -238,7 +238,7 @@ struct Product {
   }
 };
 
-// dW = dY^T X on live blocks, and the sum of dY over the tokens.
+// dW = dY^T X on active blocks, and the sum of dY over the tokens.
 template <class Type, int Vectors>
 struct WeightGradient {
   using Element = typename Type::Element;
@@ -249,7 +249,7 @@ struct WeightGradient {
   Groups rows;
   Element *dweight, *dbias;
   uint32_t *packed_dy, *packed_x;
-  float *sums, *bias_sums;  // sums: [live block][block][block], where the gradient itself is not float32
+  float *sums, *bias_sums;  // sums: [active block][block][block], where the gradient itself is not float32
 
   int64_t ld_packed() const { return rows.block + kPadding; }
   int64_t packed_cells() const { return ld_packed() * kGradientTokens / kPerCell; }
@@ -290,7 +290,7 @@ struct WeightGradient {
       for (int64_t i = 0; i < width; ++i) out[i] = Type::cell(from + i, ld);
   }
 
-  // Adds a tile of tokens to live block j, which lies in block row `row`.
+  // Adds a tile of tokens to active block j, which lies in block row `row`.
   void add_block(int64_t j, int64_t row, int64_t count, bool first, bool last) const {
     const int64_t block = rows.block, column = rows.indices[j], num_cells = (count + kPerCell - 1) / kPerCell;
     const int64_t num_panels = (block + kMaxRows - 1) / kMaxRows;
@@ -392,11 +392,11 @@ void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tok
 }
 
 // Bytes of scratch memory for the weight gradient.
-int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t num_rows, int64_t num_columns, int64_t num_live,
+int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t num_rows, int64_t num_columns, int64_t num_active,
                                     int64_t block) {
   return with_type(is_bfloat16, block, [&](auto type, auto) -> int64_t {
     const int64_t cells = (block + kPadding) * kGradientTokens / decltype(type)::kPerCell;
-    return 4 * ((num_rows + num_columns) * cells + num_rows * block + (is_bfloat16 ? num_live * block * block : 0));
+    return 4 * ((num_rows + num_columns) * cells + num_rows * block + (is_bfloat16 ? num_active * block * block : 0));
   });
 }
 

@@ -91,13 +91,13 @@ def measured(
     backend: str,
     device: str,
     dtype: torch.dtype,
-    unit: int,
+    block_size: int,
     tokens: int,
     widths: tuple[int, int] | None = None,
 ) -> float:
     """Density above which dense products are faster than `backend`. widths: (in, out); None: of any layer."""
     threads = torch.get_num_threads()
-    return _look_up(own_table(), hardware_name(device), threads, backend, device, dtype, unit, tokens, widths)
+    return _look_up(own_table(), hardware_name(device), threads, backend, device, dtype, block_size, tokens, widths)
 
 
 def table_problem() -> str | None:
@@ -150,14 +150,14 @@ def _look_up(
     backend: str,
     device: str,
     dtype: torch.dtype,
-    unit: int,
+    block_size: int,
     tokens: int,
     widths: tuple[int, int] | None,
 ) -> float:
     for rows in candidates(_read_once(own)[0], _read_once(SHIPPED)[0], hardware, threads, device):
         rows = [row for row in rows if (row.backend, row.dtype) == (backend, dtype_name(dtype))]
         if rows:
-            return min(rows, key=lambda row: _distance(row, unit, tokens, widths)).break_even
+            return min(rows, key=lambda row: _distance(row, block_size, tokens, widths)).break_even
     return FALLBACK
 
 
@@ -175,8 +175,8 @@ def candidates(
     return [[row for measurement in group for row in measurement.rows] for group in groups]
 
 
-def _distance(row: Row, unit: int, tokens: int, widths: tuple[int, int] | None) -> float:
-    distance = ratio(row.block, unit) + ratio(row.tokens, tokens)
+def _distance(row: Row, block_size: int, tokens: int, widths: tuple[int, int] | None) -> float:
+    distance = ratio(row.block, block_size) + ratio(row.tokens, tokens)
     if widths is not None:
         distance += ratio(row.in_features, widths[0]) + ratio(row.out_features, widths[1])
     return distance
@@ -207,7 +207,7 @@ def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], An
 def _row(entry: dict[str, Any]) -> Row:
     break_even = float(entry["break_even"])
     if not 0.0 <= break_even <= 1.0:
-        raise ValueError(f"break_even: {break_even} is out of range; legal values: 0 to 1")
+        raise ValueError(f"break_even: {break_even} is out of range; must be 0 to 1")
     numbers = {name: int(entry[name]) for name in ("block", "tokens")}
     return Row(
         backend=str(entry["backend"]),

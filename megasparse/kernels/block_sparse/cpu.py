@@ -1,7 +1,7 @@
-"""The sparse linear layer on CPUs: products over live blocks in C++ (block_products.cpp), float32 and bfloat16.
+"""The sparse linear layer on CPUs: products over active blocks in C++ (block_products.cpp), float32 and bfloat16.
 
-Work and scratch memory are proportional to the live blocks and, for the weight gradient, to a tile of tokens; sums are
-made in float32. The library is built on first use (build.py). ``why_not`` says where it cannot run.
+Work and scratch memory are proportional to the active blocks and, for the weight gradient, to a tile of tokens;
+sums are made in float32. The library is built on first use (build.py). ``why_not`` says where it cannot run.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ DTYPES = (torch.float32, torch.bfloat16)
 UNITS = (16, 32, 64, 128)
 
 
-def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can.
 
     Builds them, if nothing else is in the way.
     """
-    return _unsupported(device, dtype, unit) or _build_failure()
+    return _unsupported(device, dtype, block_size) or _build_failure()
 
 
-def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
+def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     """The same as far as it can be told without a build."""
-    return _unsupported(device, dtype, unit) or _no_compiler()
+    return _unsupported(device, dtype, block_size) or _no_compiler()
 
 
-def _unsupported(device: str, dtype: torch.dtype, unit: int) -> str | None:
+def _unsupported(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     if device != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
-    if unit not in UNITS:
-        return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
+    if block_size not in UNITS:
+        return f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
     return None
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """See ``linear.Products``."""
-    return _product(x_NI, weight, True, bias, index.row_offsets, index.columns, index.unit)
+    return _product(x_NI, weight, True, bias, index.row_offsets, index.columns, index.block_size)
 
 
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``linear.Products``."""
-    dx = _product(dy_NO, weight, False, None, index.column_offsets, index.column_rows, index.unit) if needs[0] else None
+    dx = (
+        _product(dy_NO, weight, False, None, index.column_offsets, index.column_rows, index.block_size)
+        if needs[0]
+        else None
+    )
     dweight, dbias = _weight_gradient(dy_NO, x_NI, index, needs[2]) if needs[1] else (None, None)
     if needs[2] and dbias is None:
         dbias = dy_NO.sum(0, dtype=torch.float32).to(dy_NO.dtype)
@@ -59,14 +63,14 @@ def backward(
 
 
 def _product(
-    a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor, indices: Tensor, unit: int
+    a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor, indices: Tensor, block_size: int
 ) -> Tensor:
     """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
     a, weight = _readable(a), _readable(weight)
     c = a.new_empty(a.shape[0], weight.shape[0 if transposed else 1])
     library, is_bfloat16, threads = _library(), a.dtype == torch.bfloat16, torch.get_num_threads()
     num_groups = offsets.numel() - 1
-    size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), unit, threads)
+    size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), block_size, threads)
     scratch = torch.empty(size, dtype=torch.uint8)
     library.megasparse_product(
         is_bfloat16,
@@ -82,7 +86,7 @@ def _product(
         num_groups,
         offsets.data_ptr(),
         indices.data_ptr(),
-        unit,
+        block_size,
         scratch.data_ptr(),
         threads,
     )
@@ -91,13 +95,13 @@ def _product(
 
 def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
     dy_NO, x_NI = _readable(dy_NO), _readable(x_NI)
-    library, (num_rows, num_columns), unit = _library(), index.mask.shape, index.unit
+    library, (num_rows, num_columns), block_size = _library(), index.mask.shape, index.block_size
     is_bfloat16 = x_NI.dtype == torch.bfloat16
-    size = library.megasparse_gradient_scratch(is_bfloat16, num_rows, num_columns, index.num_live, unit)
+    size = library.megasparse_gradient_scratch(is_bfloat16, num_rows, num_columns, index.num_active, block_size)
     scratch = torch.empty(size, dtype=torch.uint8)
-    # Pages that the system hands out zeroed cost nothing until a live block is written.
-    dweight = torch.zeros(num_rows * unit, num_columns * unit, dtype=x_NI.dtype)
-    dbias = dy_NO.new_zeros(num_rows * unit) if needs_bias else None
+    # Pages that the system hands out zeroed cost nothing until an active block is written.
+    dweight = torch.zeros(num_rows * block_size, num_columns * block_size, dtype=x_NI.dtype)
+    dbias = dy_NO.new_zeros(num_rows * block_size) if needs_bias else None
     library.megasparse_weight_gradient(
         is_bfloat16,
         dy_NO.data_ptr(),
@@ -111,7 +115,7 @@ def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias:
         index.columns.data_ptr(),
         index.rows.data_ptr(),
         index.column_offsets.data_ptr(),
-        unit,
+        block_size,
         dweight.data_ptr(),
         dweight.stride(0),
         None if dbias is None else dbias.data_ptr(),

@@ -1,4 +1,4 @@
-"""Dense products for a weight that is exactly zero in its dead units: any unit, device and dtype; saves no work.
+"""Dense products for a weight that is exactly zero in its inactive units: any unit, device and dtype; saves no work.
 
 Forward and input gradient are the plain products; only the weight gradient needs the mask. It runs where it is faster
 than the block-sparse kernels (high densities), and for single weights.
@@ -26,7 +26,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``linear.Products``."""
     dx = dy_NO @ weight if needs[0] else None
-    dweight = apply_mask_(dy_NO.t() @ x_NI, index.mask, index.unit) if needs[1] else None
+    dweight = apply_mask_(dy_NO.t() @ x_NI, index.mask, index.block_size) if needs[1] else None
     return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
 
 
@@ -35,31 +35,33 @@ def bias_gradient(dy_NO: Tensor) -> Tensor:
     return dy_NO.sum(0, dtype=torch.promote_types(dy_NO.dtype, torch.float32)).to(dy_NO.dtype)
 
 
-def apply_mask_(tensor: Tensor, mask: Tensor, unit: int) -> Tensor:
-    """Set the entries of dead units to exactly zero, in place.
+def apply_mask_(tensor: Tensor, mask: Tensor, block_size: int) -> Tensor:
+    """Set the entries of inactive units to exactly zero, in place.
 
     Args:
         tensor: [out, in], any strides.
-        mask: bool [out / unit, in / unit], True where the unit is live.
+        mask: bool [out / unit, in / unit], True where the unit is active.
         unit: side of the square units; 1: single entries.
 
     Returns:
         `tensor`.
     """
     rows, columns = mask.shape
-    assert tensor.shape == (rows * unit, columns * unit), f"{tuple(tensor.shape)}, grid {(rows, columns)}, unit {unit}"
+    assert tensor.shape == (rows * block_size, columns * block_size), (
+        f"{tuple(tensor.shape)}, grid {(rows, columns)}, unit {block_size}"
+    )
     # Filling, unlike multiplying by zero, also clears infinities and leaves no negative zeros.
-    tensor.view(rows, unit, columns, unit).masked_fill_(~mask[:, None, :, None], 0)
+    tensor.view(rows, block_size, columns, block_size).masked_fill_(~mask[:, None, :, None], 0)
     return tensor
 
 
 class SparseEmbedding(torch.autograd.Function):
-    """Rows of a table that is zero in its dead units, under the gradient rule of the sparse linear layer."""
+    """Rows of a table that is zero in its inactive units, under the gradient rule of the sparse linear layer."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, mask: Tensor, unit: int, dense_gradient: bool) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, mask: Tensor, block_size: int, dense_gradient: bool) -> Tensor:
         ctx.save_for_backward(ids, mask)
-        ctx.num_rows, ctx.unit, ctx.dense_gradient = weight.shape[0], unit, dense_gradient
+        ctx.num_rows, ctx.block_size, ctx.dense_gradient = weight.shape[0], block_size, dense_gradient
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -69,5 +71,5 @@ class SparseEmbedding(torch.autograd.Function):
         # The operator behind the gradient of F.embedding; padding index -1 means none.
         dweight = torch.ops.aten.embedding_dense_backward(dy.contiguous(), ids, ctx.num_rows, -1, False)
         if not ctx.dense_gradient:
-            apply_mask_(dweight, mask, ctx.unit)
+            apply_mask_(dweight, mask, ctx.block_size)
         return None, dweight, None, None, None

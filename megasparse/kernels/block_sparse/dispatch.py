@@ -31,7 +31,7 @@ def choose(
     kernel: str,
     device: str,
     dtype: torch.dtype,
-    unit: int,
+    block_size: int,
     tokens: int,
     density: float,
     widths: tuple[int, int] | None = None,
@@ -47,7 +47,7 @@ def choose(
         dtype: of input and weight.
         unit: side of the square units.
         tokens: rows of the input.
-        density: share of live units.
+        density: share of active units.
         widths: (in, out) of the layer; None: nothing is known of them.
         break_even: density above which dense products are used; None: as measured.
 
@@ -56,20 +56,20 @@ def choose(
     """
     check_name(kernel)
     if kernel != "auto":
-        check_forced(kernel, device, dtype, unit, planned=planned)
+        check_forced(kernel, device, dtype, block_size, planned=planned)
         return kernel
-    name, _ = explain(device, dtype, unit, planned=planned)
+    name, _ = explain(device, dtype, block_size, planned=planned)
     if name is None:
         return "dense"
-    limit = measured(name, device, dtype, unit, tokens, widths) if break_even is None else break_even
+    limit = measured(name, device, dtype, block_size, tokens, widths) if break_even is None else break_even
     return name if density <= limit else "dense"
 
 
-def explain(device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> tuple[str | None, str]:
+def explain(device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> tuple[str | None, str]:
     """(The backend that saves work there, "") or (None, the reasons why none does)."""
     reasons = []
     for name in WHY_NOT:
-        reason = _why_not(name, planned)(device, dtype, unit)
+        reason = _why_not(name, planned)(device, dtype, block_size)
         if reason is None:
             return name, ""
         reasons.append(f"{name}: {reason}")
@@ -79,16 +79,16 @@ def explain(device: str, dtype: torch.dtype, unit: int, *, planned: bool = False
 def check_name(kernel: str) -> None:
     """Raise ValueError for a name that is no kernel."""
     if kernel not in KERNELS:
-        raise ValueError(f"block_sparse kernel: {kernel!r} is unknown; legal values: {', '.join(KERNELS)}")
+        raise ValueError(f"block_sparse kernel: {kernel!r} is unknown; must be one of {', '.join(KERNELS)}")
 
 
-def check_forced(kernel: str, device: str, dtype: torch.dtype, unit: int, *, planned: bool = False) -> None:
+def check_forced(kernel: str, device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> None:
     """Raise ValueError where a kernel that was asked for by name cannot run."""
     check_name(kernel)
-    reason = _why_not(kernel, planned)(device, dtype, unit) if kernel in WHY_NOT else None
+    reason = _why_not(kernel, planned)(device, dtype, block_size) if kernel in WHY_NOT else None
     if reason is not None:
-        runs = [k for k in KERNELS if k not in WHY_NOT or _why_not(k, planned)(device, dtype, unit) is None]
-        raise ValueError(f"block_sparse kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(runs)}")
+        runs = [k for k in KERNELS if k not in WHY_NOT or _why_not(k, planned)(device, dtype, block_size) is None]
+        raise ValueError(f"block_sparse kernel: {kernel!r} cannot run: {reason}; here it must be {', '.join(runs)}")
 
 
 def _why_not(kernel: str, planned: bool) -> WhyNot:

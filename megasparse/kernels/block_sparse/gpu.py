@@ -1,12 +1,13 @@
-"""The sparse linear layer on GPUs: products over live blocks by Triton kernels, float32, bfloat16 and float16.
+"""The sparse linear layer on GPUs: products over active blocks by Triton kernels, float32, bfloat16 and float16.
 
-Grids depend only on shapes and on the number of live blocks, which the host knows: nothing waits for the device, and
-CUDA graphs can capture every launch. Nothing is read or multiplied outside of live blocks; the weight gradient is
-filled with zeros and its live blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on first use.
+Grids depend only on shapes and on the number of active blocks, which the host knows: nothing waits for the device, and
+CUDA graphs can capture every launch. Nothing is read or multiplied outside of active blocks; the weight gradient is
+filled with zeros and its active blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on
+first use.
 
 Where they run, and with which dtypes: ``triton_device``. UNITS are the block sides.
 
-Names: N tokens, I input width, O output width, R block rows, L live blocks.
+Names: N tokens, I input width, O output width, R block rows, L active blocks.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGH
 UNITS = (16, 32, 64, 128)
 
 
-def why_not(device: str, dtype: torch.dtype, unit: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
-    return why_not_planned(device, dtype, unit) or (triton_device.unsuited_device() if device == "cuda" else None)
+    return why_not_planned(device, dtype, block_size) or (triton_device.unsuited_device() if device == "cuda" else None)
 
 
-def why_not_planned(device: str, dtype: torch.dtype, unit: int) -> str | None:
+def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     """The same as far as it can be told where the GPU is not."""
     reason = triton_device.wrong_type(device, dtype)
     if reason is not None:
         return reason
-    if unit not in UNITS:
-        return f"sparsity.unit {unit}; supported: {', '.join(map(str, UNITS))}"
+    if block_size not in UNITS:
+        return f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
     return triton_device.missing_triton()
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
     """See ``linear.Products``. `tile`: instead of the tuned one."""
     lists = index.row_offsets, index.columns, index.row_order
-    return _product(x_NI, weight, True, bias, lists, index.unit, tile)
+    return _product(x_NI, weight, True, bias, lists, index.block_size, tile)
 
 
 def backward(
@@ -58,13 +59,13 @@ def backward(
 def input_gradient(dy_NO: Tensor, weight: Tensor, index: BlockIndex, tile: Tile | None = None) -> Tensor:
     """dx_NI = dy W. `tile`: instead of the tuned one."""
     lists = index.column_offsets, index.column_rows, index.column_order
-    return _product(dy_NO, weight, False, None, lists, index.unit, tile)
+    return _product(dy_NO, weight, False, None, lists, index.block_size, tile)
 
 
 def weight_gradient(
     dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, tile: Tile | None = None, splits: int | None = None
 ) -> Tensor:
-    """dW = dy^T x, exactly zero outside of live blocks.
+    """dW = dy^T x, exactly zero outside of active blocks.
 
     Args:
         dy_NO, x_NI, index: as in ``linear.Products``.
@@ -72,25 +73,28 @@ def weight_gradient(
         splits: number of parts that the tokens are cut into; None: as many as keep the device busy.
     """
     dy_NO, x_NI = _unit_stride(dy_NO), _unit_stride(x_NI)
-    (num_rows, num_columns), unit, tokens = index.mask.shape, index.unit, x_NI.shape[0]
-    dweight = x_NI.new_zeros(num_rows * unit, num_columns * unit)
-    if not tokens or not index.num_live:
+    (num_rows, num_columns), block_size, tokens = index.mask.shape, index.block_size, x_NI.shape[0]
+    dweight = x_NI.new_zeros(num_rows * block_size, num_columns * block_size)
+    if not tokens or not index.num_active:
         return dweight
-    tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, unit, num_rows, index.num_live))
-    programs = gradient_programs(tile, unit, num_rows, index.num_live)
+    tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, block_size, num_rows, index.num_active))
+    programs = gradient_programs(tile, block_size, num_rows, index.num_active)
     splits = splits or _splits(programs, tokens, x_NI.device)
     # Splits of whole steps; the last one may be shorter.
     tokens_per_split = -(-tokens // (splits * tile.depth)) * tile.depth
     splits = -(-tokens // tokens_per_split)
     out, stride_out = dweight, dweight.stride(0)
     if splits > 1:
-        out, stride_out = x_NI.new_empty(splits, index.num_live, unit, unit, dtype=torch.float32), unit
+        out, stride_out = (
+            x_NI.new_empty(splits, index.num_active, block_size, block_size, dtype=torch.float32),
+            block_size,
+        )
     with triton_device.current(x_NI.device):
         _kernels().gradient_kernel[(programs, splits)](
             *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows),
-            *(tokens, tokens_per_split, num_rows, index.num_live),
+            *(tokens, tokens_per_split, num_rows, index.num_active),
             *(dy_NO.stride(0), x_NI.stride(0), stride_out),
-            UNIT=unit,
+            UNIT=block_size,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
@@ -101,22 +105,22 @@ def weight_gradient(
             num_stages=tile.stages,
         )
         if splits > 1:
-            rows = min(unit, 32)
-            _kernels().sum_kernel[(index.num_live * (unit // rows),)](
+            rows = min(block_size, 32)
+            _kernels().sum_kernel[(index.num_active * (block_size // rows),)](
                 *(out, dweight, index.columns, index.rows, splits, out.stride(0), dweight.stride(0)),
-                UNIT=unit,
+                UNIT=block_size,
                 ROWS=rows,
             )
     return dweight
 
 
-def gradient_programs(tile: Tile, unit: int, num_rows: int, num_live: int) -> int:
+def gradient_programs(tile: Tile, block_size: int, num_rows: int, num_active: int) -> int:
     """Programs of the weight gradient: an upper bound that needs no look at the lists, which are on the device."""
-    if tile.columns <= unit:
-        return num_live * (unit // tile.rows) * (unit // tile.columns)
-    blocks = tile.columns // unit
+    if tile.columns <= block_size:
+        return num_active * (block_size // tile.rows) * (block_size // tile.columns)
+    blocks = tile.columns // block_size
     # Each block row ends with at most one chunk that is not full.
-    return min(num_live, num_live // blocks + num_rows) * (unit // tile.rows)
+    return min(num_active, num_active // blocks + num_rows) * (block_size // tile.rows)
 
 
 def _product(
@@ -125,7 +129,7 @@ def _product(
     transposed: bool,
     bias: Tensor | None,
     lists: tuple[Tensor, Tensor, Tensor],
-    unit: int,
+    block_size: int,
     tile: Tile | None,
 ) -> Tensor:
     """a W^T (transposed) or a W. `lists`: offsets and inner blocks by group of outputs, and the groups' order."""
@@ -135,15 +139,15 @@ def _product(
     if not c.numel():
         return c
     tile = tile or tile_cache.tile_for(
-        problem(FORWARD if transposed else INPUT_GRADIENT, a, unit, order.numel(), indices.numel())
+        problem(FORWARD if transposed else INPUT_GRADIENT, a, block_size, order.numel(), indices.numel())
     )
     inner_stride, outer_stride = weight.stride()[::-1] if transposed else weight.stride()
-    # No live block at all leaves a list without memory behind it; it is not read then.
+    # No active block at all leaves a list without memory behind it; it is not read then.
     with triton_device.current(a.device):
         _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
             *(a, weight, a if bias is None else bias, c, offsets, indices if indices.numel() else offsets, order),
             *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, c.stride(0)),
-            UNIT=unit,
+            UNIT=block_size,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
@@ -156,9 +160,9 @@ def _product(
     return c
 
 
-def problem(kernel: str, a: Tensor, unit: int, groups: int, num_live: int) -> tile_cache.Problem:
+def problem(kernel: str, a: Tensor, block_size: int, groups: int, num_active: int) -> tile_cache.Problem:
     """What the tile of a product depends on. `a`: an input of it, a row for each token; the rest as in ``Problem``."""
-    return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, unit, a.shape[0], groups, num_live)
+    return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, block_size, a.shape[0], groups, num_active)
 
 
 def _splits(programs: int, tokens: int, device: torch.device) -> int:

@@ -3,7 +3,7 @@
 ``apply`` runs the products of one backend, forward and backward. The backend is chosen inside the operators, so that
 torch.compile sees two opaque calls with known output shapes and CUDA graphs capture whatever they launch.
 
-Names: N tokens, I input width, O output width, L live blocks.
+Names: N tokens, I input width, O output width, L active blocks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Products:
     forward: Callable[[Tensor, Tensor, Tensor | None, BlockIndex], Tensor]
     """(x_NI, weight [O, I], bias [O] or None, index) -> y_NO = x W^T + b. x_NI has unit stride along I."""
     backward: Callable[[Tensor, Tensor, Tensor, BlockIndex, tuple[bool, bool, bool]], Gradients]
-    """(dy_NO, x_NI, weight, index, which are needed) -> dx_NI = dy W; dW = dy^T x [O, I], exactly zero outside of live
-    blocks; db = sum of dy over the tokens. None for what is not needed. dy_NO is contiguous."""
+    """(dy_NO, x_NI, weight, index, which are needed) -> dx_NI = dy W; dW = dy^T x [O, I], exactly zero outside of
+    active blocks; db = sum of dy over the tokens. None for what is not needed. dy_NO is contiguous."""
 
 
 PRODUCTS = {
@@ -55,7 +55,7 @@ def apply(
 
     `dense_gradient`: the weight gradient of all blocks, by a dense product.
     """
-    settings = index.unit, dense_gradient, kernel, break_even
+    settings = index.block_size, dense_gradient, kernel, break_even
     # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
     x_NI = x.reshape(-1, weight.shape[1])
     y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)
@@ -67,20 +67,20 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *index, unit, dense_gradient, kernel, break_even = rest
+        *index, block_size, dense_gradient, kernel, break_even = rest
         ctx.save_for_backward(x_NI, weight, *index)
-        ctx.settings = unit, dense_gradient, kernel, break_even
-        return block_sparse_forward(x_NI, weight, bias, index, unit, kernel, break_even)
+        ctx.settings = block_size, dense_gradient, kernel, break_even
+        return block_sparse_forward(x_NI, weight, bias, index, block_size, kernel, break_even)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight, *index = ctx.saved_tensors
-        unit, dense_gradient, kernel, break_even = ctx.settings
+        block_size, dense_gradient, kernel, break_even = ctx.settings
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dy_NO = dy.contiguous()
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
-        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, unit, kernel, break_even, needs)
+        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
         if dense_gradient and needs_dweight:
             dweight = dy_NO.t() @ x_NI
         none = (None,) * (len(index) + len(ctx.settings))
@@ -95,12 +95,14 @@ class _SparseLinear(torch.autograd.Function):
 def _products(x_NI: Tensor, weight: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Products:
     """Those of the backend that is chosen for the layer."""
     device, dtype, tokens, widths = x_NI.device.type, x_NI.dtype, x_NI.shape[0], (weight.shape[1], weight.shape[0])
-    return PRODUCTS[choose(kernel, device, dtype, index.unit, tokens, index.density, widths, break_even=break_even)]
+    return PRODUCTS[
+        choose(kernel, device, dtype, index.block_size, tokens, index.density, widths, break_even=break_even)
+    ]
 
 
-def _joined(index: list[Tensor], unit: int) -> BlockIndex:
+def _joined(index: list[Tensor], block_size: int) -> BlockIndex:
     mask, row_offsets, columns, *rest = index
-    return BlockIndex(mask, unit, columns.numel(), row_offsets, columns, *rest)
+    return BlockIndex(mask, block_size, columns.numel(), row_offsets, columns, *rest)
 
 
 @torch.library.custom_op("megasparse::block_sparse_forward", mutates_args=())
@@ -109,17 +111,17 @@ def block_sparse_forward(
     weight: Tensor,
     bias: Tensor | None,
     index: list[Tensor],
-    unit: int,
+    block_size: int,
     kernel: str,
     break_even: float | None,
 ) -> Tensor:
     """``Products.forward`` of the chosen backend. `index`: mask and lists of a ``BlockIndex``."""
-    lists = _joined(index, unit)
+    lists = _joined(index, block_size)
     return _products(x_NI, weight, lists, kernel, break_even).forward(x_NI, weight, bias, lists)
 
 
 @block_sparse_forward.register_fake
-def _(x_NI, weight, bias, index, unit, kernel, break_even):
+def _(x_NI, weight, bias, index, block_size, kernel, break_even):
     return x_NI.new_empty(x_NI.shape[0], weight.shape[0])
 
 
@@ -129,20 +131,20 @@ def block_sparse_backward(
     x_NI: Tensor,
     weight: Tensor,
     index: list[Tensor],
-    unit: int,
+    block_size: int,
     kernel: str,
     break_even: float | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``Products.backward`` of the chosen backend; an empty tensor where a gradient is not needed."""
-    lists, needed = _joined(index, unit), (needs[0], needs[1], needs[2])
+    lists, needed = _joined(index, block_size), (needs[0], needs[1], needs[2])
     gradients = _products(x_NI, weight, lists, kernel, break_even).backward(dy_NO, x_NI, weight, lists, needed)
     dx, dweight, dbias = (dy_NO.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias
 
 
 @block_sparse_backward.register_fake
-def _(dy_NO, x_NI, weight, index, unit, kernel, break_even, needs):
+def _(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs):
     shapes = (x_NI.shape, weight.shape, weight.shape[:1])
     dx, dweight, dbias = (
         dy_NO.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)

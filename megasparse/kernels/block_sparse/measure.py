@@ -95,7 +95,7 @@ def speedup(row: Row, density: float) -> float:
 
 
 def efficiency(row: Row, density: float) -> float:
-    """Speed-up times density: 1 where a live weight costs what a dense one does."""
+    """Speed-up times density: 1 where an active weight costs what a dense one does."""
     nearest = min(row.seconds, key=lambda measured: abs(float(measured) - density))
     return row.dense_seconds / row.seconds[nearest] * float(nearest)
 
@@ -106,7 +106,7 @@ def parse_shape(words: str) -> tuple[tuple[int, int], ...]:
         return LAYERS[words]
     sides = words.split("x")
     if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"shape: {words!r} is unknown; legal values: {', '.join(LAYERS)}, or in x out as 768x3072")
+        raise ValueError(f"shape: {words!r} is unknown; must be one of {', '.join(LAYERS)}, or in x out as 768x3072")
     return ((int(sides[0]), int(sides[1])),)
 
 

@@ -1,8 +1,8 @@
 """Reference of the sparse linear layer: what every kernel must compute, written as plainly as possible.
 
 y = x (W * M)^T + b and its gradients, dense products with sums in float32 (float64 for float64) whatever the dtype.
-It trusts nothing (dead weights are masked here, elsewhere they are known to be zero) and saves nothing; tests compare
-the kernels with it.
+It trusts nothing (inactive weights are masked here, elsewhere they are known to be zero) and saves nothing; tests
+compare the kernels with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megasparse.kernels.block_sparse.index import BlockIndex
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """See ``linear.Products``."""
-    y_NO = _wide(x_NI) @ _live(weight, index).t()
+    y_NO = _wide(x_NI) @ _active(weight, index).t()
     if bias is not None:
         y_NO = y_NO + _wide(bias)
     return y_NO.to(x_NI.dtype)
@@ -25,7 +25,7 @@ def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``linear.Products``."""
-    dx = (_wide(dy_NO) @ _live(weight, index)).to(dy_NO.dtype) if needs[0] else None
+    dx = (_wide(dy_NO) @ _active(weight, index)).to(dy_NO.dtype) if needs[0] else None
     dweight = (_wide(dy_NO).t() @ _wide(x_NI) * _expand(index)).to(weight.dtype) if needs[1] else None
     dbias = _wide(dy_NO).sum(0).to(dy_NO.dtype) if needs[2] else None
     return dx, dweight, dbias
@@ -36,8 +36,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _expand(index: BlockIndex) -> Tensor:
-    return index.mask.repeat_interleave(index.unit, 0).repeat_interleave(index.unit, 1)
+    return index.mask.repeat_interleave(index.block_size, 0).repeat_interleave(index.block_size, 1)
 
 
-def _live(weight: Tensor, index: BlockIndex) -> Tensor:
+def _active(weight: Tensor, index: BlockIndex) -> Tensor:
     return _wide(weight) * _expand(index)

@@ -35,32 +35,31 @@ class Problem:
     device: str
     """The device's name as torch gives it."""
     dtype: torch.dtype
-    unit: int
+    block_size: int
     tokens: int
     groups: int
     """Block rows of the output: of y (R), of dx (C), of dW (R)."""
-    num_live: int
+    num_active: int
 
     @property
-    def live_per_group(self) -> float:
-        return self.num_live / self.groups
+    def active_per_group(self) -> float:
+        return self.num_active / self.groups
 
     @property
     def key(self) -> str:
         """Sizes are rounded up to powers of two: neighbours share a tile."""
         dtype = str(self.dtype).removeprefix("torch.")
-        tokens, groups, live = map(power_of_two, (self.tokens, self.groups, max(1, round(self.live_per_group))))
-        return (
-            f"{self.kernel} | {self.device} | {dtype} | unit {self.unit} | tokens {tokens} | {groups} x {live} blocks"
-        )
+        tokens, groups, active = map(power_of_two, (self.tokens, self.groups, max(1, round(self.active_per_group))))
+        blocks = f"{groups} x {active} blocks"
+        return f"{self.kernel} | {self.device} | {dtype} | unit {self.block_size} | tokens {tokens} | {blocks}"
 
 
 def tile_for(problem: Problem) -> Tile:
     """The tuned tile, or the default one where none was tuned."""
     tile = _stored(path()).get(problem.key)
-    if tile is None or not fits(tile, problem.kernel, problem.unit):
-        tile = default_tile(problem.kernel, problem.unit, problem.dtype, torch.version.hip is not None)
-    return fitted(tile, problem.kernel, problem.unit, problem.tokens, problem.live_per_group)
+    if tile is None or not fits(tile, problem.kernel, problem.block_size):
+        tile = default_tile(problem.kernel, problem.block_size, problem.dtype, torch.version.hip is not None)
+    return fitted(tile, problem.kernel, problem.block_size, problem.tokens, problem.active_per_group)
 
 
 def store(tiles: dict[str, Tile]) -> None:

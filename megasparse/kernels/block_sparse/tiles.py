@@ -26,7 +26,7 @@ class Tile:
     | weight gradient         | weight rows, at most a block | weight columns                     | tokens           |
 
     Powers of two, at least 16. Where the depth (first two) or the columns (weight gradient) exceed the block, several
-    live blocks are taken at once.
+    active blocks are taken at once.
     """
 
     rows: int
@@ -43,37 +43,37 @@ class Tile:
             value = getattr(self, name)
             least = 16 if name in ("rows", "columns", "depth") else 1
             if not isinstance(value, int) or not least <= value <= 1024 or (name != "stages" and value & (value - 1)):
-                raise ValueError(f"tile: {name} = {value!r}; legal values: powers of two from {least} to 1024")
+                raise ValueError(f"tile: {name} = {value!r}; must be one of powers of two from {least} to 1024")
 
 
-def fits(tile: Tile, kernel: str, unit: int) -> bool:
-    """Whether the kernel can use the tile for blocks of side `unit`."""
-    return (tile.rows if kernel == WEIGHT_GRADIENT else tile.columns) <= unit
+def fits(tile: Tile, kernel: str, block_size: int) -> bool:
+    """Whether the kernel can use the tile for blocks of side `block_size`."""
+    return (tile.rows if kernel == WEIGHT_GRADIENT else tile.columns) <= block_size
 
 
-def default_tile(kernel: str, unit: int, dtype: torch.dtype, is_hip: bool = False) -> Tile:
+def default_tile(kernel: str, block_size: int, dtype: torch.dtype, is_hip: bool = False) -> Tile:
     """The tile that is used where none was tuned."""
     if dtype == torch.float32:
-        # Exact float32 has no tensor cores; operands live in registers, so that steps are short.
+        # Exact float32 has no tensor cores; operands lie in registers, so that steps are short.
         if kernel != WEIGHT_GRADIENT:
-            return Tile(64, min(unit, 64), 16, warps=4, stages=3 - is_hip)
-        return Tile(min(unit, 64), 64, 16, warps=4, stages=3 - is_hip)
-    warps = 8 if unit == 128 else 4
+            return Tile(64, min(block_size, 64), 16, warps=4, stages=3 - is_hip)
+        return Tile(min(block_size, 64), 64, 16, warps=4, stages=3 - is_hip)
+    warps = 8 if block_size == 128 else 4
     # gfx942 has 64 KiB of shared memory, and hides latency by waves rather than by stages.
     stages = 2 if is_hip else 3
     if kernel != WEIGHT_GRADIENT:
-        return Tile(128, unit, 64, warps, stages)
-    return Tile(unit, 128, 64, warps, stages)
+        return Tile(128, block_size, 64, warps, stages)
+    return Tile(block_size, 128, 64, warps, stages)
 
 
-def candidates(kernel: str, unit: int, dtype: torch.dtype, is_hip: bool = False) -> Iterator[Tile]:
+def candidates(kernel: str, block_size: int, dtype: torch.dtype, is_hip: bool = False) -> Iterator[Tile]:
     """Tiles worth measuring, the default first. Some may not fit a device; the compiler then says so."""
-    default = default_tile(kernel, unit, dtype, is_hip)
+    default = default_tile(kernel, block_size, dtype, is_hip)
     yield default
     exact = dtype == torch.float32
     sides, depths = ((32, 64, 128), (16, 32)) if exact else ((64, 128, 256), (32, 64))
     stages = (1, 2) if is_hip else (2, 3) if exact else (3, 4)
-    inner = (unit // 2, unit) if unit == 128 else (unit,)
+    inner = (block_size // 2, block_size) if block_size == 128 else (block_size,)
     for side, own, depth, warps, stage in product(sides, inner, depths, (4, 8), stages):
         rows, columns = (own, side) if kernel == WEIGHT_GRADIENT else (side, own)
         tile = replace(default, rows=rows, columns=columns, depth=depth, warps=warps, stages=stage)
@@ -82,12 +82,13 @@ def candidates(kernel: str, unit: int, dtype: torch.dtype, is_hip: bool = False)
             yield tile
 
 
-def fitted(tile: Tile, kernel: str, unit: int, tokens: int, live_per_row: float) -> Tile:
-    """The tile, cut down for a small problem: few tokens, or few live blocks in a block row (`live_per_row`, mean)."""
+def fitted(tile: Tile, kernel: str, block_size: int, tokens: int, active_per_row: float) -> Tile:
+    """The tile, cut down for a small problem: few tokens, or few active blocks in a block row (`active_per_row`,
+    mean)."""
     least = max(16, power_of_two(tokens))
     if kernel != WEIGHT_GRADIENT:
         return replace(tile, rows=min(tile.rows, least))
-    columns = unit * power_of_two(round(live_per_row))
+    columns = block_size * power_of_two(round(active_per_row))
     return replace(tile, columns=min(tile.columns, columns), depth=min(tile.depth, least))
 
 

@@ -1,5 +1,5 @@
-"""Triton kernels of the sparse linear layer: a product over the live blocks of each output group, and the weight
-gradient of live blocks. ``gpu`` launches them and is the only importer, as Triton may be missing.
+"""Triton kernels of the sparse linear layer: a product over the active blocks of each output group, and the weight
+gradient of active blocks. ``gpu`` launches them and is the only importer, as Triton may be missing.
 
 All sums are made in float32 and in a fixed order (no atomics), so that equal inputs give equal bits. Tile sizes are
 explained in ``tiles``. Triton wants capitals for compile-time constants: UNIT is the side of the blocks.
@@ -16,12 +16,12 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["num_tokens", "num_groups"])
 def product_kernel(
     a_pointer,  # [num_tokens, inner width], unit stride along the width
-    weight_pointer,  # dense storage, only live blocks are read
+    weight_pointer,  # dense storage, only active blocks are read
     bias_pointer,  # [outer width]; anything where HAS_BIAS is False
     c_pointer,  # [num_tokens, outer width]
     offsets_pointer,  # [num_groups + 1], into `indices`
-    indices_pointer,  # inner block of each live block, by outer group
-    order_pointer,  # [num_groups], groups with most live blocks first
+    indices_pointer,  # inner block of each active block, by outer group
+    order_pointer,  # [num_groups], groups with most active blocks first
     num_tokens,
     num_groups,
     stride_a,
@@ -72,11 +72,11 @@ def product_kernel(
         place = first + depth // UNIT
         block = tl.load(indices_pointer + place, mask=place < last, other=0)
         for _ in range(0, tl.cdiv(last - first, BLOCKS)):
-            live = place < last
+            active = place < last
             inner = _runs(block * UNIT + depth % UNIT, UNIT)
-            a = tl.load(a_rows + inner[None, :], mask=live[None, :], other=0.0)
+            a = tl.load(a_rows + inner[None, :], mask=active[None, :], other=0.0)
             weight_tile = weight_columns + inner.to(tl.int64)[:, None] * stride_inner
-            weight = tl.load(weight_tile, mask=live[:, None], other=0.0)
+            weight = tl.load(weight_tile, mask=active[:, None], other=0.0)
             place += BLOCKS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
             sums = tl.dot(a, weight, sums, input_precision=PRECISION)
@@ -86,18 +86,18 @@ def product_kernel(
     tl.store(c_tile, sums.to(c_pointer.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "num_rows", "num_live"])
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "num_rows", "num_active"])
 def gradient_kernel(
     dy_pointer,  # [num_tokens, R * UNIT], unit stride along the width
     x_pointer,  # [num_tokens, C * UNIT], unit stride along the width
-    out_pointer,  # dW [R * UNIT, C * UNIT], or sums [splits, num_live, UNIT, UNIT] in float32 where PARTIAL
+    out_pointer,  # dW [R * UNIT, C * UNIT], or sums [splits, num_active, UNIT, UNIT] in float32 where PARTIAL
     offsets_pointer,  # [R + 1], into `columns`
-    columns_pointer,  # [num_live]
-    rows_pointer,  # [num_live]
+    columns_pointer,  # [num_active]
+    rows_pointer,  # [num_active]
     num_tokens,
     tokens_per_split,
     num_rows,  # R
-    num_live,
+    num_active,
     stride_dy,
     stride_x,
     stride_out,
@@ -109,9 +109,9 @@ def gradient_kernel(
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dW = dy^T x on live blocks, over the tokens of one split.
+    """dW = dy^T x on active blocks, over the tokens of one split.
 
-    A program computes ROWS x COLUMNS of one block, or of several consecutive live blocks of a block row where COLUMNS
+    A program computes ROWS x COLUMNS of one block, or of several consecutive active blocks of a block row where COLUMNS
     exceeds UNIT. The tile is held transposed: its many columns then feed the long side of the tensor cores.
     """
     BLOCKS: tl.constexpr = COLUMNS // UNIT if COLUMNS > UNIT else 1
@@ -129,8 +129,8 @@ def gradient_kernel(
     i = (part // COLUMN_PARTS) * ROWS + tl.arange(0, ROWS)
     j = (part % COLUMN_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
     place = first + j // UNIT
-    live = place < last
-    block = tl.load(columns_pointer + place, mask=live, other=0)
+    active = place < last
+    block = tl.load(columns_pointer + place, mask=active, other=0)
     inner = _runs(block * UNIT + j % UNIT, UNIT if COLUMNS > UNIT else COLUMNS)
     x_columns = x_pointer + inner[:, None]
     dy_columns = dy_pointer + row * UNIT + i[None, :]
@@ -140,22 +140,22 @@ def gradient_kernel(
     for first_token in range(start, end, DEPTH):
         tokens = first_token + tl.arange(0, DEPTH)
         # Both sides are masked: zero times an infinity of a token beyond the end would not be zero.
-        x_mask = (tokens < end)[None, :] & live[:, None]
+        x_mask = (tokens < end)[None, :] & active[:, None]
         x = tl.load(x_columns + tokens.to(tl.int64)[None, :] * stride_x, mask=x_mask, other=0.0)
         dy_tile = dy_columns + tokens.to(tl.int64)[:, None] * stride_dy
         dy = tl.load(dy_tile, mask=(tokens < end)[:, None], other=0.0)
         sums = tl.dot(x, dy, sums, input_precision=PRECISION)
     if PARTIAL:
-        base = out_pointer + (tl.program_id(1).to(tl.int64) * num_live + first) * (UNIT * UNIT)
+        base = out_pointer + (tl.program_id(1).to(tl.int64) * num_active + first) * (UNIT * UNIT)
         out = base + (j // UNIT * (UNIT * UNIT) + j % UNIT)[:, None] + i[None, :] * UNIT
     else:
         out = out_pointer + (row * UNIT + i).to(tl.int64)[None, :] * stride_out + inner[:, None]
-    tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=live[:, None])
+    tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=active[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_kernel(
-    partial_pointer,  # [splits, num_live, UNIT, UNIT], float32
+    partial_pointer,  # [splits, num_active, UNIT, UNIT], float32
     dweight_pointer,
     columns_pointer,
     rows_pointer,
@@ -165,7 +165,7 @@ def sum_kernel(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The live blocks of dW from their sums over each split of the tokens: ROWS rows of one block per program."""
+    """The active blocks of dW from their sums over each split of the tokens: ROWS rows of one block per program."""
     PARTS: tl.constexpr = UNIT // ROWS
     place = tl.program_id(0) // PARTS
     i = (tl.program_id(0) % PARTS) * ROWS + tl.arange(0, ROWS)
@@ -185,7 +185,7 @@ def _place(program, num_tiles, num_slots, GROUP: tl.constexpr):
     """Token tile and output slot of a program.
 
     All slots of GROUP token tiles come one after the other, so that these tokens stay in the L2 cache; within them the
-    slots with most live blocks come first, so that the last programs to start are short ones.
+    slots with most active blocks come first, so that the last programs to start are short ones.
     """
     first = program // (GROUP * num_slots) * GROUP
     size = tl.minimum(num_tiles - first, GROUP)
@@ -195,8 +195,8 @@ def _place(program, num_tiles, num_slots, GROUP: tl.constexpr):
 
 @triton.jit
 def _chunk(chunk, offsets_pointer, num_rows, BLOCKS: tl.constexpr, MAX_ROWS: tl.constexpr):
-    """Block row, first live block and end of the block row of chunk `chunk`, where every block row is cut into chunks
-    of BLOCKS live blocks; a row that does not exist where there are fewer chunks."""
+    """Block row, first active block and end of the block row of chunk `chunk`, where every block row is cut into chunks
+    of BLOCKS active blocks; a row that does not exist where there are fewer chunks."""
     rows = tl.arange(0, MAX_ROWS)
     starts = tl.load(offsets_pointer + rows, mask=rows < num_rows, other=0)
     ends = tl.load(offsets_pointer + rows + 1, mask=rows < num_rows, other=0)

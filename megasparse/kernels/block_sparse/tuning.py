@@ -1,6 +1,6 @@
 """Measures the tiles of the Triton kernels for a layer, on the device at hand, and keeps the fastest ones.
 
-    tune_layer("cuda", torch.bfloat16, unit=64, tokens=4096, widths=(2048, 8192), density=0.1)
+    tune_layer("cuda", torch.bfloat16, block_size=64, tokens=4096, widths=(2048, 8192), density=0.1)
 
 A set of tiles takes minutes, most of them in Triton's compiler; its results are kept too (``tile_cache``).
 """
@@ -32,7 +32,7 @@ Measure = Callable[[Callable[[], Any]], float]
 def tune_layer(
     device: str,
     dtype: torch.dtype,
-    unit: int,
+    block_size: int,
     tokens: int,
     widths: tuple[int, int],
     density: float,
@@ -40,11 +40,11 @@ def tune_layer(
     measure: Measure | None = None,
     limit: int = 0,
 ) -> dict[str, tuple[Tile, float]]:
-    """Measure tiles for a layer with random live blocks and keep the fastest for later runs.
+    """Measure tiles for a layer with random active blocks and keep the fastest for later runs.
 
     Args:
         device, dtype, unit, tokens, density: what to tune for.
-        widths: (in, out) of the layer, multiples of `unit`.
+        widths: (in, out) of the layer, multiples of `block_size`.
         measure: None: Triton's benchmark, median in milliseconds.
         limit: measure only so many tiles for each product; 0: all candidates.
 
@@ -54,24 +54,26 @@ def tune_layer(
     Raises:
         ValueError: the kernels cannot run there.
     """
-    reason = gpu.why_not(device, dtype, unit)
+    reason = gpu.why_not(device, dtype, block_size)
     if reason is not None:
         raise ValueError(f"block_sparse kernel: 'triton' cannot be tuned here: {reason}")
     in_features, out_features = widths
-    num_rows, num_columns = out_features // unit, in_features // unit
-    num_live = max(1, round(density * num_rows * num_columns))
+    num_rows, num_columns = out_features // block_size, in_features // block_size
+    num_active = max(1, round(density * num_rows * num_columns))
     mask = torch.zeros(num_rows * num_columns, dtype=torch.bool)
-    mask[torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))[:num_live]] = True
-    index = build_index(mask.view(num_rows, num_columns).to(device), unit, num_live)
+    mask[torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))[:num_active]] = True
+    index = build_index(mask.view(num_rows, num_columns).to(device), block_size, num_active)
     x, dy = (torch.randn(tokens, width, device=device, dtype=dtype) for width in widths)
-    weight = dense.apply_mask_(torch.randn(out_features, in_features, device=device, dtype=dtype), index.mask, unit)
+    weight = dense.apply_mask_(
+        torch.randn(out_features, in_features, device=device, dtype=dtype), index.mask, block_size
+    )
     products: dict[str, tuple[int, Callable[[Tile], Tensor]]] = {
         FORWARD: (num_rows, lambda tile: gpu.forward(x, weight, None, index, tile)),
         INPUT_GRADIENT: (num_columns, lambda tile: gpu.input_gradient(dy, weight, index, tile)),
         WEIGHT_GRADIENT: (num_rows, lambda tile: gpu.weight_gradient(dy, x, index, tile)),
     }
     return {
-        kernel: tune(gpu.problem(kernel, x, unit, groups, num_live), run, measure or _benchmark, limit)
+        kernel: tune(gpu.problem(kernel, x, block_size, groups, num_active), run, measure or _benchmark, limit)
         for kernel, (groups, run) in products.items()
     }
 
@@ -81,9 +83,9 @@ def tune(
 ) -> tuple[Tile, float]:
     """Measure the candidates, keep the fastest in the file, and return it with its time. `run` runs the kernel."""
     times: dict[Tile, float] = {}
-    for candidate in candidates(problem.kernel, problem.unit, problem.dtype, torch.version.hip is not None):
-        tile = fitted(candidate, problem.kernel, problem.unit, problem.tokens, problem.live_per_group)
-        assert fits(tile, problem.kernel, problem.unit), tile
+    for candidate in candidates(problem.kernel, problem.block_size, problem.dtype, torch.version.hip is not None):
+        tile = fitted(candidate, problem.kernel, problem.block_size, problem.tokens, problem.active_per_group)
+        assert fits(tile, problem.kernel, problem.block_size), tile
         if tile in times or (limit and len(times) >= limit):
             continue
         try:

@@ -1,7 +1,7 @@
 """Hybrid sparse attention: causal softmax attention under one pattern per head.
 
 Use ``hybrid_attention``; which kernel computes it is decided here and nowhere else. ``executed_entries`` tells how
-many attention scores that kernel really computes, ``live_entries`` how many the pattern asks for, ``widened`` which
+many attention scores that kernel really computes, ``active_entries`` how many the pattern asks for, ``widened`` which
 patterns give way to dense attention where the user allows it.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, parts, reference
+from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, reference, tiled
 from megasparse.kernels.hybrid_attention.cached import attend_cached
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
     WITH_OFFSET,
+    active_entries,
     check_pattern,
-    live_entries,
     pattern_mask,
     visible_keys,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "executed_entries",
     "fast_kernel",
     "hybrid_attention",
-    "live_entries",
+    "active_entries",
     "pattern_mask",
     "select_kernel",
     "visible_keys",
@@ -68,7 +68,7 @@ class AttentionKernel:
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
-        "parts": AttentionKernel(parts.attend, parts.executed_entries),
+        "tiled": AttentionKernel(tiled.attend, tiled.executed_entries),
         "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
         "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, offset_by_head=True, why_not=cpu.why_not),
         "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
@@ -201,13 +201,12 @@ def select_kernel(
         return fast if seq_length >= limit else "reference"
     if kernel not in KERNELS:
         raise ValueError(
-            f"hybrid_attention kernel: {kernel!r} is unknown; legal values: {', '.join(['auto', *KERNELS])}"
+            f"hybrid_attention kernel: {kernel!r} is unknown; must be one of {', '.join(['auto', *KERNELS])}"
         )
     if pattern not in KERNELS[kernel].patterns:
         able = ["auto", *(name for name, other in KERNELS.items() if pattern in other.patterns)]
         raise ValueError(
-            f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; legal values: "
-            f"{', '.join(able)}"
+            f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; must be {', '.join(able)}"
         )
     check_forced(kernel, device, dtype, head_dim, planned=planned)
     return kernel
@@ -220,9 +219,7 @@ def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int, *,
     if reason is not None:
         whole = {name: other for name, other in KERNELS.items() if other.patterns == PATTERNS}
         able = ["auto", *(name for name, other in whole.items() if other.why_not(*place) is None)]
-        raise ValueError(
-            f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; legal values here: {', '.join(able)}"
-        )
+        raise ValueError(f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; here it must be {', '.join(able)}")
 
 
 def widened(
@@ -249,7 +246,7 @@ def widened(
 def fast_kernel(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str:
     """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
     compiled = "triton" if device == "cuda" else "cpu"
-    return compiled if KERNELS[compiled].why_not(device, dtype, head_dim, planned) is None else "parts"
+    return compiled if KERNELS[compiled].why_not(device, dtype, head_dim, planned) is None else "tiled"
 
 
 def why_slow(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str | None:
@@ -263,7 +260,7 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
         return
     if documents_BT.shape != (samples, seq_length) or documents_BT.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"attention documents: got {documents_BT.dtype} of shape {list(documents_BT.shape)}; legal values: int32 "
+            f"attention documents: got {documents_BT.dtype} of shape {list(documents_BT.shape)}; must be one of int32 "
             f"or int64 of shape {[samples, seq_length]}, or None"
         )
 
@@ -271,9 +268,9 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
 def check_dropout(dropout: float, kernel: str) -> None:
     """Raise ValueError for an impossible probability, or a kernel that does not drop."""
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention dropout: {dropout} is out of range; legal values: 0 to below 1")
+        raise ValueError(f"attention dropout: {dropout} is out of range; must be 0 to below 1")
     if dropout and kernel not in ("auto", "reference"):
-        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; legal values: auto, reference")
+        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; must be one of auto, reference")
 
 
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -299,6 +296,6 @@ def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:
     values = (given,) * num_heads if isinstance(given, single) else tuple(given)
     if len(values) != num_heads:
         raise ValueError(
-            f"attention {what}: got {len(values)} for {num_heads} query heads; legal values: 1 for all, or {num_heads}"
+            f"attention {what}: got {len(values)} for {num_heads} query heads; must be 1 for all, or {num_heads}"
         )
     return values

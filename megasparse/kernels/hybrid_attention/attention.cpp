@@ -2,7 +2,7 @@
 //
 // A pattern is one or two parts. In each part the queries and the keys of a class (all tokens, those of equal position
 // modulo the stride, or the last tokens of the blocks) are gathered, and every query sees an interval of its keys. So a
-// tile of queries against its keys is a small dense product of which only the register tiles with a live pair are
+// tile of queries against its keys is a small dense product of which only the register tiles with a active pair are
 // computed. Parts are joined by their maxima and sums; documents shorten the intervals.
 //
 // The forward pass walks tiles of queries, the backward pass tiles of keys, which see an interval of queries each: there
@@ -143,12 +143,12 @@ struct Groups {
   int64_t count;
   Interval columns;  // of all
 
-  Groups(const Interval* live, int64_t rows) : count((rows + kMaxRows - 1) / kMaxRows), columns(none()) {
+  Groups(const Interval* active, int64_t rows) : count((rows + kMaxRows - 1) / kMaxRows), columns(none()) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t top = i * rows / count, bottom = (i + 1) * rows / count;
       Interval all = none();
       for (int64_t row = top; row < bottom; ++row)
-        if (!live[row].empty()) all = {std::min(all.first, live[row].first), std::max(all.last, live[row].last)};
+        if (!active[row].empty()) all = {std::min(all.first, active[row].first), std::max(all.last, active[row].last)};
       list[i] = {top, bottom - top, all};
       columns = {std::min(columns.first, all.first), std::max(columns.last, all.last)};
     }
@@ -186,13 +186,13 @@ inline void add_weighted_rows(const Groups& groups, int64_t from, int64_t to, co
     }
 }
 
-// Sets the vectors of a row of scores that hold live columns to -inf outside of those; returns them as an interval.
-inline Interval mask_row(Interval live, float* scores) {
-  const Interval vectors{round_down(live.first, kLanes), round_up(live.last, kLanes)};
-  const Vector dead = broadcast(-kInfinity);
+// Sets the vectors of a row of scores that hold active columns to -inf outside of those; returns them as an interval.
+inline Interval mask_row(Interval active, float* scores) {
+  const Interval vectors{round_down(active.first, kLanes), round_up(active.last, kLanes)};
+  const Vector inactive = broadcast(-kInfinity);
   float *head = scores + vectors.first, *tail = scores + vectors.last - kLanes;
-  store(head, lane_numbers() < int32_t(live.first - vectors.first) ? dead : load(head));
-  store(tail, lane_numbers() < int32_t(live.last - vectors.last + kLanes) ? load(tail) : dead);
+  store(head, lane_numbers() < int32_t(active.first - vectors.first) ? inactive : load(head));
+  store(tail, lane_numbers() < int32_t(active.last - vectors.last + kLanes) ? load(tail) : inactive);
   return vectors;
 }
 
@@ -239,14 +239,14 @@ struct Pass {
   // What each of `count` queries (or keys) sees of the sequence on the other side.
   template <class Rule>
   void intervals(const Sequence& own, int64_t first, int64_t count, const Sequence& other, int64_t sample, Rule&& rule,
-                 Interval* live) const {
+                 Interval* active) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       Interval seen = rule(token);
       if (call.document_starts)
         seen = seen.within(call.document_starts[sample * call.length + token],
                            call.document_ends[sample * call.length + token]);
-      live[i] = {other.before(seen.first), other.before(seen.last)};
+      active[i] = {other.before(seen.first), other.before(seen.last)};
     }
   }
 };
@@ -308,9 +308,9 @@ struct Forward : Pass<Type> {
   void tile(int64_t sample, int64_t head, const Part& part, const Sequence& own, const Sequence& keys, int64_t first,
             bool joined, bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
-    Interval live[kTile];
-    this->intervals(own, first, count, keys, sample, [&](int64_t query) { return part.keys_of(query); }, live);
-    const Groups groups(live, count);
+    Interval active[kTile];
+    this->intervals(own, first, count, keys, sample, [&](int64_t query) { return part.keys_of(query); }, active);
+    const Groups groups(active, count);
     if (groups.columns.empty() && !finishes) return;
     this->gather(call.q, sample, head, own, first, count, count, call.scale * kLog2E, queries);
     float top[kTile], sum[kTile];
@@ -325,7 +325,7 @@ struct Forward : Pass<Type> {
     for (int64_t from = round_down(groups.columns.first, kWidth); from < groups.columns.last; from += kColumns) {
       const int64_t to = std::min(from + kColumns, groups.columns.last);
       multiply_panels(groups, from, to, queries, row, panels, width, scores);
-      for (int64_t i = 0; i < groups.count; ++i) weigh(groups.list[i], live, from, to, top, sum, out, out_row);
+      for (int64_t i = 0; i < groups.count; ++i) weigh(groups.list[i], active, from, to, top, sum, out, out_row);
       add_weighted_rows(groups, from, to, scores, values, row, width, out, out_row);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -341,13 +341,13 @@ struct Forward : Pass<Type> {
     }
   }
 
-  // Turns the scores of a group into weights 2^(score - maximum), 0 where dead, and scales what is summed already.
-  void weigh(const Group& group, const Interval* live, int64_t from, int64_t to, float* top, float* sum, float* out,
+  // Turns the scores of a group into weights 2^(score - maximum), 0 where inactive, and scales what is summed already.
+  void weigh(const Group& group, const Interval* active, int64_t from, int64_t to, float* top, float* sum, float* out,
              int64_t out_row) const {
     const Interval columns = group.columns.within(from, to);
     for (int64_t i = group.top; i < group.top + group.rows; ++i) {
       float* x = scores + i * kColumnStride - from;
-      const Interval seen = live[i].within(from, to);
+      const Interval seen = active[i].within(from, to);
       if (seen.empty()) {
         clear(x, columns.first, columns.last);
         continue;
@@ -470,9 +470,9 @@ struct Backward : Pass<Type> {
   void tile(int64_t sample, int64_t key_head, const Part& part, const Sequence& own, const Sequence& other,
             int64_t first, bool joined, bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
-    Interval live[kTile];
-    this->intervals(own, first, count, other, sample, [&](int64_t key) { return part.queries_of(key); }, live);
-    const Groups groups(live, count);
+    Interval active[kTile];
+    this->intervals(own, first, count, other, sample, [&](int64_t key) { return part.queries_of(key); }, active);
+    const Groups groups(active, count);
     if (groups.columns.empty() && !finishes) return;
     this->gather(call.k, sample, key_head, own, first, count, count, 1.0f, keys);
     this->gather(call.v, sample, key_head, own, first, count, count, 1.0f, values);
@@ -485,10 +485,10 @@ struct Backward : Pass<Type> {
       const int64_t to = std::min(from + kColumns, groups.columns.last);
       multiply_panels(groups, from, to, keys, row, query_panels, width, weights);
       multiply_panels(groups, from, to, values, row, dout_panels, width, dscores);
-      for (int64_t i = 0; i < count; ++i) weigh_row(live[i], from, to, i);
+      for (int64_t i = 0; i < count; ++i) weigh_row(active[i], from, to, i);
       add_weighted_rows(groups, from, to, weights, douts, row, width, dvalues, sum_row);
       add_weighted_rows(groups, from, to, dscores, queries, row, width, dkeys, sum_row);
-      add_to_queries(live, count, groups.columns.within(from, to), from, other);
+      add_to_queries(active, count, groups.columns.within(from, to), from, other);
     }
     for (int64_t i = 0; finishes && i < count; ++i) {
       const int64_t token = own.token(first + i);
@@ -499,11 +499,11 @@ struct Backward : Pass<Type> {
     }
   }
 
-  // Row i of the weights and of the gradients of the scores; 0 where dead.
-  void weigh_row(Interval live, int64_t from, int64_t to, int64_t i) const {
+  // Row i of the weights and of the gradients of the scores; 0 where inactive.
+  void weigh_row(Interval active, int64_t from, int64_t to, int64_t i) const {
     float* x = weights + i * kColumnStride - from;
     float* dx = dscores + i * kColumnStride - from;
-    const Interval seen = live.within(from, to);
+    const Interval seen = active.within(from, to);
     const Interval vectors = seen.empty() ? Interval{from, from} : mask_row(seen, x);
     const float *shift = lse, *mean = deltas;
     for (int64_t j = vectors.first; j < vectors.last; j += kLanes) {
@@ -511,21 +511,21 @@ struct Backward : Pass<Type> {
       store(x + j, weight);
       store(dx + j, weight * (load(dx + j) - load(mean + j)));
     }
-    for (float* dead : {x, dx}) {
-      clear(dead, from, vectors.first);
-      clear(dead, vectors.last, to);
+    for (float* inactive : {x, dx}) {
+      clear(inactive, from, vectors.first);
+      clear(inactive, vectors.last, to);
     }
   }
 
   // Adds to the gradient of the queries what the keys of the tile give them. Intervals never begin or end earlier than
   // those of the keys before.
-  void add_to_queries(const Interval* live, int64_t count, Interval columns, int64_t from, const Sequence& other) const {
+  void add_to_queries(const Interval* active, int64_t count, Interval columns, int64_t from, const Sequence& other) const {
     int64_t first = 0, last = 0;  // keys that the queries see
     const int64_t step = other.step * row;
     for (int64_t top = columns.first; top < columns.last; top += kMaxRows) {
       const int64_t bottom = std::min(top + kMaxRows, columns.last);
-      while (first < count && live[first].last <= top) ++first;
-      while (last < count && live[last].first < bottom) ++last;
+      while (first < count && active[first].last <= top) ++first;
+      while (last < count && active[last].first < bottom) ++last;
       if (first >= last) continue;
       with_rows(bottom - top, [&](auto rows) {
         for (int64_t part = 0; part < width; part += kWidth)

@@ -4,7 +4,7 @@
 the cache folder, which ``tools/tune_kernels.py --attention`` writes), then in the table beside this module. The files
 are those of ``block_sparse/break_even.py``, with rows of another kind:
 
-    {"kernel": "parts", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
+    {"kernel": "tiled", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
      "seconds": {"512": {"kernel": 0.006, "mask": 0.011, "dense": 0.007}, ...}}
 
 Seconds are those of a forward and backward pass at so many tokens. Which machine's rows count is decided as there;
@@ -29,8 +29,8 @@ from megasparse.utils.hardware import hardware_name
 
 FORMAT = "megasparse-attention-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
-UNMEASURED = {("cpu", "cpu"): 128, ("parts", "cpu"): 512, ("triton", "cuda"): 0}
-"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `cpu` and `parts`
+UNMEASURED = {("cpu", "cpu"): 128, ("tiled", "cpu"): 512, ("triton", "cuda"): 0}
+"""Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `cpu` and `tiled`
 were measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
 
 
@@ -142,7 +142,7 @@ def _row(entry: dict[str, Any]) -> Row:
         for tokens, times in entry["seconds"].items()
     }
     if not seconds:
-        raise ValueError("seconds: empty; legal values: times by number of tokens")
+        raise ValueError("seconds: empty; must be times by number of tokens")
     words = {name: str(entry[name]) for name in ("kernel", "dtype", "pattern")}
     numbers = {name: int(entry[name]) for name in ("stride", "head_dim", "heads")}
     return Row(**words, **numbers, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Attention of new tokens to the keys and values of all tokens before them, at the cost of the live entries.
+"""Attention of new tokens to the keys and values of all tokens before them, at the cost of the active entries.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), N new tokens, L tokens kept, D head
 dimension; K keys that a query sees, R query heads that share them.

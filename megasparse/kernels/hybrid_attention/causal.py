@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megasparse.kernels.hybrid_attention import parts
-from megasparse.kernels.hybrid_attention.patterns import live_entries
+from megasparse.kernels.hybrid_attention import tiled
+from megasparse.kernels.hybrid_attention.patterns import active_entries
 
 # Tokens of an average document below which the calls cost more than tiles over all of them.
 SHORT_DOCUMENTS = 16
@@ -35,7 +35,7 @@ def attend(
     # A compiler cannot cut by numbers that it does not know yet.
     lengths = None if torch.compiler.is_compiling() else document_lengths(documents_BT)
     if lengths is None or SHORT_DOCUMENTS * sum(map(len, lengths)) > documents_BT.numel():
-        return parts.attend(q_BHTD, k_BGTD, v_BGTD, pattern, stride, scale, documents_BT)
+        return tiled.attend(q_BHTD, k_BGTD, v_BGTD, pattern, stride, scale, documents_BT)
     samples = []
     for sample, cuts in enumerate(lengths):
         # Cut at once: the gradient of each cut by itself would be as long as the sequence.
@@ -47,7 +47,7 @@ def attend(
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Scores computed per head, of a sequence that is one document."""
-    return live_entries(pattern, seq_length, stride)
+    return active_entries(pattern, seq_length, stride)
 
 
 def document_lengths(documents_BT: torch.Tensor) -> list[list[int]]:

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from megasparse.kernels import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
-from megasparse.kernels.hybrid_attention.parts import empty_tokens_first
 from megasparse.kernels.hybrid_attention.patterns import WITH_OFFSET
+from megasparse.kernels.hybrid_attention.tiled import empty_tokens_first
 
 __all__ = ["attend", "executed_entries", "why_not"]
 

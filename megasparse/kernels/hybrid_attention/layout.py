@@ -136,7 +136,7 @@ class Layout:
         return [TileView(x_XLD, tiles, tiles.keys, self._front) for tiles in self.tiles]
 
     def mask_(self, scores: Tensor, number: int) -> None:
-        """Set dead pairs of `tiles[number]` in contiguous [X, N, Q, K] to -inf."""
+        """Set inactive pairs of `tiles[number]` in contiguous [X, N, Q, K] to -inf."""
         tiles = self.tiles[number]
         by_tile = scores
         for piece, mask in self._masks[number]:

@@ -1,6 +1,6 @@
 """Measures a kernel of hybrid sparse attention against a boolean mask and dense causal attention.
 
-    rows = measure_rows("parts", "cpu", torch.float32, stride=128, head_dim=64)
+    rows = measure_rows("tiled", "cpu", torch.float32, stride=128, head_dim=64)
 
 Forward and backward through autograd, as training runs it. All patterns take turns with the other two, so that a
 machine that is busy for a while is unfair to none; times are medians.

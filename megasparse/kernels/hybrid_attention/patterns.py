@@ -26,11 +26,11 @@ WITH_OFFSET = ("strided", "sparse", "fixed")
 def check_pattern(pattern: str, stride: int, offset: int = 0) -> None:
     """Raise ValueError unless `pattern` is one of `PATTERNS`, `stride` at least 1 and `offset` in [0, stride)."""
     if pattern not in PATTERNS:
-        raise ValueError(f"attention pattern: {pattern!r} is unknown; legal values: {', '.join(PATTERNS)}")
+        raise ValueError(f"attention pattern: {pattern!r} is unknown; must be one of {', '.join(PATTERNS)}")
     if stride < 1:
-        raise ValueError(f"attention stride: {stride} is too small; legal values: 1 or more tokens")
+        raise ValueError(f"attention stride: {stride} is too small; must be 1 or more tokens")
     if not 0 <= offset < stride:
-        raise ValueError(f"attention offset: {offset} is out of range; legal values: 0 to stride - 1 = {stride - 1}")
+        raise ValueError(f"attention offset: {offset} is out of range; must be 0 to stride - 1 = {stride - 1}")
 
 
 def pattern_mask(
@@ -54,7 +54,7 @@ def pattern_mask(
     return causal & {"local": local, "strided": strided, "sparse": local | strided}[pattern]
 
 
-def live_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
+def active_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Number of (query, key) pairs that the pattern keeps: `pattern_mask(...).sum()` without the mask.
 
     Raises ValueError as `check_pattern`.

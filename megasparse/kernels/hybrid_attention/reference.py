@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megasparse.kernels.hybrid_attention.patterns import live_entries, pattern_mask
+from megasparse.kernels.hybrid_attention.patterns import active_entries, pattern_mask
 
 
 def attend(
@@ -37,7 +37,7 @@ def attend(
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Scores computed per head: the causal kernel skips the upper half, a boolean mask skips nothing."""
-    return live_entries(pattern, seq_length, stride, offset) if pattern == "full" else seq_length * seq_length
+    return active_entries(pattern, seq_length, stride, offset) if pattern == "full" else seq_length * seq_length
 
 
 def mask_of(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The attention patterns cut into tiles: which queries meet which keys, so that most of what is computed is live.
+"""The attention patterns cut into tiles: which queries meet which keys, so that most of what is computed is active.
 
-``pattern_tiles`` gives the tiles of a pattern. Every live (query, key) pair lies in exactly one tile, and every query
-meets a live key in the first tile that it is in. How the patterns are cut, for stride s:
+``pattern_tiles`` gives the tiles of a pattern. Every active (query, key) pair lies in exactly one tile, and every query
+meets an active key in the first tile that it is in. How the patterns are cut, for stride s:
 
     local     tiles of consecutive queries against the s - 1 tokens before them and themselves
     strided   one sequence of the tokens of equal position modulo s, in rows of tiles up to the diagonal
@@ -74,7 +74,7 @@ class Tiles:
     Attributes:
         num_tiles: N.
         queries, keys: the tokens of each tile.
-        sees: (query position, key position, s, o) -> whether the pair is live and belongs to these tiles.
+        sees: (query position, key position, s, o) -> whether the pair is active and belongs to these tiles.
         stride, offset: s and o.
         edge: tiles at the beginning whose masks differ from the last one's; all others share that one.
         joins: earlier tiles have the same queries.
@@ -94,7 +94,7 @@ class Tiles:
         return self.num_tiles * self.queries.count * self.keys.count
 
     def masks(self, dtype: torch.dtype, device: torch.device) -> list[tuple[slice, torch.Tensor]]:
-        """0 where a pair is live and -inf elsewhere, [1 or tiles, Q, K], for each slice of the tiles."""
+        """0 where a pair is active and -inf elsewhere, [1 or tiles, Q, K], for each slice of the tiles."""
         edge = min(self.edge, self.num_tiles)
         pieces = [(slice(0, edge), 0, edge)] if edge else []
         if edge < self.num_tiles:
@@ -102,8 +102,10 @@ class Tiles:
         masks = []
         for tiles, first, count in pieces:
             queries, keys = (self._positions(view, first, count, device) for view in (self.queries, self.keys))
-            live = self.sees(queries[:, :, None], keys[:, None, :], self.stride, self.offset)
-            masks.append((tiles, torch.zeros(live.shape, dtype=dtype, device=device).masked_fill_(~live, -math.inf)))
+            active = self.sees(queries[:, :, None], keys[:, None, :], self.stride, self.offset)
+            masks.append(
+                (tiles, torch.zeros(active.shape, dtype=dtype, device=device).masked_fill_(~active, -math.inf))
+            )
         return masks
 
     @staticmethod

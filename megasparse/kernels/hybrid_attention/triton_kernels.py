@@ -166,10 +166,10 @@ def attend_rows(
     queries = q.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
         keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
-        live = (keys >= starts[:, None]) & valid[:, None]
-        k_QCD = load_rows_of_each(k_rows, keys, stride_k_token, live, HEAD_DIM, WIDTH)
-        v_QCD = load_rows_of_each(v_rows, keys, stride_v_token, live, HEAD_DIM, WIDTH)
-        scores = tl.where(live, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, float("-inf"))
+        active = (keys >= starts[:, None]) & valid[:, None]
+        k_QCD = load_rows_of_each(k_rows, keys, stride_k_token, active, HEAD_DIM, WIDTH)
+        v_QCD = load_rows_of_each(v_rows, keys, stride_v_token, active, HEAD_DIM, WIDTH)
+        scores = tl.where(active, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, float("-inf"))
         top, total, shrink, weights = raise_top(top, total, scores)
         sums = sums * shrink[:, None] + tl.sum(weights[:, :, None] * v_QCD, 1)
     return top, total, sums
@@ -212,8 +212,8 @@ def attend_tiles(
         k = load_rows(k_rows, keys, stride_k_token, inside, HEAD_DIM, WIDTH)
         v = load_rows(v_rows, keys, stride_v_token, inside, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        live = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
-        top, total, shrink, weights = raise_top(top, total, tl.where(live, scores, float("-inf")))
+        active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+        top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
     return top, total, sums
 

@@ -241,13 +241,13 @@ def add_gradients_of_rows(
     keys, values = k.to(tl.float32), v.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
         queries = positions[:, None] + offset + (chunk + tl.arange(0, CHUNK))[None, :] * stride
-        live = (queries < ends[:, None]) & valid[:, None]
-        q_KCD = load_rows_of_each(q_rows, queries, stride_q_token, live, HEAD_DIM, WIDTH)
-        dout_KCD = load_rows_of_each(dout_rows, queries, stride_dout_token, live, HEAD_DIM, WIDTH)
-        lse = tl.load(lse_rows + queries, mask=live, other=0.0)
-        delta = tl.load(delta_rows + queries, mask=live, other=0.0)
+        active = (queries < ends[:, None]) & valid[:, None]
+        q_KCD = load_rows_of_each(q_rows, queries, stride_q_token, active, HEAD_DIM, WIDTH)
+        dout_KCD = load_rows_of_each(dout_rows, queries, stride_dout_token, active, HEAD_DIM, WIDTH)
+        lse = tl.load(lse_rows + queries, mask=active, other=0.0)
+        delta = tl.load(delta_rows + queries, mask=active, other=0.0)
         scores = tl.sum(keys[:, None, :] * q_KCD, 2) * factor
-        weights = tl.where(live, tl.exp2(scores - lse), 0.0)
+        weights = tl.where(active, tl.exp2(scores - lse), 0.0)
         dv += tl.sum(weights[:, :, None] * dout_KCD, 1)
         dscores = weights * (tl.sum(values[:, None, :] * dout_KCD, 2) - delta)
         dk += tl.sum(dscores[:, :, None] * q_KCD, 1)
@@ -299,9 +299,9 @@ def add_gradients_of_tiles(
         if PART == "block":
             # All queries from the gathered last keys on see these: those of later blocks, and the key's own.
             low = tl.where(gathered, starts, low)
-        live = (positions[:, None] >= low[None, :]) & (positions[:, None] <= high[None, :]) & inside[None, :]
+        active = (positions[:, None] >= low[None, :]) & (positions[:, None] <= high[None, :]) & inside[None, :]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-        weights = tl.where(live, tl.exp2(scores - lse[None, :]), 0.0)
+        weights = tl.where(active, tl.exp2(scores - lse[None, :]), 0.0)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dscores = weights * (dweights - delta[None, :])

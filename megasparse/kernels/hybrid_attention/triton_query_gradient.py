@@ -154,11 +154,11 @@ def add_query_gradient_of_rows(
     queries, douts = q.to(tl.float32), dout.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
         keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
-        live = (keys >= starts[:, None]) & valid[:, None]
-        k_QCD = load_rows_of_each(k_rows, keys, stride_k_token, live, HEAD_DIM, WIDTH)
-        v_QCD = load_rows_of_each(v_rows, keys, stride_v_token, live, HEAD_DIM, WIDTH)
+        active = (keys >= starts[:, None]) & valid[:, None]
+        k_QCD = load_rows_of_each(k_rows, keys, stride_k_token, active, HEAD_DIM, WIDTH)
+        v_QCD = load_rows_of_each(v_rows, keys, stride_v_token, active, HEAD_DIM, WIDTH)
         scores = tl.sum(queries[:, None, :] * k_QCD, 2) * factor
-        weights = tl.where(live, tl.exp2(scores - lse[:, None]), 0.0)
+        weights = tl.where(active, tl.exp2(scores - lse[:, None]), 0.0)
         dscores = weights * (tl.sum(douts[:, None, :] * v_QCD, 2) - delta[:, None])
         dq += tl.sum(dscores[:, :, None] * k_QCD, 1)
     return dq
@@ -202,8 +202,8 @@ def add_query_gradient_of_tiles(
         k = load_rows(k_rows, keys, stride_k_token, inside, HEAD_DIM, WIDTH)
         v = load_rows(v_rows, keys, stride_v_token, inside, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        live = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
-        weights = tl.where(live, tl.exp2(scores - lse[:, None]), 0.0)
+        active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+        weights = tl.where(active, tl.exp2(scores - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)

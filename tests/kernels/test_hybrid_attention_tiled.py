@@ -1,4 +1,4 @@
-"""The kernel "parts" of hybrid_attention against the reference, its tiles against the patterns, and its memory."""
+"""The kernel "tiled" of hybrid_attention against the reference, its tiles against the patterns, and its memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     WITH_OFFSET,
+    active_entries,
     executed_entries,
     hybrid_attention,
-    live_entries,
-    parts,
     pattern_mask,
     select_kernel,
+    tiled,
 )
 from megasparse.kernels.hybrid_attention import layout as layout_module
 from megasparse.kernels.hybrid_attention.tiles import View, overhang, pattern_tiles
@@ -52,7 +52,7 @@ def check_equal(q, k, v, patterns, stride, *, scale=None, documents=None, offset
     """Outputs and all gradients of both kernels; NaN in any of them fails."""
     outputs = [
         hybrid_attention(q, k, v, patterns, stride, kernel, scale, documents, offsets=offsets)
-        for kernel in ("parts", "reference")
+        for kernel in ("tiled", "reference")
     ]
     dy = torch.randn_like(outputs[0])
     mine, expected = ((y, *torch.autograd.grad(y, (q, k, v), dy)) for y in outputs)
@@ -81,10 +81,10 @@ def test_heads_with_offsets_and_patterns_of_their_own() -> None:
     options = {"offsets": (0, 3, 2, 7, 5, 5), "documents": documents_of(75, "random")}
     check_equal(*inputs(6, 3, 75), patterns, 8, **options)
     q, k, v = inputs(6, 3, 75)
-    together = hybrid_attention(q, k, v, patterns, 8, "parts", offsets=options["offsets"])
+    together = hybrid_attention(q, k, v, patterns, 8, "tiled", offsets=options["offsets"])
     for head, (pattern, offset) in enumerate(zip(patterns, options["offsets"], strict=True)):
         keys = slice(head // 2, head // 2 + 1)
-        alone = hybrid_attention(q[:, head : head + 1], k[:, keys], v[:, keys], pattern, 8, "parts", offsets=offset)
+        alone = hybrid_attention(q[:, head : head + 1], k[:, keys], v[:, keys], pattern, 8, "tiled", offsets=offset)
         torch.testing.assert_close(together[:, head : head + 1], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_documents(pattern: str, kind: str) -> None:
         check_equal(*inputs(4, 2, seq_length), pattern, stride, documents=documents)
 
 
-@pytest.mark.parametrize("kernel", ["parts", "reference"])
+@pytest.mark.parametrize("kernel", ["tiled", "reference"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_no_query_sees_another_document(kernel: str, pattern: str) -> None:
     q, k, v = inputs(2, 2, 40)
@@ -128,7 +128,7 @@ def test_long_strides_and_windows_of_several_tiles() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 2])
-@pytest.mark.parametrize("kernel", ["parts", "reference"])
+@pytest.mark.parametrize("kernel", ["tiled", "reference"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradcheck(pattern: str, kernel: str, offset: int) -> None:
     q, k, v = inputs(2, 1, 11, head_dim=3)
@@ -143,7 +143,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     q, k, v = inputs(4, 2, 150, dtype, head_dim=16)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     for pattern in PATTERNS:
-        y, expected = hybrid_attention(q, k, v, pattern, 16, "parts"), hybrid_attention(*wide, pattern, 16, "reference")
+        y, expected = hybrid_attention(q, k, v, pattern, 16, "tiled"), hybrid_attention(*wide, pattern, 16, "reference")
         assert y.dtype == dtype
         dy = torch.randn_like(y)
         got, wanted = torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, wide, dy.double())
@@ -157,13 +157,13 @@ def test_low_precision(dtype: torch.dtype) -> None:
 def test_scores_of_any_size_stay_finite() -> None:
     q, k, v = inputs(2, 2, 70, torch.float32)
     for pattern, factor in product(PATTERNS, (1e3, -1e3)):
-        y = hybrid_attention(q * factor, k * 30, v, pattern, 16, "parts")
+        y = hybrid_attention(q * factor, k * 30, v, pattern, 16, "tiled")
         gradients = torch.autograd.grad(y.sum(), (q, k, v))
         assert all(tensor.isfinite().all() for tensor in (y, *gradients))
 
 
 @pytest.mark.parametrize(("pattern", "seq_length", "stride"), [*product(PATTERNS, (1, 50, 150, 300), (1, 7, 16, 128))])
-def test_tiles_hold_every_live_pair_once(pattern: str, seq_length: int, stride: int) -> None:
+def test_tiles_hold_every_active_pair_once(pattern: str, seq_length: int, stride: int) -> None:
     for offset in {0, stride // 2, stride - 1} if pattern in WITH_OFFSET else {0}:
         check_tiles(pattern, seq_length, stride, offset)
 
@@ -177,12 +177,12 @@ def check_tiles(pattern: str, seq_length: int, stride: int, offset: int) -> None
         for piece in part.slices(10_000):
             views: tuple[View, View] = (piece.queries, piece.keys)
             queries, keys = (view.of(tokens, front, piece.num_tiles).reshape(piece.num_tiles, -1) for view in views)
-            live = torch.zeros(piece.num_tiles, queries.shape[1], keys.shape[1])
+            active = torch.zeros(piece.num_tiles, queries.shape[1], keys.shape[1])
             for of_tiles, mask in piece.masks(torch.float32, torch.device("cpu")):
-                live[of_tiles] += mask
-            query, key = queries[:, :, None].expand(live.shape), keys[:, None, :].expand(live.shape)
-            assert not (live.isfinite() & (key < 0) & (query >= 0)).any()
-            chosen = live.isfinite() & (query >= 0) & (query < seq_length) & (key < seq_length)
+                active[of_tiles] += mask
+            query, key = queries[:, :, None].expand(active.shape), keys[:, None, :].expand(active.shape)
+            assert not (active.isfinite() & (key < 0) & (query >= 0)).any()
+            chosen = active.isfinite() & (query >= 0) & (query < seq_length) & (key < seq_length)
             count.index_put_((query[chosen], key[chosen]), torch.ones(int(chosen.sum()), dtype=torch.int64), True)
     assert torch.equal(count, pattern_mask(pattern, seq_length, stride, offset=offset).long())
 
@@ -190,19 +190,19 @@ def check_tiles(pattern: str, seq_length: int, stride: int, offset: int) -> None
 def test_executed_entries_are_those_of_the_tiles() -> None:
     # 32 tiles of 32 queries against the 128 keys before them and their own; 128 sequences of 8 tokens.
     window, residues = 32 * 32 * (128 + 32), 128 * 8 * 8
-    assert executed_entries("parts", "local", 1024, 128) == window
-    assert executed_entries("parts", "strided", 1024, 128) == residues
-    assert executed_entries("parts", "sparse", 1024, 128) == window + residues
+    assert executed_entries("tiled", "local", 1024, 128) == window
+    assert executed_entries("tiled", "strided", 1024, 128) == residues
+    assert executed_entries("tiled", "sparse", 1024, 128) == window + residues
     # Blocks in four tiles, of 32 to 128 keys; then the 7 last tokens, for the queries of all blocks but the first.
-    assert executed_entries("parts", "fixed", 1024, 128) == 8 * 32 * (32 + 64 + 96 + 128) + 7 * 128 * 7
+    assert executed_entries("tiled", "fixed", 1024, 128) == 8 * 32 * (32 + 64 + 96 + 128) + 7 * 128 * 7
     # Half of the square, in rows of 32.
-    assert executed_entries("parts", "full", 1024, 128) == sum(32 * 32 * (row + 1) for row in range(32))
+    assert executed_entries("tiled", "full", 1024, 128) == sum(32 * 32 * (row + 1) for row in range(32))
     for pattern, seq_length in product(PATTERNS, (1, 100, 4096)):
         for offset in (0, 100):
-            live = live_entries(pattern, seq_length, 128, offset)
-            assert executed_entries("parts", pattern, seq_length, 128, offset=offset) >= live
+            active = active_entries(pattern, seq_length, 128, offset)
+            assert executed_entries("tiled", pattern, seq_length, 128, offset=offset) >= active
     # A token with itself in tiles of 16; 128 sequences of 8 tokens, whose queries are moved on.
-    assert executed_entries("parts", "strided", 1024, 128, offset=100) == 1024 * 16 + 128 * 8 * 8
+    assert executed_entries("tiled", "strided", 1024, 128, offset=100) == 1024 * 16 + 128 * 8 * 8
 
 
 class Counter(TorchDispatchMode):
@@ -226,23 +226,23 @@ class Counter(TorchDispatchMode):
 def test_work_is_what_is_counted_and_memory_is_linear(pattern: str, monkeypatch) -> None:
     monkeypatch.setattr(layout_module, "CPU_SCORES", 2**15)  # else the scores in work hide what depends on T
     # Operators of ours are opaque to the counter; the functions in them are not.
-    for name in ("attention_parts_forward", "attention_parts_backward"):
-        monkeypatch.setattr(parts, name, getattr(parts, name)._init_fn)
+    for name in ("attention_tiled_forward", "attention_tiled_backward"):
+        monkeypatch.setattr(tiled, name, getattr(tiled, name)._init_fn)
     D = 4
     largest = []
     for seq_length in (2048, 4096):
         q, k, v = inputs(1, 1, seq_length, torch.float32, head_dim=D)
         with Counter() as counter:
-            y = hybrid_attention(q, k, v, pattern, 64, "parts")
-            assert counter.scores == 2 * 2 * D * executed_entries("parts", pattern, seq_length, 64)
+            y = hybrid_attention(q, k, v, pattern, 64, "tiled")
+            assert counter.scores == 2 * 2 * D * executed_entries("tiled", pattern, seq_length, 64)
             y.sum().backward()
-        assert counter.scores == 2 * 7 * D * executed_entries("parts", pattern, seq_length, 64)
+        assert counter.scores == 2 * 7 * D * executed_entries("tiled", pattern, seq_length, 64)
         largest.append(counter.largest)
     assert largest[1] < 4096 * 4096 // 32
     assert largest[1] <= 2.1 * largest[0]
 
 
-@pytest.mark.parametrize("kernel", ["parts", "reference"])
+@pytest.mark.parametrize("kernel", ["tiled", "reference"])
 def test_recomputation_gives_the_same_gradients(kernel: str) -> None:
     q, k, v = inputs(4, 2, 90, torch.float32)
 
@@ -258,8 +258,8 @@ def test_recomputation_gives_the_same_gradients(kernel: str) -> None:
 def test_inference_mode_leaves_nothing_behind() -> None:
     q, k, v = inputs(2, 2, 47, torch.float32)
     with torch.inference_mode():
-        first = hybrid_attention(q, k, v, "sparse", 6, "parts")
-    second = hybrid_attention(q, k, v, "sparse", 6, "parts")
+        first = hybrid_attention(q, k, v, "sparse", 6, "tiled")
+    second = hybrid_attention(q, k, v, "sparse", 6, "tiled")
     second.sum().backward()
     assert torch.equal(first, second)
     assert q.grad is not None and not math.isnan(q.grad.sum().item())
@@ -271,7 +271,7 @@ def test_auto_takes_parts_where_they_are_faster() -> None:
         chosen = select_kernel(
             "auto", pattern, 1024, 64, dtype=torch.float64
         )  # which the compiled kernel does not have
-        assert chosen == ("causal" if pattern == "full" else "parts")
+        assert chosen == ("causal" if pattern == "full" else "tiled")
         expected = hybrid_attention(q, k, v, pattern, 64, chosen)
         assert torch.equal(hybrid_attention(q, k, v, pattern, 64), expected)
         assert select_kernel("auto", pattern, 16, 64) == ("causal" if pattern == "full" else "reference")

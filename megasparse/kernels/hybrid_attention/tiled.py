@@ -1,4 +1,4 @@
-"""Hybrid sparse attention by parts: exact, in plain PyTorch, at the cost of about the live entries.
+"""Hybrid sparse attention by parts: exact, in plain PyTorch, at the cost of about the active entries.
 
 A pattern is a few batches of equal tiles (`tiles.py`), and each batch is a batched matrix product. The forward pass
 joins what a query gets from several of them by the log-sum-exp. The backward pass gives every tile the joined output
@@ -40,7 +40,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
-    return PartsAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
+    return TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -48,12 +48,12 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
     return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
 
 
-class PartsAttention(torch.autograd.Function):
+class TiledAttention(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
-        out, lse = attention_parts_forward(q, k, v, documents, *settings)
+        out, lse = attention_tiled_forward(q, k, v, documents, *settings)
         ctx.save_for_backward(q, k, v, documents, out, lse)
         ctx.settings = settings
         return out
@@ -62,12 +62,12 @@ class PartsAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, documents, out, lse = ctx.saved_tensors
-        gradients = attention_parts_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
+        gradients = attention_tiled_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
         return (*gradients, None, *(None for _ in ctx.settings))
 
 
-@torch.library.custom_op("megasparse::attention_parts_forward", mutates_args=())
-def attention_parts_forward(
+@torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
+def attention_tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of the scores [B, H, T, 1] in the dtype of the scores."""
@@ -81,13 +81,13 @@ def attention_parts_forward(
     return out, lse
 
 
-@attention_parts_forward.register_fake
+@attention_tiled_forward.register_fake
 def _(q, k, v, documents, pattern, stride, offset, scale):
     return _outputs(q)
 
 
-@torch.library.custom_op("megasparse::attention_parts_backward", mutates_args=())
-def attention_parts_backward(
+@torch.library.custom_op("megasparse::attention_tiled_backward", mutates_args=())
+def attention_tiled_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -111,7 +111,7 @@ def attention_parts_backward(
     return dq, dk, dv
 
 
-@attention_parts_backward.register_fake
+@attention_tiled_backward.register_fake
 def _(dout, q, k, v, documents, out, lse, pattern, stride, offset, scale):
     return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
 

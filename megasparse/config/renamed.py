@@ -1,0 +1,31 @@
+"""Settings and values of earlier versions, and what they are called now: an old configuration is refused by name."""
+
+from __future__ import annotations
+
+RENAMED_SETTINGS = {
+    "sparsity.unit": "sparsity.block_size",
+    "sparsity.groups.unit": "sparsity.groups.block_size",
+    "sparsity.unit_step_counts": "sparsity.per_weight_step_counts",
+}
+"""Dotted name, list positions left out, in version 0.1 -> now."""
+
+RENAMED_VALUES = {
+    ("kernels.hybrid_attention", "parts"): "tiled",
+    ("sparsity.drop_score", "sensitivity"): "magnitude_over_gradient",
+    ("sparsity.groups.drop_score", "sensitivity"): "magnitude_over_gradient",
+}
+"""(Setting, value in version 0.1) -> now."""
+
+
+def renamed_setting(location: tuple[int | str, ...]) -> str | None:
+    """The present name of a setting that pydantic does not know; None: it never was one."""
+    return RENAMED_SETTINGS.get(_dotted(location))
+
+
+def renamed_value(location: tuple[int | str, ...], value: object) -> str | None:
+    """The present name of a value that a setting does not take any more; None: it never did."""
+    return RENAMED_VALUES.get((_dotted(location), str(value)))
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(part for part in location if isinstance(part, str))
