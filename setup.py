@@ -20,6 +20,7 @@ setup(
         "deepspeed>=0.19,<0.20",
         "numpy>=1.26",
         "pydantic>=2.7",
+        "filelock>=3.16",
         "omegaconf>=2.3",
         "pyyaml>=6.0",
         "safetensors>=0.4",

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
-    WITH_OFFSET,
     active_entries,
     executed_entries,
     hybrid_attention,
@@ -24,6 +23,7 @@ from megasparse.kernels.hybrid_attention import layout as layout_module
 from megasparse.kernels.hybrid_attention.tiles import View, overhang, pattern_tiles
 
 STRIDES = (1, 4, 16)
+WITH_OFFSET = [name for name, pattern in PATTERNS.items() if pattern.has_offset]
 
 
 def lengths(stride: int) -> list[int]:

@@ -20,8 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-
-from megasparse.kernels.block_sparse.file_lock import locked
+from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("block_products.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -53,7 +52,7 @@ def load_library(*definitions: str, source: Path = SOURCE) -> ctypes.CDLL:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
-            with locked(folder / "build.lock", BUILD_SECONDS):
+            with FileLock(folder / "build.lock", timeout=BUILD_SECONDS):
                 if not path.exists():
                     _build(source, compiler, *commands, path)
         return ctypes.CDLL(str(path))

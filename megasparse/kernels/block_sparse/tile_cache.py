@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from megasparse.kernels.block_sparse.build import cache_folder
-from megasparse.kernels.block_sparse.file_lock import locked
 from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted, power_of_two
 
 FILE_NAME = "triton_tiles.json"
@@ -66,7 +66,7 @@ def store(tiles: dict[str, Tile]) -> None:
     """Add tiles, by the keys of their problems, to the file, beside those that other processes added meanwhile."""
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with locked(target.with_suffix(".lock"), LOCK_SECONDS):
+    with FileLock(target.with_suffix(".lock"), timeout=LOCK_SECONDS):
         together = {**load(target), **tiles}
         text = json.dumps({"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}}, indent=1)
         # Readers take no lock: they see the old file or the new one, never a part.

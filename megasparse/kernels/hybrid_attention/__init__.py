@@ -21,7 +21,6 @@ from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, re
 from megasparse.kernels.hybrid_attention.cached import attend_cached
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
-    WITH_OFFSET,
     active_entries,
     check_pattern,
     pattern_mask,
@@ -30,7 +29,6 @@ from megasparse.kernels.hybrid_attention.patterns import (
 
 __all__ = [
     "PATTERNS",
-    "WITH_OFFSET",
     "attend_cached",
     "check_forced",
     "check_pattern",
@@ -58,20 +56,24 @@ class AttentionKernel:
     """(queries, keys, values, pattern, stride, scale, documents, offset) -> outputs."""
     executed_entries: Callable[[str, int, int, int], int]
     """(pattern, seq_length, stride, offset) -> scores."""
-    patterns: tuple[str, ...] = PATTERNS
+    patterns: tuple[str, ...] | None = None
+    """Those that it computes; None: all, also those that others add to `PATTERNS`."""
     offset_by_head: bool = False
     """`attend` takes a sequence of offsets too, one for each query head."""
     why_not: Callable[[str, torch.dtype, int, bool], str | None] = lambda device, dtype, head_dim, planned: None
     """Why it cannot run on (device type, dtype, head_dim), or None; it may be built for that, unless it is planned."""
 
+    def computes(self, pattern: str) -> bool:
+        return self.patterns is None or pattern in self.patterns
+
 
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
-        "tiled": AttentionKernel(tiled.attend, tiled.executed_entries),
+        "tiled": AttentionKernel(tiled.attend, tiled.executed_entries, tiled.PATTERNS),
         "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
-        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, offset_by_head=True, why_not=cpu.why_not),
-        "triton": AttentionKernel(gpu.attend, gpu.executed_entries, offset_by_head=True, why_not=gpu.why_not),
+        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, cpu.PATTERNS, True, cpu.why_not),
+        "triton": AttentionKernel(gpu.attend, gpu.executed_entries, gpu.PATTERNS, True, gpu.why_not),
     }
 )
 
@@ -132,7 +134,7 @@ def hybrid_attention(
     heads_of: dict[tuple[str, int], list[int]] = {}
     for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
         check_pattern(name, stride, offset)
-        together = name not in WITH_OFFSET or chosen[name].offset_by_head
+        together = not PATTERNS[name].has_offset or chosen[name].offset_by_head
         heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
     def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,7 @@ def executed_entries(
 ) -> int:
     """Attention scores that `kernel` computes per head and sequence under `pattern`, masked ones included."""
     chosen = select_kernel(kernel, pattern, seq_length, stride, device, dtype, head_dim, planned=planned)
-    return KERNELS[chosen].executed_entries(pattern, seq_length, stride, offset if pattern in WITH_OFFSET else 0)
+    return KERNELS[chosen].executed_entries(pattern, seq_length, stride, offset if PATTERNS[pattern].has_offset else 0)
 
 
 def select_kernel(
@@ -193,7 +195,7 @@ def select_kernel(
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
             return "causal"
-        fast = fast_kernel(device, dtype, head_dim, planned=planned)
+        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=planned)
         if pattern == "full":
             # On GPUs documents cannot be cut apart without waiting for the device.
             return fast if fast == "triton" else "causal"
@@ -203,8 +205,8 @@ def select_kernel(
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; must be one of {', '.join(['auto', *KERNELS])}"
         )
-    if pattern not in KERNELS[kernel].patterns:
-        able = ["auto", *(name for name, other in KERNELS.items() if pattern in other.patterns)]
+    if not KERNELS[kernel].computes(pattern):
+        able = ["auto", *(name for name, other in KERNELS.items() if other.computes(pattern))]
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} does not compute the pattern {pattern!r}; must be {', '.join(able)}"
         )
@@ -217,7 +219,7 @@ def check_forced(kernel: str, device: str, dtype: torch.dtype, head_dim: int, *,
     place = device, dtype, head_dim, planned
     reason = KERNELS[kernel].why_not(*place) if kernel in KERNELS else None
     if reason is not None:
-        whole = {name: other for name, other in KERNELS.items() if other.patterns == PATTERNS}
+        whole = {name: other for name, other in KERNELS.items() if name != "causal"}
         able = ["auto", *(name for name, other in whole.items() if other.why_not(*place) is None)]
         raise ValueError(f"hybrid_attention kernel: {kernel!r} cannot run: {reason}; here it must be {', '.join(able)}")
 
@@ -237,16 +239,21 @@ def widened(
     """
     if kernel != "auto":
         return tuple(patterns)
-    fast, shape = fast_kernel(device, dtype, head_dim, planned=True), (stride, device, dtype, head_dim)
-    return tuple(
-        "full" if seq_length < break_even.dense_limit(fast, pattern, *shape) else pattern for pattern in patterns
-    )
+    shape = device, dtype, head_dim
+    fast = {name: fast_kernel(*shape, pattern=name, planned=True) for name in set(patterns)}
+    limits = {name: break_even.dense_limit(kernel, name, stride, *shape) for name, kernel in fast.items()}
+    return tuple("full" if seq_length < limits[name] else name for name in patterns)
 
 
-def fast_kernel(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str:
-    """What `auto` prefers to a boolean mask, from the measured number of tokens on."""
-    compiled = "triton" if device == "cuda" else "cpu"
-    return compiled if KERNELS[compiled].why_not(device, dtype, head_dim, planned) is None else "tiled"
+def fast_kernel(
+    device: str, dtype: torch.dtype, head_dim: int, *, pattern: str = "sparse", planned: bool = False
+) -> str:
+    """What `auto` prefers to a boolean mask, from the measured number of tokens on; `reference` where nothing."""
+    for name in ("triton" if device == "cuda" else "cpu", "tiled"):
+        kernel = KERNELS[name]
+        if kernel.computes(pattern) and kernel.why_not(device, dtype, head_dim, planned) is None:
+            return name
+    return "reference"
 
 
 def why_slow(device: str, dtype: torch.dtype, head_dim: int, *, planned: bool = False) -> str | None:

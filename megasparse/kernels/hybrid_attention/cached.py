@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megasparse.kernels.hybrid_attention.patterns import visible_keys
+from megasparse.kernels.hybrid_attention.patterns import PATTERNS, visible_keys
 
 
 def attend_cached(
@@ -41,7 +41,7 @@ def attend_cached(
     out_BHND = torch.empty_like(q_BHND)
     # Offsets that play no part must not keep heads apart.
     kinds = [
-        (name, 0 if name in ("full", "local") else offset)
+        (name, offset if PATTERNS[name].has_offset else 0)
         for name, offset in zip(patterns, offsets or (0,) * H, strict=True)
     ]
     for kind in dict.fromkeys(kinds):

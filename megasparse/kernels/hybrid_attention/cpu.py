@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS
 
 SOURCE = Path(__file__).with_name("attention.cpp")
+PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::type`
 
 # Tiles of attention.cpp: rows of a tile, and the side lengths of what is computed at once (without AVX-512).

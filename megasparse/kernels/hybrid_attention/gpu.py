@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 from megasparse.kernels import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
-from megasparse.kernels.hybrid_attention.patterns import WITH_OFFSET
+from megasparse.kernels.hybrid_attention.patterns import PATTERNS as ALL_PATTERNS
 from megasparse.kernels.hybrid_attention.tiled import empty_tokens_first
 
 __all__ = ["attend", "executed_entries", "why_not"]
 
+PATTERNS = ("full", "local", "strided", "sparse", "fixed")
 MAX_HEAD_DIM = 128
 
 
@@ -66,7 +67,7 @@ def attend(
     offsets = [offset] * q_BHTD.shape[1] if isinstance(offset, int) else list(offset)
     if pattern == "full":
         stride = 1
-    if pattern not in WITH_OFFSET or not any(offsets):
+    if not ALL_PATTERNS[pattern].has_offset or not any(offsets):
         offsets = []
     return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride, scale)
 

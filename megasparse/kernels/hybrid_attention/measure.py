@@ -37,7 +37,7 @@ def measure_rows(
     rounds: int = 3,
 ) -> list[Row]:
     """One row for each pattern but `full` that the kernel computes."""
-    patterns = [pattern for pattern in PATTERNS if pattern != "full" and pattern in KERNELS[kernel].patterns]
+    patterns = [pattern for pattern in PATTERNS if pattern != "full" and KERNELS[kernel].computes(pattern)]
     seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     for seq_length in sorted(set(lengths)):
         # Heads of a token lie together, as the projection of a layer leaves them.

@@ -16,11 +16,25 @@ least itself under every pattern.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
-PATTERNS = ("full", "local", "strided", "sparse", "fixed")
-WITH_OFFSET = ("strided", "sparse", "fixed")
-"""Patterns that depend on the offset."""
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What the reference kernel, the count of its work and generation need to know of a pattern."""
+
+    sees: Callable[[Tensor, Tensor, int, int], Tensor]
+    """(query positions, key positions, stride, offset) -> whether the query sees the key, where key <= query."""
+    entries: Callable[[int, int, int], int]
+    """(seq_length, stride, offset) -> number of pairs that it keeps, see `active_entries`."""
+    visible_keys: Callable[[int, int, int], tuple[range, ...]]
+    """(position, stride, offset) -> keys of that query, see `visible_keys`."""
+    has_offset: bool = True
+    """It depends on the offset."""
 
 
 def check_pattern(pattern: str, stride: int, offset: int = 0) -> None:
@@ -43,15 +57,7 @@ def pattern_mask(
     check_pattern(pattern, stride, offset)
     position = torch.arange(seq_length, device=device)
     query, key = position[:, None], position[None, :]
-    distance = query - key
-    causal = distance >= 0
-    if pattern == "full":
-        return causal
-    if pattern == "fixed":
-        query, key = query + offset, key + offset
-        return causal & ((query // stride == key // stride) | (key % stride == stride - 1))
-    local, strided = distance < stride, (distance % stride == offset) | (distance == 0)
-    return causal & {"local": local, "strided": strided, "sparse": local | strided}[pattern]
+    return (key <= query) & PATTERNS[pattern].sees(query, key, stride, offset)
 
 
 def active_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -60,27 +66,7 @@ def active_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) 
     Raises ValueError as `check_pattern`.
     """
     check_pattern(pattern, stride, offset)
-    if pattern == "full":
-        return _triangle(seq_length)
-    if pattern == "fixed":
-        first = min(seq_length, stride - offset)
-        blocks, rest = divmod(seq_length - first, stride)
-        in_blocks = _triangle(first) + blocks * _triangle(stride) + _triangle(rest)
-        # A query sees as many last tokens as there are blocks before its own.
-        return in_blocks + _sum_of_floors(seq_length + offset, stride)
-    window = min(seq_length, stride)
-    local = _triangle(window) + (seq_length - window) * stride
-    # Keys at the distances o + s, o + 2s, ...: besides distance o, which the window of `sparse` holds.
-    after_offset = max(seq_length - offset, 0)
-    far = _sum_of_floors(after_offset, stride)
-    near = after_offset if offset else 0  # with offset 0 it is the query itself
-    return {"local": local, "strided": seq_length + near + far, "sparse": local + far}[pattern]
-
-
-def _sum_of_floors(n: int, stride: int) -> int:
-    """Sum of floor(i / stride) over 0 <= i < n."""
-    blocks, rest = divmod(n, stride)
-    return stride * _triangle(blocks - 1) + rest * blocks
+    return PATTERNS[pattern].entries(seq_length, stride, offset)
 
 
 def visible_keys(pattern: str, position: int, stride: int, offset: int = 0) -> tuple[range, ...]:
@@ -93,24 +79,104 @@ def visible_keys(pattern: str, position: int, stride: int, offset: int = 0) -> t
     """
     check_pattern(pattern, stride, offset)
     assert position >= 0, position
+    return PATTERNS[pattern].visible_keys(position, stride, offset)
+
+
+def _sees_full(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
+    return key <= query
+
+
+def _sees_local(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
+    return query - key < stride
+
+
+def _sees_strided(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
+    return ((query - key) % stride == offset) | (query == key)
+
+
+def _sees_sparse(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
+    return _sees_local(query, key, stride, offset) | _sees_strided(query, key, stride, offset)
+
+
+def _sees_fixed(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
+    query, key = query + offset, key + offset
+    return (query // stride == key // stride) | (key % stride == stride - 1)
+
+
+def _entries_full(seq_length: int, stride: int, offset: int) -> int:
+    return _triangle(seq_length)
+
+
+def _entries_local(seq_length: int, stride: int, offset: int) -> int:
+    window = min(seq_length, stride)
+    return _triangle(window) + (seq_length - window) * stride
+
+
+def _entries_strided(seq_length: int, stride: int, offset: int) -> int:
+    # Besides the query itself: keys at distance o, which is the query where o is 0, and farther ones.
+    near = max(seq_length - offset, 0) if offset else 0
+    return seq_length + near + _far_entries(seq_length, stride, offset)
+
+
+def _entries_sparse(seq_length: int, stride: int, offset: int) -> int:
+    return _entries_local(seq_length, stride, offset) + _far_entries(seq_length, stride, offset)
+
+
+def _entries_fixed(seq_length: int, stride: int, offset: int) -> int:
+    first = min(seq_length, stride - offset)
+    blocks, rest = divmod(seq_length - first, stride)
+    in_blocks = _triangle(first) + blocks * _triangle(stride) + _triangle(rest)
+    # A query sees as many last tokens as there are blocks before its own.
+    return in_blocks + _sum_of_floors(seq_length + offset, stride)
+
+
+def _far_entries(seq_length: int, stride: int, offset: int) -> int:
+    """Pairs at the distances o + s, o + 2s, ...: the window of `sparse` holds those at distance o."""
+    return _sum_of_floors(max(seq_length - offset, 0), stride)
+
+
+def _keys_full(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    return (range(position + 1),)
+
+
+def _keys_local(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    return (range(max(position + 1 - stride, 0), position + 1),)
+
+
+def _keys_strided(position: int, stride: int, offset: int) -> tuple[range, ...]:
     end = position + 1
-    if pattern == "full":
-        return (range(end),)
-    if pattern == "fixed":
-        block = max((position + offset) // stride * stride - offset, 0)
-        return _filled(range(stride - 1 - offset, block, stride), range(block, end))
-    window = range(max(end - stride, 0), end)
-    if pattern == "local":
-        return (window,)
     first = (position - offset) % stride
-    if pattern == "sparse":
-        return _filled(range(first, window.start, stride), window)
     return _filled(range(first, end - offset, stride), range(position if offset else end, end))
+
+
+def _keys_sparse(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    (window,) = _keys_local(position, stride, offset)
+    return _filled(range((position - offset) % stride, window.start, stride), window)
+
+
+def _keys_fixed(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    block = max((position + offset) // stride * stride - offset, 0)
+    return _filled(range(stride - 1 - offset, block, stride), range(block, position + 1))
 
 
 def _filled(*ranges: range) -> tuple[range, ...]:
     return tuple(keys for keys in ranges if keys)
 
 
+def _sum_of_floors(n: int, stride: int) -> int:
+    """Sum of floor(i / stride) over 0 <= i < n."""
+    blocks, rest = divmod(n, stride)
+    return stride * _triangle(blocks - 1) + rest * blocks
+
+
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2
+
+
+PATTERNS: dict[str, Pattern] = {
+    "full": Pattern(_sees_full, _entries_full, _keys_full, has_offset=False),
+    "local": Pattern(_sees_local, _entries_local, _keys_local, has_offset=False),
+    "strided": Pattern(_sees_strided, _entries_strided, _keys_strided),
+    "sparse": Pattern(_sees_sparse, _entries_sparse, _keys_sparse),
+    "fixed": Pattern(_sees_fixed, _entries_fixed, _keys_fixed),
+}

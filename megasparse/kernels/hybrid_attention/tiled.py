@@ -27,6 +27,9 @@ from torch.autograd.function import once_differentiable
 from megasparse.kernels.hybrid_attention.layout import Layout, TileView, products
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
+PATTERNS = ("full", "local", "strided", "sparse", "fixed")
+"""Those that `pattern_tiles` cuts."""
+
 
 def attend(
     q_BHTD: Tensor,
