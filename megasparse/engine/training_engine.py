@@ -1,6 +1,6 @@
 """A model, its optimizer and DeepSpeed behind a handful of methods: the loop knows no more of DeepSpeed than these.
 
-engine = TrainingEngine(model, controller, config, mesh)
+engine = TrainingEngine(model, controller, config, mesh, objective)
 for inputs, targets in micro_batches:
     loss = engine.forward(inputs, targets)
     engine.backward(loss)
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import deepspeed.comm
 import deepspeed.ops
 import torch
 from deepspeed.utils import logger as deepspeed_logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.data import Batch
 from megasparse.engine.fragments import state_access
 from megasparse.engine.optimizer import MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
@@ -37,18 +38,47 @@ from megasparse.sparsity.controller import Controller, OpenWeight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingEngine:
-    """One rank's share of the training state. The mesh's process group must exist."""
+Objective = Callable[[GPT, Batch], tuple[Tensor, dict[str, Tensor]]]
 
-    def __init__(self, model: GPT, controller: Controller, config: RunConfig, mesh: Mesh) -> None:
+
+class ModelWithObjective(nn.Module):
+    """Model and objective as the one module whose forward pass DeepSpeed wraps.
+
+    It takes over the model's own submodules, so that parameters keep their names in checkpoints.
+    """
+
+    def __init__(self, model: GPT, objective: Objective) -> None:
+        super().__init__()
+        for name, module in model.named_children():
+            self.add_module(name, module)
+        # In a tuple the model does not become a submodule.
+        self._model, self._objective = (model,), objective
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = self._objective(self._model[0], Batch(inputs, targets, documents))
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+
+class TrainingEngine:
+    """One rank's share of the training state. The mesh's process group must exist.
+
+    objective: gives the loss of a batch and its named parts, see ``training.objectives``.
+    """
+
+    def __init__(self, model: GPT, controller: Controller, config: RunConfig, mesh: Mesh, objective: Objective) -> None:
         check_precision(config, mesh.device)
         self.config, self.controller, self.mesh = config, controller, mesh
         prepare_deepspeed(mesh)
         self.model = model.to(mesh.device)
+        self._with_objective = ModelWithObjective(self.model, objective)
+        self.parts: dict[str, Tensor] = {}
+        """Named parts of the loss of the last micro-batch, without graph."""
         groups = parameter_groups(self.model, controller, config.optimizer)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
-            model=self.model,
+            model=self._with_objective,
             optimizer=self.optimizer,
             config=deepspeed_dict(config, mesh.data_parallel.size),
             mpu=mesh,
@@ -70,7 +100,8 @@ class TrainingEngine:
 
     def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean loss of a micro-batch, float32 scalar with graph. All arguments: int64 [micro_batch_size, T]."""
-        return self._engine(inputs, targets, documents)
+        loss, self.parts = self._engine(inputs, targets, documents)
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Gradients; the last micro-batch of a step also averages them over the ranks."""
@@ -108,7 +139,7 @@ class TrainingEngine:
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean loss without a graph."""
         self.model.eval()
-        loss = self.model(inputs, targets, documents)
+        loss, _ = self._with_objective(inputs, targets, documents)
         self.model.train()
         return loss
 

@@ -123,12 +123,22 @@ class GPT(nn.Module):
 
         Raises ValueError where the positions exceed a table of learned ones.
         """
+        x_BTC = self.hidden_states(tokens_BT, documents_BT, cache=cache)
+        return self.logits(x_BTC) if targets_BT is None else self.head_loss(x_BTC, targets_BT)
+
+    def hidden_states(
+        self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, *, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """What the head reads, [B, T, C] as it lies between layers; arguments as in ``forward``."""
         assert cache is None or documents_BT is None, "a cache holds one document"
         x_BTC = self.embedding(tokens_BT, documents_BT, first=0 if cache is None else cache.length)
         for number, block in enumerate(self.layers):
             x_BTC = self._run(block, x_BTC, documents_BT, None if cache is None else cache.layers[number])
-        x_BTC = self.final_norm(x_BTC)
-        return self.vocabulary.logits(self.head(x_BTC)) if targets_BT is None else self.head_loss(x_BTC, targets_BT)
+        return self.final_norm(x_BTC)
+
+    def logits(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        """Logits of all entries, [B, T, V], from hidden states; ``head_loss`` never holds them all at once."""
+        return self.vocabulary.logits(self.head(x_BTC))
 
     def set_attention_patterns(self, patterns: Sequence[Sequence[str]]) -> None:
         """Set the pattern of every query head: one tuple of names per layer.

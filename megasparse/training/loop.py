@@ -117,7 +117,7 @@ class Trainer:
             decision = self.controller.begin_step(state.step)
             engine.model.set_attention_patterns(decision.patterns)
             flops = self._flops.step(decision, self.controller.active_densities())
-            losses = []
+            losses, parts = [], []
             for _ in range(engine.accumulation_steps):
                 self._beat(step, "data")
                 with seconds.part("data"):
@@ -129,6 +129,7 @@ class Trainer:
                 with seconds.part("backward"):
                     engine.backward(loss)
                 losses.append(loss.detach())
+                parts.append(engine.parts)
             self._beat(step, "topology")
             topology = self._update_topology(decision)
             lr = learning_rate(state.step, self.config.train.steps, self.config.optimizer)
@@ -137,7 +138,7 @@ class Trainer:
             with seconds.part("optimizer"):
                 norm = engine.step(lr, skip_update=skip)
         state.ledger.flops.add(flops)
-        self._advance(losses, loader.consumed_samples)
+        self._advance(losses, parts, loader.consumed_samples)
         return StepResult(decision, lr, norm, topology)
 
     def _beat(self, step: int, part: str, *, slow: bool = False) -> None:
@@ -158,13 +159,16 @@ class Trainer:
                 return None
             raise NonFiniteError(f"a gradient is NaN or infinite at topology update {decision.step}; {REMEDY}")
 
-    def _advance(self, losses: list[torch.Tensor], consumed_samples: int) -> None:
+    def _advance(self, losses: list[torch.Tensor], parts: list[dict[str, torch.Tensor]], consumed_samples: int) -> None:
         state = self.state
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
         state.step += 1
         state.consumed_samples = consumed_samples
         state.tokens += tokens
         state.window.loss += float(torch.stack(losses).double().mean())
+        for name in parts[0]:
+            mean = float(torch.stack([part[name] for part in parts]).double().mean())
+            state.window.parts[name] = state.window.parts.get(name, 0.0) + mean
         state.window.steps += 1
         state.window.tokens += tokens
 
@@ -209,10 +213,10 @@ class Trainer:
     def _write_metrics(self, result: StepResult, val_loss: float | None) -> None:
         state, ledger = self.state, self.state.ledger
         window = state.window
-        loss = float(
-            self.mesh.data_parallel.sum_(torch.tensor(window.loss, dtype=torch.float64, device=self.mesh.device))
-        )
-        loss /= window.steps * self.mesh.data_parallel.size
+        sums = torch.tensor([window.loss, *window.parts.values()], dtype=torch.float64, device=self.mesh.device)
+        ranks = self.mesh.data_parallel
+        loss, *means = (total / (window.steps * ranks.size) for total in ranks.sum_(sums).tolist())
+        parts = dict(zip(window.parts, means, strict=True))
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss} at step {state.step}; {REMEDY}")
         tokens_per_s = window.tokens / max(ledger.seconds.total - window.seconds, 1e-9)
@@ -224,6 +228,7 @@ class Trainer:
                 "step": state.step,
                 "tokens": state.tokens,
                 "loss": loss,
+                **parts,
                 **({} if val_loss is None else {"val_loss": val_loss}),
                 "density": self.controller.density(),
                 "phase": decision.phase,

@@ -33,14 +33,18 @@ from megasparse.training.build_engine import build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import Trainer
+from megasparse.training.objectives import Objective
 from megasparse.training.plan import make_plan
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 
-def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any]:
-    """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts."""
+def pretrain(config: RunConfig, environment: LaunchEnvironment, objective: Objective | None = None) -> dict[str, Any]:
+    """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts.
+
+    objective: what is trained for; None: next-token prediction.
+    """
     folder = Path(config.run.folder) / config.run.name
     before = folder / "config.yaml" if config.train.resume == "auto" else None
     config = resolve_dense_fallback(config, target_device(), before)
@@ -63,7 +67,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment) -> dict[str, Any
         mesh = stack.enter_context(open_mesh(environment, timeout, size))
         config = agree_on_dense_fallback(config, mesh)
         watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
-        controller, engine = build_engine(config, vocab_size, mesh)
+        controller, engine = build_engine(config, vocab_size, mesh, objective)
         checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
         state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
         if config.train.init_from is not None and state.step == 0:

@@ -14,6 +14,8 @@ class Window:
     """Sums since the last logged step, on this rank."""
 
     loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named parts of the loss. After a restart every rank goes on from those of rank 0."""
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0

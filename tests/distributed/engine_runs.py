@@ -82,7 +82,9 @@ def run_config(overrides: list[str], layout: Layout = Layout()) -> RunConfig:  #
 def divided(mesh: Mesh, tensor_parallel_size: int) -> Mesh:
     """The mesh of the same processes with another tensor-parallel size."""
     environment = LaunchEnvironment.from_variables(os.environ)
-    return make_mesh(environment, mesh.device, "gloo", timedelta(seconds=100), tensor_parallel_size)
+    return make_mesh(
+        environment.rank, environment.world_size, mesh.device, "gloo", timedelta(seconds=100), tensor_parallel_size
+    )
 
 
 def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""An objective from outside the package: next-token prediction with a penalty on the size of the logits (z-loss)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megasparse.config.loader import load_config
+from megasparse.data import Batch, IndexedDatasetWriter
+from megasparse.launching import LaunchEnvironment
+from megasparse.models.gpt import GPT
+from megasparse.training.objectives import NextTokenCrossEntropy, Objective, ObjectiveResult
+from megasparse.training.run import pretrain
+
+WEIGHT = 0.5
+SETTINGS = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.seq_length=16",
+    "model.vocab_size=64",
+    "optimizer.lr=5e-3",
+    "train.steps=12",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+    "train.precision=fp32",
+    "train.log_interval=3",
+    "train.tensorboard=false",
+    "sparsity.block_size=8",
+    "sparsity.algorithm=rigl",
+    "sparsity.update_interval=2",
+]
+
+
+class CrossEntropyWithZLoss:
+    """Cross entropy + WEIGHT * mean of (log Z)^2, Z the sum of the exponentials of a token's logits."""
+
+    def __call__(self, model: GPT, batch: Batch) -> ObjectiveResult:
+        cross_entropy = NextTokenCrossEntropy()(model, batch).loss
+        logits_BTV = model.logits(model.hidden_states(batch.inputs, batch.documents))
+        z_loss = logits_BTV.float().logsumexp(-1).square().mean()
+        return ObjectiveResult(cross_entropy + WEIGHT * z_loss, {"cross_entropy": cross_entropy, "z_loss": z_loss})
+
+
+def metrics(folder: Path, objective: Objective | None, *overrides: str) -> list[dict]:
+    with IndexedDatasetWriter(folder / "corpus", "uint16") as writer:
+        for first in range(40):
+            writer.add_document([(first + 3 * i) % 63 + 1 for i in range(60)] + [0])
+        writer.finalize()
+    names = [f"data.train=[{{path: {folder / 'corpus'}}}]", f"run.folder={folder}", "run.name=run"]
+    config = load_config([], [*SETTINGS, *names, *overrides])
+    pretrain(config, LaunchEnvironment.from_variables({}), objective)
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_new_objective_is_trained_for_and_its_parts_are_logged(tmp_path: Path, zero_stage: int) -> None:
+    lines = metrics(tmp_path, CrossEntropyWithZLoss(), f"deepspeed.zero_stage={zero_stage}")
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + WEIGHT * line["z_loss"], rel=1e-5)
+    assert lines[-1]["z_loss"] < lines[0]["z_loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_without_one_the_metrics_name_no_parts(tmp_path: Path) -> None:
+    lines = metrics(tmp_path, None)
+    assert "z_loss" not in lines[-1] and lines[-1]["loss"] < lines[0]["loss"]
