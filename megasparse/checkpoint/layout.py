@@ -21,6 +21,7 @@ from torch import nn
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import Mesh
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
+from megasparse.utils.files import write_json
 
 LAYOUT = "layout.json"
 
@@ -59,7 +60,7 @@ def describe_layout(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Me
 
 
 def write_layout(layout: Layout, folder: Path) -> None:
-    (folder / LAYOUT).write_text(json.dumps(asdict(layout)))
+    write_json(folder / LAYOUT, asdict(layout))
 
 
 def read_layout(folder: Path) -> Layout:

@@ -40,6 +40,7 @@ from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 from megasparse.sparsity.groups import layer_settings
+from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.folders import new_folder
 
 FORMAT = 1
@@ -225,7 +226,7 @@ class ModelFolderWriter:
                 path = self._partial / name
                 if path.is_file():
                     checksums[name] = (path.stat().st_size, sha256(path))
-            (self._partial / CHECKSUMS).write_text(json.dumps({"format": FORMAT, "files": checksums}, indent=1) + "\n")
+            write_json(self._partial / CHECKSUMS, {"format": FORMAT, "files": checksums})
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor; raises CheckpointError where it has another shape than the configuration asks for."""
@@ -244,7 +245,7 @@ class ModelFolderWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """A further file from its content."""
-        (self._partial / name).write_text(text, encoding="utf-8")
+        write_at_once(self._partial / name, text)
 
 
 def pad_rows(whole: Tensor, rows: int) -> Tensor:

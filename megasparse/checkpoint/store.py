@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megasparse.utils.files import write_at_once, write_json
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOPOLOGY = "topology.safetensors"
@@ -79,13 +81,12 @@ class CheckpointStore:
         partial = self.folder / self.partial_name(manifest.step)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()}
         complete = {**asdict(manifest), "files": files, "topology_sha256": sha256(partial / TOPOLOGY)}
-        write_synced(partial / MANIFEST, json.dumps(complete, indent=1))
+        write_json(partial / MANIFEST, complete)
         final = self.folder / self.name(manifest.step)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        write_synced(self.folder / "latest.new", final.name)
-        os.replace(self.folder / "latest.new", self.folder / "latest")
+        write_at_once(self.folder / "latest", final.name)
         self._prune(final)
         return final
 
@@ -194,11 +195,3 @@ def sha256(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file that is on the disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

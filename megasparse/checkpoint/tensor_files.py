@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megasparse.checkpoint.store import CheckpointError
+from megasparse.utils.files import write_json
 
 STEM = "model"
 MAX_FILE_BYTES = 5 * 10**9
@@ -225,8 +226,8 @@ class TensorFileWriter:
         if len(self._shards) > 1:
             weight_map = {name: self._name(i) for i, names in enumerate(self._shards) for name in names}
             total = sum(spec.num_bytes for spec in self.specs.values())
-            content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-            (self.folder / f"{self.stem}.safetensors.index.json").write_text(content + "\n")
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(self.folder / f"{self.stem}.safetensors.index.json", content)
 
     def abandon(self) -> None:
         """Close the open file, if any, unfinished."""

@@ -38,9 +38,9 @@ from megasparse.checkpoint.store import (
     Manifest,
     read_manifest,
     sha256,
-    write_synced,
 )
 from megasparse.engine.safe_checkpoint import load_data
+from megasparse.utils.files import write_json
 
 UNIVERSAL = "universal"
 FORMAT = 1
@@ -220,7 +220,7 @@ def _write_form(saved: SavedState, topology: Path, partial: Path, progress: Call
         _write_parameter(saved, name, partial / "zero" / name)
         done += 4 * prod(shape)
         progress(done)
-    write_synced(partial / MANIFEST, json.dumps(asdict(_describe(saved, partial)), indent=1))
+    write_json(partial / MANIFEST, asdict(_describe(saved, partial)))
 
 
 def _write_parameter(saved: SavedState, name: str, folder: Path) -> None:

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from megasparse.config.renamed import renamed_setting, renamed_value
 from megasparse.config.schema import RunConfig
+from megasparse.utils.files import write_at_once
 
 # Where a field has several types, pydantic adds the one that it tried to the place of an error.
 CHOICE = re.compile(r"(list|literal|tuple|dict)\[.*\]$|constrained-")
@@ -68,7 +69,7 @@ def _to_json(values: dict[str, Any]) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every field included, as YAML that ``load_config`` reads back."""
-    path.write_text(to_yaml(config), encoding="utf-8")
+    write_at_once(path, to_yaml(config))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from megasparse.utils.files import write_at_once
+from megasparse.utils.files import write_json
 from megasparse.utils.format import MISSING, finite
 
 LINES_OF_A_LOG = 10
@@ -55,8 +54,7 @@ def print_results(record: Mapping[str, Any], console: Console) -> None:
 
 def write_results(record: Mapping[str, Any], path: Path) -> None:
     """As JSON, at once; the folder is made where missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_at_once(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode("utf-8"))
+    write_json(path, record, allow_nan=False)
 
 
 def _line(console: Console, done: int, total: int) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError, save_config
 from megasparse.config.schema import RunConfig
+from megasparse.utils.files import write_at_once
 
 TEMPLATES = {"task-per-rank": "task_per_rank.sbatch", "task-per-node": "task_per_node.sbatch"}
 """Layout -> file in launch/slurm/."""
@@ -111,7 +112,7 @@ def write_job(config: RunConfig, job: SlurmJob, code: Path) -> Path:
     freeze_code(code, folder / "code")
     save_config(config, folder / "config.yaml")
     template = (folder / "code" / "launch" / "slurm" / TEMPLATES[job.layout]).read_text(encoding="utf-8")
-    (folder / "job.sbatch").write_text(render(job, config.run.name, run_folder, folder, template), encoding="utf-8")
+    write_at_once(folder / "job.sbatch", render(job, config.run.name, run_folder, folder, template))
     return folder
 
 
@@ -172,7 +173,7 @@ def freeze_code(source: Path, target: Path) -> None:
     # Commit, then the files that differ from it.
     commit = _git(source, "rev-parse", "HEAD") or "no commit\n"
     changes = _git(source, "status", "--short", "--untracked-files=all", "--", *CODE_PARTS) or ""
-    (target / "REVISION").write_text(commit + changes)
+    write_at_once(target / "REVISION", commit + changes)
 
 
 def _git(folder: Path, *words: str) -> str | None:

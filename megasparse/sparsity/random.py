@@ -31,13 +31,8 @@ def random_words(indices: Tensor, *key: int) -> Tensor:
     return words
 
 
-def random_uniform(indices: Tensor, *key: int) -> Tensor:
-    """Random float32 in [0, 1), 24 bits deep."""
-    return (random_words(indices, *key) >> 8).to(torch.float32) / 2**24
-
-
 def random_scores(indices: Tensor, *key: int) -> Tensor:
-    """Random float32 in [0, 2) that order, and tie, like ``random_uniform``, but are even over the bit patterns.
+    """Random float32 in [0, 2) that order, and tie, like the upper 24 bits of ``random_words``: even over bit patterns.
 
     A radix select looks at bit patterns: even ones leave it few units at the threshold.
     """

@@ -149,13 +149,3 @@ def is_update_due(step: int, update_interval: int) -> bool:
     """Whether the topology may change before optimizer step `step` (0-based) is applied."""
     # At step 0 there are no gradients' moments yet and no exploration to reward.
     return step > 0 and step % update_interval == 0
-
-
-def density_by_step(schedule: DensitySchedule, steps: int, update_interval: int) -> list[float]:
-    """Target density in force at each step: it changes on topology updates only."""
-    densities, density = [], schedule.density(0.0)
-    for step in range(steps):
-        if is_update_due(step, update_interval):
-            density = schedule.density(step / steps)
-        densities.append(density)
-    return densities

@@ -8,8 +8,6 @@ tensor-parallel shard; units have global numbers, row by row in the grid of the 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -129,12 +127,3 @@ def unpack_bits(bits: Tensor, num_units: int) -> Tensor:
         raise ValueError(f"{bits.numel()} bytes of mask bits do not hold {num_units} units")
     unpacked = np.unpackbits(bits.cpu().numpy(), count=num_units, bitorder="little")
     return torch.from_numpy(unpacked.view(np.bool_))
-
-
-def digest(topologies: Mapping[str, Topology]) -> str:
-    """SHA-256 over names and bits of this rank's shards: equal on replicas where the topology is."""
-    state = hashlib.sha256()
-    for name in sorted(topologies):
-        state.update(name.encode())
-        state.update(pack_bits(topologies[name].mask).numpy().tobytes())
-    return state.hexdigest()

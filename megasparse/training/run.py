@@ -5,7 +5,6 @@ summary = pretrain(config, LaunchEnvironment.from_variables(os.environ))
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -37,6 +36,7 @@ from megasparse.training.objectives import Objective
 from megasparse.training.plan import make_plan
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
+from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 
@@ -209,7 +209,7 @@ def _open_records(
 def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
-    (folder / "plan.json").write_text(json.dumps(plan, indent=1))
+    write_json(folder / "plan.json", plan)
 
 
 def _sample(config: RunConfig, model: GPT, tokenizer: Tokenizer | None) -> str | None:
@@ -220,6 +220,6 @@ def _sample(config: RunConfig, model: GPT, tokenizer: Tokenizer | None) -> str |
 
 
 def _write_end(folder: Path, sample: str | None, summary: dict[str, Any]) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_json(folder / "summary.json", summary)
     if sample is not None:
-        (folder / "sample.txt").write_text(sample)
+        write_at_once(folder / "sample.txt", sample)

@@ -1,22 +1,26 @@
-"""Writing files so that a name never stands for half-written data: write beside the target, sync, rename."""
+"""Writing files so that a name never stands for half-written data: write beside the target, sync, rename.
+
+write_at_once(folder / "sample.txt", text)
+write_json(folder / "summary.json", {"steps": 24})
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new empty file in the folder of `path`, from where a rename to `path` is atomic."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    # mkstemp makes files that only the owner may read; the finished file gets the usual permissions.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
-    return Path(name)
+    """A new empty file in the folder of `path`, from where a rename to `path` is atomic.
+
+    Unlike the files of ``tempfile``, which only their owner may read, it has the permissions of the user's umask.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    temporary.touch(exist_ok=False)
+    return temporary
 
 
 def sync_and_close(file: IO[bytes]) -> None:
@@ -35,8 +39,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_at_once(path: Path, content: bytes) -> None:
-    """Writes or replaces a whole file atomically; makes the folder where missing."""
+def write_at_once(path: Path, content: str | bytes) -> None:
+    """Writes or replaces a whole file atomically, text as UTF-8; makes the folder where missing.
+
+    A symbolic link at `path` is replaced, and what it leads to is left alone.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -48,3 +57,8 @@ def write_at_once(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Any, *, indent: int = 1, allow_nan: bool = True) -> None:
+    """Writes or replaces a JSON file atomically; nothing is written where `values` cannot be JSON."""
+    write_at_once(path, json.dumps(values, indent=indent, allow_nan=allow_nan) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from topology_digest import digest
 from torch import Tensor
 
 from megasparse.config.loader import load_config
@@ -21,7 +22,6 @@ from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.topology import digest
 from megasparse.training.build_engine import build_engine
 
 GLOBAL_BATCH = 8

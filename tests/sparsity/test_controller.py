@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from shards import cuts, on_shards
+from topology_digest import digest
 
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.state import StateFragment
-from megasparse.sparsity.topology import digest
 
 WIDTHS = {"layers.0.mlp.up": (64, 32), "layers.0.mlp.down": (32, 64), "layers.1.mlp.up": (64, 32)}
 BASE = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.sparsity.random import _mixed_with_key, random_scores, random_uniform, random_words
+from megasparse.sparsity.random import _mixed_with_key, random_scores, random_words
 
 
 def plain_word(index: int, *key: int) -> int:
@@ -21,6 +21,11 @@ def plain_word(index: int, *key: int) -> int:
     for part in key:
         word = mix(word ^ mix(part % 2**32) ^ mix((part >> 32) + 1))
     return mix(word ^ mix(index >> 32))
+
+
+def random_uniform(indices: torch.Tensor, *key: int) -> torch.Tensor:
+    """Numbers in [0, 1) of the upper 24 bits of the words."""
+    return (random_words(indices, *key) >> 8).to(torch.float32) / 2**24
 
 
 def test_words_equal_plain_integer_arithmetic() -> None:

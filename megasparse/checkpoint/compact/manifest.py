@@ -17,7 +17,8 @@ import torch
 
 from megasparse.checkpoint.compact.encoding import stored_bytes
 from megasparse.checkpoint.saved_state import KINDS, SparseParameter
-from megasparse.checkpoint.store import MANIFEST, CheckpointError, write_synced
+from megasparse.checkpoint.store import MANIFEST, CheckpointError
+from megasparse.utils.files import write_json
 
 NAME, VERSION = "megasparse-compact", 1
 CONFIG, COMPANIONS = "config.yaml", "companions"
@@ -103,7 +104,7 @@ class ParameterSize:
 
 def write_manifest(manifest: CompactManifest, folder: Path) -> None:
     values = asdict(manifest)
-    write_synced(folder / MANIFEST, json.dumps({**values, "checksum": checksum_of(values)}, indent=1))
+    write_json(folder / MANIFEST, {**values, "checksum": checksum_of(values)})
 
 
 def read_manifest(folder: Path) -> CompactManifest:

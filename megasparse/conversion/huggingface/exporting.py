@@ -25,6 +25,7 @@ from megasparse.conversion.huggingface.tensors import Exporter
 from megasparse.conversion.sources import TOKENIZER_NAMES, Source
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
+from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.folders import new_folder
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -69,12 +70,12 @@ def export_huggingface(
         generation = _generation(source)
         main_dtype = specs[next(iter(specs))].dtype
         values = {**write_settings(chosen, config), **generation, "torch_dtype": DTYPE_NAMES[main_dtype]}
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        write_json(partial / "config.json", values, indent=2)
         if GENERATION not in source.files:
-            (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+            write_json(partial / GENERATION, generation, indent=2)
         _describe_tokenizer(source, partial)
         numbers = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
-        (partial / "README.md").write_text(model_card(config, facts, DTYPE_NAMES[main_dtype], numbers, zeros, notes))
+        write_at_once(partial / "README.md", model_card(config, facts, DTYPE_NAMES[main_dtype], numbers, zeros, notes))
     return notes
 
 
@@ -128,4 +129,4 @@ def _describe_tokenizer(source: Source, partial: Path) -> None:
             "eos_token": tokenizer.end_of_document,
             "model_max_length": source.config.model.seq_length,
         }
-        (partial / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
+        write_json(partial / "tokenizer_config.json", values, indent=2)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -31,6 +30,7 @@ import torch
 
 from megasparse.kernels.block_sparse.build import cache_folder
 from megasparse.utils.dtypes import dtype_name
+from megasparse.utils.files import write_json
 from megasparse.utils.hardware import hardware_name
 
 FORMAT = "megasparse-break-even-1"
@@ -127,9 +127,7 @@ def write_table(path: Path, measurements: Iterable[Measurement], form: str = FOR
     """Replace the file at once, so that a reader sees the old table or the new one."""
     content = {"format": form, "measurements": [_entry(measurement) for measurement in measurements]}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-    os.replace(file.name, path)
+    write_json(path, content)
 
 
 def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:

@@ -8,8 +8,6 @@ at once.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,6 +18,7 @@ from filelock import FileLock
 
 from megasparse.kernels.block_sparse.build import cache_folder
 from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted, power_of_two
+from megasparse.utils.files import write_json
 
 FILE_NAME = "triton_tiles.json"
 FORMAT = "megasparse-triton-tiles-1"
@@ -68,11 +67,8 @@ def store(tiles: dict[str, Tile]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with FileLock(target.with_suffix(".lock"), timeout=LOCK_SECONDS):
         together = {**load(target), **tiles}
-        text = json.dumps({"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}}, indent=1)
         # Readers take no lock: they see the old file or the new one, never a part.
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, target)
+        write_json(target, {"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}})
     _stored.cache_clear()
 
 

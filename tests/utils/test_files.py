@@ -1,0 +1,47 @@
+"""Files are written at once: with the user's permissions, in place of links, and not at all after an error."""
+
+import os
+
+import pytest
+
+from megasparse.utils.files import write_at_once, write_json
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_of_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_at_once(tmp_path / "new" / "file.txt", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "file.txt").stat().st_mode & 0o777 == mode
+
+
+def test_link_is_replaced_and_its_target_left_alone(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_at_once(link, b"new")
+    assert not link.is_symlink()
+    assert (target.read_text(), link.read_text()) == ("old", "new")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failure_half_way_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch, call):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_json(path, {"a": 2})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == '{\n "a": 1\n}\n'
+
+
+def test_what_is_no_json_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", float("nan"), allow_nan=False)
+    assert not list(tmp_path.iterdir())
