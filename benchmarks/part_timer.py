@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from megasparse.layers import Attention, HeadLoss, LayerNorm, Linear, RMSNorm
-from megasparse.layers.mlp import GeluMLP, SwigluMLP
+from megasparse.layers.mlp import MLP, GatedMLP
 from megasparse.training.loop import Trainer
 
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -30,7 +30,7 @@ PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "attention": (Attention,),
     "head": (HeadLoss,),
     "norm": (LayerNorm, RMSNorm),
-    "activation": (GeluMLP, SwigluMLP),
+    "activation": (MLP, GatedMLP),
 }
 PHASES = {"forward": "forward", "backward": "backward", "step": "optimizer"}
 

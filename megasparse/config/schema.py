@@ -22,6 +22,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
+DropScoreName = Literal["magnitude", "magnitude_gradient", "magnitude_over_gradient", "snip"]
 Algorithm = Literal["mst", "dense", "static", "set", "rigl", "gradual", "spdf"]
 
 DENSITY_TOLERANCE = 1e-9
@@ -360,7 +361,7 @@ class SparsityGroup(Section):
     schedule. Unset: `sparsity.algorithm`."""
     drop_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Drop fraction of these weights; unset: the algorithm's, or `sparsity.drop_fraction`."""
-    drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] | None = None
+    drop_score: DropScoreName | None = None
     """Drop score of these weights; unset: `sparsity.drop_score`."""
     growth: Literal["mixed", "gradient", "random"] | None = None
     """Growth of these weights; unset: the algorithm's, or `sparsity.growth`."""
@@ -398,8 +399,9 @@ class SparsityConfig(Section):
     """Share zeta of the active units that are replaced at a topology update; unset: the algorithm's (0.3, static 0)."""
     drop_anneal: Literal["run", "phase", "none"] = "run"
     """The cosine decay of the drop fraction runs over the whole run, over each phase, or not at all."""
-    drop_score: Literal["magnitude", "magnitude_gradient", "sensitivity"] = "magnitude"
-    """magnitude: |w|; magnitude_gradient: |w| + lambda |g|; sensitivity: |w / g|. The lowest are dropped."""
+    drop_score: DropScoreName = "magnitude"
+    """magnitude: |w|; magnitude_gradient: |w| + lambda |g|; magnitude_over_gradient: |w / g|; snip: |w g|. The lowest
+    are dropped."""
     drop_score_lambda: NonNegativeFloat = 1.0
     """Lambda of `magnitude_gradient`."""
     growth: Literal["mixed", "gradient", "random"] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
+from megasparse.layers.activations import ACTIVATIONS
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
@@ -57,7 +58,7 @@ def activation_bytes(config: RunConfig) -> int:
     model, size, ranks = config.model, BYTES[config.train.precision], config.parallel.tensor_parallel_size
     tokens = config.train.micro_batch_size * model.seq_length
     key_value = 2 * model.key_value_heads * model.head_dim
-    mlp = model.mlp_width * (3 if model.activation == "swiglu" else 2)
+    mlp = model.mlp_width * ACTIVATIONS[model.activation].inner_tensors
     # Per block and token: input and output of both norms between layers; then query, key, value, attention output and
     # the inside of the MLP, which tensor-parallel ranks share. A whole input of each column layer stays with all ranks.
     between = model.hidden_size * 4 // (ranks if config.parallel.sequence_parallel else 1)

@@ -155,7 +155,7 @@ class GPT(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, SparseLinear)}
 
     def num_parameters(self) -> int:
-        """Parameters over all ranks, dead ones included; shared and replicated ones count once."""
+        """Parameters over all ranks, inactive ones included; shared and replicated ones count once."""
         return sum(prod(shard_spec_of(parameter).shape) for parameter in self.parameters())
 
     def _run(

@@ -1,6 +1,6 @@
 """How a model may lie on the ranks: tensor-parallel size x ZeRO stage x micro-batch x recomputation.
 
-for layout in legal_layouts(config, count=64, ranks_per_node=8):
+for layout in possible_layouts(config, count=64, ranks_per_node=8):
     planned = layout.applied_to(config)
 """
 

@@ -31,6 +31,7 @@ from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.measure import measure_row
 from megasparse.kernels.hybrid_attention import executed_entries, hybrid_attention
+from megasparse.layers.activations import ACTIVATIONS
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.chips import HERE, Chip
 from megasparse.planning.cluster import Cluster
@@ -265,6 +266,7 @@ def _elementwise(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> float:
     """Bytes a second of what a block does besides products and attention, forward and backward."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     tokens = min(config.train.micro_batch_size * model.seq_length, 2**23 // model.mlp_width)
+    activation = ACTIVATIONS[model.activation]
 
     def make() -> Callable[[], None]:
         x = torch.randn(tokens, model.hidden_size).to(dtype).requires_grad_()
@@ -274,7 +276,7 @@ def _elementwise(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> float:
         def run() -> None:
             normed = F.layer_norm(x, scale.shape, scale)
             again = F.layer_norm(x + normed, scale.shape, scale)
-            inside = F.gelu(wide, approximate="tanh") if model.activation == "gelu" else F.silu(wide) * wide
+            inside = activation.function(wide) * wide if activation.gated else activation.function(wide)
             outputs = [x + again, inside]
             _discard(torch.autograd.grad(outputs, [x, wide, scale], [output.detach() for output in outputs]))
 

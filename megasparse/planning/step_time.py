@@ -18,6 +18,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels
 from megasparse.cost.resources import BUCKET, BYTES, communication_per_rank, data_parallel_bytes
 from megasparse.kernels.hybrid_attention import executed_entries
+from megasparse.layers.activations import ACTIVATIONS
 from megasparse.models.gpt import GPT
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.cluster import Cluster
@@ -209,6 +210,6 @@ def block_elements(config: RunConfig) -> int:
     model, ranks = config.model, config.parallel.tensor_parallel_size
     # Two norms read and write; two sums of the residual stream read two and write one.
     between = 10 * model.hidden_size // (ranks if config.parallel.sequence_parallel else 1)
-    activation = (2 if model.activation == "gelu" else 3) * model.mlp_width
+    activation = ACTIVATIONS[model.activation].inner_tensors * model.mlp_width
     rotary = 2 * (model.hidden_size + model.key_value_heads * model.head_dim)
     return between + (activation + (rotary if model.position_embedding == "rope" else 0)) // ranks

@@ -90,7 +90,7 @@ nothing: seeds differ, and so do schedules that were cut short.</p>
 {% for run in runs %}{{ figure("layers-%d" % loop.index0) }}{% endfor %}
 {% for film in films if film.strips %}
 <h3><span class="swatch" style="--mark: var(--{{ film.role }})"></span>{{ film.label }}</h3>
-<p class="absent">Active blocks or weights of a layer are coloured, dead ones empty. {{ film.remark }}</p>
+<p class="absent">Active blocks or weights of a layer are coloured, inactive ones empty. {{ film.remark }}</p>
 {% for one in film.strips %}{{ strip(one) }}{% endfor %}
 {% endfor %}
 </section>

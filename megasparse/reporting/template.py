@@ -320,7 +320,7 @@ style="--mark: var(--{{ part.role }})"></span>{{ part.name }} <b>{{ part.seconds
 {{ figure("layers") }}
 {{ figure("churn") }}
 <h3>Film strips</h3>
-<p class="absent">Active blocks or weights of a layer are coloured, dead ones empty.
+<p class="absent">Active blocks or weights of a layer are coloured, inactive ones empty.
 {% if film_remark %}{{ film_remark }}{% endif %}</p>
 {% for film in films[:4] %}{{ strip(film) }}{% else %}
 <p class="absent">There are no pictures of the topology.</p>

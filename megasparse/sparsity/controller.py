@@ -26,6 +26,7 @@ from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_t
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
 from megasparse.sparsity.groups import LayerSettings, layer_settings
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
+from megasparse.sparsity.scores import DROP_SCORES
 from megasparse.sparsity.state import Ranks, StateAccess
 from megasparse.sparsity.statistics import LayerStatistics, collect_statistics
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
@@ -324,7 +325,9 @@ class Controller:
         return (1 + math.cos(math.pi * covered)) / 2
 
     def _needs_gradient(self, name: str, counts: Sequence[StepCounts]) -> bool:
-        return any(count.by_gradient > 0 for count in counts) or self.settings[name].drop_score != "magnitude"
+        return (
+            any(count.by_gradient > 0 for count in counts) or DROP_SCORES[self.settings[name].drop_score].needs_gradient
+        )
 
     def _adopt(self, name: str, active: Tensor) -> None:
         """Take over the mask of a whole layer, bool [num_units], which every rank has."""

@@ -1,31 +1,44 @@
 """How much a unit is worth: scores of weights, and their sums over blocks.
 
-A low drop score means that an active unit goes; a high growth score that a dead one comes. A block scores the Frobenius
-norm over its weights. A rank scores only the slice of the flat matrix that it holds; partial sums over blocks add up
-over the ranks. They are kept in float64, so that the float32 result does not depend on where a block was cut (sums of
-at most 128 x 128 float32 squares carry 2^-38 of relative error).
+A low drop score means that an active unit goes; a high growth score that an inactive one comes. A block scores the
+Frobenius norm over its weights. A rank scores only the slice of the flat matrix that it holds; partial sums over blocks
+add up over the ranks. They are kept in float64, so that the float32 result does not depend on where a block was cut
+(sums of at most 128 x 128 float32 squares carry 2^-38 of relative error).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float32).tiny
+TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
-def drop_scores(kind: str, weight: Tensor, gradient: Tensor, gradient_lambda: float) -> Tensor:
-    """Score of each weight, float32, 0 or more. weight, gradient: float32, any shape.
+@dataclass(frozen=True)
+class DropScore:
+    """A measure of what a weight is worth."""
 
-    magnitude |w|; magnitude_gradient |w| + lambda |g|; sensitivity |w / g|, as in the authors' code.
-    """
-    if kind == "magnitude":
-        return weight.abs()
-    if kind == "magnitude_gradient":
-        return weight.abs() + gradient_lambda * gradient.abs()
-    assert kind == "sensitivity", kind
-    # Where g is 0 the quotient would be infinite or, for w = 0, undefined: a large finite number ranks the same.
-    return (weight.abs() / gradient.abs().clamp(min=TINY)).clamp(max=torch.finfo(torch.float32).max)
+    score: Callable[[Tensor, Tensor, float], Tensor]
+    """(weight, gradient, `sparsity.drop_score_lambda`) -> 0 or more, finite; float32, all of one shape."""
+    needs_gradient: bool = True
+    """Otherwise the gradient that it is given may be anything."""
+
+
+DROP_SCORES = {
+    "magnitude": DropScore(lambda weight, gradient, factor: weight.abs(), needs_gradient=False),
+    "magnitude_gradient": DropScore(lambda weight, gradient, factor: weight.abs() + factor * gradient.abs()),
+    # As in the authors' code. Where g is 0 the quotient would be infinite or, for w = 0, undefined: a large finite
+    # number ranks the same.
+    "magnitude_over_gradient": DropScore(
+        lambda weight, gradient, factor: (weight.abs() / gradient.abs().clamp(min=TINY)).clamp(max=LARGEST)
+    ),
+    # Lee et al., 2019, arXiv 1810.02340.
+    "snip": DropScore(lambda weight, gradient, factor: (weight * gradient).abs().clamp(max=LARGEST)),
+}
+"""By the name in `sparsity.drop_score`; a new one is an entry here and a name in ``DropScoreName`` of the schema."""
 
 
 def block_partial_sums(values: Tensor, start: int, grid: tuple[int, int], block_size: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megasparse.sparsity.chunks import chunks
 from megasparse.sparsity.evolution import Evolved, LayerPiece, StepCounts, evolve
-from megasparse.sparsity.scores import block_norms, block_partial_sums, drop_scores
+from megasparse.sparsity.scores import DROP_SCORES, block_norms, block_partial_sums
 from megasparse.sparsity.state import StateAccess, StateFragment
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 
@@ -207,7 +207,8 @@ def _weight_scores(layer: EvolvingLayer, fragment: StateFragment) -> tuple[Tenso
     gradient = fragment.gradient.to(torch.float32)
     if fragment.gradient_scale != 1.0:
         gradient = gradient / fragment.gradient_scale
-    return drop_scores(layer.drop_score, fragment.master, gradient, layer.drop_score_lambda), gradient.abs()
+    score = DROP_SCORES[layer.drop_score].score
+    return score(fragment.master, gradient, layer.drop_score_lambda), gradient.abs()
 
 
 def _exchange_masks(
@@ -249,7 +250,7 @@ def _adopt(topology: Topology, active: Tensor) -> Change:
 
 @torch.no_grad()
 def _edit(fragment: StateFragment, topology: Topology, kept: Tensor) -> None:
-    """Weights and moments of all but kept weights become 0, gradients of dead ones too."""
+    """Weights and moments of all but kept weights become 0, gradients of inactive ones too."""
     for tensor in (fragment.master, *fragment.moments.values()):
         _clear(tensor, kept)
     _clear(fragment.gradient, topology.weights_slice(fragment.start, fragment.numel))

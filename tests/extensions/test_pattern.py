@@ -78,8 +78,10 @@ def test_no_kernel_but_the_reference_is_taken(device) -> None:
     assert select_kernel("auto", SINK, *shape, planned=True) == "reference"
     assert executed_entries("auto", SINK, *shape, planned=True) == LENGTH**2
     assert widened("auto", (SINK, "full"), *shape) == (SINK, "full")
-    for kernel in ("causal", "parts", "cpu", "triton"):
-        with pytest.raises(ValueError, match=rf"'{kernel}' does not compute the pattern 'sink'.*: auto, reference$"):
+    for kernel in ("causal", "tiled", "cpu", "triton"):
+        with pytest.raises(
+            ValueError, match=rf"'{kernel}' does not compute the pattern 'sink'.*must be auto, reference$"
+        ):
             select_kernel(kernel, SINK, *shape, planned=True)
 
 

@@ -11,7 +11,7 @@ from megasparse.sparsity.groups import check_groups, layer_settings, unmatched_g
 GROUPS = [
     SparsityGroup(pattern="layers.0.*", dense=True),
     SparsityGroup(pattern="layers.*.mlp.*", block_size=16, density=0.3, growth="random"),
-    SparsityGroup(pattern="layers.?.attention.qkv.weight", drop_score="sensitivity"),
+    SparsityGroup(pattern="layers.?.attention.qkv.weight", drop_score="magnitude_over_gradient"),
     SparsityGroup(pattern="layers.1.mlp.up", block_size=2),
 ]
 
@@ -22,7 +22,12 @@ def test_the_first_group_that_matches_wins() -> None:
     mlp = layer_settings(sparsity, "layers.1.mlp.up")
     assert (mlp.block_size, mlp.min_density, mlp.gradient_share, mlp.drop_score) == (16, 0.3, 0.0, "magnitude")
     qkv = layer_settings(sparsity, "layers.1.attention.qkv")
-    assert (qkv.block_size, qkv.min_density, qkv.gradient_share, qkv.drop_score) == (32, None, 0.75, "sensitivity")
+    assert (qkv.block_size, qkv.min_density, qkv.gradient_share, qkv.drop_score) == (
+        32,
+        None,
+        0.75,
+        "magnitude_over_gradient",
+    )
     # `?` is one character: layer 10 falls to no group.
     other = layer_settings(sparsity, "layers.10.attention.qkv")
     assert (other.block_size, other.drop_score) == (32, "magnitude")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from shards import cuts
 
-from megasparse.sparsity.scores import block_norms, block_partial_sums, drop_scores
+from megasparse.config.schema import DropScoreName
+from megasparse.sparsity.scores import DROP_SCORES, block_norms, block_partial_sums
 
 
 @given(
@@ -38,16 +41,30 @@ def test_blocks_outside_of_a_slice_are_zero() -> None:
 
 def test_drop_scores_of_weights() -> None:
     weight, gradient = torch.tensor([2.0, -3.0, 0.0, 1.0, 0.0]), torch.tensor([-1.0, 0.5, 4.0, 0.0, 0.0])
-    assert drop_scores("magnitude", weight, gradient, 9.0).tolist() == [2.0, 3.0, 0.0, 1.0, 0.0]
-    assert drop_scores("magnitude_gradient", weight, gradient, 2.0).tolist() == [4.0, 4.0, 8.0, 1.0, 0.0]
-    sensitivity = drop_scores("sensitivity", weight, gradient, 0.0)
-    assert sensitivity[:3].tolist() == [2.0, 6.0, 0.0]
-    assert sensitivity.isfinite().all() and sensitivity[3] > 1e37 and sensitivity[4] == 0.0
+
+    def scores(name: str, factor: float = 0.0) -> list[float]:
+        return DROP_SCORES[name].score(weight, gradient, factor).tolist()
+
+    assert scores("magnitude", 9.0) == [2.0, 3.0, 0.0, 1.0, 0.0]
+    assert scores("magnitude_gradient", 2.0) == [4.0, 4.0, 8.0, 1.0, 0.0]
+    assert scores("snip") == [2.0, 1.5, 0.0, 0.0, 0.0]
+    quotients = scores("magnitude_over_gradient")
+    assert quotients[:3] == [2.0, 6.0, 0.0] and 1e37 < quotients[3] < float("inf") and quotients[4] == 0.0
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "magnitude_gradient", "sensitivity"])
-def test_scores_are_never_negative_or_undefined(kind) -> None:
+@pytest.mark.parametrize("name", DROP_SCORES)
+def test_scores_are_never_negative_or_undefined(name) -> None:
     values = torch.tensor([0.0, -0.0, 1e-45, -1e-38, 1.0, -3e38])
     weight, gradient = (t.reshape(-1) for t in torch.meshgrid(values, values, indexing="ij"))
-    scores = drop_scores(kind, weight, gradient, 0.5)
+    scores = DROP_SCORES[name].score(weight, gradient, 0.5)
     assert (scores >= 0).all() and not scores.isnan().any()
+
+
+def test_a_score_that_needs_no_gradient_reads_none() -> None:
+    weight, nothing = torch.tensor([2.0, -3.0]), torch.full((2,), float("nan"))
+    for name, score in DROP_SCORES.items():
+        assert score.score(weight, nothing, 0.5).isnan().any() == score.needs_gradient, name
+
+
+def test_the_schema_names_the_same_scores() -> None:
+    assert set(get_args(DropScoreName)) == set(DROP_SCORES)
