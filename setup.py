@@ -39,6 +39,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "mypy>=1.11",
             "triton>=3.4; platform_system == 'Linux'",
             "tokenizers>=0.20",
             "transformers>=4.46",

@@ -48,11 +48,16 @@ class RunFacts:
 class SavedState(Protocol):
     """Raises CheckpointError where what is asked for is missing or damaged."""
 
-    step: int
-    """Optimizer steps done; 0: there are no moments."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of the whole parameters by name, in the order of the model."""
-    facts: RunFacts
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; 0: there are no moments."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole parameters by name, in the order of the model."""
+
+    @property
+    def facts(self) -> RunFacts: ...
 
     def kinds(self, name: str) -> list[str]:
         """`fp32` and the moments that are kept of a parameter."""

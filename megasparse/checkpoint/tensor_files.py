@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -203,7 +203,8 @@ class TensorFileWriter:
         self.checksums: dict[str, tuple[int, str]] = {}
         self._shards = _divide(self.specs, max_file_bytes)
         self._pending = list(self.specs)[::-1]
-        self._number, self._file = 0, None
+        self._number = 0
+        self._file: BinaryIO | None = None
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor; it is asserted that it has its turn, shape and dtype."""
@@ -255,11 +256,13 @@ class TensorFileWriter:
         self._put(len(encoded).to_bytes(8, "little") + encoded)
 
     def _put(self, content: bytes | memoryview) -> None:
+        assert self._file is not None
         self._file.write(content)
         self._sha256.update(content)
         self._size += len(content)
 
     def _finish(self) -> None:
+        assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

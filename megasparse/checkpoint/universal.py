@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -206,7 +206,7 @@ class UniversalReader:
             self._fail(f"format {manifest.format}; must be {FORMAT}")
         return manifest
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         raise CheckpointError(f"universal form {self.folder}: {reason}{self._hint}") from None
 
 

@@ -47,7 +47,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     except OmegaConfBaseException as error:
         raise ConfigError(f"a value that names another: {error}") from None
     assert isinstance(plain, dict)
-    return check_config(plain)
+    return check_config({str(name): value for name, value in plain.items()})
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
@@ -95,7 +95,8 @@ def describe_fields() -> Iterator[tuple[str, str, str, str]]:
         assert isinstance(section_type, type) and issubclass(section_type, BaseModel)
         for name, field in section_type.model_fields.items():
             default = json.dumps(field.get_default(call_default_factory=True))
-            yield f"{section_name}.{name}", _type_name(field.annotation), default, " ".join(field.description.split())
+            description = " ".join((field.description or "").split())
+            yield f"{section_name}.{name}", _type_name(field.annotation), default, description
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -110,7 +111,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: must hold sections such as `train:`, found a {type(content).__name__}")
-    found = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)["base"]
+    plain: Any = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)
+    found = plain["base"]
     bases = [found] if isinstance(found, str) else found
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"base: {found!r} in {path}; must be a file name or a list of file names")

@@ -89,9 +89,9 @@ class RunSource:
         if odd:
             raise CheckpointError(f"checkpoint {self.folder} and {run_folder / 'config.yaml'} differ at {odd[0]}")
         self.facts = _facts(run_folder, self.config, self.manifest.step)
-        self.topology_file = self.folder / TOPOLOGY
+        self.topology_file: Path | None = self.folder / TOPOLOGY
         kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
-        self.files = {TOKENIZER_NAMES[kind]: Path(path)} if kind in TOKENIZER_NAMES else {}
+        self.files = {TOKENIZER_NAMES[kind]: Path(path)} if path and kind in TOKENIZER_NAMES else {}
         for file in self.files.values():
             if not file.is_file():
                 raise ConfigError(f"data.tokenizer_path: {file}: no such file, seen from this folder")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.config.schema import Pattern, RunConfig
+from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import hybrid_attention
 from megasparse.kernels.hybrid_attention import break_even
@@ -99,7 +99,7 @@ def resolve_dense_fallback(config: RunConfig, device: str, saved: Path | None = 
     return with_dense_fallback(config, [name for name, other in zip(named, runs, strict=True) if name != other])
 
 
-def with_dense_fallback(config: RunConfig, patterns: Sequence[Pattern]) -> RunConfig:
+def with_dense_fallback(config: RunConfig, patterns: Sequence[str]) -> RunConfig:
     attention = config.attention.model_copy(update={"dense_fallback": list(patterns)})
     return config.model_copy(update={"attention": attention})
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,7 +51,9 @@ class LayerKernels:
         # The head sees a chunk of the tokens at a time.
         rows = {model.head.name: model.head_loss.chunk_rows(tokens)}
         self.shapes = {
-            name: LayerShape(layer.block_size, rows.get(name, tokens), layer.partition.local_shape[::-1])
+            name: LayerShape(
+                layer.block_size, rows.get(name, tokens), cast(tuple[int, int], layer.partition.local_shape[::-1])
+            )
             for name, layer in model.sparse_layers().items()
         }
         self._chosen: dict[tuple[LayerShape, float], str] = {}

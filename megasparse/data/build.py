@@ -45,19 +45,21 @@ def build_datasets(
         raise ValueError("valid_sources is empty; give at least one prefix, or None to split the training sources")
     if valid_sources is None and split_fractions is None:
         raise ValueError("neither valid_sources nor split_fractions is given; (1, 0) trains without validation")
+    shares: Sequence[float] = split_fractions or ()
     if split_fractions is not None and not 2 <= len(split_fractions) <= 3:
         raise ValueError(f"split_fractions {list(split_fractions)}: give (train, valid) or (train, valid, test)")
-    if valid_sources is None and split_fractions[0] <= 0:
-        raise ValueError(f"split_fractions {list(split_fractions)}: the training share must be greater than 0")
+    if valid_sources is None and shares[0] <= 0:
+        raise ValueError(f"split_fractions {list(shares)}: the training share must be greater than 0")
 
-    settings = {"seq_length": seq_length, "vocab_size": vocab_size, "documents": documents}
-    train_parts, valid_parts = [], []
+    settings: dict[str, Any] = {"seq_length": seq_length, "vocab_size": vocab_size, "documents": documents}
+    train_parts: list[PackedDataset] = []
+    valid_parts: list[PackedDataset] = []
     for prefix, _ in train_sources:
         indexed = IndexedDataset(prefix)
         if valid_sources is not None:
             train_parts.append(PackedDataset(indexed, 0, len(indexed), **settings))
             continue
-        train_range, valid_range = split_documents(indexed, split_fractions)[:2]
+        train_range, valid_range = split_documents(indexed, shares)[:2]
         for name, piece, parts in (("training", train_range, train_parts), ("validation", valid_range, valid_parts)):
             if len(piece):
                 parts.append(_packed(indexed, piece, name, settings))

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from megasparse.data.index_format import DatasetError
 
@@ -226,7 +226,7 @@ def _is_jsonl(path: Path) -> bool:
 
 def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(raw, "rb")
+        return cast(IO[bytes], gzip.open(raw, "rb"))
     return lzma.open(raw, "rb") if path.suffix == ".xz" else raw
 
 

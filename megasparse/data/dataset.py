@@ -105,19 +105,19 @@ class PackedDataset:
         first = self.start + int(index) * self.seq_length
         sample = self.indexed.tokens(first, first + self.seq_length + 1).astype(np.int64)
         if self.vocab_size is not None:
-            self._check_ids(sample, first)
+            self._check_ids(sample, first, self.vocab_size)
         return np.stack((sample, self.indexed.documents_of(first, len(sample)))) if self.documents else sample
 
-    def _check_ids(self, sample: np.ndarray, first: int) -> None:
+    def _check_ids(self, sample: np.ndarray, first: int, vocab_size: int) -> None:
         # Seen as unsigned, negative ids are huge: one pass finds both kinds of bad id.
-        if int(sample.view(np.uint64).max()) < self.vocab_size:
+        if int(sample.view(np.uint64).max()) < vocab_size:
             return
-        offset = int(np.flatnonzero((sample < 0) | (sample >= self.vocab_size))[0])
+        offset = int(np.flatnonzero((sample < 0) | (sample >= vocab_size))[0])
         position = first + offset
         raise DatasetError(
             f"{self.indexed.bin_path}: token id {sample[offset]} at token {position} "
-            f"(document {self.indexed.document_at(position)}); ids must be 0 to {self.vocab_size - 1} "
-            f"(vocab_size {self.vocab_size}). Was the data written with another tokenizer?"
+            f"(document {self.indexed.document_at(position)}); ids must be 0 to {vocab_size - 1} "
+            f"(vocab_size {vocab_size}). Was the data written with another tokenizer?"
         )
 
 

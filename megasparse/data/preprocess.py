@@ -124,7 +124,8 @@ def _write_alone(blocks, reader, tokenizer, prefix, num_threads, progress) -> tu
 def _write_together(blocks, reader, tokenizer, prefix, num_threads, progress, communicator) -> tuple[int, int, int]:
     rank, size = communicator.Get_rank(), communicator.Get_size()
     dtype = smallest_dtype(tokenizer.vocab_size)
-    folder, outcome, error = None, None, None
+    folder, outcome = None, None
+    error: Exception | None = None
     input_bytes = num_blocks = 0
     try:
         if rank == 0:

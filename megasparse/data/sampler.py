@@ -164,7 +164,7 @@ class BlendedDataset:
         self.weights = [weight / total for weight in weights]
         self._parts = [max(1, round(weight * self.WEIGHT_SCALE)) for weight in self.weights]
         self.block_length = max(self.BLOCK_LENGTH, -(-sum(self._parts) // min(self._parts)))
-        self._block = (-1, [], [])
+        self._block: tuple[int, list[int], list[int]] = (-1, [], [])
 
     def __len__(self) -> int:
         """Samples until the first dataset has been seen once, about: min over datasets of size / weight."""

@@ -100,8 +100,8 @@ class PartitionedState(ABC):
         norms = getattr(self._zero_optimizer, "norm_for_param_grads", {})
         for name in names:
             identity = self._zero_optimizer.get_param_id(self._weights[name])
-            if identity in norms:
-                fragment = self._fragment(self._weights[name])
+            fragment = self._fragment(self._weights[name]) if identity in norms else None
+            if fragment is not None:
                 norms[identity] = fragment.gradient.norm(2).to(norms[identity])
 
     @abstractmethod
@@ -152,10 +152,12 @@ class Stage3State(PartitionedState):
         numel = min(share, weight.ds_numel - start)
         if numel <= 0:
             return None
+        master = self._piece(weight, None)
+        assert master is not None
         moments = {key: piece[:numel] for key in MOMENTS if (piece := self._piece(weight, key)) is not None}
         return StateFragment(
             start=start,
-            master=self._piece(weight, None)[:numel],
+            master=master[:numel],
             gradient=self._gradient(weight, share)[:numel],
             moments=moments,
             gradient_scale=float(self._zero_optimizer.loss_scale),

@@ -68,6 +68,8 @@ class MaskedAdamW(torch.optim.AdamW):
     regrown weight is scaled by min(1, steps / regrowth_warmup_steps).
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig, sparsity: SparsityConfig) -> None:
         super().__init__(
             groups,

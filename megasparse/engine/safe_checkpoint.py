@@ -46,8 +46,8 @@ def without_enumerations(state: Any) -> Any:
         changed = {key: without_enumerations(value) for key, value in state.items()}
         return state if all(changed[key] is value for key, value in state.items()) else changed
     if isinstance(state, list):
-        changed = [without_enumerations(value) for value in state]
-        return state if all(new is old for new, old in zip(changed, state, strict=True)) else changed
+        items = [without_enumerations(value) for value in state]
+        return state if all(new is old for new, old in zip(items, state, strict=True)) else items
     return state
 
 

@@ -114,7 +114,7 @@ def multiple_choice_task(records: Records, tokenizer: Tokenizer, seq_length: int
 
 
 def _choices(record: dict[str, Any], where: str) -> list[str]:
-    texts = record.get("choices")
+    texts: Any = record.get("choices")
     good = isinstance(texts, list) and len(texts) >= 2
     if not good or not all(isinstance(text, str) and text.strip() for text in texts):
         found = "missing" if "choices" not in record else repr(texts)

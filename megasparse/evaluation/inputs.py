@@ -46,7 +46,7 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
 
 def read_text(path: str) -> str:
     """A UTF-8 file, also as .gz or .xz; never empty. Line ends are kept."""
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
     try:
         with opened(path, "rb") as file:
             text = file.read().decode("utf-8")

@@ -95,7 +95,7 @@ def text_perplexity(
     tokens = tokenizer.encode_batch([text])[0]
     if len(tokens) < 2:
         raise ConfigError(f"--input: the text has {len(tokens)} tokens; must be 2 tokens or more")
-    settings = {"detokenizer": detokenizer}
+    settings: dict[str, Any] = {"detokenizer": detokenizer}
     if detokenizer != "none":
         settings["lines_made_equal_by_detokenizer"] = count_collisions(original, detokenizer)
     return _perplexity(tokens, lambda: TextSize.of(original), seq_length, stride, limit, settings)

@@ -98,9 +98,9 @@ def check_settings(settings: EvaluationSettings) -> None:
     ):
         if value not in allowed:
             raise ConfigError(f"--{name}: {value}; must be one of {', '.join(allowed)}")
-    for name, value in (("batch-size", settings.batch_size), ("limit", settings.limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: {value}; must be 1 or more")
+    for name, number in (("batch-size", settings.batch_size), ("limit", settings.limit)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name}: {number}; must be 1 or more")
     if settings.precision == "fp16" and settings.device == "cpu":
         raise ConfigError("--precision: fp16 needs a GPU; allowed values on a CPU: fp32, bf16")
     if settings.output is not None and settings.output.is_dir():

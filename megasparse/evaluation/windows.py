@@ -51,7 +51,7 @@ class SlidingWindows(Sequence[Window]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Window:
+    def __getitem__(self, index: int) -> Window:  # type: ignore[override]  # no slices
         if not 0 <= index < self._count:
             raise IndexError(f"window {index} of {self._count}")
         begin = index * self.stride

@@ -54,7 +54,8 @@ class Heartbeats:
         self.interval, self._rank = interval, mesh.rank
         name = os.environ.get("MASTER_ADDR", "127.0.0.1")
         # Looked up once: later a name server that hangs must not hold up the heartbeats.
-        family, *_, (master, *_) = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
+        family, *_, address = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
+        master = str(address[0])
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
         self._own_address = ("::1" if family == socket.AF_INET6 else "127.0.0.1", self._socket.getsockname()[1])
@@ -141,5 +142,6 @@ def _to_row(values: list[str | int]) -> torch.Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def _from_row(row: torch.Tensor) -> list[str | int]:
-    return json.loads(bytes(row.tolist()))
+def _from_row(row: torch.Tensor) -> tuple[str, str, int]:
+    run, host, port = json.loads(bytes(row.tolist()))
+    return run, host, port

@@ -82,8 +82,9 @@ class Attention(nn.Module):
         own = slice(self.first_head, self.first_head + self.local_heads)
         patterns, offsets = self.patterns[own], self.offsets[own]
         kept = None if cache is None else cache.store(k_BGTD, v_BGTD)
-        if first > 0:
-            y_BHTD = attend_cached(q_BHTD, *kept, patterns, self.stride, first, offsets=offsets)
+        if kept is not None and first > 0:
+            kept_k, kept_v = kept
+            y_BHTD = attend_cached(q_BHTD, kept_k, kept_v, patterns, self.stride, first, offsets=offsets)
         else:
             heads = patterns, self.stride, self.kernel
             y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, documents_BT=documents_BT, offsets=offsets)

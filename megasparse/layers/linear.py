@@ -204,7 +204,7 @@ class SparseLinear(Linear):
 def check_block_size(name: str, partition: ShardSpec, block_size: int) -> None:
     """Raise ValueError unless blocks of side `block_size` fill every shard of the weight of layer `name`."""
     shares = [size // (partition.size if dim == partition.dim else 1) for dim, size in enumerate(partition.shape)]
-    if partition.parts:
+    if partition.dim is not None and partition.parts:
         shares[partition.dim] = gcd(*(part // partition.size for part in partition.parts))
     common = gcd(*shares)
     if block_size >= 1 and common % block_size == 0:

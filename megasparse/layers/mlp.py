@@ -44,5 +44,5 @@ class GatedMLP(nn.Module):
 
 def mlp(name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> MLP | GatedMLP:
     """The perceptron for `config.activation`; `output_std` is the initial standard deviation of `down`."""
-    kind = GatedMLP if ACTIVATIONS[config.activation].gated else MLP
+    kind: type[MLP | GatedMLP] = GatedMLP if ACTIVATIONS[config.activation].gated else MLP
     return kind(name, config, factory, output_std=output_std)

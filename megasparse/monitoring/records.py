@@ -76,7 +76,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) is not None and _step_of(line) <= step]
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     os.replace(temporary, path)

@@ -24,7 +24,7 @@ class ModelParallelUnit:
 
     data_parallel: CommunicationGroup
     tensor_parallel: CommunicationGroup
-    rank: int
+    world: CommunicationGroup
 
     def get_data_parallel_rank(self) -> int:
         return self.data_parallel.rank
@@ -45,7 +45,7 @@ class ModelParallelUnit:
         return self.tensor_parallel.group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
-        return self.rank - self.tensor_parallel.rank
+        return self.world.rank - self.tensor_parallel.rank
 
     get_model_parallel_rank = get_tensor_model_parallel_rank
     get_model_parallel_world_size = get_tensor_model_parallel_world_size

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -204,11 +205,18 @@ def _layers(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> tuple[dict, d
         tokens = _tokens(shape)
         backend, _ = block_sparse.explain("cpu", dtype, shape.block_size)
         if backend is None or shape not in sparse:
-            seconds = crew.median(lambda shape=shape, tokens=tokens: _linear_pass(shape.widths, tokens, dtype))
+            seconds = crew.median(partial(_linear_pass, shape.widths, tokens, dtype))
         else:
             rows = crew.each(
-                lambda shape=shape, tokens=tokens, backend=backend: measure_row(
-                    backend, "cpu", dtype, block=shape.block_size, tokens=tokens, widths=shape.widths, rounds=ROUNDS
+                partial(
+                    measure_row,
+                    backend,
+                    "cpu",
+                    dtype,
+                    block=shape.block_size,
+                    tokens=tokens,
+                    widths=shape.widths,
+                    rounds=ROUNDS,
                 )
             )
             seconds = statistics.median(row.dense_seconds for row in rows)
@@ -240,7 +248,8 @@ def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, 
         moment.decision.pattern for stretch in Shards.of(config).stretches(config) for moment in stretch.moments
     }
     patterns |= {override.pattern for override in config.attention.overrides} | {"full"}
-    kernel, rates = config.kernels.hybrid_attention, {}
+    kernel = config.kernels.hybrid_attention
+    rates: dict[str, float] = {}
     for pattern in sorted(patterns):
         entries = executed_entries(kernel, pattern, model.seq_length, config.attention.stride)
         forward = 4 * entries * model.head_dim

@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 
-from megasparse.config.schema import RunConfig
+from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, LayerShape
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.data.build import open_tokenizer, vocabulary_size
@@ -149,7 +150,8 @@ class Shards:
     def dense_moment(self, config: RunConfig) -> Moment:
         """A step of the same model with all weights active and causal attention, for comparison."""
         model = config.model
-        patterns = [("full",) * model.num_attention_heads for _ in range(model.num_layers)]
+        full: tuple[Pattern, ...] = ("full",)
+        patterns = [full * model.num_attention_heads for _ in range(model.num_layers)]
         densities = dict.fromkeys(self.controller(config).topologies, 1.0)
         decision = StepDecision(0, "dense", "full", patterns)
         kinds = _kinds(self.controller(config), densities, frozenset())
@@ -162,7 +164,7 @@ def dense_products(config: RunConfig, model: GPT) -> tuple[Product, ...]:
     groups: Counter[tuple[LayerShape, bool]] = Counter()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and not isinstance(layer, SparseLinear):
-            groups[LayerShape(1, tokens, layer.partition.local_shape[::-1]), name == HEAD] += 1
+            groups[LayerShape(1, tokens, cast(tuple[int, int], layer.partition.local_shape[::-1])), name == HEAD] += 1
         if isinstance(layer, SparseLinear) and layer.low_rank:
             widths = layer.low_rank, (layer.in_features + layer.out_features) // ranks
             groups[LayerShape(1, tokens, widths), name == HEAD] += 1
@@ -192,7 +194,7 @@ def _moment(config: RunConfig, controller: Controller, step: float, steps: float
     update = min(max(round(step / interval), 1) * interval, (total - 1) // interval * interval)
     announced = controller.begin_step(update) if update else None
     evolves = announced is not None and announced.changes_topology
-    wanting = announced.dense_gradient_layers if evolves else frozenset()
+    wanting = announced.dense_gradient_layers if announced and evolves else frozenset()
     kinds = _kinds(controller, densities, wanting)
     return Moment(steps, density, densities, decision, wanting, evolves, kinds)
 

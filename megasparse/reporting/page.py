@@ -286,7 +286,7 @@ def phase_rows(run: RunData) -> list[dict[str, str]]:
     totals: dict[str, dict[str, float]] = {}
     previous: dict[str, float] = dict.fromkeys(("step", *keys), 0.0)
     for record in run.metrics:
-        current = {key: finite(record.get(key)) for key in ("step", *keys)}
+        current: dict[str, Any] = {key: finite(record.get(key)) for key in ("step", *keys)}
         density = finite(record.get("density"))
         if None in current.values() or density is None or not isinstance(record.get("phase"), str):
             continue
@@ -320,8 +320,7 @@ def seconds_by_part(run: RunData) -> list[dict[str, Any]]:
     """Seconds, share and width of each part of the training time."""
     parts = lookup(run.summary, "seconds_by_part")
     if isinstance(parts, Mapping):
-        known = {str(name): finite(value) for name, value in parts.items()}
-        known = {name: value for name, value in known.items() if value is not None}
+        known = {str(name): seconds for name, value in parts.items() if (seconds := finite(value)) is not None}
     else:
         logged = {part: run.latest(f"seconds_{part}") for part in PARTS}
         known = {name: value for name, value in logged.items() if value is not None}
@@ -479,7 +478,7 @@ def _phase_at(run: RunData, step: int) -> str:
 
 def _planned_curve(run: RunData) -> str:
     """The density of the plan as points of the ribbon; empty where the plan has no curve."""
-    curve = [finite(value) for value in _listed(lookup(run.plan, "schedule", "curve"))]
+    curve: list[Any] = [finite(value) for value in _listed(lookup(run.plan, "schedule", "curve"))]
     if len(curve) < 2 or None in curve:
         return ""
     return " ".join(f"{1000.0 * i / (len(curve) - 1):.1f},{100.0 - 100.0 * d:.1f}" for i, d in enumerate(curve))

@@ -84,7 +84,7 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<style\b.*?</style>", "", drawing, flags=re.S)
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
-    view_box = re.search(r'viewBox="([^"]*)"', drawing).group(1)
+    view_box = re.findall(r'viewBox="([^"]*)"', drawing)[0]
     label = html.escape(description)
     drawing = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view_box}" role="img" aria-label="{label}">', drawing, count=1)
     # Matplotlib before 3.11 writes weight, size and family as one property, later versions as three.

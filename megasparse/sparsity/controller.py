@@ -111,7 +111,7 @@ class Controller:
             for name, layer in self.layers.items()
         }
         self.shard_active = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
-        self.ever_active = {}
+        self.ever_active: dict[str, Tensor] = {}
         self.decision: StepDecision | None = None
         check_schedule(config, self.schedule, self.topologies, self.densities_for(self.schedule.min_density))
 

@@ -39,9 +39,9 @@ def layer_densities(
     density: global target now. min_density: lowest global target of the run; a layer with an own lowest density d
     follows the same curve between d and 1.
     """
-    own = [layer for layer in layers if layer.min_density is not None]
     shared = [layer for layer in layers if layer.min_density is None]
-    result = {layer.name: _own_density(layer.min_density, density, min_density) for layer in own}
+    own = {layer.name: layer.min_density for layer in layers if layer.min_density is not None}
+    result = {name: _own_density(own_minimum, density, min_density) for name, own_minimum in own.items()}
     scale = _scale(shared, density, distribution, depth_boost)
     result.update({layer.name: min(1.0, scale * _preference(layer, distribution, depth_boost)) for layer in shared})
     return {layer.name: result[layer.name] for layer in layers}

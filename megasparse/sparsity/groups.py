@@ -67,7 +67,7 @@ def _matches(group: SparsityGroup, name: str) -> bool:
 
 
 def _gradient_share(sparsity: SparsityConfig, group: SparsityGroup) -> float:
-    growth = group.growth
+    growth: str | None = group.growth
     if growth is None and group.algorithm is None:
         growth = sparsity.growth
     growth = growth or DEFAULT_GROWTH.get(group.algorithm or sparsity.algorithm, "mixed")

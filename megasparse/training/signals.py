@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 from megasparse.parallel import Mesh
 
@@ -22,7 +23,7 @@ class StopSignal:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self.received: str | None = None
 
     def __enter__(self) -> StopSignal:

@@ -123,7 +123,7 @@ def _describe_tokenizer(source: Source, partial: Path) -> None:
     """transformers needs to be told what a lone tokenizer.json is."""
     if TOKENIZER_NAMES["huggingface"] in source.files and "tokenizer_config.json" not in source.files:
         path = source.files[TOKENIZER_NAMES["huggingface"]]
-        tokenizer = load_tokenizer("huggingface", path)
+        tokenizer: Any = load_tokenizer("huggingface", path)
         values = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": tokenizer.end_of_document,

@@ -54,7 +54,8 @@ def import_huggingface(
     values = read_json(folder / "config.json")
     architecture, sections = read_settings(values)
     source = _open_weights(folder)
-    companions, notes = tokenizer_files(folder), []
+    companions = tokenizer_files(folder)
+    notes: list[str] = []
     sections["data"] = _tokenizer_section(companions, sections["model"]["vocab_size"], notes)
     facts = json.loads(source.metadata.get(FACTS_KEY, "{}")) if isinstance(source, TensorFiles) else {}
     texts = {}

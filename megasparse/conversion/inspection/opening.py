@@ -146,7 +146,7 @@ def _open_checkpoint(folder: Path, kind: str) -> Opened:
     files = {name: (size, "") for name, size in manifest.files.items()}
     files["topology.safetensors"] = (files["topology.safetensors"][0], manifest.topology_sha256)
     if isinstance(saved, UniversalReader):
-        files |= {f"{UNIVERSAL}/{name}": tuple(entry) for name, entry in saved.manifest.files.items()}
+        files |= {f"{UNIVERSAL}/{name}": (size, digest) for name, (size, digest) in saved.manifest.files.items()}
     return Opened(kind, folder, saved, config_near(folder), layout, files)
 
 

@@ -46,15 +46,15 @@ def load_library(*definitions: str, source: Path = SOURCE) -> ctypes.CDLL:
     definitions: macros to define, for tests. source: a C++ file; headers of ours lie beside it.
     """
     compiler = find_compiler()
-    commands = [[*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()]
+    flags, runtime = [*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()
     folder = cache_folder()
-    path = folder / f"{source.stem}-{_digest(source, compiler, commands)}.so"
+    path = folder / f"{source.stem}-{_digest(source, compiler, [flags, runtime])}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             with FileLock(folder / "build.lock", timeout=BUILD_SECONDS):
                 if not path.exists():
-                    _build(source, compiler, *commands, path)
+                    _build(source, compiler, flags, runtime, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernels for CPUs cannot be kept in {folder}: {error}") from None

@@ -8,6 +8,7 @@ A set of tiles takes minutes, most of them in Triton's compiler; its results are
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def tune(
         if tile in times or (limit and len(times) >= limit):
             continue
         try:
-            times[tile] = measure(lambda tile=tile: run(tile))
+            times[tile] = measure(partial(run, tile))
         except Exception as error:
             if not _is_refusal(error):
                 raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -43,9 +43,7 @@ __all__ = [
     "widened",
 ]
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, str, int, float | None, torch.Tensor | None, int], torch.Tensor
-]
+Attend = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,9 @@ def hybrid_attention(
         heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
     def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
-        function = partial(chosen[name].attend, dropout=dropout) if dropout else chosen[name].attend
+        more = {"dropout": dropout} if dropout else {}
         given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
-        return function(*tensors, name, stride, scale, documents_BT, given)
+        return chosen[name].attend(*tensors, name, stride, scale, documents_BT, given, **more)
 
     if len(heads_of) == 1:
         ((name, offset), heads), *_ = heads_of.items()

@@ -143,6 +143,6 @@ def _row(entry: dict[str, Any]) -> Row:
     }
     if not seconds:
         raise ValueError("seconds: empty; must be times by number of tokens")
-    words = {name: str(entry[name]) for name in ("kernel", "dtype", "pattern")}
-    numbers = {name: int(entry[name]) for name in ("stride", "head_dim", "heads")}
-    return Row(**words, **numbers, seconds=seconds)
+    kernel, dtype, pattern = (str(entry[name]) for name in ("kernel", "dtype", "pattern"))
+    stride, head_dim, heads = (int(entry[name]) for name in ("stride", "head_dim", "heads"))
+    return Row(kernel, dtype, pattern, stride, head_dim, heads, seconds)

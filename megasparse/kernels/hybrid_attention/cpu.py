@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def _residue_entries(seq_length: int, stride: int, offset: int, far: bool) -> in
         lag = (residue < key_residue) + far
         shapes[_count(residue, stride, seq_length), _count(key_residue, stride, seq_length), lag] += 1
     return sum(
-        times * _entries(queries, keys, lambda q: 0, lambda q, lag=lag: q + 1 - lag)
+        times * _entries(queries, keys, lambda q: 0, partial(operator.add, 1 - lag))
         for (queries, keys, lag), times in shapes.items()
     )
 

@@ -9,6 +9,7 @@ machine that is busy for a while is unfair to none; times are medians.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +47,9 @@ def measure_rows(
         # The work of a mask is the same under every pattern.
         mask = pattern_mask("sparse", seq_length, stride, device)
         attentions = [
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            lambda q, k, v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-            *(
-                lambda q, k, v, pattern=pattern: hybrid_attention(q, k, v, pattern, stride, kernel)
-                for pattern in patterns
-            ),
+            partial(F.scaled_dot_product_attention, is_causal=True),
+            partial(F.scaled_dot_product_attention, attn_mask=mask),
+            *(partial(hybrid_attention, patterns=pattern, stride=stride, kernel=kernel) for pattern in patterns),
         ]
         dense, masked, *ours = medians([_training_pass(each, q, k, v, dy) for each in attentions], device, rounds)
         for pattern, own in zip(patterns, ours, strict=True):

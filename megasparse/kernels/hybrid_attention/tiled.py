@@ -80,7 +80,7 @@ def attention_tiled_forward(
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
     for group in layout.groups():
         layout.load_documents(group)
-        attend_group(*(x[group] for x in by_key_head), scale)
+        attend_group(*(x[group] for x in by_key_head), scale=scale)
     return out, lse
 
 
@@ -110,7 +110,7 @@ def attention_tiled_backward(
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
     for group in layout.groups():
         layout.load_documents(group)
-        differentiate_group(*(x[group] for x in by_key_head), scale)
+        differentiate_group(*(x[group] for x in by_key_head), scale=scale)
     return dq, dk, dv
 
 
@@ -135,7 +135,7 @@ class GroupForward:
         self._q, self._k, self._v, self._out, self._top, self._total = map(layout.tokens, (q, k, v, out, top, total))
         self._tiles = list(zip(*map(layout.queries, (q, out, top, total)), *map(layout.keys, (k, v)), strict=True))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float) -> None:
         """Fill `out` and `lse` of the group from its queries, keys and values."""
         self._q.copy_(q).mul_(scale)
         self._k.copy_(k)
@@ -197,6 +197,7 @@ class GroupBackward:
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
+        *,
         scale: float,
     ) -> None:
         """Fill the gradients of the group, summed over the query heads of a key-value head."""
