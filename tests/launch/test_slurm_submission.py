@@ -28,13 +28,13 @@ from megasparse.launching.submission import (
 from megasparse.training.run import check_start
 
 
-@pytest.fixture(scope="module")
 def check_and_write(config, job):
     """As launch/slurm/submit.py does."""
     check_start(config, job.world_size, job.device)
     return write_job(config, job, REPOSITORY)
 
 
+@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -108,7 +108,7 @@ def test_runs_that_cannot_start_are_refused_before_anything_is_written(corpus: P
         ({"tasks_per_node": -1}, "--tasks-per-node: -1"),
         ({"max_restarts": -1}, "--max-restarts: -1; must be 0 or more"),
         ({"gpus_per_node": 0}, "--gpus-per-node: 0"),
-        ({"layout": "task-per-rack"}, "--layout: 'task-per-rack'; must be task-per-rank, task-per-node"),
+        ({"layout": "task-per-rack"}, "--layout: 'task-per-rack'; must be one of task-per-rank, task-per-node"),
         ({"time": "soon"}, "--time: 'soon'; must be MINUTES"),
         ({"time": "0"}, "--time: '0'"),
         ({"time": "3"}, "--warning-seconds: 180 is not below --time 3; must be 1 to 179"),
