@@ -18,7 +18,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text files, .jsonl files (either also .gz or .xz), or folders",
+        help="text, JSON lines (.jsonl, .ndjson, .json; both also .gz, .xz, .bz2, .zst), .parquet, or folders",
     )
     group.add_argument(
         "--document-rule",
@@ -26,7 +26,12 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a document is in a text file (default: the whole file)",
     )
     group.add_argument("--document-separator", metavar="LINE", help="a line equal to LINE ends a document")
-    group.add_argument("--jsonl-key", default="text", metavar="KEY", help="key of the text in JSONL (default: text)")
+    group.add_argument(
+        "--jsonl-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in JSON lines, column in Parquet (default: text)",
+    )
     group.add_argument(
         "--glob", default="*.txt", help="files to take below a folder, one document each (default: *.txt)"
     )

@@ -4,8 +4,8 @@
     for segment in reader.segments():
         segment.text, segment.ends_document
 
-What a file holds is told by its name: `.jsonl` is one JSON object a line, everything else is UTF-8 text; `.gz` and
-`.xz` at the end are unpacked on the way. In text files documents end by `document_rule`:
+What a file holds is told by its name, see ``packed_files``: JSON lines, Parquet or UTF-8 text, compressed or not. In
+text files documents end by `document_rule`:
 
     file        the whole file is one document
     line        each line that is not blank, without its line end
@@ -13,8 +13,9 @@ What a file holds is told by its name: `.jsonl` is one JSON object a line, every
     wikitext    an article begins at a line ` = Title = ` (a single `=`) after a blank line
     separator   a line equal to `separator` ends a document and belongs to none
 
-Files found in a folder are always one document each (JSONL excepted), in the order of their paths. Those that cannot
-be read or decoded are skipped, counted and warned about; a file named directly raises `DatasetError` instead.
+Files found in a folder are always one document each (JSON lines and Parquet excepted), in the order of their paths.
+Those that cannot be read or decoded are skipped, counted and warned about; a file named directly, and any Parquet file,
+raises `DatasetError` instead.
 
 A document comes in segments of at most `SEGMENT_CHARACTERS`, cut by `_cut_point` where a tokenizer hardly notices.
 Where the cuts are depends on the document alone. Empty documents are dropped.
@@ -22,27 +23,24 @@ Where the cuts are depends on the document alone. Empty documents are dropped.
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import re
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple
 
 from megasparse.data.index_format import DatasetError
+from megasparse.data.packed_files import READ_ERRORS, is_json_lines, is_parquet, parquet_texts, unpacked
 
 DOCUMENT_RULES = ("file", "line", "blank-line", "wikitext", "separator")
 # SentencePiece slows down on longer texts: 6.0 MB/s at 64 Ki characters, 2.9 MB/s at 1 Mi.
 SEGMENT_CHARACTERS = 2**14
 READ_CHARACTERS = 2**20
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?")
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class Segment(NamedTuple):
@@ -57,7 +55,7 @@ class CorpusOptions:
     """How to find documents; see the module header.
 
     `glob` selects files below a folder, `exclude` names folders and files in it that are passed over, by pattern;
-    `jsonl_key` is the key of the text.
+    `jsonl_key` is the key of the text in JSON lines, and its column in Parquet.
     """
 
     document_rule: str = "file"
@@ -123,7 +121,10 @@ class CorpusReader:
         self.bytes_read, self.skipped_files = 0, 0
         done = 0
         for path, in_folder in self._files:
-            yield from self._file_in_folder(path) if in_folder else self._named_file(path, done)
+            if is_parquet(path):
+                yield from self._parquet(path, done)
+            else:
+                yield from self._file_in_folder(path) if in_folder else self._named_file(path, done)
             done += path.stat().st_size
             self.bytes_read = done
         if self.skipped_files:
@@ -135,27 +136,33 @@ class CorpusReader:
     def _file_in_folder(self, path: Path) -> Iterator[Segment]:
         # Decoded as a whole before anything is yielded, so that a bad file leaves no half document behind.
         try:
-            with open(path, "rb") as raw, _unpacked(raw, path) as file:
+            with open(path, "rb") as raw, unpacked(raw, path) as file:
                 content = file.read().decode("utf-8")
         except (*READ_ERRORS, UnicodeDecodeError):
             self.skipped_files += 1
             return
-        if _is_jsonl(path):
+        if is_json_lines(path):
             yield from self._jsonl(_lines(content), path)
         else:
             yield from _cut_documents([content, None])
 
     def _named_file(self, path: Path, done: int) -> Iterator[Segment]:
         try:
-            with open(path, "rb") as raw, _unpacked(raw, path) as file:
+            with open(path, "rb") as raw, unpacked(raw, path) as file:
                 lines = self._decoded(file, raw, path, done)
-                yield from self._jsonl(lines, path) if _is_jsonl(path) else _cut_documents(self._marked(lines))
+                yield from self._jsonl(lines, path) if is_json_lines(path) else _cut_documents(self._marked(lines))
         except READ_ERRORS as error:
             raise DatasetError(f"{path}: cannot be read ({error})") from error
 
+    def _parquet(self, path: Path, done: int) -> Iterator[Segment]:
+        size = path.stat().st_size
+        for text, share in parquet_texts(path, self.options.jsonl_key):
+            self.bytes_read = done + round(share * size)
+            yield from _cut_documents([text, None])
+
     def _decoded(self, file: IO[bytes], raw: IO[bytes], path: Path, done: int) -> Iterator[str]:
         """Lines with their line ends, or, where lines do not matter, large pieces of text."""
-        by_line = self.options.document_rule != "file" or _is_jsonl(path)
+        by_line = self.options.document_rule != "file" or is_json_lines(path)
         rest, position = b"", 0
         while True:
             block = file.read(READ_CHARACTERS)
@@ -218,16 +225,6 @@ def _json_text(line: str, key: str, where: str) -> str:
         except UnicodeEncodeError as error:
             raise DatasetError(f"{where}: the text is not valid Unicode ({error.reason})") from error
     return text
-
-
-def _is_jsonl(path: Path) -> bool:
-    return any(path.name.endswith(".jsonl" + suffix) for suffix in ("", ".gz", ".xz"))
-
-
-def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(raw, "rb"))
-    return lzma.open(raw, "rb") if path.suffix == ".xz" else raw
 
 
 def _last_character_end(content: bytes) -> int:
