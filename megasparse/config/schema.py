@@ -424,7 +424,7 @@ class SparsityConfig(Section):
     per_weight_step_counts: bool = False
     """AdamW corrects the bias of its moments by the steps of each weight instead of by the global step."""
     low_rank: NonNegativeInt = 0
-    """Rank of a thin dense low-rank branch beside each sparse matrix; 0: none."""
+    """Rank of a dense low-rank branch beside each sparse matrix; 0: none."""
     head: bool = False
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []

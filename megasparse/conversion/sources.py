@@ -56,7 +56,7 @@ def open_source(folder: Path, step: int | None = None) -> Source:
     """A model folder, or the newest good checkpoint of a run, or that of `step`. Raises ValueError where it is none."""
     if is_model_folder(folder):
         if step is not None:
-            raise ConfigError(f"--step: {step}; must be none, {folder} is a model folder")
+            raise ConfigError(f"--step: {step}; must be unset: {folder} is a model folder")
         return FolderSource(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: must be a run folder or a model folder, which hold a config.yaml")

@@ -98,7 +98,7 @@ class SparseLinear(Linear):
     """A linear layer whose weight lies on a grid of `block_size` x `block_size` blocks (single weights where
     `block_size` is 1).
 
-    Blocks lie whole on one rank. With `low_rank` = r > 0 a thin dense low-rank branch is added: y += (x A^T) B^T with
+    Blocks lie whole on one rank. With `low_rank` = r > 0 a dense low-rank branch is added: y += (x A^T) B^T with
     `side_in` = A [r, in] and `side_out` = B [out, r]; B is zero at the start, so the path is silent until it has
     learned something.
 

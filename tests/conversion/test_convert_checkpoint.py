@@ -127,7 +127,7 @@ def test_a_tokenizer_json_goes_along_and_samples(tmp_path) -> None:
     trained = open_trained(tmp_path / "ours")
     assert trained.pattern == "full" and trained.tokenizer.decode(trained.tokenizer.encode(TEXT)) == TEXT
     assert sample_text(trained.model, trained.tokenizer, "A", 5, seed=0).startswith("A")
-    with pytest.raises(ValueError, match="step: 3; must be none, .* is a model folder"):
+    with pytest.raises(ValueError, match="step: 3; must be unset: .* is a model folder"):
         open_trained(tmp_path / "ours", step=3)
     export_huggingface(open_source(tmp_path / "ours"), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

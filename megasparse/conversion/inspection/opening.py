@@ -104,7 +104,7 @@ def open_any(path: Path, step: int | None = None) -> Opened:
     """
     kind = kind_of(path)
     if step is not None and kind != RUN:
-        raise ConfigError(f"--step: {step}; must be none, {path} is no run but a {kind}")
+        raise ConfigError(f"--step: {step}; must be unset: {path} is no run but a {kind}")
     if kind == RUN:
         found, _ = find_checkpoint(path, step)
         opened = _open_checkpoint(found, kind)
