@@ -161,7 +161,7 @@ class TrainingEngine:
 def check_precision(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for a precision that the device does not train in."""
     if config.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision: fp16 needs a GPU; allowed values on this machine: fp32, bf16")
+        raise ConfigError("train.precision: fp16 needs a GPU; on this machine it must be fp32, bf16")
 
 
 @contextlib.contextmanager

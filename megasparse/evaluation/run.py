@@ -102,7 +102,7 @@ def check_settings(settings: EvaluationSettings) -> None:
         if number is not None and number < 1:
             raise ConfigError(f"--{name}: {number}; must be 1 or more")
     if settings.precision == "fp16" and settings.device == "cpu":
-        raise ConfigError("--precision: fp16 needs a GPU; allowed values on a CPU: fp32, bf16")
+        raise ConfigError("--precision: fp16 needs a GPU; on a CPU it must be fp32, bf16")
     if settings.output is not None and settings.output.is_dir():
         raise ConfigError(f"--output: {settings.output} is a folder; must be the name of a file")
     if settings.task != "perplexity":

@@ -140,7 +140,7 @@ def measure(config: RunConfig, ranks: int) -> Probe:
     if not 1 <= ranks <= 4 * cores:
         raise ConfigError(f"--count: {ranks} is out of range with --chip here; must be 1 to {4 * cores}")
     if precision == "fp16":
-        raise ConfigError("train.precision: fp16 needs a GPU; allowed values with --chip here: fp32, bf16")
+        raise ConfigError("train.precision: fp16 needs a GPU; with --chip here it must be fp32, bf16")
     started = time.perf_counter()
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores // ranks, 1)
     before = torch.get_num_threads()

@@ -110,12 +110,12 @@ def test_weights_alone_become_a_model_folder_with_exact_zeros(stopped, tmp_path)
         assert torch.equal(folder.tensor(name), saved.tensor(name, "fp32")[:rows]), name
     topology = folder.topology()
     for key in saved.topology():
-        if key.startswith("live/"):
+        if key.startswith("active/"):
             assert torch.equal(topology[key], saved.topology()[key])
     weight = folder.tensor("layers.1.mlp.up.weight")
-    live = unpack_bits(topology["live/layers.1.mlp.up"], weight.numel() // 256).view(-1, weight.shape[1] // 16)
-    dead = ~live.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    assert dead.float().mean() > 0.7 and not weight.view(torch.int32)[dead].any()
+    active = unpack_bits(topology["active/layers.1.mlp.up"], weight.numel() // 256).view(-1, weight.shape[1] // 16)
+    inactive = ~active.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert inactive.float().mean() > 0.7 and not weight.view(torch.int32)[inactive].any()
 
 
 def test_a_checkpoint_that_is_nothing_but_universal_serves_the_other_tools(stopped, packed, tmp_path) -> None:

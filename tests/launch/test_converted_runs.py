@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megasparse.checkpoint.model_folder import ModelFolder
 from megasparse.conversion.huggingface.exporting import export_huggingface
 from megasparse.conversion.sources import open_source, write_source
-from megasparse.inference import generation as generate
+from megasparse.inference.generation import generate
 from megasparse.inference.sampling import sample_text
 from megasparse.inference.trained import open_trained
 from megasparse.sparsity.topology import unpack_bits
@@ -67,11 +67,11 @@ def test_an_ultra_sparse_checkpoint_keeps_its_zeros_and_its_topology(finished, t
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert folder.facts["step"] == 8 and folder.facts["algorithm"] == "mst"
     assert all(torch.equal(bits, saved[key]) for key, bits in folder.topology().items())
-    live = unpack_bits(saved["live/layers.0.mlp.up"], 64).view(16, 4)
-    dead = ~live.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    assert dead.float().mean() > 0.5
+    active = unpack_bits(saved["active/layers.0.mlp.up"], 64).view(16, 4)
+    inactive = ~active.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert inactive.float().mean() > 0.5
     for weight in (folder.tensor("layers.0.mlp.up.weight"), exported["transformer.h.0.mlp.c_fc.weight"].t()):
-        assert not weight[dead].any() and weight[~dead].all()
+        assert not weight[inactive].any() and weight[~inactive].all()
     trained = open_trained(tmp_path / "model")
     assert (trained.step, trained.pattern) == (8, "sparse")
 

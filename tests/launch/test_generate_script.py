@@ -99,9 +99,9 @@ def test_weights_of_dead_units_are_zero_so_that_masks_need_not_be_loaded(trained
     layers = model.sparse_layers()
     assert layers
     for name, layer in layers.items():
-        live = unpack_bits(masks[f"live/{name}"], layer.mask.numel()).view_as(layer.mask)
-        weights = live.repeat_interleave(layer.block_size, 0).repeat_interleave(layer.block_size, 1)
-        assert 0 < int(live.sum()) < live.numel()
+        active = unpack_bits(masks[f"active/{name}"], layer.mask.numel()).view_as(layer.mask)
+        weights = active.repeat_interleave(layer.block_size, 0).repeat_interleave(layer.block_size, 1)
+        assert 0 < int(active.sum()) < active.numel()
         assert not layer.weight[~weights].any() and layer.weight[weights].all()
         assert layer.weight.dtype == torch.float32
 

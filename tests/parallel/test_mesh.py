@@ -41,7 +41,9 @@ def test_only_failed_collectives_are_lost_peers() -> None:
 def describe(mesh: Mesh) -> dict:
     """Who this rank is in a mesh of two by two, and what it hears from others."""
     environment = LaunchEnvironment.from_variables(os.environ)
-    mesh = make_mesh(environment, mesh.device, "gloo", timedelta(seconds=60), tensor_parallel_size=2)
+    mesh = make_mesh(
+        environment.rank, environment.world_size, mesh.device, "gloo", timedelta(seconds=60), tensor_parallel_size=2
+    )
     own = torch.tensor([mesh.rank])
     return {
         "data": mesh.data_parallel.gather(own).flatten().tolist(),
