@@ -52,8 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint (default: the newest good one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
     parser.add_argument("--weights-only", action="store_true", help="of a run: make a model folder")
-    parser.add_argument("--densify", action="store_true", help="the reverse: all units active, no masks")
-    parser.add_argument("--method", choices=METHODS, help="which units active (default: magnitude)")
+    parser.add_argument("--densify", action="store_true", help="the reverse: all units are active, no masks")
+    parser.add_argument("--method", choices=METHODS, help="which units are active (default: magnitude)")
     parser.add_argument(
         "--density", type=float, metavar="D", help="share of the weights that are active (sparsity.density)"
     )

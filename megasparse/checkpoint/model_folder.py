@@ -2,7 +2,7 @@
 
     FOLDER/config.yaml              a run configuration; paths of the tokenizer are relative to the folder
     FOLDER/model.safetensors        or model-00001-of-0000N.safetensors and model.safetensors.index.json
-    FOLDER/topology.safetensors     optional: which units active, in the form that a run's checkpoints use
+    FOLDER/topology.safetensors     optional: which units are active, in the form that a run's checkpoints use
     FOLDER/checksums.json           size and SHA-256 of these files
     FOLDER/tokenizer.json, ...      whatever belongs to the tokenizer
 

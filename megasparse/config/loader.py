@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge and check. Raises ConfigError naming the field, its value and the what they must be."""
+    """Read, merge and check. Raises ConfigError naming the field, its value and what it must be."""
     merged = OmegaConf.create({})
     for path in paths:
         merged = _merge(merged, _read_with_bases(Path(path), seen=()))

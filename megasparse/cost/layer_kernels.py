@@ -61,7 +61,7 @@ class LayerKernels:
             check_kernel(self.kernel, device, self.dtype, block_size, planned=planned)
 
     def choice(self, name: str, density: float) -> str:
-        """The backend of a layer at a density; a layer whose units all active is an ordinary one."""
+        """The backend of a layer at a density; a layer whose units are all active is an ordinary one."""
         if density >= 1.0:
             return "dense"
         shape = self.shapes[name]

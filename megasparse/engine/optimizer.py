@@ -63,9 +63,8 @@ class MaskedAdamW(torch.optim.AdamW):
     ``skip_updates``: while True a step passes without an update of anything (paper preset). ZeRO calls ``step`` once
     for each group, so it is the caller who sets and clears it.
     With `per_weight_step_counts` or `regrowth_warmup_steps` each weight of a sparse group has its own step count,
-    the number of updates
-    since it was last grown: moments are corrected by 1 - beta^steps instead of 1 - beta^step, and the update of a
-    regrown weight is scaled by min(1, steps / regrowth_warmup_steps).
+    the number of updates since it was last grown: moments are corrected by 1 - beta^steps instead of 1 - beta^step, and
+    the update of a regrown weight is scaled by min(1, steps / regrowth_warmup_steps).
     """
 
     param_groups: list[dict[str, Any]]
@@ -84,7 +83,7 @@ class MaskedAdamW(torch.optim.AdamW):
         self.regrowth_warmup_steps = sparsity.regrowth_warmup_steps
 
     @property
-    def keeps_ages(self) -> bool:
+    def keeps_weight_steps(self) -> bool:
         return self.per_weight_step_counts or self.regrowth_warmup_steps > 0
 
     @torch.no_grad()
@@ -92,7 +91,7 @@ class MaskedAdamW(torch.optim.AdamW):
         assert closure is None, "gradients come from the engine"
         if self.skip_updates:
             return None
-        if not self.keeps_ages:
+        if not self.keeps_weight_steps:
             return super().step()
         everything = self.param_groups
         # The library's step works on the groups it is shown; ours takes the groups with per-weight steps.
@@ -102,10 +101,10 @@ class MaskedAdamW(torch.optim.AdamW):
         for group in everything:
             if group["sparse_layer"] is not None:
                 for parameter in group["params"]:
-                    self._step_with_ages(parameter, group)
+                    self._step_by_weight(parameter, group)
         return None
 
-    def _step_with_ages(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step_by_weight(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient = parameter.grad
         if gradient is None:
             return

@@ -66,7 +66,7 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
 
 def _open_model_folder(path: Path, step: int | None, device: torch.device | str) -> TrainedModel:
     if step is not None:
-        raise ConfigError(f"step: {step}; must be none, {path} is a model folder")
+        raise ConfigError(f"step: {step}; must be unset: {path} is a model folder")
     folder = ModelFolder(path)
     config = folder.config
     tokenizer = _needed_tokenizer(config, path)

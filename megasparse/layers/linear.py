@@ -4,10 +4,9 @@ A `column` layer (Megatron-LM's column-parallel) divides its outputs, a `row` la
 one sum over the ranks in the forward pass and one in the backward pass. Each layer declares the division of each of its
 parameters once (``ShardSpec``). With one rank both are ordinary layers.
 
-A ``SparseLinear`` owns the mask that says which units of its shard of the weight active. Whoever changes the mask (the
-controller) also zeroes the inactive weights and then calls ``topology_changed``. Between two such calls the forward
-pass
-asks the device nothing: while all units active the layer is an ordinary linear layer.
+A ``SparseLinear`` owns the mask that says which units of its shard of the weight are active. Whoever changes the mask
+(the controller) also zeroes the inactive weights and then calls ``topology_changed``. Between two such calls the
+forward pass asks the device nothing: while all units are active the layer is an ordinary linear layer.
 """
 
 from __future__ import annotations
@@ -103,10 +102,9 @@ class SparseLinear(Linear):
     learned something.
 
     Attributes:
-        mask: bool, the grid of this rank's shard, True where the unit is active; a buffer that is not in the state
-        dict.
+        mask: bool, the grid of this rank's shard, True where the unit is active; a buffer outside of the state dict.
         grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
-        index: lists of the active units, for the kernels; None while all active. Kept by `topology_changed`.
+        index: lists of the active units, for the kernels; None while all are active. Kept by `topology_changed`.
         collect_dense_gradient: while True the backward pass returns the gradient of inactive units too.
 
     Raises:

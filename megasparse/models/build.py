@@ -14,7 +14,7 @@ from megasparse.sparsity.groups import check_groups, layer_settings
 
 
 def build_model(config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup | None = None) -> GPT:
-    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all units active.
+    """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all active.
 
     tensor_parallel: the ranks that share it; None: this process alone.
     """

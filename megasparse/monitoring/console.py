@@ -1,6 +1,6 @@
 """What rank 0 shows: the plan before the first step, progress while training, the summary at the end.
 
-On a terminal there is one active bar; elsewhere (a log file, a pipe, a batch job) each update is one plain line without
+On a terminal there is one live bar; elsewhere (a log file, a pipe, a batch job) each update is one plain line without
 control codes. Other ranks hold the silent twin, so that no caller asks for its rank::
 
     console = make_console()
@@ -40,10 +40,10 @@ from megasparse.utils.format import (
 )
 
 REFRESH_SECONDS = 0.1
-"""The active bar is drawn at most this often; it has no thread of its own that would take time from training."""
+"""The live bar is drawn at most this often; it has no thread of its own that would take time from training."""
 
 WIDE_TERMINAL = 130
-"""Columns from which the active bar is shown with all its words; eighty columns still hold the numbers."""
+"""Columns from which the live bar is shown with all its words; eighty columns still hold the numbers."""
 
 LOG_WIDTH = 110
 """Columns of a table that goes to a file."""

@@ -118,7 +118,7 @@ def test_ages_that_are_alike_in_all_inactive_units_cost_nothing(tmp_path) -> Non
 
 
 class PatternState(MaskedState):
-    """2 of every 4 weights of a row active."""
+    """2 of every 4 weights of a row are active."""
 
     def __init__(self, config) -> None:
         dense = TinyState(dense_config())

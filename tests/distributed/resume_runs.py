@@ -19,11 +19,11 @@ STOP = 10
 """Steps before the checkpoint: ultra-sparse, between two topology updates."""
 
 
-def collected_ages(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
+def collected_weight_steps(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
     """Whole per-weight steps by layer name; empty where none are kept."""
     fragments, result = engine.state.fragments(), {}
     for name, layer in engine.controller.layers.items():
-        if not engine.optimizer.keeps_ages:
+        if not engine.optimizer.keeps_weight_steps:
             continue
         partition = shard_spec_of(layer.weight)
         flat = torch.zeros(torch.Size(partition.local_shape).numel(), dtype=torch.int32)
@@ -59,7 +59,7 @@ def save_and_go_on(mesh: Mesh, layout: Layout, overrides: list[str], folder: Pat
     state = TrainState(step=STOP, consumed_samples=STOP * 8, last_loss=1 / 3)
     state.window.loss = 1.0 + mesh.data_parallel.rank
     Checkpointer(folder, config, mesh, engine, controller).save(state)
-    saved = {**collected_state(mesh, engine), "weight_steps": collected_ages(mesh, engine)}
+    saved = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {"saved": saved, "rest": train_on(mesh, engine, controller, STOP, config.train.steps)}
 
 
@@ -71,7 +71,7 @@ def resume(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> di
     engine.config = controller.config = config
     state = Checkpointer(folder, config, mesh, engine, controller).restore()
     check_state(engine, controller)
-    restored = {**collected_state(mesh, engine), "weight_steps": collected_ages(mesh, engine)}
+    restored = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {
         "window_loss": state.window.loss,
         "state": [state.step, state.consumed_samples, state.last_loss],

@@ -1,4 +1,4 @@
-"""What rank 0 prints: plain lines away from a terminal, an active bar on one, nothing on other ranks."""
+"""What rank 0 prints: plain lines away from a terminal, a live bar on one, nothing on other ranks."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
     assert torch.equal(mask, decode_places(stored, "bits", mask.shape, num_active))
 
 Values keep their bit patterns. A mask is stored as one bit per unit (`bits`), as the numbers of the active units
-(`list`), or, where exactly n of every m consecutive weights of a row active, as their places in each group (`n:m`, such
-as `2:4`).
+(`list`), or, where exactly n of every m consecutive weights of a row are active, as their places in each group (`n:m`,
+such as `2:4`).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
 
 
 def check_pattern(mask: Tensor, n: int, m: int) -> None:
-    """Raise ValueError unless exactly n of every m consecutive units of a row active."""
+    """Raise ValueError unless exactly n of every m consecutive units of a row are active."""
     if mask.shape[1] % m:
         raise ValueError(f"its rows of {mask.shape[1]} weights are no groups of {m}")
     counts = mask.reshape(-1, m).sum(dim=1)

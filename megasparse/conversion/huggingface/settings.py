@@ -52,7 +52,7 @@ class Settings:
 def read_settings(values: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
     """The architecture, and our sections `model` and `attention` as nested plain values.
 
-    Raises ConfigError naming the field, its value and the what they must be.
+    Raises ConfigError naming the field, its value and what it must be.
     """
     settings = Settings(values)
     names = settings.get("architectures", [])

@@ -33,7 +33,7 @@ def choose_architecture(config: RunConfig, wanted: str | None = None) -> Archite
 
 
 def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
-    """The first setting that the architecture cannot express, with its what they must be."""
+    """The first setting that the architecture cannot express, with what it must be."""
     model, window = config.model, config.attention.sliding_window
     if config.sparsity.algorithm != "dense" and config.sparsity.low_rank:
         return f"sparsity.low_rank is {config.sparsity.low_rank}; must be 0"

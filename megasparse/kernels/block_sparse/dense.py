@@ -41,7 +41,7 @@ def apply_mask_(tensor: Tensor, mask: Tensor, block_size: int) -> Tensor:
     Args:
         tensor: [out, in], any strides.
         mask: bool [out / unit, in / unit], True where the unit is active.
-        unit: side of the square units; 1: single entries.
+        block_size: side of the square units; 1: single entries.
 
     Returns:
         `tensor`.

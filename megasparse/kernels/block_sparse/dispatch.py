@@ -45,7 +45,7 @@ def choose(
         kernel: a name from `KERNELS`; `auto`: the fastest one that supports the layer.
         device: device type, `cpu` or `cuda`.
         dtype: of input and weight.
-        unit: side of the square units.
+        block_size: side of the square units.
         tokens: rows of the input.
         density: share of active units.
         widths: (in, out) of the layer; None: nothing is known of them.

@@ -57,7 +57,7 @@ def build_index(mask: Tensor, block_size: int, num_active: int | None = None) ->
 
     Args:
         mask: bool [R, C].
-        unit: side of the square blocks; 1: no lists are made, as no kernel reads them.
+        block_size: side of the square blocks; 1: no lists are made, as no kernel reads them.
         num_active: how many blocks are active; None asks the device.
     """
     if num_active is None:

@@ -2,7 +2,7 @@
 //
 // A pattern is one or two parts. In each part the queries and the keys of a class (all tokens, those of equal position
 // modulo the stride, or the last tokens of the blocks) are gathered, and every query sees an interval of its keys. So a
-// tile of queries against its keys is a small dense product of which only the register tiles with a active pair are
+// tile of queries against its keys is a small dense product of which only the register tiles with an active pair are
 // computed. Parts are joined by their maxima and sums; documents shorten the intervals.
 //
 // The forward pass walks tiles of queries, the backward pass tiles of keys, which see an interval of queries each: there
