@@ -267,7 +267,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path) -> None:
         (["{made}/nowhere"], "no such folder; must be a run folder"),
         (["{made}"], "nothing that is known; must be a run folder"),
         (["{made}/run", "--step", "7"], "has no checkpoint of step 7; must be 6"),
-        (["{made}/small", "--step", "6"], "--step: 6; must be none"),
+        (["{made}/small", "--step", "6"], "--step: 6; must be unset"),
         (["--diff", "{made}/run"], "two with --diff"),
         (["{made}/run", "{made}/small"], "otherwise one"),
         (["--verify", "{made}/nowhere"], "no such folder"),

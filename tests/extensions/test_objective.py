@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from harness import run_distributed
 
 from megasparse.config.loader import load_config
 from megasparse.data import Batch, IndexedDatasetWriter
@@ -44,20 +46,24 @@ class CrossEntropyWithZLoss:
         return ObjectiveResult(cross_entropy + WEIGHT * z_loss, {"cross_entropy": cross_entropy, "z_loss": z_loss})
 
 
-def metrics(folder: Path, objective: Objective | None, *overrides: str) -> list[dict]:
+def train(words: list[str], objective: Objective | None) -> None:
+    """One rank; in a process of its own, for DeepSpeed changes torch for the rest of a process."""
+    pretrain(load_config([], words), LaunchEnvironment.from_variables(os.environ), objective)
+
+
+def metrics(folder: Path, objective: Objective | None, *overrides: str, ranks: int = 1) -> list[dict]:
     with IndexedDatasetWriter(folder / "corpus", "uint16") as writer:
         for first in range(40):
             writer.add_document([(first + 3 * i) % 63 + 1 for i in range(60)] + [0])
         writer.finalize()
     names = [f"data.train=[{{path: {folder / 'corpus'}}}]", f"run.folder={folder}", "run.name=run"]
-    config = load_config([], [*SETTINGS, *names, *overrides])
-    pretrain(config, LaunchEnvironment.from_variables({}), objective)
+    run_distributed(train, ranks, [*SETTINGS, *names, *overrides], objective, with_mesh=False)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_new_objective_is_trained_for_and_its_parts_are_logged(tmp_path: Path, zero_stage: int) -> None:
-    lines = metrics(tmp_path, CrossEntropyWithZLoss(), f"deepspeed.zero_stage={zero_stage}")
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 1), (3, 2)])
+def test_a_new_objective_is_trained_for_and_its_parts_are_logged(tmp_path: Path, zero_stage: int, ranks: int) -> None:
+    lines = metrics(tmp_path, CrossEntropyWithZLoss(), f"deepspeed.zero_stage={zero_stage}", ranks=ranks)
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     for line in lines:
         assert line["loss"] == pytest.approx(line["cross_entropy"] + WEIGHT * line["z_loss"], rel=1e-5)
