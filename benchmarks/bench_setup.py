@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
-from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.loop import Trainer
 from megasparse.training.state import TrainState
 
@@ -44,21 +40,8 @@ def benchmark_config(model: str, *overrides: str) -> RunConfig:
 @contextmanager
 def open_trainer(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Trainer, BatchLoader]]:
     """A trainer that writes nothing, with its loader."""
-    controller, engine = build_engine(config, config.model.vocab_size, mesh)
+    methods, engine = build_engine(config, config.model.vocab_size, mesh)
     data = RandomTokens(config.model.vocab_size, config.model.seq_length)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpointer = Checkpointer(Path(folder), config, mesh, engine, controller)
-        trainer = Trainer(
-            config=config,
-            mesh=mesh,
-            engine=engine,
-            controller=controller,
-            train_data=data,
-            valid_data=None,
-            checkpointer=checkpointer,
-            records=None,
-            progress=quiet(),
-            state=TrainState(),
-        )
-        with trainer.loader() as loader:
-            yield trainer, loader
+    trainer = Trainer(config, mesh, engine, methods, data, TrainState())
+    with trainer.loader() as loader:
+        yield trainer, loader

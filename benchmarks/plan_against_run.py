@@ -128,7 +128,7 @@ def measure_steps(trainer, loader, steps: int) -> dict[str, Any]:
             ordinary, topology = [], []
         started = time.perf_counter()
         result = trainer.train_step(loader)
-        (ordinary if result.topology is None else topology).append(time.perf_counter() - started)
+        (topology if result.records else ordinary).append(time.perf_counter() - started)
     parts = trainer.state.ledger.by_part()
     return {
         "ordinary": statistics.median(ordinary),

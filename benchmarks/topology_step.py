@@ -55,10 +55,10 @@ def measure(arguments: argparse.Namespace, block_size: int, mesh) -> dict:
             seconds = time.perf_counter() - started
             if step < UPDATE_INTERVAL:
                 continue
-            (changing if result.topology else ordinary).append(seconds)
-            if result.topology:
-                deciding.append(result.topology.seconds)
-        parameters = sum(topology.numel for topology in trainer.controller.topologies.values())
+            (changing if result.records else ordinary).append(seconds)
+            if result.records:
+                deciding.append(result.records["topology"][0]["seconds"])
+        parameters = sum(topology.numel for topology in trainer.methods[0].controller.topologies.values())
     usual, slow = statistics.median(ordinary), statistics.median(changing)
     return {
         "model": arguments.model,

@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace, block_size: int, num_layers: int, hid
     )
     ordinary, changing, deciding, sent = [], [], [], []
     with open_trainer(config, mesh) as (trainer, loader):
-        state, controller = trainer.engine.state, trainer.controller
+        state, controller = trainer.engine.state, trainer.methods[0].controller
         for name in ("shard", "tensor_parallel", "whole"):
             setattr(state, name, CountingAxis(getattr(state, name), sent))
         controller.tensor_parallel = CountingAxis(controller.tensor_parallel, sent)
@@ -96,9 +96,9 @@ def measure(arguments: argparse.Namespace, block_size: int, num_layers: int, hid
             seconds = time.perf_counter() - started
             if step < UPDATE_INTERVAL:
                 continue
-            (changing if result.topology else ordinary).append(seconds)
-            if result.topology:
-                deciding.append(result.topology.seconds)
+            (changing if result.records else ordinary).append(seconds)
+            if result.records:
+                deciding.append(result.records["topology"][0]["seconds"])
                 bytes_sent = sum(sent)
         topologies = list(controller.topologies.values())
         bound = sum(

@@ -338,6 +338,8 @@ class TrainConfig(Section):
     """Tokens of the text sampled at the end; 0: none."""
     sample_prompt: str = "\n"
     """Text that the sample continues."""
+    profile_steps: NonNegativeInt = 0
+    """Steps whose trace (torch profiler, all ranks) is written into the run folder, after the first few; 0: none."""
     distributed_timeout_seconds: PositiveInt = 1800
     """A collective that waits longer than this fails; a rank that makes no progress for longer than this, in the first
     step, a validation, a checkpoint, or at the start or the end of the run, ends the run."""

@@ -95,15 +95,24 @@ def _attention_forward(
             f"attention patterns: need {len(layers)} layers of {layers[0].num_heads} heads, got "
             f"{[len(heads) for heads in patterns]}"
         )
-    total = 0
-    for layer, heads in zip(layers, patterns, strict=True):
-        active = sum(
-            entries(pattern, seq_length, layer.stride, offset=offset)
-            for pattern, offset in zip(heads, layer.offsets, strict=True)
-        )
-        # Two products (scores, weighted sum), 2 FLOPs per entry and dimension each.
-        total += 4 * num_sequences * active * layer.head_dim
-    return total
+    sizes = zip(layers, patterns, strict=True)
+    return sum(attention_flops(layer, num_sequences, seq_length, heads, entries) for layer, heads in sizes)
+
+
+def attention_flops(
+    layer: Attention,
+    num_sequences: int,
+    seq_length: int,
+    heads: Sequence[str],
+    entries: Callable[..., int] = active_entries,
+) -> int:
+    """FLOPs of the scores and weighted sums of one layer, forward, with a pattern for each query head."""
+    active = sum(
+        entries(pattern, seq_length, layer.stride, offset=offset)
+        for pattern, offset in zip(heads, layer.offsets, strict=True)
+    )
+    # Two products (scores, weighted sum), 2 FLOPs per entry and dimension each.
+    return 4 * num_sequences * active * layer.head_dim
 
 
 def _check_densities(densities: Mapping[str, float], model: GPT) -> None:

@@ -84,7 +84,7 @@ class LayerKernels:
 
     def executed_density(self, name: str, density: float) -> float:
         """Share of the dense work that is really done."""
-        return 1.0 if self.choice(name, density) in ("dense", "reference") else density
+        return density if saves_work(self.choice(name, density)) else 1.0
 
     def break_even(self, name: str) -> float | None:
         """Density above which the layer is dense; None where the kernel is forced, or none saves work."""
@@ -135,6 +135,16 @@ class LayerKernels:
             kinds = ", ".join(dict.fromkeys(map(layer_kind, names)))
             found.append(f"kernels.block_sparse auto saves no work in {kinds}: {reason}")
         return found
+
+
+def saves_work(backend: str) -> bool:
+    """Whether a backend leaves out what is inactive."""
+    return backend not in ("dense", "reference")
+
+
+def running_kernels(model: GPT) -> dict[str, str]:
+    """The kernels that compute the sparse layers now, by layer; `dense` before the first forward pass."""
+    return {name: layer.backend or "dense" for name, layer in model.sparse_layers().items()}
 
 
 def check_kernel(kernel: str, device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> None:

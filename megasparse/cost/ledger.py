@@ -4,23 +4,24 @@
 - algorithmic: active weights and active attention entries; the dense weight gradient of topology updates is counted;
 - executed: what the kernels in use really compute, recomputation included.
 
-A count is a linear function of the layers' densities, so its coefficients are taken from the model once.
+A count is a linear function of the layers' densities, so its coefficients are taken from the model once. In a run the
+layers say which kernels compute them; a plan asks ``LayerKernels``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from megasparse.config.schema import RunConfig
-from megasparse.cost.flops import count_flops
-from megasparse.cost.layer_kernels import LayerKernels
+from megasparse.config.schema import Pattern, RunConfig
+from megasparse.cost.flops import attention_flops, count_flops
+from megasparse.cost.layer_kernels import LayerKernels, saves_work
 from megasparse.kernels.hybrid_attention import executed_entries
+from megasparse.layers import Attention, Linear, SparseLinear
 from megasparse.models.gpt import GPT
-from megasparse.sparsity.controller import StepDecision
 
 PARTS = ("data", "forward", "backward", "optimizer", "topology")
 
@@ -39,52 +40,80 @@ class Flops:
         self.executed += other.executed
 
 
+@dataclass
+class StepWork:
+    """What of the dense work one optimizer step does; training methods fill it in."""
+
+    densities: dict[str, float] = field(default_factory=dict)
+    """Share of active weights of a sparse layer in the forward pass; layers left out are dense."""
+    patterns: Sequence[tuple[Pattern, ...]] | None = None
+    """Attention pattern of each query head of each layer; None: all `full`."""
+    dense_gradient_layers: frozenset[str] = frozenset()
+    """Sparse layers whose weight gradient is computed in full."""
+    computed: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens for which a linear layer or an attention (by name) is computed; left out: 1."""
+
+
 class FlopCounter:
-    """FLOPs of one optimizer step over the global batch, from the step's densities, patterns and kernels."""
+    """FLOPs of one optimizer step over the global batch, from what the step does and the kernels that do it."""
 
     def __init__(self, config: RunConfig, model: GPT, kernels: LayerKernels) -> None:
         self._config, self._model, self._kernels = config, model, kernels
         self._samples, self._length = config.train.global_batch_size, config.model.seq_length
-        layers = model.sparse_layers()
         tokens = self._samples * self._length
-        # FLOPs of one product (forward, input gradient or weight gradient) of each sparse layer when dense.
-        self._products = {name: 2 * tokens * layer.in_features * layer.out_features for name, layer in layers.items()}
-        empty = count_flops(model, self._samples, self._length, densities=dict.fromkeys(layers, 0.0))
-        self._rest = empty.forward + empty.input_gradient + empty.weight_gradient
-        # Blocks are recomputed, the head is not.
-        head = 0 if "head" in layers else 2 * tokens * model.head.in_features * model.head.out_features
-        self._recomputed_rest = empty.forward - head
+        # FLOPs of one product (forward, input gradient or weight gradient): of the sparse layers when dense, and of
+        # what is always dense, low-rank branches included.
+        self._products: dict[str, int] = {}
+        self._rest: dict[str, int] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                product = 2 * tokens * layer.in_features * layer.out_features
+                branch = 2 * tokens * layer.low_rank * (layer.in_features + layer.out_features)
+                is_sparse = isinstance(layer, SparseLinear)
+                self._rest[name] = branch if is_sparse else product + branch
+                if is_sparse:
+                    self._products[name] = product
+        self._attention = {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention)}
+        self._full = [("full",) * layer.num_heads for layer in self._attention.values()]
+        self._attention_cost: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
         self.dense = float(count_flops(model, self._samples, self._length).total)
-        self._attention: dict[tuple[tuple[str, ...], ...], tuple[int, int]] = {}
 
-    def step(self, decision: StepDecision, densities: Mapping[str, float]) -> Flops:
-        """Count one step. densities: of each sparse layer in the forward pass of this step."""
-        algorithmic = executed = 0.0
-        recomputed = float(self._recomputed_rest)
+    def step(self, work: StepWork, kernels: Mapping[str, str] | None = None) -> Flops:
+        """Count one step. kernels: those that compute the sparse layers, by layer; None: those that are planned."""
+        algorithmic = executed = recomputed = 0.0
         for name, product in self._products.items():
-            density = densities[name]
-            work = self._kernels.executed_density(name, density)
-            wants_dense = name in decision.dense_gradient_layers
-            algorithmic += product * (2 * density + (1.0 if wants_dense else density))
-            executed += product * (2 * work + (1.0 if wants_dense else work))
-            recomputed += product * work if name != "head" else 0.0
-        attention, attention_executed = self._attention_forward(tuple(decision.patterns))
-        algorithmic += self._rest + 3 * attention
-        executed += self._rest + 3 * attention_executed
+            density, share = work.densities.get(name, 1.0), work.computed.get(name, 1.0)
+            kernel = self._kernels.choice(name, density) if kernels is None else kernels[name]
+            done = density if saves_work(kernel) else 1.0
+            wants_dense = name in work.dense_gradient_layers
+            algorithmic += share * product * (2 * density + (1.0 if wants_dense else density))
+            executed += share * product * (2 * done + (1.0 if wants_dense else done))
+            recomputed += share * product * done if name != "head" else 0.0
+        for name, product in self._rest.items():
+            cost = work.computed.get(name, 1.0) * product
+            algorithmic += 3 * cost
+            executed += 3 * cost
+            # Blocks are recomputed, the head is not.
+            recomputed += cost if name != "head" else 0.0
+        patterns = self._full if work.patterns is None else work.patterns
+        for name, heads in zip(self._attention, patterns, strict=True):
+            share, (active, really) = work.computed.get(name, 1.0), self._attention_forward(name, tuple(heads))
+            algorithmic += 3 * share * active
+            executed += 3 * share * really
+            recomputed += share * really
         if self._config.train.activation_recomputation:
-            executed += recomputed + attention_executed
+            executed += recomputed
         return Flops(self.dense, algorithmic, executed)
 
-    def _attention_forward(self, patterns: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
-        """Algorithmic and executed FLOPs of the attention scores and sums, forward."""
-        if patterns not in self._attention:
-            count = partial(count_flops, self._model, self._samples, self._length, patterns=patterns)
+    def _attention_forward(self, name: str, heads: tuple[str, ...]) -> tuple[int, int]:
+        """Algorithmic and executed FLOPs of the scores and sums of one layer, forward."""
+        if (name, heads) not in self._attention_cost:
             shape = {"dtype": self._kernels.dtype, "head_dim": self._config.model.head_dim}
             kernel, device = self._config.kernels.hybrid_attention, self._kernels.device
             entries = partial(executed_entries, kernel, device=device, planned=self._kernels.planned, **shape)
-            algorithmic = count().attention_forward
-            self._attention[patterns] = algorithmic, count(attention_entries=entries).attention_forward
-        return self._attention[patterns]
+            size = self._attention[name], self._samples, self._length, heads
+            self._attention_cost[name, heads] = attention_flops(*size), attention_flops(*size, entries)
+        return self._attention_cost[name, heads]
 
 
 @dataclass

@@ -1,59 +1,101 @@
 """AdamW for matrices whose density changes, and the parameter groups it works on.
 
-    optimizer = MaskedAdamW(parameter_groups(model, controller, config.optimizer), config)
-    set_learning_rates(optimizer, lr, controller, config.optimizer)
+    optimizer = MaskedAdamW(parameter_groups(model, rules, weight_decay), config.optimizer, config.sparsity)
+    set_learning_rates(optimizer, lr, rules, weight_decay)
 
-Sparse matrices of one density share a group, whose learning rate is multiplied and whose weight decay is divided by
-min(density^-p, cap). DeepSpeed may replace the parameters of a group by flat pieces of them; names and options stay.
+Which parameters share a group of their own, and by what their learning rate and weight decay are multiplied in each
+step, is said by rules (``GroupRule``); training methods are such. DeepSpeed may replace the parameters of a group by
+flat pieces of them; names and options stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megasparse.config.schema import OptimizerConfig, SparsityConfig
 from megasparse.parallel import shard_spec_of
-from megasparse.sparsity.controller import Controller
 
 MAX_WEIGHT_STEPS = 2**15 - 1
 
 
-def parameter_groups(model: nn.Module, controller: Controller, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups `sparse.<n>` (one per density class), `matrices` (decayed), `vectors` (biases, norms: not decayed)."""
-    taken: set[int] = set()
-    groups: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class ParameterGroup:
+    """A group of its own in the optimizer, for the parameters that a rule puts into it."""
 
-    def add(name: str, parameters: Iterable[nn.Parameter], weight_decay: float, layer: str | None = None) -> None:
-        fresh = [parameter for parameter in parameters if id(parameter) not in taken]
-        taken.update(id(parameter) for parameter in fresh)
-        if fresh:
-            groups.append({"name": name, "params": fresh, "weight_decay": weight_decay, "sparse_layer": layer})
+    name: str
+    masked: bool = False
+    """Entries are dropped and grown, so that each may have its own step count."""
 
-    for number, names in enumerate(controller.density_classes().values()):
-        weights = [controller.layers[name].weight for name in names]
-        add(f"sparse.{number}", weights, optimizer.weight_decay, layer=names[0])
+
+class Multipliers(NamedTuple):
+    """By what the learning rate of a group is multiplied and its weight decay divided in one step."""
+
+    lr: float = 1.0
+    decay_divisor: float = 1.0
+
+
+class GroupRule(Protocol):
+    """Says which parameters want a learning rate or weight decay of their own."""
+
+    def groups(self) -> Sequence[tuple[ParameterGroup, Sequence[nn.Parameter]]]:
+        """Groups with their parameters, the same on every rank, in an order that does not change."""
+        ...
+
+    def multipliers(self, group: str) -> Multipliers:
+        """For the present step. group: the name of one of its groups."""
+        ...
+
+
+def parameter_groups(model: nn.Module, rules: Sequence[GroupRule], weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of the rules, then `matrices` (decayed) and `vectors` (biases, norms: not decayed).
+
+    A parameter that several rules want is in a group of both, whose multipliers are the products of theirs. Each group
+    lists its members by rule (`rules`: number of the rule -> name of its group).
+    """
+    wanted: dict[nn.Parameter, dict[int, ParameterGroup]] = {}
+    for number, rule in enumerate(rules):
+        for group, parameters in rule.groups():
+            for parameter in parameters:
+                wanted.setdefault(parameter, {})[number] = group
     # By the declared shape: at ZeRO stage 3 the parameters themselves are empty between uses.
     is_matrix = {parameter: len(shard_spec_of(parameter).shape) >= 2 for parameter in model.parameters()}
-    add("matrices", (p for p, matrix in is_matrix.items() if matrix), optimizer.weight_decay)
-    add("vectors", (p for p, matrix in is_matrix.items() if not matrix), 0.0)
-    return groups
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(parameter: nn.Parameter, name: str, decay: float, by_rule: Mapping[int, ParameterGroup]) -> None:
+        group = found.setdefault(name, {"name": name, "params": [], "weight_decay": decay})
+        group["params"].append(parameter)
+        group["rules"] = {number: part.name for number, part in by_rule.items()}
+        group["masked"] = any(part.masked for part in by_rule.values())
+
+    for parameter, by_rule in wanted.items():
+        name = "+".join(part.name for part in by_rule.values())
+        if is_matrix[parameter]:
+            add(parameter, name, weight_decay, by_rule)
+        else:
+            add(parameter, f"{name}.vectors", 0.0, by_rule)
+    for name, kind, decay in (("matrices", True, weight_decay), ("vectors", False, 0.0)):
+        for parameter, matrix in is_matrix.items():
+            if matrix is kind and parameter not in wanted:
+                add(parameter, name, decay, {})
+    return list(found.values())
 
 
 def set_learning_rates(
-    optimizer: MaskedAdamW, lr: float, controller: Controller, weight_decay: float
+    optimizer: MaskedAdamW, lr: float, rules: Sequence[GroupRule], weight_decay: float
 ) -> dict[str, float]:
-    """Put the step's learning rate into every group, scaled by density for sparse ones; returns it by group name."""
+    """Put the step's learning rate and weight decay into every group; returns the learning rates by group name."""
     rates = {}
     for group in optimizer.param_groups:
-        multiplier = 1.0
-        if group["sparse_layer"] is not None:
-            multiplier = controller.lr_multiplier(group["sparse_layer"])
-            group["weight_decay"] = weight_decay / multiplier
-        group["lr"] = rates[group["name"]] = lr * multiplier
+        parts = [rules[number].multipliers(name) for number, name in group["rules"].items()]
+        group["lr"] = rates[group["name"]] = lr * prod(part.lr for part in parts)
+        if parts and group["weight_decay"]:
+            group["weight_decay"] = weight_decay / prod(part.decay_divisor for part in parts)
     return rates
 
 
@@ -95,11 +137,11 @@ class MaskedAdamW(torch.optim.AdamW):
             return super().step()
         everything = self.param_groups
         # The library's step works on the groups it is shown; ours takes the groups with per-weight steps.
-        self.param_groups = [group for group in everything if group["sparse_layer"] is None]
+        self.param_groups = [group for group in everything if not group["masked"]]
         super().step()
         self.param_groups = everything
         for group in everything:
-            if group["sparse_layer"] is not None:
+            if group["masked"]:
                 for parameter in group["params"]:
                     self._step_by_weight(parameter, group)
         return None

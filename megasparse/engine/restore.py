@@ -85,7 +85,7 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
         if source.step > 0 and missing:
             raise ValueError(f"saved parameter {name} lacks {', '.join(sorted(missing))}")
     # A tied head goes by the name of the embedding.
-    sparse = {id(layer.weight) for layer in engine.controller.layers.values()}
+    sparse = {id(layer.weight) for layer in engine.model.sparse_layers().values()}
     counted = [name for name, parameter in parameters.items() if id(parameter) in sparse]
     needs_weight_steps = engine.optimizer.keeps_weight_steps and source.step > 0
     if needs_weight_steps and any("weight_steps" not in source.kinds(name) for name in counted):
@@ -126,7 +126,7 @@ def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, An
     state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
     state["exp_avg"] = torch.zeros_like(flat)
     state["exp_avg_sq"] = torch.zeros_like(flat)
-    if engine.optimizer.keeps_weight_steps and group["sparse_layer"] is not None:
+    if engine.optimizer.keeps_weight_steps and group["masked"]:
         state["weight_steps"] = torch.zeros_like(flat, dtype=torch.int16)
 
 

@@ -1,10 +1,10 @@
 """A model, its optimizer and DeepSpeed behind a handful of methods: the loop knows no more of DeepSpeed than these.
 
-engine = TrainingEngine(model, controller, config, mesh, objective)
+engine = TrainingEngine(model, rules, config, mesh, objective)
 for inputs, targets in micro_batches:
     loss = engine.forward(inputs, targets)
     engine.backward(loss)
-report = controller.update_topology(engine.state)      # on topology updates
+...                                                     # engine.state: weights, moments, gradients, to be edited here
 gradient_norm = engine.step(lr)
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.fragments import state_access
-from megasparse.engine.optimizer import MaskedAdamW, parameter_groups, set_learning_rates
+from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh, shard_spec_of
-from megasparse.sparsity.controller import Controller, OpenWeight
+from megasparse.sparsity.controller import OpenWeight
+from megasparse.sparsity.state import StateAccess
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,18 +65,24 @@ class ModelWithObjective(nn.Module):
 class TrainingEngine:
     """One rank's share of the training state. The mesh's process group must exist.
 
+    rules: say which parameters have learning rates of their own.
     objective: gives the loss of a batch and its named parts, see ``training.objectives``.
+
+    Attributes:
+        state: this rank's pieces of the sparse matrices, by name of the layer.
     """
 
-    def __init__(self, model: GPT, controller: Controller, config: RunConfig, mesh: Mesh, objective: Objective) -> None:
+    def __init__(
+        self, model: GPT, rules: Sequence[GroupRule], config: RunConfig, mesh: Mesh, objective: Objective
+    ) -> None:
         check_precision(config, mesh.device)
-        self.config, self.controller, self.mesh = config, controller, mesh
+        self.config, self.rules, self.mesh = config, rules, mesh
         prepare_deepspeed(mesh)
         self.model = model.to(mesh.device)
         self._with_objective = ModelWithObjective(self.model, objective)
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
-        groups = parameter_groups(self.model, controller, config.optimizer)
+        groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
             model=self._with_objective,
@@ -91,8 +98,11 @@ class TrainingEngine:
             # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
             self._engine.enable_backward_allreduce = False
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
-        weights = {name: layer.weight for name, layer in controller.layers.items()}
-        self.state = state_access(self._engine, self.optimizer, weights, mesh)
+        self.state = self.access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
+
+    def access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess:
+        """This rank's pieces of parameters, which may be edited between the last ``backward`` and ``step``."""
+        return state_access(self._engine, self.optimizer, weights, self.mesh)
 
     @property
     def accumulation_steps(self) -> int:
@@ -119,7 +129,7 @@ class TrainingEngine:
 
         skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
         """
-        set_learning_rates(self.optimizer, lr, self.controller, self.config.optimizer.weight_decay)
+        set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
         norm = self._gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()

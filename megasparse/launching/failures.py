@@ -26,6 +26,15 @@ class ReplicaMismatchError(RuntimeError):
     """Data-parallel ranks hold different masks; all ranks raise it at the same point."""
 
 
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient became NaN or infinite; all ranks raise it at the same step."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; go on from an older checkpoint with a lower optimizer.lr or a longer optimizer.warmup_steps"
+        )
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether the error is a collective that failed because another rank is gone or does not answer."""
     if isinstance(error, dist.DistError):

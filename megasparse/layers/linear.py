@@ -12,13 +12,20 @@ forward pass asks the device nothing: while all units are active the layer is an
 from __future__ import annotations
 
 from math import gcd
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megasparse.kernels.block_sparse import BlockIndex, build_index, refresh_index, sparse_embedding, sparse_linear
+from megasparse.kernels.block_sparse import (
+    BlockIndex,
+    build_index,
+    choose,
+    refresh_index,
+    sparse_embedding,
+    sparse_linear,
+)
 from megasparse.layers.init import divided_parameter
 from megasparse.parallel import ShardSpec, TensorParallel, shard_spec_of
 
@@ -105,6 +112,8 @@ class SparseLinear(Linear):
         mask: bool, the grid of this rank's shard, True where the unit is active; a buffer outside of the state dict.
         grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
         index: lists of the active units, for the kernels; None while all are active. Kept by `topology_changed`.
+        backend: name of the kernel that computes the layer, chosen at its first forward pass and again after each
+            change of the topology, for the input that it saw last; None before the first forward pass.
         collect_dense_gradient: while True the backward pass returns the gradient of inactive units too.
 
     Raises:
@@ -146,6 +155,8 @@ class SparseLinear(Linear):
         check_block_size(name, self.partition, block_size)
         self.block_size, self.low_rank, self.kernel, self.break_even = block_size, low_rank, kernel, break_even
         self.index: BlockIndex | None = None
+        self.backend: str | None = None
+        self._input: tuple[int, str, torch.dtype] | None = None
         self.collect_dense_gradient = False
         self.grid = self.partition.blocks(block_size)
         self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
@@ -175,15 +186,37 @@ class SparseLinear(Linear):
             refresh_index(self.index)
         else:
             self.index = build_index(self.mask, self.block_size, num_active)
+        self._choose_backend()
+
+    def _choose_backend(self) -> None:
+        if self._input is None:
+            return
+        if self.index is None:
+            self.backend = "dense"
+            return
+        tokens, device, dtype = self._input
+        self.backend = choose(
+            self.kernel,
+            device,
+            dtype,
+            self.block_size,
+            tokens,
+            self.index.density,
+            cast(tuple[int, int], self.partition.local_shape[::-1]),
+            break_even=self.break_even,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return sparse_linear(
-            x, self.weight, bias, self.index, self.collect_dense_gradient, self.kernel, self.break_even
-        )
+        seen = x.numel() // x.shape[-1], x.device.type, x.dtype
+        if seen != self._input:
+            self._input = seen
+            self._choose_backend()
+        assert self.backend is not None
+        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.backend)
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         """The low-rank branch: its thin middle crosses between the ranks instead of the wide ends."""

@@ -216,6 +216,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         ("Sent per rank", _communication(_part(plan, "communication"))),
         ("Parallel", _parallel(parallel)),
         ("Kernels", _kernels(kernels)),
+        ("Methods", "\n".join(plan.get("methods") or [])),
     ]
     _print_table(f"Plan of {plan.get('run', 'the run')}", rows, console)
     print_warnings(plan.get("warnings") or [], console)

@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics, topology updates, pictures of topologies. Rank 0 only.
 
-``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update, and
+``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update (training methods may write
+files of their own), and
 ``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a restart, lines of
 steps that will be done again are removed.
 """
@@ -10,15 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-
-from megasparse.sparsity.controller import TopologyReport
 
 PICTURE_SIDE = 128
 """Largest side of a topology picture, in pixels."""
@@ -34,24 +32,24 @@ class RunRecords:
 
     def __init__(self, folder: Path, *, resume_step: int, tensorboard: bool) -> None:
         self.folder = folder
-        for name in ("metrics.jsonl", "topology.jsonl"):
-            _drop_lines_after(folder / name, resume_step)
-        self._metrics = (folder / "metrics.jsonl").open("a")
-        self._topology = (folder / "topology.jsonl").open("a")
+        for path in folder.glob("*.jsonl"):
+            _drop_lines_after(path, resume_step)
+        self._files = {name: (folder / f"{name}.jsonl").open("a") for name in ("metrics", "topology")}
         self._scalars = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """values: `step` and the numbers of the line."""
-        _write_line(self._metrics, values)
+        self.record("metrics", values)
         if self._scalars is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self._scalars.add_scalar(name, value, values["step"])
 
-    def topology(self, report: TopologyReport, kernels: Mapping[str, int]) -> None:
-        """kernels: number of sparse layers by kernel after the change."""
-        # Counted like the metrics, by finished steps: the change belongs to the step that it ended.
-        _write_line(self._topology, {**asdict(report), "step": report.step + 1, "kernels": dict(kernels)})
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it."""
+        if name not in self._files:
+            self._files[name] = (self.folder / f"{name}.jsonl").open("a")
+        _write_line(self._files[name], values)
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""
@@ -61,8 +59,8 @@ class RunRecords:
         Image.fromarray(grey, mode="L").save(target)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._topology.close()
+        for file in self._files.values():
+            file.close()
         if self._scalars is not None:
             self._scalars.close()
 

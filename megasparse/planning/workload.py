@@ -22,14 +22,15 @@ import torch
 
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, LayerShape
-from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.cost.ledger import FlopCounter, Flops, StepWork
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear, SparseLinear
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller, StepDecision
-from megasparse.training.plan import set_active, stretches
+from megasparse.training.mixed_sparsity import set_active
+from megasparse.training.plan import stretches
 
 SAMPLES = 8
 HEAD = "head"
@@ -90,9 +91,7 @@ class Moment:
         result = Flops()
         share = 1.0 / update_interval if self.evolves else 0.0
         for weight, layers in ((1.0 - share, frozenset()), (share, self.dense_gradient_layers)):
-            d = self.decision
-            step = StepDecision(d.step, d.phase, d.pattern, d.patterns, dense_gradient_layers=layers)
-            cost = counter.step(step, self.densities)
+            cost = counter.step(StepWork(dict(self.densities), self.decision.patterns, layers))
             result.add(Flops(weight * cost.dense, weight * cost.algorithmic, weight * cost.executed))
         return result
 

@@ -1,7 +1,11 @@
-"""Saving and restoring a run: engine, topology, position and random states, as one checkpoint."""
+"""Saving and restoring a run: engine, training methods, position and random states, as one checkpoint.
+
+``Checkpointing`` is the callback that saves where it is due.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import restore_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
-from megasparse.sparsity.checks import check_invariant
-from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.replicas import check_replicas
+from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
 
 
@@ -34,17 +36,17 @@ class Checkpointer:
     """The checkpoints of one run, on every rank."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, mesh: Mesh, engine: TrainingEngine, controller: Controller
+        self, folder: Path, config: RunConfig, mesh: Mesh, engine: TrainingEngine, methods: Sequence[TrainingMethod]
     ) -> None:
         self.store = CheckpointStore(folder, config.train.keep_checkpoints)
-        self._config, self._mesh, self._engine, self._controller = config, mesh, engine, controller
+        self._config, self._mesh, self._engine, self._methods = config, mesh, engine, methods
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of the finished step; every rank calls it. Returns its folder.
 
         Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
         """
-        check_replicas(self._controller.topologies, self._mesh)
+        parts = {method.name: method.state() for method in self._methods}
         if self._mesh.is_first:
             self.store.begin(state.step)
         self._mesh.barrier()
@@ -53,10 +55,10 @@ class Checkpointer:
         losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
         self._engine.save(self.store.folder, name, {"train_state": state.to_dict(), "window_losses": losses})
         random_states = self._mesh.gather_rows(torch.get_rng_state())
-        topology = self._controller.state()
         if self._mesh.is_first:
             partial = self.store.folder / name
-            save_file({key: bits.contiguous() for key, bits in topology.items()}, partial / TOPOLOGY)
+            for method, part in parts.items():
+                save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / _file_of(method))
             save_file({"cpu": random_states}, partial / RANDOM)
             zero_stage = self._config.deepspeed.zero_stage
             write_layout(describe_layout(self._engine.model, self._engine.optimizer, self._mesh, zero_stage), partial)
@@ -91,7 +93,6 @@ class Checkpointer:
                 f"checkpoint {folder} is of another layout: {'; '.join(differences)}. To go on with this one: "
                 f"{first}train.universal=true"
             )
-        check_invariant(list(self._controller.topologies.values()), self._engine.state)
         if state.step > self._config.train.steps:
             raise CheckpointError(
                 f"checkpoint {folder} is past the end of the run: train.steps is {self._config.train.steps}; "
@@ -102,7 +103,7 @@ class Checkpointer:
     def _restore_same_layout(self, folder: Path) -> TrainState:
         """Bit for bit, from DeepSpeed's own files."""
         client_state = self._engine.load(folder.parent, folder.name)
-        self._load_topology(folder, _load(folder / TOPOLOGY))
+        self._load_methods(folder, lambda name: _load(folder / _file_of(name)))
         # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
         torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
         return _train_state(client_state["train_state"], client_state["window_losses"][self._mesh.rank])
@@ -122,14 +123,16 @@ class Checkpointer:
             restore_state(self._engine, universal)
         except ValueError as error:
             raise CheckpointError(f"{universal.folder}: {error}") from error
-        self._load_topology(universal.folder, universal.topology())
+        # The tool keeps what it knows: other methods begin anew.
+        self._load_methods(universal.folder, lambda name: universal.topology() if _file_of(name) == TOPOLOGY else {})
         losses = universal.manifest.window_losses
         # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
         return _train_state(universal.manifest.train_state, sum(losses) / len(losses))
 
-    def _load_topology(self, folder: Path, state: dict[str, Tensor]) -> None:
+    def _load_methods(self, folder: Path, part: Callable[[str], dict[str, Tensor]]) -> None:
         try:
-            self._controller.load_state(state)
+            for method in self._methods:
+                method.load_state(part(method.name))
         except ValueError as error:
             raise CheckpointError(f"checkpoint {folder}: {error}") from error
 
@@ -141,6 +144,37 @@ class Checkpointer:
             tensor_parallel_size=self._mesh.tensor_parallel.size,
             model=self._config.model.model_dump(mode="json"),
         )
+
+
+class Checkpointing(Callback):
+    """Saves every `train.save_interval` steps, and at the end of a run that has made a step since.
+
+    note: shows a line to the person who watches.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, interval: int, state: TrainState, note: Callable[[str], None], beat: Beat
+    ) -> None:
+        self._checkpointer, self._interval, self._state = checkpointer, interval, state
+        self._note, self._beat, self._saved_step = note, beat, state.step
+
+    def after_step(self, step: Step) -> None:
+        if self._interval and step.number % self._interval == 0:
+            self._save()
+
+    def end_run(self, reason: str) -> None:
+        if self._saved_step != self._state.step:
+            self._note(f"checkpoint {self._save().name} saved")
+
+    def _save(self) -> Path:
+        self._beat(f"step {self._state.step}: checkpoint", slow=True)
+        folder = self._checkpointer.save(self._state)
+        self._saved_step = self._state.step
+        return folder
+
+
+def _file_of(method: str) -> str:
+    return f"{method}.safetensors"
 
 
 def _train_state(values: dict[str, Any], window_loss: float) -> TrainState:

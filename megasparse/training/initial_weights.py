@@ -1,15 +1,15 @@
 """Puts the weights of a model folder, `train.init_from`, into a run that has not made a step.
 
-load_initial_weights(config, controller, engine)        # on every rank
+load_initial_weights(config, methods, engine)        # on every rank
 
 The optimizer is fresh and the step is 0. Weights lie whole in the folder, so that ranks and ZeRO stages may be any.
-Master weights take them over exactly, whatever precision the model computes in. ``initial_checks`` has looked at the
-folder before.
+Master weights take them over exactly, whatever precision the model computes in, but for what a training method changes.
+``initial_checks`` has looked at the folder before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +19,16 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import WEIGHT, restore_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import shard_spec_of
-from megasparse.sparsity.checks import check_invariant
-from megasparse.sparsity.controller import Controller
-from megasparse.training.initial_checks import is_used, open_initial, start_density, topology_density
+from megasparse.training.callback import TrainingMethod
+from megasparse.training.initial_checks import open_initial
 
 
-def load_initial_weights(config: RunConfig, controller: Controller, engine: TrainingEngine) -> None:
-    """Put the folder's weights, and its topology where it fits, into a fresh engine; every rank calls it."""
+def load_initial_weights(config: RunConfig, methods: Sequence[TrainingMethod], engine: TrainingEngine) -> None:
+    """Put the folder's weights, and what methods find in it, into a fresh engine; every rank calls it."""
     folder = open_initial(config)
-    if controller.topologies and is_used(topology_density(folder, controller), start_density(controller)):
-        controller.load_state(folder.topology())
-    restore_state(engine, _InitialState(folder, engine, controller))
-    check_invariant(list(controller.topologies.values()), engine.state)
+    for method in methods:
+        method.start_from(folder)
+    restore_state(engine, _InitialState(folder, engine, methods))
 
 
 class _InitialState:
@@ -38,29 +36,18 @@ class _InitialState:
 
     step = 0
 
-    def __init__(self, folder: ModelFolder, engine: TrainingEngine, controller: Controller) -> None:
-        self._folder = folder
-        parameters = dict(engine.model.named_parameters())
-        self.shapes = {name: shard_spec_of(parameter).shape for name, parameter in parameters.items()}
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        # All ranks ask for all masks in the same order: they are put together from the ranks' shards.
-        self._active = {
-            names[id(layer.weight)]: (controller.whole_mask(name), layer.block_size)
-            for name, layer in controller.layers.items()
-            if controller.active_densities()[name] < 1.0
-        }
+    def __init__(self, folder: ModelFolder, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        self._folder, self._methods = folder, methods
+        self.shapes = {name: shard_spec_of(p).shape for name, p in engine.model.named_parameters()}
 
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]
 
     def tensor(self, name: str, kind: str) -> Tensor:
         weight = fitted(name, self._folder.tensor(name), self.shapes[name]).to(torch.float32)
-        if name not in self._active:
-            return weight
-        grid, block_size = self._active[name]
-        rows, columns = grid.shape
-        blocks = weight.reshape(rows, block_size, columns, block_size).masked_fill(~grid[:, None, :, None], 0)
-        return blocks.view(weight.shape)
+        for method in self._methods:
+            weight = method.initial_weight(name, weight)
+        return weight
 
     def loss_scaler(self) -> Mapping[str, float]:
         return {}

@@ -8,6 +8,7 @@ and the run share their arithmetic. Raises ConfigError for what cannot be traine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,34 +31,51 @@ from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.schedule import is_update_due
+from megasparse.training.callback import MethodFactory, Step, TrainingMethod
 from megasparse.training.initial_checks import initial_warnings
+from megasparse.training.methods import build_methods
+from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
 CURVE_POINTS = 60
 
 
-def make_plan(
-    config: RunConfig, world_size: int, device: str | None = None, *, planned_kernels: bool = True
-) -> dict[str, Any]:
+def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> dict[str, Any]:
     """Plain numbers and strings, as printed, saved as ``plan.json`` and shown in the report.
 
-    device: type of the device that trains; None: that of this machine. planned_kernels: kernels are not compiled, and
-    the device need not be there; False: ask them.
+    device: type of the device that trains; None: that of this machine. Kernels are not compiled, and the device need
+    not be there.
     """
     check_run(config, world_size)
     config = resolve_dense_fallback(config, device or target_device())
-    check_extra(config.deepspeed.extra)
     vocab_size = vocabulary_size(config, open_tokenizer(config))
+    return plan_run(config, vocab_size, world_size, device or target_device())
+
+
+def plan_run(
+    config: RunConfig,
+    vocab_size: int,
+    world_size: int,
+    device: str,
+    methods: Sequence[MethodFactory] = (),
+    *,
+    planned_kernels: bool = True,
+) -> dict[str, Any]:
+    """``make_plan`` of a configuration that fits the ranks and in which `attention.dense_fallback` is resolved.
+
+    methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
+    """
+    check_extra(config.deepspeed.extra)
     # Rank 0's shard: the shapes of all shards are alike.
     ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
     with torch.device("meta"):
         model = build_model(config, vocab_size, ranks)
-    controller = Controller(config, model.sparse_layers(), ranks)
-    kernels = LayerKernels(config, model, device or target_device(), planned=planned_kernels)
-    check_attention(config, kernels.device, planned=planned_kernels)
+    made = build_methods(config, model, ranks, methods)
+    controller = next(method.controller for method in made if isinstance(method, MixedSparsityTraining))
+    kernels = LayerKernels(config, model, device, planned=planned_kernels)
+    check_attention(config, device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
-    flops, mean_density = walk_schedule(config, model, controller, kernels)
+    flops, mean_density = walk_schedule(config, model, made, kernels)
     return {
         "run": config.run.name,
         "parameters": _parameters(model, controller),
@@ -70,6 +88,7 @@ def make_plan(
             "min_density": controller.schedule.min_density,
             "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
         },
+        "methods": [line for method in made for line in method.plan_lines()],
         "flops": {
             "dense": flops.dense,
             "algorithmic": flops.algorithmic,
@@ -78,78 +97,63 @@ def make_plan(
         },
         "memory": memory_per_rank(config, model, world_size),
         "communication": communication_per_rank(config, model, controller, world_size),
-        "parallel": {
-            "world_size": world_size,
-            "data_parallel_size": world_size // config.parallel.tensor_parallel_size,
-            "tensor_parallel_size": config.parallel.tensor_parallel_size,
-            "zero_stage": config.deepspeed.zero_stage,
-            "micro_batch_size": train.micro_batch_size,
-            "accumulation_steps": train.global_batch_size
-            // (train.micro_batch_size * (world_size // config.parallel.tensor_parallel_size)),
-        },
+        "parallel": _parallel(config, world_size),
         "kernels": {
-            "device": kernels.device,
+            "device": device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
-            "hybrid_attention": attention_kernels(config, kernels.device, planned=planned_kernels),
+            "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
         },
         "warnings": [
             *unused_settings(config),
             *initial_warnings(config, vocab_size, controller),
             *kernels.warnings(),
-            *attention_warnings(config, kernels.device, planned=planned_kernels),
+            *attention_warnings(config, device, planned=planned_kernels),
         ],
     }
 
 
-def walk_schedule(config: RunConfig, model: GPT, controller: Controller, kernels: LayerKernels) -> tuple[Flops, float]:
-    """FLOPs of the whole run and the mean density of the sparse weights over the steps.
+def walk_schedule(
+    config: RunConfig, model: GPT, methods: Sequence[TrainingMethod], kernels: LayerKernels
+) -> tuple[Flops, float]:
+    """FLOPs of the whole run and the mean density of the sparse weights over the steps; `methods` go to its end.
 
-    Steps between two topology updates of one phase cost the same, so only the steps where something changes are
-    counted.
+    Steps that cost the same, as the methods say, are counted once.
     """
-    steps, interval = config.train.steps, config.sparsity.update_interval
-    counter, total, density_sum = FlopCounter(config, model, kernels), Flops(), 0.0
-    sizes = {name: topology.numel for name, topology in controller.topologies.items()}
-    set_active(controller, 0.0)
-    # While no density changes, steps of one pattern and the same dense gradients cost the same.
-    densities, costs = controller.active_densities(), {}
-    step = 0
-    while step < steps:
-        decision = controller.begin_step(step)
-        run = 1 if decision.changes_topology else _steps_alike(config, controller, step)
-        kind = decision.pattern, decision.dense_gradient_layers
+    steps, counter, total, density_sum = config.train.steps, FlopCounter(config, model, kernels), Flops(), 0.0
+    sizes = {name: layer.in_features * layer.out_features for name, layer in model.sparse_layers().items()}
+    costs: dict[Any, tuple[Flops, float]] = {}
+    index = 0
+    while index < steps:
+        step = Step(index)
+        for method in methods:
+            method.begin_step(step)
+        work = step.work
+        patterns = None if work.patterns is None else tuple(work.patterns)
+        kind = tuple(work.densities.values()), work.dense_gradient_layers, tuple(work.computed.items()), patterns
         if kind not in costs:
-            active = sum(densities[name] * size for name, size in sizes.items())
-            costs[kind] = counter.step(decision, densities), active / sum(sizes.values()) if sizes else 1.0
+            active = sum(work.densities.get(name, 1.0) * size for name, size in sizes.items())
+            costs[kind] = counter.step(work), active / sum(sizes.values()) if sizes else 1.0
+        alike = min((method.next_change(index, steps) for method in methods), default=steps) - index
         cost, density = costs[kind]
-        total.add(Flops(run * cost.dense, run * cost.algorithmic, run * cost.executed))
-        density_sum += run * density
-        if is_update_due(step, interval):
-            for name, counts in decision.counts.items():
-                controller.expect(name, counts)
-            if any(count.active != count.target for counts in decision.counts.values() for count in counts):
-                densities, costs = controller.active_densities(), {}
-        step += run
+        total.add(Flops(alike * cost.dense, alike * cost.algorithmic, alike * cost.executed))
+        density_sum += alike * density
+        for method in methods:
+            method.after_step(step)
+        index += alike
     return total, density_sum / steps
 
 
-def set_active(controller: Controller, progress: float) -> None:
-    """Let the controller count active units as the schedule asks for at a progress, without any mask."""
-    for name, density in controller.densities_at(progress).items():
-        controller.expect_active(name, unit_target(density, controller.topologies[name].num_units))
-
-
-def _steps_alike(config: RunConfig, controller: Controller, step: int) -> int:
-    """Steps from `step` on with the same densities and attention pattern."""
-    steps, interval = config.train.steps, config.sparsity.update_interval
-    last = min(steps, (step // interval + 1) * interval)
-
-    def pattern(at: int) -> str:
-        phase = controller.schedule.phase(at / steps)
-        return controller.pattern_schedule.pattern(at / steps, phase)
-
-    here = pattern(step)
-    return next((at for at in range(step + 1, last) if pattern(at) != here), last) - step
+def _parallel(config: RunConfig, world_size: int) -> dict[str, int]:
+    tensor_parallel_size, train = config.parallel.tensor_parallel_size, config.train
+    data_parallel_size = world_size // tensor_parallel_size
+    return {
+        "world_size": world_size,
+        "data_parallel_size": data_parallel_size,
+        "tensor_parallel_size": tensor_parallel_size,
+        "zero_stage": config.deepspeed.zero_stage,
+        "micro_batch_size": train.micro_batch_size,
+        "accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+    }
 
 
 def _documents(config: RunConfig) -> str:

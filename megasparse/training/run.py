@@ -1,12 +1,15 @@
 """A whole run, from a checked configuration to the report in its folder.
 
 summary = pretrain(config, LaunchEnvironment.from_variables(os.environ))
+
+It is prepared, which finds what the user must mend before any process starts to wait for another; built; and trained.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,110 +17,202 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint.store import CheckpointError
+from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
-from megasparse.cost.layer_kernels import prepare_kernels, target_device
+from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import check_precision
 from megasparse.inference.sampling import sample_text
-from megasparse.launching import LaunchEnvironment, choose_accelerator, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.launching.watchdog import Watchdog
 from megasparse.models.gpt import GPT
-from megasparse.monitoring.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
+from megasparse.monitoring.console import (
+    Progress,
+    QuietProgress,
+    make_console,
+    print_plan,
+    print_summary,
+    print_warnings,
+    quiet,
+)
 from megasparse.monitoring.records import RunRecords
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.callback import Callback, MethodFactory
+from megasparse.training.checkpoints import Checkpointer, Checkpointing
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import Trainer
+from megasparse.training.metrics import Metrics
 from megasparse.training.objectives import Objective
-from megasparse.training.plan import make_plan
+from megasparse.training.plan import plan_run
+from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
+from megasparse.training.validation import Validation
 from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 
-def pretrain(config: RunConfig, environment: LaunchEnvironment, objective: Objective | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Extensions:
+    """What a run uses besides what its configuration asks for."""
+
+    objective: Objective | None = None
+    """What is trained for; None: next-token prediction."""
+    methods: Sequence[MethodFactory] = ()
+    callbacks: Sequence[Callback] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run of which everything is known that can be known before it starts."""
+
+    config: RunConfig
+    folder: Path
+    plan: dict[str, Any]
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    train_data: Any
+    valid_data: Any
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run on this rank, ready for its next step."""
+
+    trainer: Trainer
+    progress: Progress | QuietProgress
+    watchdog: Watchdog
+    notes: list[str]
+    """What the user should know of where it goes on."""
+
+
+def pretrain(
+    config: RunConfig,
+    environment: LaunchEnvironment,
+    objective: Objective | None = None,
+    *,
+    methods: Sequence[MethodFactory] = (),
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
     """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts.
 
-    objective: what is trained for; None: next-token prediction.
+    objective: what is trained for; None: next-token prediction. methods, callbacks: besides those that the
+    configuration asks for.
     """
-    folder = Path(config.run.folder) / config.run.name
-    before = folder / "config.yaml" if config.train.resume == "auto" else None
-    config = resolve_dense_fallback(config, target_device(), before)
-    plan = make_plan(config, environment.world_size)
-    tokenizer = open_tokenizer(config)
-    vocab_size = vocabulary_size(config, tokenizer)
-    train_data, valid_data = build_data(config, vocab_size)
-    check_precision(config, torch.device(choose_accelerator(os.environ)))
-    check_monitor(config)
-    check_folder(folder, config)
+    extensions, console = Extensions(objective, methods, callbacks), make_console()
+    prepared = prepare(config, environment.world_size, methods=methods)
     if environment.rank == 0:
-        print_plan(plan, make_console())
-    ready = prepare_kernels(config, plan), prepare_attention(config, plan["kernels"]["device"])
-    if not all(ready):
-        known, plan = plan["warnings"], make_plan(config, environment.world_size, planned_kernels=False)
-        if environment.rank == 0:
-            print_warnings([warning for warning in plan["warnings"] if warning not in known], make_console())
+        print_plan(prepared.plan, console)
+    known, prepared = prepared.plan["warnings"], build_kernels(prepared, environment.world_size, methods)
+    if environment.rank == 0:
+        print_warnings([warning for warning in prepared.plan["warnings"] if warning not in known], console)
     with ExitStack() as stack:
-        timeout, size = config.train.distributed_timeout_seconds, config.parallel.tensor_parallel_size
-        mesh = stack.enter_context(open_mesh(environment, timeout, size))
-        config = agree_on_dense_fallback(config, mesh)
-        watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
-        controller, engine = build_engine(config, vocab_size, mesh, objective)
-        checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
-        state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
-        if config.train.init_from is not None and state.step == 0:
-            load_initial_weights(config, controller, engine)
-            notes = [*notes, f"starting from the weights of {config.train.init_from}"]
-        # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
-        mesh.barrier()
-        if mesh.is_first:
-            _write_start(folder, config, plan)
-        progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
-        trainer = Trainer(
-            config=config,
-            mesh=mesh,
-            engine=engine,
-            controller=controller,
-            train_data=train_data,
-            valid_data=valid_data,
-            checkpointer=checkpointer,
-            records=_open_records(folder, config, mesh, state, stack),
-            progress=progress,
-            state=state,
-            watchdog=watchdog,
-        )
-        with progress, StopSignal(mesh) as stop:
-            for note in notes:
-                progress.message(note)
-            reason = trainer.run(stop)
-        watchdog.beat("the end of the run", slow=True)
-        summary = summarise(config, plan, trainer, reason)
-        # Every rank takes part: the model may be divided among them.
-        text = _sample(config, engine.model, tokenizer)
-        if mesh.is_first:
-            _write_end(folder, text, summary)
-        mesh.barrier()
+        built = build(prepared, environment, extensions, stack)
+        summary = train(prepared, built)
     if environment.rank == 0:
         # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
         from megasparse.reporting.report import write_report
 
-        page = write_report(folder)
+        page = write_report(prepared.folder)
         print_summary(summary)
-        progress.message(f"report: {page}")
+        built.progress.message(f"report: {page}")
+    return summary
+
+
+def prepare(
+    config: RunConfig, world_size: int, device: str | None = None, methods: Sequence[MethodFactory] = ()
+) -> Prepared:
+    """Check all that can be checked, and open the data; nothing is built or written.
+
+    device: that trains; None: that of this machine. Raises ValueError for what the user must mend.
+    """
+    check_run(config, world_size)
+    folder = Path(config.run.folder) / config.run.name
+    before = folder / "config.yaml" if config.train.resume == "auto" else None
+    if device is None:
+        check_precision(config, torch.device(target_device()))
+    config = resolve_dense_fallback(config, device or target_device(), before)
+    tokenizer = open_tokenizer(config)
+    vocab_size = vocabulary_size(config, tokenizer)
+    plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
+    train_data, valid_data = build_data(config, vocab_size)
+    check_monitor(config)
+    check_folder(folder, config)
+    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data)
+
+
+def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodFactory] = ()) -> Prepared:
+    """Compile the kernels that the plan wants to use, and plan without those that cannot be.
+
+    Raises ConfigError where one cannot that was asked for by name.
+    """
+    config, plan, device = prepared.config, prepared.plan, prepared.plan["kernels"]["device"]
+    if all([prepare_kernels(config, plan), prepare_attention(config, device)]):
+        return prepared
+    plan = plan_run(config, prepared.vocab_size, world_size, device, methods, planned_kernels=False)
+    return replace(prepared, plan=plan)
+
+
+def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extensions, stack: ExitStack) -> Built:
+    """Start the process groups, and put model, engine and callbacks together where the run goes on.
+
+    stack: holds what must be closed when the run ends.
+    """
+    config, folder = prepared.config, prepared.folder
+    timeout = config.train.distributed_timeout_seconds
+    mesh = stack.enter_context(open_mesh(environment, timeout, config.parallel.tensor_parallel_size))
+    config = agree_on_dense_fallback(config, mesh)
+    watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
+    methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
+    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
+    state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
+    if config.train.init_from is not None and state.step == 0:
+        load_initial_weights(config, methods, engine)
+        notes = [*notes, f"starting from the weights of {config.train.init_from}"]
+    # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
+    mesh.barrier()
+    if mesh.is_first:
+        _write_start(folder, config, prepared.plan)
+    records = _open_records(folder, config, mesh, state, stack)
+    progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
+    trainer = Trainer(config, mesh, engine, methods, prepared.train_data, state, watchdog=watchdog)
+    interval = config.train.save_interval
+    trainer.callbacks = [
+        *extensions.callbacks,
+        *([] if prepared.valid_data is None else [Validation(config, engine, prepared.valid_data, mesh, state)]),
+        *([Profile(config, folder, mesh)] if config.train.profile_steps else []),
+        Metrics(config, mesh, state, records, progress),
+        Checkpointing(checkpointer, interval, state, progress.message, watchdog.beat),
+    ]
+    return Built(trainer, progress, watchdog, notes)
+
+
+def train(prepared: Prepared, built: Built) -> dict[str, Any]:
+    """Go through the steps that are left, and write sample and summary. Returns the summary."""
+    trainer, mesh = built.trainer, built.trainer.mesh
+    with built.progress, StopSignal(mesh) as stop:
+        for note in built.notes:
+            built.progress.message(note)
+        reason = trainer.run(stop)
+    built.watchdog.beat("the end of the run", slow=True)
+    summary = summarise(prepared.plan, trainer, reason)
+    # Every rank takes part: the model may be divided among them.
+    text = _sample(trainer.config, trainer.engine.model, prepared.tokenizer)
+    if mesh.is_first:
+        write_json(prepared.folder / "summary.json", summary)
+        if text is not None:
+            write_at_once(prepared.folder / "sample.txt", text)
+    mesh.barrier()
     return summary
 
 
 def check_start(config: RunConfig, world_size: int, device: str | None = None) -> None:
-    """Raise ValueError for all that ``pretrain`` would refuse before it starts; nothing is written."""
-    make_plan(config, world_size, device)
-    build_data(config, vocabulary_size(config, open_tokenizer(config)))
-    check_monitor(config)
-    check_folder((Path(config.run.folder) / config.run.name).absolute(), config)
+    """Raise ValueError for all that ``pretrain`` would refuse before it starts; nothing is built or written."""
+    prepare(config, world_size, device or target_device())
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
@@ -125,7 +220,8 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     traces = [folder / "metrics.jsonl", folder / "checkpoints"]
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
         raise ConfigError(
-            f"run.name: {folder} holds a run already; must be another run.name, or train.resume=auto to go on"
+            f"run.name: {folder.absolute()} holds a run already; must be another run.name, or train.resume=auto to go "
+            "on"
         )
 
 
@@ -137,9 +233,10 @@ def check_monitor(config: RunConfig) -> None:
         )
 
 
-def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
+def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
     """The final numbers of a run, as written to ``summary.json``."""
-    state = trainer.state
+    state, config = trainer.state, trainer.config
+    kernels = list(running_kernels(trainer.engine.model).values())
     return {
         "run": config.run.name,
         "steps": state.step,
@@ -147,13 +244,13 @@ def summarise(config: RunConfig, plan: dict[str, Any], trainer: Trainer, reason:
         "loss": state.last_loss,
         "val_loss": state.last_val_loss,
         "best_val_loss": state.best_val_loss,
-        "final_density": trainer.controller.density(),
+        **{key: value for method in trainer.methods for key, value in method.summary().items()},
         "flops_dense": state.ledger.flops.dense,
         "flops_algorithmic": state.ledger.flops.algorithmic,
         "flops_executed": state.ledger.flops.executed,
         "seconds": state.ledger.seconds.total,
         "seconds_by_part": state.ledger.by_part(),
-        "kernels": {**plan["kernels"], "layers_at_end": trainer.kernel_counts()},
+        "kernels": {**plan["kernels"], "layers_at_end": {kernel: kernels.count(kernel) for kernel in set(kernels)}},
         "parameters": plan["parameters"]["total"],
         "hardware": describe_hardware(trainer.mesh.device, trainer.mesh.world_size),
         "versions": package_versions(),
@@ -217,9 +314,3 @@ def _sample(config: RunConfig, model: GPT, tokenizer: Tokenizer | None) -> str |
         return None
     train = config.train
     return sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
-
-
-def _write_end(folder: Path, sample: str | None, summary: dict[str, Any]) -> None:
-    write_json(folder / "summary.json", summary)
-    if sample is not None:
-        write_at_once(folder / "sample.txt", sample)

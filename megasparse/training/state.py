@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megasparse.cost.ledger import Ledger
 
@@ -35,6 +38,18 @@ class TrainState:
     last_val_loss: float | None = None
     window: Window = field(default_factory=Window)
     ledger: Ledger = field(default_factory=Ledger)
+
+    def advance(self, losses: Sequence[Mapping[str, Tensor]], consumed_samples: int, tokens: int) -> None:
+        """Count a finished step. losses: `loss` and its named parts, of each micro-batch of this rank."""
+        self.step += 1
+        self.consumed_samples = consumed_samples
+        self.tokens += tokens
+        means = {name: float(torch.stack([part[name] for part in losses]).double().mean()) for name in losses[0]}
+        self.window.loss += means.pop("loss")
+        for name, mean in means.items():
+            self.window.parts[name] = self.window.parts.get(name, 0.0) + mean
+        self.window.steps += 1
+        self.window.tokens += tokens
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

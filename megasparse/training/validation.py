@@ -1,4 +1,7 @@
-"""Validation inside the training loop: the mean loss over a fixed, evenly spaced choice of samples."""
+"""Validation inside the training loop: the mean loss over a fixed, evenly spaced choice of samples.
+
+``Validation`` is the callback that does it where it is due; ``validation_loss`` the measurement itself.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,35 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megasparse.config.schema import RunConfig
 from megasparse.data import split_samples
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
+from megasparse.training.callback import Callback, Step
+from megasparse.training.state import TrainState
+
+
+class Validation(Callback):
+    """Measures the validation loss every `train.valid_interval` steps and after the last one, for the line of metrics.
+
+    dataset[i]: a sample of the validation data.
+    """
+
+    def __init__(
+        self, config: RunConfig, engine: TrainingEngine, dataset: Sequence[np.ndarray], mesh: Mesh, state: TrainState
+    ) -> None:
+        self._train, self._engine, self._dataset, self._mesh, self._state = config.train, engine, dataset, mesh, state
+
+    def after_step(self, step: Step) -> None:
+        train, interval = self._train, self._train.valid_interval
+        if step.number != train.steps and not (interval and step.number % interval == 0):
+            return
+        step.beat("validation", slow=True)
+        loss = validation_loss(self._engine, self._dataset, train.valid_samples, train.micro_batch_size, self._mesh)
+        state, best = self._state, self._state.best_val_loss
+        state.last_val_loss, state.best_val_loss = loss, loss if best is None else min(best, loss)
+        step.metrics["val_loss"] = loss
+        step.line_due = True
 
 
 def validation_loss(

@@ -8,13 +8,13 @@ import torch
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.cost import layer_kernels as training_kernels
 from megasparse.cost.layer_kernels import LayerKernels, describe_changes, layer_kind, prepare_kernels
-from megasparse.cost.ledger import FlopCounter
+from megasparse.cost.ledger import FlopCounter, StepWork
 from megasparse.kernels.block_sparse import break_even as tables
 from megasparse.kernels.block_sparse import cpu
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
-from megasparse.training.plan import make_plan
+from megasparse.training.plan import make_plan, plan_run
 
 SETTINGS = [
     "model.num_layers=2",
@@ -170,7 +170,8 @@ def test_the_ledger_counts_what_the_chosen_kernels_execute() -> None:
     names = list(kernels.shapes)
 
     def executed(density: float, step_decision=decision) -> float:
-        return counter.step(step_decision, dict.fromkeys(names, density)).executed
+        work = StepWork(dict.fromkeys(names, density), step_decision.patterns, step_decision.dense_gradient_layers)
+        return counter.step(work).executed
 
     products = sum(2 * 8 * 32 * shape.widths[0] * shape.widths[1] for shape in kernels.shapes.values())
     dense = executed(1.0)
@@ -191,7 +192,7 @@ def test_kernels_are_built_before_a_run_and_only_where_it_uses_them(monkeypatch)
     plan = make_plan(config, 1, "cpu")
     assert not asked
     assert not prepare_kernels(config, plan) and asked
-    again = make_plan(config, 1, "cpu", planned_kernels=False)
+    again = plan_run(config, 64, 1, "cpu", planned_kernels=False)
     assert [row["kernel"] for row in again["kernels"]["block_sparse"]] == ["dense"] * 4
     assert any("cc: exit status 1" in words for words in again["warnings"])
     with pytest.raises(ConfigError, match="kernels.block_sparse: 'cpu' cannot run: cc: exit status 1"):

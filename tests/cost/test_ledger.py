@@ -17,12 +17,13 @@ from megasparse.cost.attention_kernels import (
 )
 from megasparse.cost.flops import count_flops
 from megasparse.cost.layer_kernels import LayerKernels
-from megasparse.cost.ledger import FlopCounter, Ledger
+from megasparse.cost.ledger import FlopCounter, Ledger, StepWork
 from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Mesh
-from megasparse.sparsity.controller import Controller
+from megasparse.parallel import CommunicationGroup, Mesh
+from megasparse.sparsity.controller import Controller, StepDecision
+from megasparse.training.methods import build_methods
 from megasparse.training.plan import make_plan, walk_schedule
 
 SETTINGS = [
@@ -48,6 +49,10 @@ def parts(*overrides: str):
     return config, model, Controller(config, model.sparse_layers())
 
 
+def work_of(decision: StepDecision, densities: dict[str, float]) -> StepWork:
+    return StepWork(densities, decision.patterns, decision.dense_gradient_layers)
+
+
 def counter_of(config: RunConfig, model: GPT) -> FlopCounter:
     return FlopCounter(config, model, LayerKernels(config, model, "cpu"))
 
@@ -58,7 +63,7 @@ def test_a_step_counts_what_the_model_counts(overrides: tuple[str, ...]) -> None
     counter = counter_of(config, model)
     decision = controller.begin_step(20)
     densities = {name: 0.25 + 0.5 * number / len(controller.layers) for number, name in enumerate(controller.layers)}
-    counted = counter.step(decision, densities)
+    counted = counter.step(work_of(decision, densities))
     wanted = partial(count_flops, model, 4, 24, patterns=decision.patterns)
     assert counted.dense == count_flops(model, 4, 24).total
     assert counted.algorithmic == pytest.approx(wanted(densities=densities).total, rel=1e-6)
@@ -78,10 +83,36 @@ def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
     counter = counter_of(config, model)
     usual, changing = controller.begin_step(19), controller.begin_step(21)
     assert changing.dense_gradient_layers == set(controller.layers) and not usual.dense_gradient_layers
-    extra = counter.step(changing, densities).algorithmic - counter.step(usual, densities).algorithmic
+    extra = counter.step(work_of(changing, densities)).algorithmic - counter.step(work_of(usual, densities)).algorithmic
     dense = count_flops(model, 4, 24, densities=densities, dense_weight_gradient=True).weight_gradient
     sparse = count_flops(model, 4, 24, densities=densities).weight_gradient
     assert extra == pytest.approx(dense - sparse, rel=1e-9)
+
+
+def test_layers_computed_for_a_share_of_the_tokens_cost_that_share() -> None:
+    config, model, controller = parts("sparsity.low_rank=4")
+    counter, densities = counter_of(config, model), dict.fromkeys(controller.layers, 0.5)
+    whole = counter.step(StepWork(densities))
+    names = [name for name, _ in model.named_modules() if name.startswith("layers.1.")]
+    half = counter.step(StepWork(densities, computed=dict.fromkeys(names, 0.5)))
+    none = counter.step(StepWork(densities, computed=dict.fromkeys(names, 0.0)))
+    assert whole.dense == half.dense == none.dense
+    for kind in ("algorithmic", "executed"):
+        first, middle, last = (getattr(count, kind) for count in (whole, half, none))
+        assert first - middle == pytest.approx(middle - last) and first > last > 0
+    # Two blocks of equal cost, and the head.
+    head = 3 * 2 * 4 * 24 * model.head.in_features * model.head.out_features
+    assert whole.algorithmic - none.algorithmic == pytest.approx((whole.algorithmic - head) / 2)
+
+
+def test_the_kernels_that_run_are_counted() -> None:
+    config, model, controller = parts()
+    counter, work = counter_of(config, model), StepWork(dict.fromkeys(controller.layers, 0.25))
+    dense = counter.step(work, dict.fromkeys(controller.layers, "dense"))
+    saving = counter.step(work, dict.fromkeys(controller.layers, "cpu"))
+    products = sum(2 * 4 * 24 * layer.in_features * layer.out_features for layer in controller.layers.values())
+    assert dense.algorithmic == saving.algorithmic
+    assert dense.executed - saving.executed == pytest.approx(3 * 0.75 * products)
 
 
 def test_recomputation_is_executed_and_not_algorithmic() -> None:
@@ -89,7 +120,7 @@ def test_recomputation_is_executed_and_not_algorithmic() -> None:
     plain_config, plain_model, _ = parts()
     decision, densities = controller.begin_step(1), controller.active_densities()
     again, once = (
-        counter_of(c, m).step(decision, densities) for c, m in ((config, model), (plain_config, plain_model))
+        counter_of(c, m).step(work_of(decision, densities)) for c, m in ((config, model), (plain_config, plain_model))
     )
     assert again.algorithmic == once.algorithmic
     head = 2 * 4 * 24 * model.head.in_features * model.head.out_features
@@ -105,7 +136,7 @@ def test_attention_is_counted_as_a_count_of_the_mask_gives_it(pattern: str, offs
     )
     decision, densities = controller.begin_step(20), controller.active_densities()
     assert decision.patterns == [(pattern,) * 2] * 2
-    counted = counter_of(config, model).step(decision, densities)
+    counted = counter_of(config, model).step(work_of(decision, densities))
     shifts = {"none": (0, 0), "spread": (0, 2), "[3,1]": (3, 1)}[offsets]
     active = sum(int(pattern_mask(pattern, 24, 4, offset=offset).sum()) for offset in shifts)
     without = count_flops(model, 4, 24, patterns=decision.patterns, densities=densities, attention_entries=nothing)
@@ -131,7 +162,7 @@ def test_a_widened_pattern_is_counted_and_told(monkeypatch) -> None:
     decisions = [Controller(config, model.sparse_layers()).begin_step(20) for config in (exact, allowed)]
     assert [decision.patterns[0][0] for decision in decisions] == ["strided", "full"]
     densities = controller.active_densities()
-    counts = [counter_of(exact, model).step(decision, densities) for decision in decisions]
+    counts = [counter_of(exact, model).step(work_of(decision, densities)) for decision in decisions]
     full = count_flops(model, 4, 24, densities=densities)
     assert counts[1].algorithmic == pytest.approx(full.total) and counts[0].algorithmic < counts[1].algorithmic
     plans = [make_plan(config, 1, "cpu") for config in (exact, asked, allowed)]
@@ -176,13 +207,14 @@ def agreed_fallback(mesh: Mesh) -> list[str]:
 
 
 def test_the_walk_over_the_schedule_equals_counting_every_step() -> None:
-    config, model, controller = parts("attention.windows=[{start: 0.31, end: 0.66, pattern: local}]")
-    walked, mean_density = walk_schedule(config, model, controller, LayerKernels(config, model, "cpu"))
+    config, model, _ = parts("attention.windows=[{start: 0.31, end: 0.66, pattern: local}]")
+    methods = build_methods(config, model, CommunicationGroup())
+    walked, mean_density = walk_schedule(config, model, methods, LayerKernels(config, model, "cpu"))
     _, _, fresh = parts("attention.windows=[{start: 0.31, end: 0.66, pattern: local}]")
     counter, total, densities = counter_of(config, model), 0.0, []
     for step in range(config.train.steps):
         decision = fresh.begin_step(step)
-        total += counter.step(decision, fresh.active_densities()).algorithmic
+        total += counter.step(work_of(decision, fresh.active_densities())).algorithmic
         for name, (count,) in decision.counts.items():
             fresh.expect_active(name, count.target)
         densities.append(fresh.density())

@@ -98,8 +98,8 @@ def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:
 
 
 def build(mesh: Mesh, config: RunConfig) -> tuple[TrainingEngine, Controller]:
-    controller, engine = build_engine(config, config.model.vocab_size, mesh)
-    return engine, controller
+    (method,), engine = build_engine(config, config.model.vocab_size, mesh)
+    return engine, method.controller
 
 
 def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step: int, batch: Tensor) -> dict:

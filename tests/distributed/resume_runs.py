@@ -22,7 +22,7 @@ STOP = 10
 def collected_weight_steps(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
     """Whole per-weight steps by layer name; empty where none are kept."""
     fragments, result = engine.state.fragments(), {}
-    for name, layer in engine.controller.layers.items():
+    for name, layer in engine.model.sparse_layers().items():
         if not engine.optimizer.keeps_weight_steps:
             continue
         partition = shard_spec_of(layer.weight)
@@ -58,7 +58,7 @@ def save_and_go_on(mesh: Mesh, layout: Layout, overrides: list[str], folder: Pat
     train_on(mesh, engine, controller, 0, STOP)
     state = TrainState(step=STOP, consumed_samples=STOP * 8, last_loss=1 / 3)
     state.window.loss = 1.0 + mesh.data_parallel.rank
-    Checkpointer(folder, config, mesh, engine, controller).save(state)
+    Checkpointer(folder, config, mesh, engine, engine.rules).save(state)
     saved = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {"saved": saved, "rest": train_on(mesh, engine, controller, STOP, config.train.steps)}
 
@@ -69,7 +69,7 @@ def resume(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> di
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})})
     engine, controller = build(mesh, other)
     engine.config = controller.config = config
-    state = Checkpointer(folder, config, mesh, engine, controller).restore()
+    state = Checkpointer(folder, config, mesh, engine, engine.rules).restore()
     check_state(engine, controller)
     restored = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {
@@ -94,7 +94,7 @@ def refusals(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> 
     def attempt(**changes: object) -> str:
         train = config.train.model_copy(update=changes)
         try:
-            Checkpointer(folder, config.model_copy(update={"train": train}), mesh, engine, controller).restore()
+            Checkpointer(folder, config.model_copy(update={"train": train}), mesh, engine, engine.rules).restore()
         except CheckpointError as error:
             assert torch.equal(untouched, collected_weights(engine)), "refused, and yet something was changed"
             return str(error)

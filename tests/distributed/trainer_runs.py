@@ -18,10 +18,13 @@ from megasparse.data.build import build_data
 from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.callback import no_beat
+from megasparse.training.checkpoints import Checkpointer, Checkpointing
 from megasparse.training.loop import Trainer
+from megasparse.training.metrics import Metrics
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
+from megasparse.training.validation import Validation
 
 # What depends on the clock.
 PASSING = ("tokens_per_s", "seconds")
@@ -39,7 +42,7 @@ class Lines:
     def metrics(self, line: dict[str, Any]) -> None:
         self.metrics_lines.append({key: value for key, value in line.items() if not key.startswith(PASSING)})
 
-    def topology(self, *_: object) -> None: ...
+    def record(self, *_: object) -> None: ...
 
     def picture(self, *_: object) -> None: ...
 
@@ -58,22 +61,16 @@ def write_documents(prefix: Path, lengths: tuple[int, int], total: int, vocab_si
 
 def train_run(mesh: Mesh, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
-    controller, engine = build_engine(config, config.model.vocab_size, mesh)
-    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, controller)
+    methods, engine = build_engine(config, config.model.vocab_size, mesh)
+    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
     train_data, valid_data = build_data(config, config.model.vocab_size)
-    lines = Lines()
-    trainer = Trainer(
-        config=config,
-        mesh=mesh,
-        engine=engine,
-        controller=controller,
-        train_data=train_data,
-        valid_data=valid_data,
-        checkpointer=checkpointer,
-        records=lines,
-        progress=quiet(),
-        state=checkpointer.restore() or TrainState(),
-    )
+    lines, state = Lines(), checkpointer.restore() or TrainState()
+    callbacks = [
+        *([] if valid_data is None else [Validation(config, engine, valid_data, mesh, state)]),
+        Metrics(config, mesh, state, lines, quiet()),
+        Checkpointing(checkpointer, config.train.save_interval, state, print, no_beat),
+    ]
+    trainer = Trainer(config, mesh, engine, methods, train_data, state, callbacks)
     with StopSignal(mesh) as stop:
         trainer.run(stop)
     return lines.metrics_lines

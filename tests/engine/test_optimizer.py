@@ -4,16 +4,24 @@ parameter once."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from megasparse.config.loader import load_config
-from megasparse.engine.optimizer import MAX_WEIGHT_STEPS, MaskedAdamW, parameter_groups, set_learning_rates
-from megasparse.layers import LayerFactory, SparseSpec
+from megasparse.engine.optimizer import (
+    MAX_WEIGHT_STEPS,
+    MaskedAdamW,
+    Multipliers,
+    ParameterGroup,
+    parameter_groups,
+    set_learning_rates,
+)
+from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
-from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.groups import layer_settings
+from megasparse.parallel import CommunicationGroup
+from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
 SMALL = [
     "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=16",
@@ -21,26 +29,18 @@ SMALL = [
 ]  # fmt: skip
 
 
-def build(*overrides: str) -> tuple[GPT, Controller]:
+def build(*overrides: str) -> tuple[GPT, MixedSparsityTraining]:
     config = load_config([], [*SMALL, *overrides])
-
-    def sparse(name: str) -> SparseSpec | None:
-        settings = layer_settings(config.sparsity, name)
-        return None if settings is None else SparseSpec(settings.block_size, config.sparsity.low_rank)
-
-    model = GPT(config.model, config.attention, 64, LayerFactory(sparse, seed=1))
-    controller = Controller(config, model.sparse_layers())
-    controller.start_topologies()
-    return model, controller
+    model = build_model(config, 64)
+    method = MixedSparsityTraining(config, model, CommunicationGroup())
+    method.start(lambda weight: nullcontext())
+    return model, method
 
 
-def groups_of(tensors: list[torch.Tensor], sparse_layer: str | None) -> list[dict]:
-    return [{"name": "all", "params": tensors, "weight_decay": 0.2, "sparse_layer": sparse_layer}]
-
-
-def make_optimizer(tensors, *overrides: str, sparse_layer: str | None = None) -> MaskedAdamW:
+def make_optimizer(tensors, *overrides: str, masked: bool = False) -> MaskedAdamW:
     config = load_config([], [*SMALL, *overrides])
-    return MaskedAdamW(groups_of(tensors, sparse_layer), config.optimizer, config.sparsity)
+    groups = [{"name": "all", "params": tensors, "weight_decay": 0.2, "masked": masked, "rules": {}}]
+    return MaskedAdamW(groups, config.optimizer, config.sparsity)
 
 
 def parameters(*shapes, seed: int = 0) -> list[torch.nn.Parameter]:
@@ -50,7 +50,7 @@ def parameters(*shapes, seed: int = 0) -> list[torch.nn.Parameter]:
 
 def test_without_ages_it_is_adamw() -> None:
     ours, theirs = parameters((7, 5), (11,)), parameters((7, 5), (11,))
-    optimizer = make_optimizer(ours, sparse_layer="layers.0.mlp.up")
+    optimizer = make_optimizer(ours, masked=True)
     reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2, foreach=False)
     for step in range(30):
         for a, b in zip(ours, theirs, strict=True):
@@ -66,7 +66,7 @@ def test_without_ages_it_is_adamw() -> None:
 @pytest.mark.parametrize("overrides", [[], ["sparsity.per_weight_step_counts=true"]])
 def test_skipped_updates_change_nothing(overrides) -> None:
     (weight,) = parameters((4, 4))
-    optimizer = make_optimizer([weight], *overrides, sparse_layer="x")
+    optimizer = make_optimizer([weight], *overrides, masked=True)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     before = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state[weight].items()}
@@ -107,7 +107,7 @@ def test_ages_against_scalar_arithmetic(by_age, ramp) -> None:
     (weight,) = parameters((6,))
     scalars = [ScalarAdamW(float(value), by_age, ramp) for value in weight.detach()]
     overrides = [f"sparsity.per_weight_step_counts={str(by_age).lower()}", f"sparsity.regrowth_warmup_steps={ramp}"]
-    optimizer = make_optimizer([weight], *overrides, sparse_layer="x")
+    optimizer = make_optimizer([weight], *overrides, masked=True)
     births = {4: [1], 9: [1, 2], 10: [3], 17: [5]}
     for step in range(25):
         for index in births.get(step, []):
@@ -133,7 +133,7 @@ def test_the_first_update_of_a_new_weight() -> None:
     """By age it is one full step of the learning rate; by the global step count (1 - b1) / sqrt(1 - b2) of one."""
     for by_age, expected in [(True, 1.0), (False, 0.1 / math.sqrt(0.05))]:
         (weight,) = parameters((2,))
-        optimizer = make_optimizer([weight], f"sparsity.per_weight_step_counts={str(by_age).lower()}", sparse_layer="x")
+        optimizer = make_optimizer([weight], f"sparsity.per_weight_step_counts={str(by_age).lower()}", masked=True)
         weight.grad = torch.ones(2)
         for _ in range(200):
             optimizer.step()
@@ -152,7 +152,7 @@ def test_the_first_update_of_a_new_weight() -> None:
 def test_inactive_weights_stay_exactly_zero() -> None:
     (weight,) = parameters((50,))
     optimizer = make_optimizer(
-        [weight], "sparsity.per_weight_step_counts=true", "sparsity.regrowth_warmup_steps=3", sparse_layer="x"
+        [weight], "sparsity.per_weight_step_counts=true", "sparsity.regrowth_warmup_steps=3", masked=True
     )
     weight.data[::2] = 0
     for step in range(5):
@@ -166,7 +166,7 @@ def test_inactive_weights_stay_exactly_zero() -> None:
 
 def test_ages_stop_at_their_largest_value() -> None:
     (weight,) = parameters((2,))
-    optimizer = make_optimizer([weight], "sparsity.regrowth_warmup_steps=4", sparse_layer="x")
+    optimizer = make_optimizer([weight], "sparsity.regrowth_warmup_steps=4", masked=True)
     weight.grad = torch.ones(2)
     optimizer.step()
     optimizer.state[weight]["weight_steps"].fill_(MAX_WEIGHT_STEPS - 1)
@@ -186,13 +186,13 @@ def test_ages_stop_at_their_largest_value() -> None:
     ],
 )  # fmt: skip
 def test_groups_hold_every_parameter_once(overrides) -> None:
-    model, controller = build(*overrides)
-    groups = parameter_groups(model, controller, controller.config.optimizer)
+    model, method = build(*overrides)
+    groups = parameter_groups(model, [method], method.config.optimizer.weight_decay)
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
-    sparse = {id(layer.weight) for layer in controller.layers.values()}
+    sparse = {id(layer.weight) for layer in model.sparse_layers().values()}
     for group in groups:
-        if group["sparse_layer"] is None:
+        if not group["masked"]:
             assert not sparse & {id(p) for p in group["params"]}
         else:
             assert {id(p) for p in group["params"]} <= sparse
@@ -203,16 +203,43 @@ def test_groups_hold_every_parameter_once(overrides) -> None:
 
 
 def test_learning_rates_follow_the_density() -> None:
-    model, controller = build("sparsity.algorithm=set", "sparsity.density=0.25", "sparsity.lr_density_power=0.5")
-    config = controller.config
-    optimizer = MaskedAdamW(parameter_groups(model, controller, config.optimizer), config.optimizer, config.sparsity)
-    rates = set_learning_rates(optimizer, 1e-3, controller, 0.2)
+    model, method = build("sparsity.algorithm=set", "sparsity.density=0.25", "sparsity.lr_density_power=0.5")
+    config, controller = method.config, method.controller
+    optimizer = MaskedAdamW(parameter_groups(model, [method], 0.2), config.optimizer, config.sparsity)
+    rates = set_learning_rates(optimizer, 1e-3, [method], 0.2)
     for group in optimizer.param_groups:
-        multiplier = 2.0 if group["sparse_layer"] else 1.0
+        multiplier = 2.0 if group["masked"] else 1.0
         assert group["lr"] == rates[group["name"]] == pytest.approx(1e-3 * multiplier)
         if group["name"] != "vectors":
             assert group["weight_decay"] == pytest.approx(0.2 / multiplier)
     for name, topology in controller.topologies.items():
         controller.expect_active(name, topology.num_units)
-    set_learning_rates(optimizer, 1e-3, controller, 0.2)
+    set_learning_rates(optimizer, 1e-3, [method], 0.2)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_a_parameter_of_two_rules_has_the_product_of_their_multipliers() -> None:
+    model, method = build("sparsity.algorithm=set", "sparsity.density=0.25", "sparsity.lr_density_power=0.5")
+
+    class Slow:
+        """The second block and its norms at half the learning rate."""
+
+        def groups(self):
+            return [(ParameterGroup("slow"), list(model.layers[1].parameters()))]
+
+        def multipliers(self, group: str) -> Multipliers:
+            return Multipliers(lr=0.5)
+
+    rules = [method, Slow()]
+    groups = parameter_groups(model, rules, 0.2)
+    second = {id(parameter) for parameter in model.layers[1].parameters()}
+    optimizer = MaskedAdamW(groups, method.config.optimizer, method.config.sparsity)
+    rates = set_learning_rates(optimizer, 1e-3, rules, 0.2)
+    for group in optimizer.param_groups:
+        slow, sparse = group["name"].rpartition("+")[2].startswith("slow"), group["name"].startswith("sparse")
+        assert all((id(parameter) in second) is slow for parameter in group["params"])
+        assert rates[group["name"]] == pytest.approx(1e-3 * (0.5 if slow else 1.0) * (2.0 if sparse else 1.0))
+        vectors = all(parameter.ndim < 2 for parameter in group["params"])
+        assert group["weight_decay"] == pytest.approx(0.0 if vectors else 0.1 if sparse else 0.2)
+    assert {group["name"] for group in groups} > {"slow.vectors", "matrices", "vectors"}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

@@ -7,33 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+from extensions_setup import SETTINGS, write_corpus
 from harness import run_distributed
 
 from megasparse.config.loader import load_config
-from megasparse.data import Batch, IndexedDatasetWriter
+from megasparse.data import Batch
 from megasparse.launching import LaunchEnvironment
 from megasparse.models.gpt import GPT
 from megasparse.training.objectives import NextTokenCrossEntropy, Objective, ObjectiveResult
 from megasparse.training.run import pretrain
 
 WEIGHT = 0.5
-SETTINGS = [
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.num_attention_heads=2",
-    "model.seq_length=16",
-    "model.vocab_size=64",
-    "optimizer.lr=5e-3",
-    "train.steps=12",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=4",
-    "train.precision=fp32",
-    "train.log_interval=3",
-    "train.tensorboard=false",
-    "sparsity.block_size=8",
-    "sparsity.algorithm=rigl",
-    "sparsity.update_interval=2",
-]
 
 
 class CrossEntropyWithZLoss:
@@ -52,12 +36,8 @@ def train(words: list[str], objective: Objective | None) -> None:
 
 
 def metrics(folder: Path, objective: Objective | None, *overrides: str, ranks: int = 1) -> list[dict]:
-    with IndexedDatasetWriter(folder / "corpus", "uint16") as writer:
-        for first in range(40):
-            writer.add_document([(first + 3 * i) % 63 + 1 for i in range(60)] + [0])
-        writer.finalize()
-    names = [f"data.train=[{{path: {folder / 'corpus'}}}]", f"run.folder={folder}", "run.name=run"]
-    run_distributed(train, ranks, [*SETTINGS, *names, *overrides], objective, with_mesh=False)
+    words = [*SETTINGS, *write_corpus(folder), "run.name=run", *overrides]
+    run_distributed(train, ranks, words, objective, with_mesh=False)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 

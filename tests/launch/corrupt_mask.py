@@ -20,8 +20,8 @@ class FaultyMemory:
     def train_step(self, trainer: Trainer, *arguments: Any) -> Any:
         result = self._train_step(trainer, *arguments)
         if trainer.mesh.rank == 1 and trainer.state.step == STEP:
-            name = list(trainer.controller.topologies)[1]
-            trainer.controller.topologies[name].mask.view(-1)[2] ^= True
+            (method,) = trainer.methods
+            method.controller.topologies[list(method.controller.topologies)[1]].mask.view(-1)[2] ^= True
         return result
 
 

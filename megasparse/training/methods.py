@@ -1,0 +1,29 @@
+"""The training methods that a configuration can ask for.
+
+    methods = build_methods(config, model, mesh.tensor_parallel)
+
+A new one stands in a file of its own, has its settings in ``config.schema``, and is named in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megasparse.config.schema import RunConfig
+from megasparse.models.gpt import GPT
+from megasparse.parallel import CommunicationGroup
+from megasparse.training.callback import MethodFactory, TrainingMethod
+from megasparse.training.mixed_sparsity import MixedSparsityTraining
+
+METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining,)
+
+
+def build_methods(
+    config: RunConfig, model: GPT, tensor_parallel: CommunicationGroup, more: Sequence[MethodFactory] = ()
+) -> list[TrainingMethod]:
+    """Those that the configuration asks for, and those of `more`, in the order in which their hooks are called."""
+    made = [factory(config, model, tensor_parallel) for factory in (*METHODS, *more)]
+    methods = [method for method in made if method is not None]
+    names = [method.name for method in methods]
+    assert all(names) and len(set(names)) == len(names), f"every method needs a name of its own: {names}"
+    return methods
