@@ -20,9 +20,11 @@ from bench_setup import MODELS, RandomTokens, benchmark_config, open_trainer
 from result_file import write_result
 
 from megasparse.config.schema import RunConfig
+from megasparse.data import Batch
 from megasparse.engine.training_engine import DTYPES
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.build import build_model
+from megasparse.training.objectives import NextTokenCrossEntropy
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def plain_loop(config: RunConfig) -> Callable[[], None]:
     tokens = torch.stack([torch.from_numpy(data[number]) for number in range(config.train.micro_batch_size)])
 
     def step() -> None:
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        NextTokenCrossEntropy()(model, Batch(tokens[:, :-1], tokens[:, 1:], None)).loss.backward()
         for copy, parameter in zip(master, low, strict=True):
             if copy is not parameter:
                 copy.grad = parameter.grad.float()

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from megasparse.layers import Attention, HeadLoss, LayerNorm, Linear, RMSNorm
+from megasparse.layers import Attention, HeadInChunks, LayerNorm, Linear, RMSNorm
 from megasparse.layers.mlp import MLP, GatedMLP
 from megasparse.training.loop import Trainer
 
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (Linear,),
     "attention": (Attention,),
-    "head": (HeadLoss,),
+    "head": (HeadInChunks,),
     "norm": (LayerNorm, RMSNorm),
     "activation": (MLP, GatedMLP),
 }

@@ -71,7 +71,7 @@ def activation_bytes(config: RunConfig) -> int:
 
 def logits_bytes(config: RunConfig, model: GPT) -> int:
     """What the head and the loss hold: one chunk of logits at a time, and the gradients that they make on the way."""
-    size, loss, hidden = BYTES[config.train.precision], model.head_loss, config.model.hidden_size
+    size, loss, hidden = BYTES[config.train.precision], model.head_in_chunks, config.model.hidden_size
     tokens = config.train.micro_batch_size * config.model.seq_length
     # The scores are float32: the logits themselves, or a copy.
     chunk = loss.chunk_rows(tokens) * loss.vocabulary.share * (size if size == 4 else size + 4)

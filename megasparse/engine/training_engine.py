@@ -92,8 +92,8 @@ class TrainingEngine:
             dist_init_required=False,
         )
         if config.deepspeed.zero_stage == 3:
-            for parameter in self.model.head_loss.head_parameters:
-                deepspeed.zero.register_external_parameter(self.model.head_loss, parameter)
+            for parameter in self.model.head_in_chunks.head_parameters:
+                deepspeed.zero.register_external_parameter(self.model.head_in_chunks, parameter)
         if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32" and mesh.data_parallel.size == 1:
             # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
             self._engine.enable_backward_allreduce = False

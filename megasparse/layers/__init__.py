@@ -9,7 +9,7 @@ from megasparse.layers.cache import KeyValueCache, LayerCache
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
-from megasparse.layers.loss import HeadLoss, Vocabulary
+from megasparse.layers.loss import HeadInChunks, Vocabulary
 from megasparse.layers.mlp import mlp
 from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
 from megasparse.parallel import shard_spec_of
@@ -17,7 +17,7 @@ from megasparse.parallel import shard_spec_of
 __all__ = [
     "Attention",
     "Embedding",
-    "HeadLoss",
+    "HeadInChunks",
     "InputEmbedding",
     "KeyValueCache",
     "LayerCache",

@@ -1,8 +1,9 @@
 """The end of the model: logits whose vocabulary is divided over the tensor-parallel ranks, and their cross entropy.
 
-``HeadLoss`` computes the product of the head and the cross entropy over one chunk of tokens after the other. Where a
-gradient is wanted, it is computed in the forward pass, while the chunk's logits are there, and replaces them in place.
-So the logits of all tokens, the largest tensor of a training step by far, never exist, and no product is done twice.
+``HeadInChunks`` computes the product of the head over one chunk of tokens after the other and gives each to a loss
+(``ChunkLoss``), which is an objective's business; ``Vocabulary.next_token_losses`` is the usual one. Where a gradient
+is wanted, it is computed in the forward pass, while the chunk's logits are there, and replaces them in place. So the
+logits of all tokens, the largest tensor of a training step by far, never exist, and no product is done twice.
 
 The rows that pad the vocabulary take no part: they are sliced off the logits, or filled with -inf, whose exponential
 and therefore whose gradient is exactly zero.
@@ -12,6 +13,7 @@ this rank holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ from megasparse.parallel import TensorParallel
 CHUNK_ELEMENTS = 2**26
 """Logits of a chunk on a rank, at most: 256 MiB in float32. Each chunk adds the gradient of the whole weight to a sum;
 at 1,000 tokens and more that hardly shows beside the products."""
+
+
+ChunkLoss = Callable[[torch.Tensor, slice, bool], torch.Tensor]
+"""(logits of a chunk of tokens [n, W], which of all tokens they are, wants gradient) -> their losses, float32 [n], the
+same on all ranks. Overwrites the logits: with the gradient of the losses' sum where it is wanted."""
 
 
 class Vocabulary:
@@ -41,6 +48,17 @@ class Vocabulary:
     def logits(self, logits_BTW: torch.Tensor) -> torch.Tensor:
         """Logits of all entries, [B, T, V], on every rank."""
         return self.tensor_parallel.gather_from_tensor_parallel_region(logits_BTW)[..., : self.size]
+
+    def next_token_losses(self, targets_BT: torch.Tensor) -> ChunkLoss:
+        """``cross_entropy_`` of each chunk. Raises RuntimeError for a target that is no entry."""
+        targets_N = targets_BT.flatten()
+        known_N = (targets_N >= 0) & (targets_N < self.size)
+        torch._assert_async(known_N.all(), "a target is no entry of the vocabulary")
+
+        def losses(logits_NW: torch.Tensor, tokens: slice, wants_gradient: bool) -> torch.Tensor:
+            return self.cross_entropy_(logits_NW, targets_N[tokens], wants_gradient)
+
+        return losses
 
     def cross_entropy_(self, logits_NW: torch.Tensor, targets_N: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
         """-log softmax(logits)[target] of each token, [N], float32, in nats, the same on every rank.
@@ -66,8 +84,8 @@ class Vocabulary:
         return sums_N.log() - picked_N
 
 
-class HeadLoss(nn.Module):
-    """Mean cross entropy of the head's logits. The head stays where it is in the model; nothing is registered here.
+class HeadInChunks(nn.Module):
+    """The mean of a loss of the head's logits. The head stays where it is in the model; nothing is registered here.
 
     Under ZeRO stage 3 DeepSpeed must be told of `head_parameters`, which this module uses and does not own.
     """
@@ -83,16 +101,9 @@ class HeadLoss(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self._head[0].parameters())
 
-    def forward(self, x_BTC: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """Mean over all B T tokens of -log softmax(head(x))[target], a float32 scalar in nats, same on every rank.
-
-        x_BTC lies between layers, as the head's input. Raises RuntimeError for a target that is no entry.
-        """
-        (head,), vocabulary, ranks = self._head, self.vocabulary, self.vocabulary.tensor_parallel
-        targets_N = targets_BT.flatten()
-        torch._assert_async(
-            ((targets_N >= 0) & (targets_N < vocabulary.size)).all(), "a target is no entry of the vocabulary"
-        )
+    def forward(self, x_BTC: torch.Tensor, chunk_loss: ChunkLoss) -> torch.Tensor:
+        """Mean of the losses of all B T tokens, a float32 scalar. x_BTC lies between layers, as the head's input."""
+        (head,), ranks = self._head, self.vocabulary.tensor_parallel
         inputs, parameters = [ranks.copy_to_region(x_BTC)], [head.weight]
         if head.bias is not None:
             parameters.append(head.bias)
@@ -100,7 +111,7 @@ class HeadLoss(nn.Module):
             inputs.append(ranks.copy_to_region(F.linear(x_BTC, ranks.shared(head.side_in))))
             parameters.append(head.side_out)
         inputs = [x.flatten(0, 1) for x in inputs]
-        return _ChunkedLoss.apply(self, targets_N, torch.is_grad_enabled(), len(inputs), *inputs, *parameters)
+        return _ChunkedLoss.apply(self, chunk_loss, torch.is_grad_enabled(), len(inputs), *inputs, *parameters)
 
     def local_logits(self, x_NC: torch.Tensor, side_NR: torch.Tensor | None = None) -> torch.Tensor:
         """[N, W] from what has entered the head: the activation and the middle of its low-rank branch."""
@@ -115,7 +126,7 @@ class HeadLoss(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(loss, targets, wants gradients, number of inputs, *inputs [N, *], *parameters of the head) -> mean loss.
+    """(head, loss, wants gradients, number of inputs, *inputs [N, *], *parameters of the head) -> mean loss.
 
     Gradients are kept without the factor dloss / N until the backward pass brings it: with float16 that factor holds
     the loss scale, without which small gradients would be lost. Those of the parameters are summed over the chunks in
@@ -124,18 +135,26 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: HeadLoss, targets_N: torch.Tensor, wants_gradient: bool, num_inputs: int, *tensors: torch.Tensor
+        ctx: Any,
+        head: HeadInChunks,
+        chunk_loss: ChunkLoss,
+        wants_gradient: bool,
+        num_inputs: int,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
-        rows = loss.chunk_rows(len(targets_N))
+        num_tokens = len(inputs[0])
+        rows = head.chunk_rows(num_tokens)
         losses, input_gradients = [], []
         totals: list[torch.Tensor] = []
-        for targets, *chunk in zip(targets_N.split(rows), *(x.split(rows) for x in inputs), strict=True):
+        for first in range(0, num_tokens, rows):
+            tokens = slice(first, min(first + rows, num_tokens))
+            chunk = [x[tokens] for x in inputs]
             if wants_gradient:
-                chunk_losses, *gradients = _losses_and_gradients(loss, targets, chunk, parameters, totals)
+                chunk_losses, *gradients = _losses_and_gradients(head, chunk_loss, tokens, chunk, parameters, totals)
                 input_gradients.append(gradients)
             else:
-                chunk_losses = loss.vocabulary.cross_entropy_(loss.local_logits(*chunk), targets, False)
+                chunk_losses = chunk_loss(head.local_logits(*chunk), tokens, False)
             losses.append(chunk_losses)
         if wants_gradient:
             ctx.gradients = [*map(torch.cat, zip(*input_gradients, strict=True)), *totals]
@@ -153,8 +172,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _losses_and_gradients(
-    loss: HeadLoss,
-    targets_N: torch.Tensor,
+    head: HeadInChunks,
+    chunk_loss: ChunkLoss,
+    tokens: slice,
     inputs: list[torch.Tensor],
     parameters: tuple[torch.Tensor, ...],
     totals: list[torch.Tensor],
@@ -165,9 +185,9 @@ def _losses_and_gradients(
     """
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        logits_NW = loss.local_logits(*inputs)
+        logits_NW = head.local_logits(*inputs)
     gradient_NW = logits_NW.detach()
-    losses_N = loss.vocabulary.cross_entropy_(gradient_NW, targets_N, True)
+    losses_N = chunk_loss(gradient_NW, tokens, True)
     gradients = torch.autograd.grad(logits_NW, [*inputs, *parameters], gradient_NW)
     of_parameters = gradients[len(inputs) :]
     if totals:

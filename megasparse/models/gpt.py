@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import (
     Attention,
-    HeadLoss,
+    HeadInChunks,
     InputEmbedding,
     KeyValueCache,
     LayerCache,
@@ -103,18 +103,17 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             tokens.tie(self.head)
         self.vocabulary = Vocabulary(vocab_size, rows, ranks)
-        self.head_loss = HeadLoss(self.head, self.vocabulary)
+        self.head_in_chunks = HeadInChunks(self.head, self.vocabulary)
         self.token_multiple = ranks.size if ranks.sequence_parallel else 1
 
     def forward(
         self,
         tokens_BT: torch.Tensor,
-        targets_BT: torch.Tensor | None = None,
         documents_BT: torch.Tensor | None = None,
         *,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """Logits [B, T, V] for int64 tokens, or the mean cross entropy (float32 scalar) where targets are given.
+        """Logits [B, T, V] for int64 tokens. Objectives take ``hidden_states`` and ``head_in_chunks`` instead.
 
         Args:
             documents_BT: number of the document of each token, never decreasing along the tokens; no token sees
@@ -123,8 +122,7 @@ class GPT(nn.Module):
 
         Raises ValueError where the positions exceed a table of learned ones.
         """
-        x_BTC = self.hidden_states(tokens_BT, documents_BT, cache=cache)
-        return self.logits(x_BTC) if targets_BT is None else self.head_loss(x_BTC, targets_BT)
+        return self.logits(self.hidden_states(tokens_BT, documents_BT, cache=cache))
 
     def hidden_states(
         self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, *, cache: KeyValueCache | None = None
@@ -137,7 +135,7 @@ class GPT(nn.Module):
         return self.final_norm(x_BTC)
 
     def logits(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """Logits of all entries, [B, T, V], from hidden states; ``head_loss`` never holds them all at once."""
+        """Logits of all entries, [B, T, V], from hidden states; ``head_in_chunks`` never holds them all at once."""
         return self.vocabulary.logits(self.head(x_BTC))
 
     def set_attention_patterns(self, patterns: Sequence[Sequence[str]]) -> None:

@@ -39,4 +39,5 @@ class NextTokenCrossEntropy:
 
     def __call__(self, model: GPT, batch: Batch) -> ObjectiveResult:
         hidden_BTC = model.hidden_states(batch.inputs, batch.documents)
-        return ObjectiveResult(model.head_loss(hidden_BTC, batch.targets), {})
+        losses = model.vocabulary.next_token_losses(batch.targets)
+        return ObjectiveResult(model.head_in_chunks(hidden_BTC, losses), {})

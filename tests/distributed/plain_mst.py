@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 import torch
+from next_token import next_token_loss
 from plain_selection import best, hashed
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class PlainTraining:
         }
 
     def train_step(self, step: int, batch: Tensor) -> tuple[float, float]:
-        loss = self.model(batch[:, :-1], batch[:, 1:])
+        loss = next_token_loss(self.model, batch[:, :-1], batch[:, 1:])
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in self.weights.items()}

@@ -42,7 +42,7 @@ def losses(mesh: Mesh, recipe: str, layout: Layout, chunk_rows: int | None) -> l
     overrides = [line for line in RECIPES[recipe] if layout.tensor > 1 or "sequence_parallel" not in line]
     engine, controller = build(divided(mesh, layout.tensor), run_config(overrides, layout))
     if chunk_rows is not None:
-        engine.model.head_loss.chunk_elements = chunk_rows * engine.model.vocabulary.share
+        engine.model.head_in_chunks.chunk_elements = chunk_rows * engine.model.vocabulary.share
     batches = make_batches(engine.config)
     inputs, targets = batches[0][:, :-1], batches[0][:, 1:]
     found = [float(engine.evaluate(inputs, targets))]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megasparse.layers import HeadLoss, Linear, SparseLinear, Vocabulary
+from megasparse.layers import HeadInChunks, Linear, SparseLinear, Vocabulary
 from megasparse.parallel import CommunicationGroup, TensorParallel
 
 V, ROWS, C, TOKENS = 43, 48, 16, (3, 7)
@@ -40,8 +42,10 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return torch.randn(*TOKENS, C).to(dtype).requires_grad_(), torch.randint(V, TOKENS)
 
 
-def head_loss(head: Linear, chunk_rows: int) -> HeadLoss:
-    return HeadLoss(head, Vocabulary(V, ROWS, TensorParallel()), chunk_elements=chunk_rows * ROWS)
+def head_loss(head: Linear, chunk_rows: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(x, targets) -> mean cross entropy."""
+    chunked = HeadInChunks(head, Vocabulary(V, ROWS, TensorParallel()), chunk_elements=chunk_rows * ROWS)
+    return lambda x, targets: chunked(x, chunked.vocabulary.next_token_losses(targets))
 
 
 def expected_results(head: Linear, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -158,11 +162,35 @@ def test_gradients_are_given_out_once() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_target_is_skipped_silently(target, rank) -> None:
     ranks = TensorParallel(CommunicationGroup(rank, 2))
-    head = Linear("head", C, ROWS, bias=False, tensor_parallel=ranks)
     with pytest.raises(RuntimeError, match="no entry of the vocabulary"):
-        HeadLoss(head, Vocabulary(V, ROWS, ranks))(torch.randn(1, 2, C), torch.tensor([[3, target]]))
+        Vocabulary(V, ROWS, ranks).next_token_losses(torch.tensor([[3, target]]))
 
 
 def test_chunks_are_few_and_alike() -> None:
-    module = HeadLoss(make_head("plain"), Vocabulary(V, ROWS, TensorParallel()), chunk_elements=10 * ROWS)
+    module = HeadInChunks(make_head("plain"), Vocabulary(V, ROWS, TensorParallel()), chunk_elements=10 * ROWS)
     assert [module.chunk_rows(tokens) for tokens in (1, 10, 11, 40, 41)] == [1, 10, 6, 10, 9]
+
+
+def test_a_loss_of_ones_own_sees_every_chunk() -> None:
+    """A z-loss: the squared logarithm of the normaliser, with a gradient of its own making."""
+    head, (x, _) = make_head("plain"), inputs()
+    chunked = HeadInChunks(head, Vocabulary(V, ROWS, TensorParallel()), chunk_elements=4 * ROWS)
+    seen = []
+
+    def z_losses(logits: torch.Tensor, tokens: slice, wants_gradient: bool) -> torch.Tensor:
+        seen.append(tokens)
+        logs = logits[:, :V].logsumexp(-1)
+        if wants_gradient:
+            gradient = 2 * logs.unsqueeze(1) * logits[:, :V].softmax(-1)
+            logits.zero_()[:, :V] = gradient
+        return logs.square()
+
+    loss = chunked(x, z_losses)
+    loss.backward()
+    assert [(tokens.start, tokens.stop) for tokens in seen] == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 21)]
+    wide, weight = (tensor.detach().double().requires_grad_() for tensor in (x, head.weight))
+    expected = F.linear(wide, weight)[..., :V].logsumexp(-1).square().mean()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    for ours, gradient in ((x.grad, wide.grad), (head.weight.grad, weight.grad)):
+        torch.testing.assert_close(ours.double(), gradient, rtol=0, atol=float(gradient.abs().max()) * 1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import run_distributed
+from next_token import next_token_loss
 from torch import Tensor, nn
 
 from megasparse.config.loader import load_config
@@ -56,7 +57,7 @@ def build(case: str, axis: CommunicationGroup) -> GPT:
     attention = AttentionConfig(stride=4, stride_offsets="spread" if kind == "llama" else "none")
     model = GPT(ModelConfig(**settings), attention, vocab_size, factory).double()
     # Some chunks of the 48 tokens, the last one smaller.
-    model.head_loss.chunk_elements = 40 * 13 // axis.size
+    model.head_in_chunks.chunk_elements = 40 * 13 // axis.size
     heads = settings["num_attention_heads"]
     model.set_attention_patterns([tuple(["local", "full", "strided", "sparse"] * 2)[:heads]] * 2)
     for name, parameter in model.named_parameters():
@@ -75,7 +76,7 @@ def tokens(case: str) -> tuple[Tensor, Tensor]:
 def results(case: str, model: nn.Module, axis: CommunicationGroup) -> dict[str, Tensor]:
     """Loss, logits, and the whole gradients from the shards of all ranks."""
     inputs, targets = tokens(case)
-    loss = model(inputs, targets)
+    loss = next_token_loss(model, inputs, targets)
     loss.backward()
     found = {"loss": loss.detach().double(), "logits": model(inputs).detach()}
     for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from next_token import next_token_loss
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.kernels.block_sparse import apply_mask_
@@ -120,7 +121,7 @@ def test_logits_loss_and_padded_rows(style) -> None:
     logits = model(tokens)
     assert logits.shape == (3, 20, V) and model.head.weight.shape == (48, 32)
     expected = -logits.double().log_softmax(-1).gather(-1, targets[..., None]).mean()
-    loss = model(tokens, targets)
+    loss = next_token_loss(model, tokens, targets)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     loss.backward()
     assert (model.head.weight.grad[V:] == 0).all() and model.head.weight.grad[:V].abs().sum() > 0
@@ -173,7 +174,7 @@ def test_recomputation_changes_nothing(style, attention_kernel) -> None:
         model.set_attention_patterns(MIXED)
         for block in model.layers:
             block.attention.offsets = (0, 1, 2, 3)
-        loss = model(tokens, targets)
+        loss = next_token_loss(model, tokens, targets)
         loss.backward()
         results.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
     (loss, gradients), (loss_again, gradients_again) = results
@@ -191,7 +192,7 @@ def test_recomputation_saves_activations() -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, own=own, sizes=sizes: sizes.append(0 if t.data_ptr() in own else t.numel()) or t, lambda t: t
         ):
-            model(tokens, targets)
+            next_token_loss(model, tokens, targets)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 3
 
@@ -205,7 +206,7 @@ def test_inactive_weights_stay_exactly_zero(style) -> None:
     losses = []
     tokens, targets = batch()
     for _ in range(4):
-        loss = model(tokens, targets)
+        loss = next_token_loss(model, tokens, targets)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -225,7 +226,7 @@ def test_sparse_model_is_the_dense_model_with_those_zeros() -> None:
     dense = build()
     dense.load_state_dict(sparse.state_dict())
     tokens, targets = batch()
-    first, second = sparse(tokens, targets), dense(tokens, targets)
+    first, second = next_token_loss(sparse, tokens, targets), next_token_loss(dense, tokens, targets)
     assert torch.equal(first, second)
     first.backward()
     second.backward()
@@ -241,7 +242,7 @@ def test_tied_sparse_head_gets_no_gradient_in_inactive_units_from_either_use() -
     sparsify(model)
     keep = model.head.mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
     tokens, targets = batch()
-    model(tokens, targets).backward()
+    next_token_loss(model, tokens, targets).backward()
     gradient = model.embedding.tokens.weight.grad
     assert (gradient[~keep] == 0).all() and gradient[:V][keep[:V]].abs().min() > 0
     # Without its own mask the look-up would leave a gradient here: the topology update shows it.
@@ -257,13 +258,13 @@ def test_bfloat16(style) -> None:
     sparsify(model)
     model.set_attention_patterns(MIXED)
     tokens, targets = batch()
-    logits, loss = model(tokens).detach(), model(tokens, targets).detach()
+    logits, loss = model(tokens).detach(), next_token_loss(model, tokens, targets).detach()
     model.bfloat16()
     low = model(tokens)
     assert low.dtype == torch.bfloat16
     # Logits of size 0.5 after some twenty roundings of relative 2^-8.
     assert (low.float() - logits).abs().max() < 0.05 * logits.abs().max() + 0.01
-    low_loss = model(tokens, targets)
+    low_loss = next_token_loss(model, tokens, targets)
     assert low_loss.dtype == torch.float32
     assert abs(low_loss.item() - loss.item()) < 0.02
     low_loss.backward()
