@@ -172,6 +172,31 @@ def test_names_of_version_0_1_are_refused_with_the_new_ones(override, old, new) 
     assert str(caught.value).startswith(old) and str(caught.value).endswith(f"was renamed; must be given as {new}")
 
 
+OLD_QUICKSTART = """
+run: {name: quickstart}
+sparsity:
+  algorithm: mst
+  density: 0.1
+  unit: 32
+  warmup_end: 0.15
+  restoration_start: 0.6
+  restoration_end: 0.75
+  update_interval: 10
+attention:
+  stride: 32
+kernels:
+  hybrid_attention: parts
+"""
+
+
+def test_a_file_of_version_0_1_is_refused_with_every_new_name_at_once(tmp_path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(OLD_QUICKSTART)
+    with pytest.raises(ConfigError) as caught:
+        load_config([tmp_path / "quickstart.yaml"])
+    for old, new in (("sparsity.unit", "sparsity.block_size"), ("kernels.hybrid_attention", "tiled")):
+        assert f"{old}:" in str(caught.value) and f"must be given as {new}" in str(caught.value)
+
+
 def test_contradictions_inside_a_section_are_refused() -> None:
     for overrides, message in [
         (["sparsity.algorithm=static", "sparsity.drop_fraction=0.2"], "sparsity.drop_fraction: 0.2 contradicts"),
