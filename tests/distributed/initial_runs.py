@@ -60,7 +60,7 @@ def masters(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
 
 def start(mesh: Mesh, config: RunConfig) -> dict:
     engine, controller = build(mesh, config)
-    load_initial_weights(config, controller, engine)
+    load_initial_weights(config, engine.rules, engine)
     check_state(engine, controller)
     found = masters(mesh, engine)
     for name, parameter in engine.model.named_parameters():
