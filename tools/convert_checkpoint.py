@@ -22,6 +22,7 @@ from megasparse.conversion.huggingface.exporting import export_huggingface
 from megasparse.conversion.huggingface.importing import import_huggingface, import_nanogpt
 from megasparse.conversion.sources import UniversalSource, open_source, write_source
 from megasparse.data.arguments import run_tool
+from megasparse.utils.activations import ACTIVATIONS
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py from-huggingface --input gpt2/ --output models/gpt2
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     nanogpt = command("from-nanogpt", "a checkpoint of nanoGPT becomes a model folder", "file ckpt.pt")
     nanogpt.add_argument(
         "--activation",
-        choices=["gelu_exact", "gelu"],
+        choices=[name for name, activation in ACTIVATIONS.items() if not activation.gated],
         default="gelu_exact",
         help="gelu: the tanh approximation of nanoGPT before 2023; the file does not say which (default: gelu_exact)",
     )

@@ -80,7 +80,7 @@ class ModelConfig(Section):
     attention_head_dim: PositiveInt | None = None
     """Width of a head; unset: hidden_size / num_attention_heads."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width inside the MLP; unset: 4 x hidden_size, or 8/3 x hidden_size rounded up to 128 for swiglu."""
+    """Width inside the MLP; unset: 4 x hidden_size, or 8/3 x hidden_size rounded up to 128 where gated (swiglu)."""
     seq_length: PositiveInt = 1024
     """Tokens per sample."""
     vocab_size: PositiveInt | None = None
@@ -146,9 +146,12 @@ class ModelConfig(Section):
         """Width inside the MLP after the default is filled in."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        if self.activation != "swiglu":
-            return 4 * self.hidden_size
-        return -(-8 * self.hidden_size // (3 * 128)) * 128
+        # Here, as it imports torch: tools that write data read settings and need neither.
+        from megasparse.utils.activations import ACTIVATIONS
+
+        if ACTIVATIONS[self.activation].gated:
+            return -(-8 * self.hidden_size // (3 * 128)) * 128
+        return 4 * self.hidden_size
 
     def padded_vocab_size(self, vocab_size: int, tensor_parallel_size: int = 1) -> int:
         """Rows of the embedding for a tokenizer of `vocab_size` entries, divisible over the tensor-parallel ranks."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
 from megasparse.sparsity.topology import Topology
+from megasparse.utils.activations import ACTIVATIONS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Defaults of DeepSpeed 0.19, in elements.

@@ -32,13 +32,13 @@ from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.measure import measure_row
 from megasparse.kernels.hybrid_attention import executed_entries, hybrid_attention
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.chips import HERE, Chip
 from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates, Widths
 from megasparse.planning.step_time import OPTIMIZER_BYTES, block_elements
 from megasparse.planning.workload import Shards, dense_products
+from megasparse.utils.activations import ACTIVATIONS
 from megasparse.utils.hardware import hardware_name
 
 ROUNDS = 3
