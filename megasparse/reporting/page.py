@@ -1,7 +1,7 @@
 """Turns a run's data and figures into the HTML page of the report.
 
-``render_page(run)`` returns the page. The words and tables are worked out here, ``report_template`` holds the HTML and
-the style. Jinja escapes every value; only figures, which are built here from escaped parts, are marked as markup.
+``render_page(run)`` returns the page. The words and tables are worked out here, ``templates/`` holds the HTML and the
+style. Jinja escapes every value; only figures, which are built from escaped parts, are marked as markup.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from megasparse.reporting.figures import PARTS, all_figures
 from megasparse.reporting.run_data import MAX_TEXT_CHARACTERS, Film, RunData, column, items, lookup, spans_of
 from megasparse.reporting.svg import thin_out, tinted_picture
-from megasparse.reporting.template import STYLE, TEMPLATE
 from megasparse.utils.format import (
     MISSING,
     describe_kernel,
@@ -66,11 +64,8 @@ def render_page(run: RunData) -> str:
         "optimizer": "no learning rates were logged",
     }
     films, film_remark = film_strips(run)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE).render(
-        style=Markup(STYLE),
+    return fill_in(
+        "report.html",
         run=run,
         status=status(run),
         verdict=verdict(run),
@@ -83,17 +78,26 @@ def render_page(run: RunData) -> str:
         topology=topology_rows(run),
         plan=plan_groups(run.plan),
         plan_warnings=[flat(warning) for warning in _listed(run.plan.get("warnings"))],
-        figures={
-            name: {"figure": figure, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
-            for name, figure in figures.items()
-        },
+        figures=figures,
         absent={name: words for name, words in expected.items() if name not in figures},
         films=films,
         film_remark=film_remark,
         config=cut(run.config),
         sample=cut(run.sample),
     )
-    return page.lstrip() + "\n"
+
+
+def fill_in(template: str, **values: Any) -> str:
+    """A file of ``templates/`` with its values; what they hold that is no text of one UTF-8 file becomes `?`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megasparse.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(values).strip() + "\n"
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def status(run: RunData) -> Mapping[str, str]:
@@ -119,6 +123,13 @@ def recorded(run: RunData, key: str, metric: str | None = None) -> float | None:
     """A number of the summary, or the last one logged where the summary lacks it."""
     value = finite(run.summary.get(key))
     return run.latest(metric or key) if value is None else value
+
+
+def best_loss(run: RunData) -> float | None:
+    """The lowest validation loss, of the log where there is no summary."""
+    _, losses = column(run.metrics, "val_loss")
+    best = finite(run.summary.get("best_val_loss"))
+    return float(losses.min()) if best is None and len(losses) else best
 
 
 def steps_done(run: RunData) -> int:
@@ -157,7 +168,7 @@ def verdict(run: RunData) -> str:
 def tiles(run: RunData) -> list[Row]:
     """The four numbers that are read first."""
     words, loss = final_loss(run)
-    best = finite(run.summary.get("best_val_loss"))
+    best = best_loss(run)
     share = divide(recorded(run, "flops_algorithmic"), recorded(run, "flops_dense"))
     seconds = recorded(run, "seconds")
     rate = divide(recorded(run, "tokens"), seconds)
@@ -221,7 +232,7 @@ def summary_rows(run: RunData) -> list[Row]:
         Row("Parameters", format_count(parameters)),
         Row("Training loss", format_decimal(recorded(run, "loss"))),
         Row("Validation loss", format_decimal(recorded(run, "val_loss"))),
-        Row("Best validation loss", format_decimal(summary.get("best_val_loss"))),
+        Row("Best validation loss", format_decimal(best_loss(run))),
         Row("Final density", format_share(recorded(run, "final_density", "density"))),
         Row("Training time", format_seconds(seconds)),
         Row("Tokens per second", format_count(divide(tokens, seconds)), "mean over the run"),
