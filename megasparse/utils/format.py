@@ -126,7 +126,7 @@ def _scaled(value: Any, base: float, units: tuple[str, ...]) -> str:
 
 def describe_kernel(row: Mapping[str, Any]) -> str:
     """A row of the plan's table of kernels: `12 x mlp.up 768 x 3072, blocks of 64: cpu, dense above density 80 %`."""
-    unit, limit = row.get("unit"), finite(row.get("break_even"))
+    unit, limit = row.get("block_size"), finite(row.get("break_even"))
     units = "single weights" if unit == 1 else f"blocks of {unit}"
     shape = f"{row.get('count')} x {row.get('layer')} {row.get('in')} -> {row.get('out')}, {units}"
     kernel = f"{row.get('kernel')} at density {format_share(row.get('density'))}"

@@ -116,7 +116,7 @@ def make_plan(name: str, steps: int) -> dict:
                     "count": 12,
                     "in": 768,
                     "out": 3072,
-                    "unit": 64,
+                    "block_size": 64,
                     "density": 0.1,
                     "kernel": "cpu",
                     "break_even": 0.82,
