@@ -79,15 +79,15 @@ def main(arguments: argparse.Namespace) -> None:
         "max_file_bytes": arguments.max_shard_size,
         "replace": arguments.replace,
     }
-    source, output = arguments.input, arguments.output
+    source, output, notes = arguments.input, arguments.output, []
     if arguments.command == "from-huggingface":
         notes = import_huggingface(source, output, **options)
     elif arguments.command == "from-nanogpt":
         notes = import_nanogpt(source, output, activation=arguments.activation, **options)
     elif arguments.command == "from-run":
-        notes = write_source(open_source(source, arguments.step), output, **options)
+        write_source(open_source(source, arguments.step), output, **options)
     elif arguments.command == "from-universal":
-        notes = write_source(UniversalSource(source, load_config([arguments.config])), output, **options)
+        write_source(UniversalSource(source, load_config([arguments.config])), output, **options)
     else:
         opened = open_source(source, arguments.step)
         notes = export_huggingface(opened, output, architecture=arguments.architecture, **options)

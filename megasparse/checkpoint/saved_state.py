@@ -21,6 +21,7 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import check_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.groups import layer_settings
+from megasparse.sparsity.topology import unpack_bits
 
 WEIGHT = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq", "weight_steps")
@@ -91,6 +92,17 @@ class SparseParameter:
     @property
     def num_units(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def mask(self, bits: Tensor) -> Tensor:
+        """Which units are active, bool in the shape of the grid, from packed bits. Raises CheckpointError."""
+        try:
+            return unpack_bits(bits, self.num_units).view(self.grid)
+        except ValueError as error:
+            raise CheckpointError(f"topology: layer {self.layer}: {error}") from None
+
+    def inactive_entries(self, mask: Tensor) -> Tensor:
+        """Entries of the weight that are inactive, bool in its shape."""
+        return ~mask.repeat_interleave(self.block_size, 0).repeat_interleave(self.block_size, 1)
 
 
 def sparse_parameters(
