@@ -24,7 +24,7 @@ from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
-from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool, tool_parser
 
 EXAMPLES = """examples:
   # the newest good checkpoint with moments, per-weight steps and position: the run can go on from it
@@ -40,9 +40,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="write a compact folder")
     source = packing.add_mutually_exclusive_group(required=True)

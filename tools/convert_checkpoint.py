@@ -21,7 +21,7 @@ from megasparse.conversion.huggingface.architectures import ARCHITECTURES
 from megasparse.conversion.huggingface.exporting import export_huggingface
 from megasparse.conversion.huggingface.importing import import_huggingface, import_nanogpt
 from megasparse.conversion.sources import UniversalSource, open_source, write_source
-from megasparse.data.arguments import run_tool
+from megasparse.data.arguments import run_tool, tool_parser
 from megasparse.utils.activations import ACTIVATIONS
 
 EXAMPLES = """examples:
@@ -38,9 +38,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to make")

@@ -23,7 +23,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
 from megasparse.conversion.sparsify import METHODS, check_only_sparsity, densify, sparsify
-from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool, tool_parser
 from megasparse.utils.folders import new_folder
 
 EXAMPLES = """examples:
@@ -43,9 +43,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run; the output is one too")
     source.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder; the output is one too")

@@ -267,7 +267,7 @@ class DataSource(Section):
 class DataConfig(Section):
     train: Annotated[list[DataSource], Field(min_length=1)] | None = None
     """Indexed data sets to train on, blended by weight."""
-    valid: list[DataSource] | None = None
+    valid: Annotated[list[DataSource], Field(min_length=1)] | None = None
     """Indexed data sets for validation; unset: `valid_fraction` of each training set, cut off at its end."""
     valid_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     """Share of each training set kept for validation where `valid` is unset."""
@@ -348,6 +348,10 @@ class TrainConfig(Section):
     """The same limit for all other steps: longer than any part of a step (forward, backward, ...) takes."""
     replica_check_interval: NonNegativeInt = 10
     """Topology updates between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
+
+    def accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
 
 class SparsityGroup(Section):

@@ -295,7 +295,8 @@ def print_facts(title: str, rows: Iterable[tuple[str, str]], console: Console) -
     for label, value in rows:
         if value:
             table.add_row(label, Text(_printable(value)))
-    console.print(Text(_printable(title), style="bold cyan"))
+    # Not as the title of the table, which would break a long name into lines.
+    console.print(Text(_printable(title), style="bold cyan"), soft_wrap=True)
     console.print(table)
 
 

@@ -71,8 +71,7 @@ class StepModel:
 
     @property
     def micro_batches(self) -> int:
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.replicas)
+        return self.config.train.accumulation_steps(self.replicas)
 
     @property
     def replicas(self) -> int:
