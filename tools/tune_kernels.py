@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megasparse.cost.layer_kernels import DTYPES, target_device
 from megasparse.data.arguments import positive, run_tool, tool_parser
-from megasparse.kernels.block_sparse.break_even import own_table
+from megasparse.kernels.block_sparse.break_even import Measurement, own_table
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
@@ -27,7 +27,6 @@ from megasparse.tuning.kernel_tuning import (
     print_attention_rows,
     print_rows,
     store,
-    store_attention,
 )
 
 EXAMPLES = """examples:
@@ -73,10 +72,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = arguments.device or target_device()
+    device, table = arguments.device or target_device(), own_table
     if arguments.attention:
-        tune_attention(arguments, device)
-        return
+        measurement, table = tune_attention(arguments, device), attention_tables.own_table
+        print_attention_rows(measurement.rows, make_console())
+    else:
+        measurement = tune_layers(arguments, device)
+        print_rows(measurement.rows, make_console())
+    print(f"{measurement.hardware}, threads: {measurement.threads}")
+    if not arguments.dry_run:
+        path = arguments.output or table()
+        store(path, measurement, attention=arguments.attention)
+        print(f"{path} written")
+
+
+def tune_layers(arguments: argparse.Namespace, device: str) -> Measurement:
     shapes = [widths for words in arguments.shapes for widths in parse_shape(words)]
     tokens, rounds = arguments.tokens, arguments.rounds
     if arguments.quick:
@@ -86,27 +96,15 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"tune_kernels: passed over: {note}", file=sys.stderr)
     if not todo:
         raise ValueError("nothing of this can be measured here")
-    measurement = measure_all(todo, device, rounds, command())
-    print_rows(measurement.rows, make_console())
-    print(f"{measurement.hardware}, threads: {measurement.threads}")
-    if not arguments.dry_run:
-        path = arguments.output or own_table()
-        store(path, measurement)
-        print(f"{path} written")
+    return measure_all(todo, device, rounds, command())
 
 
-def tune_attention(arguments: argparse.Namespace, device: str) -> None:
+def tune_attention(arguments: argparse.Namespace, device: str) -> Measurement:
     lengths, rounds = arguments.lengths, arguments.rounds
     if arguments.quick:
         lengths, rounds = [min(lengths), max(lengths)], 2
     classes = arguments.precisions, arguments.strides, arguments.head_dims
-    measurement = measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
-    print_attention_rows(measurement.rows, make_console())
-    print(f"{measurement.hardware}, threads: {measurement.threads}")
-    if not arguments.dry_run:
-        path = arguments.output or attention_tables.own_table()
-        store_attention(path, measurement)
-        print(f"{path} written")
+    return measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
 
 
 def command() -> str:

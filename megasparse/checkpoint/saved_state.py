@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,11 @@ class SavedState(Protocol):
     def division(self, name: str) -> dict[str, Any]:
         """How DeepSpeed's own loader of universal checkpoints is to divide a parameter."""
         ...
+
+
+def weight_bytes(saved: SavedState) -> int:
+    """What a bar of the progress counts: float32 of all parameters."""
+    return 4 * sum(prod(shape) for shape in saved.shapes.values())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
+from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
@@ -60,7 +60,7 @@ def build_datasets(
     return train, valid
 
 
-def _packed(indexed: IndexedDataset, piece: TokenRange, name: str, settings: dict[str, Any]) -> PackedDataset:
+def _packed(indexed: IndexedDataset, piece: range, name: str, settings: dict[str, Any]) -> PackedDataset:
     try:
         return PackedDataset(indexed, start=piece.start, stop=piece.stop, **settings)
     except DatasetError as error:

@@ -15,23 +15,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
-
-
-@dataclass(frozen=True)
-class TokenRange:
-    """A contiguous piece [start, stop) of a token stream, in tokens."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 class PackedDataset:
@@ -114,8 +102,8 @@ class ConcatenatedDataset:
         return self.datasets[which][index - first]
 
 
-def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list[TokenRange]:
-    """Cuts a dataset into contiguous splits (train, valid, ...) of whole documents, measured in tokens.
+def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list[range]:
+    """Cuts a dataset into contiguous splits (train, valid, ...) of whole documents: ranges of tokens.
 
     `fractions` are relative sizes, normalised here; a zero gives an empty range. Each cut is the document boundary
     nearest to the wanted token offset that leaves at least one document to every split. A dataset with fewer
@@ -143,7 +131,7 @@ def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list
     edges = [0, *cuts, indexed.num_tokens]
     ranges, used = [], 0
     for share in shares:
-        ranges.append(TokenRange(edges[used], edges[used + 1] if share > 0 else edges[used]))
+        ranges.append(range(edges[used], edges[used + 1] if share > 0 else edges[used]))
         used += share > 0
     for share, piece in zip(shares, ranges, strict=True):
         actual = len(piece) / indexed.num_tokens

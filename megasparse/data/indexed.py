@@ -29,11 +29,8 @@ from megasparse.data.index_format import (
     dataset_paths,
     dtype_code,
     dtype_from_code,
-    smallest_dtype,
 )
 from megasparse.utils.files import sync_and_close, sync_folder, temporary_beside
-
-__all__ = ["DatasetError", "IndexedDataset", "IndexedDatasetWriter", "dataset_paths", "smallest_dtype"]
 
 # Entries of an index, or tokens of a file, that are handled at once: bounds the temporary memory to tens of MB.
 CHUNK = 2**20

@@ -21,18 +21,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megasparse.data.loader import Batch, BatchLoader, split_samples
-
-__all__ = [
-    "Batch",
-    "BatchLoader",
-    "BlendedDataset",
-    "ShuffledDataset",
-    "derive_seed",
-    "permuted_index",
-    "split_samples",
-]
-
 MASK_64 = 2**64 - 1
 # Six rounds are ample on wide halves; on halves of few bits, with few distinct round functions, more are needed.
 NUM_ROUNDS = 8

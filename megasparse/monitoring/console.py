@@ -150,17 +150,7 @@ class QuietProgress:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def update(
-        self,
-        step: int,
-        *,
-        loss: float,
-        density: float,
-        phase: str,
-        pattern: str,
-        tokens_per_s: float,
-        val_loss: float | None = None,
-    ) -> None:
+    def update(self, step: int, **values: Any) -> None:
         return None
 
     def message(self, text: str) -> None:

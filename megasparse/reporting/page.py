@@ -42,6 +42,26 @@ PICTURE_BUDGET = 800_000
 """Bytes of all pictures together; films beyond it are left out, with a remark."""
 
 
+LEDGER = {
+    "dense": (
+        "Dense-equivalent",
+        "What these steps would have cost with every weight active and full attention. "
+        "A yardstick: it was not executed.",
+    ),
+    "algorithmic": (
+        "Algorithmic",
+        "What the method needs: active weights and attended pairs only. "
+        "It is the figure that papers report, and no promise of saved time.",
+    ),
+    "executed": (
+        "Executed",
+        "What the kernels that ran really multiplied, dense steps and fallbacks included. "
+        "Where it exceeds the algorithmic figure, the difference was saved on paper only.",
+    ),
+}
+"""Kinds of FLOPs: name, and what the number means."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A labelled value of a table; `note` explains it."""
@@ -247,36 +267,21 @@ def summary_rows(run: RunData) -> list[Row]:
 
 def ledger_rows(run: RunData) -> list[dict[str, Any]]:
     """The FLOPs of the run three times, each with a sentence on what it does and does not mean."""
-    dense, algorithmic, executed = (recorded(run, f"flops_{kind}") for kind in ("dense", "algorithmic", "executed"))
-    if dense is None and algorithmic is None and executed is None:
+    values = {kind: recorded(run, f"flops_{kind}") for kind in LEDGER}
+    if not any(value is not None for value in values.values()):
         return []
-    sentences = {
-        "dense": (
-            "What these steps would have cost with every weight active and full attention. "
-            "A yardstick: it was not executed."
-        ),
-        "algorithmic": (
-            "What the method needs: active weights and attended pairs only. "
-            "It is the figure that papers report, and no promise of saved time."
-        ),
-        "executed": (
-            "What the kernels that ran really multiplied, dense steps and fallbacks included. "
-            "Where it exceeds the algorithmic figure, the difference was saved on paper only." + _kernels_used(run)
-        ),
-    }
-    names = {"dense": "Dense-equivalent", "algorithmic": "Algorithmic", "executed": "Executed"}
-    values = {"dense": dense, "algorithmic": algorithmic, "executed": executed}
+    dense = values["dense"]
     return [
         {
             "kind": kind,
-            "name": names[kind],
-            "value": format_flops(value),
-            "share": format_share(divide(value, dense)),
-            "factor": "" if kind == "dense" else _fewer(divide(dense, value)),
-            "width": round(min(100.0, 100.0 * (divide(value, dense) or 0.0)), 2),
-            "sentence": sentences[kind],
+            "name": name,
+            "value": format_flops(values[kind]),
+            "share": format_share(divide(values[kind], dense)),
+            "factor": "" if kind == "dense" else _fewer(divide(dense, values[kind])),
+            "width": round(min(100.0, 100.0 * (divide(values[kind], dense) or 0.0)), 2),
+            "sentence": sentence + (_kernels_used(run) if kind == "executed" else ""),
         }
-        for kind, value in values.items()
+        for kind, (name, sentence) in LEDGER.items()
     ]
 
 
