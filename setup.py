@@ -13,7 +13,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megasparse", "megasparse.*"]),
-    package_data={"megasparse": ["kernels/*/*.cpp", "kernels/*/*.h", "kernels/*/*.json"]},
+    package_data={
+        "megasparse": [
+            "kernels/*/*.cpp",
+            "kernels/*/*.h",
+            "kernels/*/*.json",
+            "planning/*.yaml",
+            "reporting/templates/*",
+        ]
+    },
     install_requires=[
         # GPU users install their own build of torch first; the range keeps it.
         "torch>=2.8",

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from megasparse.data.arguments import positive
+
 
 def main() -> int:
     arguments = parse_arguments()
@@ -54,19 +56,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder or model folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
     parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue; default: a line end")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add at most; default: 200")
+    parser.add_argument("--tokens", type=positive, default=200, metavar="N", help="tokens to add at most; default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0: all tokens; default: 50")
     parser.add_argument("--top-p", type=float, metavar="P", help="fewest tokens that reach probability P; default: all")
     parser.add_argument("--seed", type=int, metavar="S", help="of the first sample; default: the run's")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples of seeds S, S + 1, ...")
+    parser.add_argument("--num-samples", type=positive, default=1, metavar="N", help="samples of seeds S, S + 1, ...")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
-    arguments = parser.parse_args()
-    for name in ("tokens", "num_samples"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(arguments, name)}; must be 1 or more")
-    return arguments
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

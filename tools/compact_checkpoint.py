@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 
 from rich.console import Console
@@ -18,13 +17,13 @@ from megasparse.checkpoint.compact.encoding import parse_pattern
 from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
 from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
 from megasparse.checkpoint.compact.writer import pack
-from megasparse.checkpoint.saved_state import SavedState
+from megasparse.checkpoint.saved_state import weight_bytes
 from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
-from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool, tool_parser
 
 EXAMPLES = """examples:
   # the newest good checkpoint with moments, per-weight steps and position: the run can go on from it
@@ -40,9 +39,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="write a compact folder")
     source = packing.add_mutually_exclusive_group(required=True)
@@ -70,7 +67,7 @@ def main_pack(arguments: argparse.Namespace) -> None:
     else:
         checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
         saved, config, companions = open_checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
-    with progress_bar("packing", _weight_bytes(saved)) as progress:
+    with progress_bar("packing", weight_bytes(saved)) as progress:
         manifest = pack(
             saved,
             config,
@@ -86,7 +83,7 @@ def main_pack(arguments: argparse.Namespace) -> None:
 
 def main_unpack(arguments: argparse.Namespace) -> None:
     saved = CompactReader(arguments.input)
-    with progress_bar("unpacking", _weight_bytes(saved)) as progress:
+    with progress_bar("unpacking", weight_bytes(saved)) as progress:
         if saved.manifest.weights_only:
             saved.check_files()
             write_model_folder(saved, saved.config, saved.companions, arguments.output, progress)
@@ -116,10 +113,6 @@ def _groups(report: Sequence[ParameterSize]) -> Iterator[tuple[str, list[Paramet
         yield f"{len(dense)} dense", dense
     yield from ((row.name, [row]) for row in report if row.density < 1.0)
     yield f"all {len(report)}", list(report)
-
-
-def _weight_bytes(saved: SavedState) -> int:
-    return 4 * sum(prod(shape) for shape in saved.shapes.values())
 
 
 if __name__ == "__main__":

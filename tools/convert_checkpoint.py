@@ -21,7 +21,8 @@ from megasparse.conversion.huggingface.architectures import ARCHITECTURES
 from megasparse.conversion.huggingface.exporting import export_huggingface
 from megasparse.conversion.huggingface.importing import import_huggingface, import_nanogpt
 from megasparse.conversion.sources import UniversalSource, open_source, write_source
-from megasparse.data.arguments import run_tool
+from megasparse.data.arguments import run_tool, tool_parser
+from megasparse.utils.activations import ACTIVATIONS
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py from-huggingface --input gpt2/ --output models/gpt2
@@ -37,9 +38,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to make")
@@ -56,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     nanogpt = command("from-nanogpt", "a checkpoint of nanoGPT becomes a model folder", "file ckpt.pt")
     nanogpt.add_argument(
         "--activation",
-        choices=["gelu_exact", "gelu"],
+        choices=[name for name, activation in ACTIVATIONS.items() if not activation.gated],
         default="gelu_exact",
         help="gelu: the tanh approximation of nanoGPT before 2023; the file does not say which (default: gelu_exact)",
     )
@@ -78,15 +77,15 @@ def main(arguments: argparse.Namespace) -> None:
         "max_file_bytes": arguments.max_shard_size,
         "replace": arguments.replace,
     }
-    source, output = arguments.input, arguments.output
+    source, output, notes = arguments.input, arguments.output, []
     if arguments.command == "from-huggingface":
         notes = import_huggingface(source, output, **options)
     elif arguments.command == "from-nanogpt":
         notes = import_nanogpt(source, output, activation=arguments.activation, **options)
     elif arguments.command == "from-run":
-        notes = write_source(open_source(source, arguments.step), output, **options)
+        write_source(open_source(source, arguments.step), output, **options)
     elif arguments.command == "from-universal":
-        notes = write_source(UniversalSource(source, load_config([arguments.config])), output, **options)
+        write_source(UniversalSource(source, load_config([arguments.config])), output, **options)
     else:
         opened = open_source(source, arguments.step)
         notes = export_huggingface(opened, output, architecture=arguments.architecture, **options)

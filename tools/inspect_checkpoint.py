@@ -21,7 +21,7 @@ from megasparse.conversion.inspection.description import Description, describe
 from megasparse.conversion.inspection.difference import Difference, compare
 from megasparse.conversion.inspection.opening import open_any
 from megasparse.conversion.inspection.verification import Problem, verify
-from megasparse.data.arguments import run_tool
+from megasparse.data.arguments import run_tool, tool_parser
 
 EXAMPLES = """examples:
   python tools/inspect_checkpoint.py runs/quickstart-mst
@@ -36,9 +36,7 @@ MOST_NAMES = 8
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one, or two with --diff")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--diff", action="store_true", help="how two folders differ")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.data.arguments import run_tool
+from megasparse.data.arguments import positive, run_tool, tool_parser
 
 EXAMPLES = """examples:
   # a preset on 64 H100 in nodes of 8
@@ -34,9 +34,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
     parser.add_argument("--chip", metavar="NAME", help="see --chips; `here`: this machine's processor, measured")
@@ -45,14 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--network", metavar="RATE", help="of each GPU to other nodes, one direction: 400Gb, 50GB")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file with these four; options win")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts to show (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="layouts to show (default: 5)")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     parser.add_argument("--chips", action="store_true", help="print the table of chips with its sources, and leave")
     # Settings may stand between options.
-    arguments = parser.parse_intermixed_args()
-    if arguments.top < 1:
-        parser.error(f"--top is {arguments.top}; it must be at least 1")
-    return arguments
+    return parser.parse_intermixed_args()
 
 
 def main(arguments: argparse.Namespace) -> None:

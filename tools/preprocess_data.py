@@ -9,7 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
+from megasparse.data.arguments import (
+    add_corpus_arguments,
+    positive,
+    progress_bar,
+    reader_from_arguments,
+    run_tool,
+    tool_parser,
+)
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
 from megasparse.data.tokenizer import TOKENIZER_KINDS, load_tokenizer
@@ -29,25 +36,22 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, choices=TOKENIZER_KINDS, help="kind of tokenizer")
     parser.add_argument("--tokenizer-path", metavar="FILE", help="the .model or tokenizer.json file")
     parser.add_argument("--end-of-document", metavar="PIECE", help="piece that ends documents, if not a usual one")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--limit-documents", type=int, metavar="N", help="stop after N documents")
+    parser.add_argument("--limit-documents", type=positive, metavar="N", help="stop after N documents")
     parser.add_argument(
-        "--num-threads", type=int, default=1, metavar="N", help="SentencePiece threads in each process (default: 1)"
+        "--num-threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="threads of SentencePiece a process (default: 1)",
     )
-    arguments = parser.parse_args()
-    for name in ("limit_documents", "num_threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    return arguments
+    return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace, communicator) -> None:

@@ -9,13 +9,12 @@ its optimizer state, of active units; a model folder has none.
 from __future__ import annotations
 
 import argparse
-from math import prod
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.checkpoint.saved_state import SavedState, moved
+from megasparse.checkpoint.saved_state import SavedState, moved, weight_bytes
 from megasparse.checkpoint.universal import open_checkpoint, write_universal_only
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config, save_config
@@ -23,7 +22,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
 from megasparse.conversion.sparsify import METHODS, check_only_sparsity, densify, sparsify
-from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool, tool_parser
 from megasparse.utils.folders import new_folder
 
 EXAMPLES = """examples:
@@ -43,9 +42,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run; the output is one too")
     source.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder; the output is one too")
@@ -93,7 +90,7 @@ def main(arguments: argparse.Namespace) -> None:
     if run is not None and not arguments.weights_only:
         saved: SavedState = open_checkpoint(find_checkpoint(run, arguments.step)[0])
         changed, config = changed_state(arguments, saved, load_config([config_file]), config_file, saved.facts.step)
-        with new_folder(output) as folder, progress_bar("writing", _weight_bytes(saved)) as progress:
+        with new_folder(output) as folder, progress_bar("writing", weight_bytes(saved)) as progress:
             save_config(moved(config, output), folder / "config.yaml")
             write_universal_only(changed, folder, progress)
         words = f"--config {output / 'config.yaml'} train.resume=auto train.universal=true"
@@ -101,7 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
         source = open_source(run or arguments.model, arguments.step)
         saved = WeightsState(source)
         changed, config = changed_state(arguments, saved, source.config, config_file, 0)
-        with progress_bar("writing", _weight_bytes(saved)) as progress:
+        with progress_bar("writing", weight_bytes(saved)) as progress:
             write_model_folder(changed, config, source.files, output, progress)
         words = f"--config {output / 'config.yaml'} train.init_from={output}"
     print(f"{output}: written; to train: python launch/pretrain.py {words}")
@@ -126,10 +123,6 @@ def changed_state(
     )
     Console().print(table)
     return masked, config
-
-
-def _weight_bytes(saved: SavedState) -> int:
-    return 4 * sum(prod(shape) for shape in saved.shapes.values())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megasparse.data.arguments import add_corpus_arguments, reader_from_arguments, run_tool
+from megasparse.data.arguments import add_corpus_arguments, reader_from_arguments, run_tool, tool_parser
 from megasparse.data.tokenizer_training import MODEL_TYPES, train_sentencepiece
 
 EXAMPLES = """examples:
@@ -22,9 +22,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     add_corpus_arguments(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="ids, bytes and end piece included")

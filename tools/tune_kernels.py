@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from megasparse.cost.layer_kernels import DTYPES, target_device
-from megasparse.data.arguments import run_tool
-from megasparse.kernels.block_sparse.break_even import own_table
+from megasparse.data.arguments import positive, run_tool, tool_parser
+from megasparse.kernels.block_sparse.break_even import Measurement, own_table
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
@@ -27,7 +27,6 @@ from megasparse.tuning.kernel_tuning import (
     print_attention_rows,
     print_rows,
     store,
-    store_attention,
 )
 
 EXAMPLES = """examples:
@@ -43,26 +42,24 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     names = ", ".join(LAYERS)
     parser.add_argument(
         "--shapes", nargs="+", default=["gpt2-small"], metavar="SHAPE", help=f"{names}, or in x out as 768x3072"
     )
-    parser.add_argument("--blocks", nargs="+", type=int, default=[16, 32, 64, 128], metavar="N", help="sides of blocks")
+    parser.add_argument("--blocks", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N", help="sides")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
     parser.add_argument(
-        "--tokens", nargs="+", type=int, default=[512, 2048, 8192], metavar="N", help="rows of a micro-batch"
+        "--tokens", nargs="+", type=positive, default=[512, 2048, 8192], metavar="N", help="rows of a micro-batch"
     )
     attention = parser.add_argument_group("with --attention")
     attention.add_argument("--attention", action="store_true", help="measure the attention patterns instead of layers")
-    attention.add_argument("--strides", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
-    attention.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="N", help="default: 64")
+    attention.add_argument("--strides", nargs="+", type=positive, default=[128], metavar="N", help="default: 128")
+    attention.add_argument("--head-dims", nargs="+", type=positive, default=[64], metavar="N", help="default: 64")
     attention.add_argument(
-        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="N", help="tokens of a sequence"
+        "--lengths", nargs="+", type=positive, default=list(LENGTHS), metavar="N", help="tokens of a sequence"
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians over them (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="medians are over them (default: 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="table to write to (default: that of the user)")
     parser.add_argument(
@@ -71,19 +68,25 @@ def parse_arguments() -> argparse.Namespace:
         help="2 rounds; the largest shape and 2,048 tokens, or the two outer lengths, only",
     )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
-    arguments = parser.parse_args()
-    for name in ("blocks", "tokens", "strides", "head_dims", "lengths", "rounds"):
-        values = getattr(arguments, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name.replace('_', '-')}: {values} is not positive")
-    return arguments
+    return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = arguments.device or target_device()
+    device, table = arguments.device or target_device(), own_table
     if arguments.attention:
-        tune_attention(arguments, device)
-        return
+        measurement, table = tune_attention(arguments, device), attention_tables.own_table
+        print_attention_rows(measurement.rows, make_console())
+    else:
+        measurement = tune_layers(arguments, device)
+        print_rows(measurement.rows, make_console())
+    print(f"{measurement.hardware}, threads: {measurement.threads}")
+    if not arguments.dry_run:
+        path = arguments.output or table()
+        store(path, measurement, attention=arguments.attention)
+        print(f"{path} written")
+
+
+def tune_layers(arguments: argparse.Namespace, device: str) -> Measurement:
     shapes = [widths for words in arguments.shapes for widths in parse_shape(words)]
     tokens, rounds = arguments.tokens, arguments.rounds
     if arguments.quick:
@@ -93,27 +96,15 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"tune_kernels: passed over: {note}", file=sys.stderr)
     if not todo:
         raise ValueError("nothing of this can be measured here")
-    measurement = measure_all(todo, device, rounds, command())
-    print_rows(measurement.rows, make_console())
-    print(f"{measurement.hardware}, threads: {measurement.threads}")
-    if not arguments.dry_run:
-        path = arguments.output or own_table()
-        store(path, measurement)
-        print(f"{path} written")
+    return measure_all(todo, device, rounds, command())
 
 
-def tune_attention(arguments: argparse.Namespace, device: str) -> None:
+def tune_attention(arguments: argparse.Namespace, device: str) -> Measurement:
     lengths, rounds = arguments.lengths, arguments.rounds
     if arguments.quick:
         lengths, rounds = [min(lengths), max(lengths)], 2
     classes = arguments.precisions, arguments.strides, arguments.head_dims
-    measurement = measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
-    print_attention_rows(measurement.rows, make_console())
-    print(f"{measurement.hardware}, threads: {measurement.threads}")
-    if not arguments.dry_run:
-        path = arguments.output or attention_tables.own_table()
-        store_attention(path, measurement)
-        print(f"{path} written")
+    return measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
 
 
 def command() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from megasparse.checkpoint.layout import read_layout
 from megasparse.checkpoint.universal import UNIVERSAL, UniversalReader, verify_universal, write_universal
 from megasparse.checkpoint.weights import find_checkpoint
-from megasparse.data.arguments import progress_bar, run_tool
+from megasparse.data.arguments import progress_bar, run_tool, tool_parser
 
 EXAMPLES = """examples:
   # from the newest good checkpoint
@@ -28,9 +28,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="folder of the run")
     parser.add_argument("--step", type=int, metavar="N", help="its checkpoint of step N (default: the newest good one)")
     parser.add_argument(

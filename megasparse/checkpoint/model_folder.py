@@ -65,6 +65,14 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
+def load_topology(path: Path) -> dict[str, Tensor]:
+    """Packed bits by kind and layer."""
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not readable: {error}") from None
+
+
 def model_tensors(config: RunConfig) -> dict[str, ShardSpec]:
     """Whole shapes of the weights by name, the vocabulary unpadded; `parts` tells the widths of fused ones.
 
@@ -128,12 +136,7 @@ class ModelFolder:
 
     def topology(self) -> dict[str, Tensor]:
         """Packed bits by kind and layer, as ``Controller.state`` gives them; empty where the folder has none."""
-        if not self.has_topology:
-            return {}
-        try:
-            return load_file(self.folder / TOPOLOGY)
-        except Exception as error:
-            raise CheckpointError(f"{self.folder / TOPOLOGY}: not readable: {error}") from None
+        return load_topology(self.folder / TOPOLOGY) if self.has_topology else {}
 
     def check_files(self) -> None:
         """Raise CheckpointError unless the files have the checksums that were written with them."""

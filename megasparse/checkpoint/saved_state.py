@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.loader import check_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.groups import layer_settings
+from megasparse.sparsity.topology import unpack_bits
 
 WEIGHT = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq", "weight_steps")
@@ -76,6 +78,11 @@ class SavedState(Protocol):
         ...
 
 
+def weight_bytes(saved: SavedState) -> int:
+    """What a bar of the progress counts: float32 of all parameters."""
+    return 4 * sum(prod(shape) for shape in saved.shapes.values())
+
+
 @dataclass(frozen=True)
 class SparseParameter:
     """A parameter that is the weight of a sparse layer."""
@@ -91,6 +98,17 @@ class SparseParameter:
     @property
     def num_units(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def mask(self, bits: Tensor) -> Tensor:
+        """Which units are active, bool in the shape of the grid, from packed bits. Raises CheckpointError."""
+        try:
+            return unpack_bits(bits, self.num_units).view(self.grid)
+        except ValueError as error:
+            raise CheckpointError(f"topology: layer {self.layer}: {error}") from None
+
+    def inactive_entries(self, mask: Tensor) -> Tensor:
+        """Entries of the weight that are inactive, bool in its shape."""
+        return ~mask.repeat_interleave(self.block_size, 0).repeat_interleave(self.block_size, 1)
 
 
 def sparse_parameters(

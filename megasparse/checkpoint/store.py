@@ -153,14 +153,19 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise CheckpointError(f"checkpoint {folder}: format {manifest.format}; must be {FORMAT}")
     for name, size in manifest.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"checkpoint {folder}: {name} {state}")
+        if problem := size_problem(folder / name, size):
+            raise CheckpointError(f"checkpoint {folder}: {name} {problem}")
     if sha256(folder / TOPOLOGY) != manifest.topology_sha256:
         raise CheckpointError(f"checkpoint {folder}: {TOPOLOGY} does not have the checksum of the manifest")
     return manifest
+
+
+def size_problem(path: Path, size: int) -> str:
+    """How a file differs from one of this size; empty where it does not."""
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    return "" if found == size else f"has {found} bytes instead of {size}"
 
 
 def check_model(folder: Path, saved: dict[str, Any], model: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from megasparse.checkpoint.store import (
     Manifest,
     read_manifest,
     sha256,
+    size_problem,
 )
 from megasparse.engine.safe_checkpoint import load_data
 from megasparse.utils.files import write_json
@@ -143,10 +144,8 @@ class UniversalReader:
         self._hint = "" if checkpoint.is_universal_only else f"; make it with: {tool_command(folder)}"
         self.manifest = self._read_manifest()
         for name, (size, _) in self.manifest.files.items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                self._fail(f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}")
+            if problem := size_problem(self.folder / name, size):
+                self._fail(f"{name} {problem}")
         if (self.manifest.step, self.manifest.topology_sha256) != (checkpoint.step, checkpoint.topology_sha256):
             self._fail("it was made from another checkpoint")
         self.step = self.manifest.optimizer_step

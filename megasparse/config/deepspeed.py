@@ -37,7 +37,7 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
     derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+        "gradient_accumulation_steps": train.accumulation_steps(data_parallel_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own line per n steps would stand beside ours.

@@ -80,7 +80,7 @@ class ModelConfig(Section):
     attention_head_dim: PositiveInt | None = None
     """Width of a head; unset: hidden_size / num_attention_heads."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width inside the MLP; unset: 4 x hidden_size, or 8/3 x hidden_size rounded up to 128 for swiglu."""
+    """Width inside the MLP; unset: 4 x hidden_size, or 8/3 x hidden_size rounded up to 128 where gated (swiglu)."""
     seq_length: PositiveInt = 1024
     """Tokens per sample."""
     vocab_size: PositiveInt | None = None
@@ -146,9 +146,12 @@ class ModelConfig(Section):
         """Width inside the MLP after the default is filled in."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        if self.activation != "swiglu":
-            return 4 * self.hidden_size
-        return -(-8 * self.hidden_size // (3 * 128)) * 128
+        # Here, as it imports torch: tools that write data read settings and need neither.
+        from megasparse.utils.activations import ACTIVATIONS
+
+        if ACTIVATIONS[self.activation].gated:
+            return -(-8 * self.hidden_size // (3 * 128)) * 128
+        return 4 * self.hidden_size
 
     def padded_vocab_size(self, vocab_size: int, tensor_parallel_size: int = 1) -> int:
         """Rows of the embedding for a tokenizer of `vocab_size` entries, divisible over the tensor-parallel ranks."""
@@ -264,7 +267,7 @@ class DataSource(Section):
 class DataConfig(Section):
     train: Annotated[list[DataSource], Field(min_length=1)] | None = None
     """Indexed data sets to train on, blended by weight."""
-    valid: list[DataSource] | None = None
+    valid: Annotated[list[DataSource], Field(min_length=1)] | None = None
     """Indexed data sets for validation; unset: `valid_fraction` of each training set, cut off at its end."""
     valid_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     """Share of each training set kept for validation where `valid` is unset."""
@@ -347,6 +350,10 @@ class TrainConfig(Section):
     """The same limit for all other steps: longer than any part of a step (forward, backward, ...) takes."""
     replica_check_interval: NonNegativeInt = 10
     """Topology updates between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
+
+    def accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
 
 class SparsityGroup(Section):

@@ -7,50 +7,67 @@ write_model_folder(WeightsState(source), source.config, source.files, Path("expo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from megasparse.checkpoint.model_folder import ModelFolderWriter
+from megasparse.checkpoint.model_folder import load_topology
 from megasparse.checkpoint.saved_state import WEIGHT, RunFacts, SavedState
-from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.schema import RunConfig
-from megasparse.conversion.sources import Source, portable_config
+from megasparse.conversion.sources import Source, Tensors, portable_config, write_weights
 
 
-class WeightsState:
-    """The weights of a source without optimizer and position: a ``SavedState``."""
+class PlainTensors:
+    """Weights without anything else known of them: a ``SavedState``."""
 
     step = 0
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.shapes = {name: source.shape(name) for name in source.names}
-        config, known = source.config, dict(source.facts)
-        self.facts = RunFacts(int(known.get("step", 0)), config.model.model_dump(mode="json"), known, [])
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors, self.facts = tensors, RunFacts(0, {}, {}, [])
+        self.shapes = {name: tensors.shape(name) for name in tensors.names}
 
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]
 
     def tensor(self, name: str, kind: str) -> Tensor:
         assert kind == WEIGHT, kind
-        return self.source.tensor(name)
+        return self.tensors.tensor(name)
 
     def topology(self) -> dict[str, Tensor]:
-        path = self.source.topology_file
-        try:
-            return {} if path is None else load_file(path)
-        except Exception as error:
-            raise CheckpointError(f"{path}: not readable: {error}") from None
+        return {}
 
     def loss_scaler(self) -> dict[str, float]:
         return {}
 
     def division(self, name: str) -> dict[str, Any]:
         return {}
+
+
+class WeightsState(PlainTensors):
+    """The weights and masks of a source without optimizer and position: a ``SavedState``."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        known, self._topology_file = dict(source.facts), source.topology_file
+        self.facts = RunFacts(int(known.get("step", 0)), source.config.model.model_dump(mode="json"), known, [])
+
+    def topology(self) -> dict[str, Tensor]:
+        return {} if self._topology_file is None else load_topology(self._topology_file)
+
+
+class _StateWeights:
+    """The weights of a saved state, as a model folder is written from them."""
+
+    def __init__(self, saved: SavedState) -> None:
+        self.saved = saved
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensor(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self.saved.tensor(name, WEIGHT)
 
 
 def write_model_folder(
@@ -65,16 +82,12 @@ def write_model_folder(
     files: of the tokenizer, by the names that they get. Raises CheckpointError, and leaves nothing, where `output`
     holds something already.
     """
-    dtypes, done = {name: saved.tensor(name, WEIGHT).dtype for name in saved.shapes}, 0
-    facts, config = saved.facts.train_state, portable_config(config, files)
-    with ModelFolderWriter(output, config, dtypes, facts=facts) as writer:
-        for name in writer.names:
-            tensor = saved.tensor(name, WEIGHT)
-            writer.write(name, tensor)
-            done += 4 * prod(tensor.shape)
-            progress(done)
-        for name, path in files.items():
-            writer.copy(name, path)
-        topology = saved.topology()
-        if topology:
-            writer.topology(topology)
+    write_weights(
+        _StateWeights(saved),
+        portable_config(config, files),
+        output,
+        facts=saved.facts.train_state,
+        files=files,
+        topology=saved.topology(),
+        progress=progress,
+    )

@@ -9,9 +9,10 @@ Whole tensors, the vocabulary not padded, a tied head stored once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -26,17 +27,28 @@ from megasparse.checkpoint.model_folder import (
     tokenizer_files,
 )
 from megasparse.checkpoint.store import TOPOLOGY, CheckpointError
-from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES
+from megasparse.checkpoint.tensor_files import TensorFiles
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import load_tokenizer
 
 REOPEN_BYTES = 256 * 2**20
 """Pages of mapped files stay in memory while the mapping lasts: after so many bytes the files are mapped anew."""
+PICKLED = "pytorch_model.bin"
 TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
 
-class Source(Protocol):
+class Tensors(Protocol):
+    """Tensors by name, read when they are asked for."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class Source(Tensors, Protocol):
     """What a model folder and a run have in common."""
 
     config: RunConfig
@@ -44,12 +56,6 @@ class Source(Protocol):
     files: dict[str, Path]
     """Of the tokenizer and of generation, by the names that they have in a model folder."""
     topology_file: Path | None
-
-    @property
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def tensor(self, name: str) -> Tensor: ...
 
 
 def open_source(folder: Path, step: int | None = None) -> Source:
@@ -72,29 +78,15 @@ class FolderSource(ModelFolder):
         self.topology_file = folder / TOPOLOGY if self.has_topology else None
 
 
-class RunSource:
-    """A checkpoint of a run, whatever its layout: master weights, float32."""
+class _MasterWeights:
+    """Float32 weights of a model with a configuration, from where the vocabulary may be padded."""
 
-    def __init__(self, run_folder: Path, step: int | None = None) -> None:
-        # Imports DeepSpeed, for the kinds of objects in its files.
-        from megasparse.checkpoint.universal import open_checkpoint
-        from megasparse.checkpoint.weights import find_checkpoint
-
-        self.config = complete_config(load_config([run_folder / "config.yaml"]))
-        self.folder, self.manifest = find_checkpoint(run_folder, step)
-        self._open = lambda: open_checkpoint(self.folder)
-        self._reader, self._bytes_read = self._open(), 0
+    def __init__(self, where: Path, config: RunConfig, found: Iterable[str]) -> None:
+        self._where, self.config = where, complete_config(config)
         self._expected = model_tensors(self.config)
-        odd = sorted(set(self._expected) ^ set(self._reader.shapes))
+        odd = sorted(set(self._expected) ^ set(found))
         if odd:
-            raise CheckpointError(f"checkpoint {self.folder} and {run_folder / 'config.yaml'} differ at {odd[0]}")
-        self.facts = _facts(run_folder, self.config, self.manifest.step)
-        self.topology_file: Path | None = self.folder / TOPOLOGY
-        kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
-        self.files = {TOKENIZER_NAMES[kind]: Path(path)} if path and kind in TOKENIZER_NAMES else {}
-        for file in self.files.values():
-            if not file.is_file():
-                raise ConfigError(f"data.tokenizer_path: {file}: no such file, seen from this folder")
+            raise CheckpointError(f"{where}: parameters and configuration differ at {', '.join(odd[:4])}")
 
     @property
     def names(self) -> list[str]:
@@ -107,14 +99,44 @@ class RunSource:
         return torch.float32
 
     def tensor(self, name: str) -> Tensor:
+        whole, shape = self._read(name), self.shape(name)
+        if name in VOCABULARY_TENSORS:
+            whole = whole[: shape[0]]
+        if tuple(whole.shape) != shape:
+            raise CheckpointError(
+                f"{self._where}: {name} has shape {list(whole.shape)}, the configuration asks for {list(shape)}"
+            )
+        return whole
+
+    def _read(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+
+class RunSource(_MasterWeights):
+    """A checkpoint of a run, whatever its layout."""
+
+    def __init__(self, run_folder: Path, step: int | None = None) -> None:
+        # Imports DeepSpeed, for the kinds of objects in its files.
+        from megasparse.checkpoint.universal import open_checkpoint
+        from megasparse.checkpoint.weights import find_checkpoint
+
+        self.folder, self.manifest = find_checkpoint(run_folder, step)
+        self._open = lambda: open_checkpoint(self.folder)
+        self._reader, self._bytes_read = self._open(), 0
+        super().__init__(self.folder, load_config([run_folder / "config.yaml"]), self._reader.shapes)
+        self.facts = _facts(run_folder, self.config, self.manifest.step)
+        self.topology_file: Path | None = self.folder / TOPOLOGY
+        kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
+        self.files = {TOKENIZER_NAMES[kind]: Path(path)} if path and kind in TOKENIZER_NAMES else {}
+        for file in self.files.values():
+            if not file.is_file():
+                raise ConfigError(f"data.tokenizer_path: {file}: no such file, seen from this folder")
+
+    def _read(self, name: str) -> Tensor:
         if self._bytes_read > REOPEN_BYTES:
             self._reader, self._bytes_read = self._open(), 0
         whole = self._reader.tensor(name, "fp32")
         self._bytes_read += whole.nbytes
-        if name in VOCABULARY_TENSORS:
-            whole = whole[: self.config.model.vocab_size]
-        if tuple(whole.shape) != self.shape(name):
-            raise CheckpointError(f"checkpoint {self.folder}: {name} has shape {list(whole.shape)}")
         return whole
 
 
@@ -124,8 +146,6 @@ class TorchSource:
 
     path: Path
     tensors: Mapping[str, Tensor]
-    values: dict[str, Any] = field(default_factory=dict)
-    """What else the file holds."""
 
     @property
     def names(self) -> list[str]:
@@ -141,32 +161,19 @@ class TorchSource:
         return self.tensors[name]
 
 
-class UniversalSource:
+class UniversalSource(_MasterWeights):
     """A folder of DeepSpeed's universal form, `zero/<parameter>/fp32.pt`, of a model with this configuration."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.config, self._folder = complete_config(config), folder / "zero"
-        self._expected = model_tensors(self.config)
+        self._folder = folder / "zero"
         if not self._folder.is_dir():
             raise CheckpointError(f"{folder}: has no folder zero; must be a universal checkpoint of DeepSpeed")
-        odd = sorted(set(self._expected) ^ {path.name for path in self._folder.iterdir() if path.is_dir()})
-        if odd:
-            raise CheckpointError(f"{self._folder}: parameters and configuration differ at {', '.join(odd[:4])}")
+        super().__init__(self._folder, config, [path.name for path in self._folder.iterdir() if path.is_dir()])
         self.facts: dict[str, Any] = {}
         self.files: dict[str, Path] = {}
         self.topology_file = folder / TOPOLOGY if (folder / TOPOLOGY).is_file() else None
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._expected)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._expected[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    def tensor(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         from megasparse.engine.safe_checkpoint import load_data
 
         path = self._folder / name / "fp32.pt"
@@ -177,34 +184,65 @@ class UniversalSource:
         whole = content.get("param") if isinstance(content, dict) else None
         if not isinstance(whole, Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`")
-        if name in VOCABULARY_TENSORS:
-            whole = whole[: self.config.model.vocab_size]
-        if tuple(whole.shape) != self.shape(name):
-            raise CheckpointError(f"{path}: has shape {list(whole.shape)}, --config asks for {list(self.shape(name))}")
         return whole
 
 
-def write_source(
-    source: Source,
+class Weights(Protocol):
+    """What a model folder is written from."""
+
+    def dtype(self, name: str) -> torch.dtype: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+def write_weights(
+    weights: Weights,
+    config: RunConfig,
     output: Path,
     *,
+    facts: Mapping[str, Any],
+    files: Mapping[str, Path],
+    texts: Mapping[str, str] = MappingProxyType({}),
+    topology: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    replace: bool = False,
-) -> list[str]:
-    """Write a model folder; returns what the user should know. dtype: None keeps the dtypes."""
-    dtypes = {name: dtype or source.dtype(name) for name in source.names}
-    config = portable_config(source.config, source.files)
-    with ModelFolderWriter(
-        output, config, dtypes, facts=source.facts, max_file_bytes=max_file_bytes, replace=replace
-    ) as writer:
+    progress: Callable[[int], None] = lambda done: None,
+    **options: Any,
+) -> None:
+    """Write a model folder, one tensor in memory at a time; nothing is left of it after an error.
+
+    files, texts: what lies beside the weights, by name. topology: packed bits; or a file of `files`. dtype: None keeps
+    the dtypes. progress: called with the weights done, 4 bytes each. options: of ``ModelFolderWriter``.
+    """
+    dtypes, done = {name: dtype or weights.dtype(name) for name in model_tensors(config)}, 0
+    with ModelFolderWriter(output, config, dtypes, facts=facts, **options) as writer:
         for name in writer.names:
-            writer.write(name, source.tensor(name))
-        for name, path in source.files.items():
+            tensor = weights.tensor(name)
+            writer.write(name, tensor)
+            done += 4 * tensor.numel()
+            progress(done)
+        for name, path in files.items():
             writer.copy(name, path)
-        if source.topology_file is not None:
-            writer.copy(TOPOLOGY, source.topology_file)
-    return []
+        for name, text in texts.items():
+            writer.write_text(name, text)
+        if topology:
+            writer.topology(topology)
+
+
+def write_source(source: Source, output: Path, **options: Any) -> None:
+    """Write a model folder. options: `dtype`, and those of ``ModelFolderWriter``."""
+    masks = {} if source.topology_file is None else {TOPOLOGY: source.topology_file}
+    config = portable_config(source.config, source.files)
+    write_weights(source, config, output, facts=source.facts, files={**source.files, **masks}, **options)
+
+
+def open_weights(folder: Path) -> Tensors:
+    """The weights of a folder of transformers: safetensors, or else a single file of torch."""
+    pickled = folder / PICKLED
+    if any(folder.glob("*.safetensors*")) or not pickled.is_file():
+        return TensorFiles(folder)
+    content = open_torch_file(pickled)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{pickled}: holds something else than tensors by name")
+    return TorchSource(pickled, content)
 
 
 def open_torch_file(path: Path) -> Any:

@@ -23,7 +23,6 @@ from megasparse.checkpoint.saved_state import (
     WEIGHT,
     RunFacts,
     SavedState,
-    SparseParameter,
     layers_of,
     sparse_parameters,
 )
@@ -38,7 +37,7 @@ from megasparse.sparsity.controller import Controller, stream_number
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.evolution import random_topology, step_counts
 from megasparse.sparsity.state import StateFragment
-from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
+from megasparse.sparsity.topology import Topology, pack_bits
 from megasparse.sparsity.update import EvolvingLayer, update_layers
 
 METHODS = ("magnitude", "random")
@@ -88,72 +87,58 @@ def sparsify(
     return MaskedState(saved, config, {layer: pack_bits(mask) for layer, mask in masks.items()})
 
 
-class MaskedState:
-    """A dense state seen through masks: a ``SavedState``. Moments of active units are kept, per-weight steps begun
-    where needed."""
-
-    def __init__(self, dense: SavedState, config: RunConfig, active: Mapping[str, Tensor]) -> None:
-        """active: packed bits by layer."""
-        self.dense, self.config, self._active = dense, config, dict(active)
-        self.step, self.shapes = dense.step, dense.shapes
-        self.facts: RunFacts = dense.facts
-        self.sparse = sparse_parameters(config, dense.shapes, list(active))
-        sparsity = config.sparsity
-        self._needs_weight_steps = sparsity.per_weight_step_counts or sparsity.regrowth_warmup_steps > 0
-
-    def kinds(self, name: str) -> list[str]:
-        kinds = [kind for kind in self.dense.kinds(name) if kind != "weight_steps"]
-        return [*kinds, "weight_steps"] if name in self.sparse and self._needs_weight_steps and self.step > 0 else kinds
-
-    def tensor(self, name: str, kind: str) -> Tensor:
-        if name not in self.sparse:
-            return self.dense.tensor(name, kind)
-        if kind == "weight_steps" and kind not in self.dense.kinds(name):
-            whole = torch.full(self.shapes[name], min(self.step, MAX_WEIGHT_STEPS), dtype=torch.int16)
-        else:
-            whole = self.dense.tensor(name, kind).clone()
-        return whole.masked_fill_(self._inactive(self.sparse[name]), 0)
-
-    def topology(self) -> dict[str, Tensor]:
-        # Copies: safetensors refuses tensors that share memory.
-        return {f"{kind}{layer}": bits.clone() for kind in (LIVE, EVER) for layer, bits in self._active.items()}
-
-    def loss_scaler(self) -> Mapping[str, float]:
-        return self.dense.loss_scaler()
-
-    def division(self, name: str) -> dict[str, Any]:
-        return self.dense.division(name)
-
-    def _inactive(self, sparse: SparseParameter) -> Tensor:
-        """Entries of a weight that are inactive, bool in its shape."""
-        columns, block_size = sparse.grid[1], sparse.block_size
-        active = unpack_bits(self._active[sparse.layer], sparse.num_units).view(-1, columns)
-        return ~active.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-
-
 class DenseState:
-    """A sparse state without its topology: a ``SavedState``. Zeros stay zeros, moments are kept, per-weight steps
-    are not."""
+    """A state without its topology: a ``SavedState``. Zeros stay zeros, moments are kept, per-weight steps are not."""
 
-    def __init__(self, sparse: SavedState) -> None:
-        self.sparse = sparse
-        self.step, self.shapes = sparse.step, sparse.shapes
-        self.facts: RunFacts = sparse.facts
+    def __init__(self, saved: SavedState) -> None:
+        self.saved = saved
+        self.step, self.shapes = saved.step, saved.shapes
+        self.facts: RunFacts = saved.facts
 
     def kinds(self, name: str) -> list[str]:
-        return [kind for kind in self.sparse.kinds(name) if kind != "weight_steps"]
+        return [kind for kind in self.saved.kinds(name) if kind != "weight_steps"]
 
     def tensor(self, name: str, kind: str) -> Tensor:
-        return self.sparse.tensor(name, kind)
+        return self.saved.tensor(name, kind)
 
     def topology(self) -> dict[str, Tensor]:
         return {}
 
     def loss_scaler(self) -> Mapping[str, float]:
-        return self.sparse.loss_scaler()
+        return self.saved.loss_scaler()
 
     def division(self, name: str) -> dict[str, Any]:
-        return self.sparse.division(name)
+        return self.saved.division(name)
+
+
+class MaskedState(DenseState):
+    """A dense state seen through masks. Moments of active units are kept, per-weight steps begun where needed."""
+
+    def __init__(self, dense: SavedState, config: RunConfig, active: Mapping[str, Tensor]) -> None:
+        """active: packed bits by layer."""
+        super().__init__(dense)
+        self.config, self._active = config, dict(active)
+        self.sparse = sparse_parameters(config, dense.shapes, list(active))
+        sparsity = config.sparsity
+        self._needs_weight_steps = sparsity.per_weight_step_counts or sparsity.regrowth_warmup_steps > 0
+
+    def kinds(self, name: str) -> list[str]:
+        wanted = name in self.sparse and self._needs_weight_steps and self.step > 0
+        return [*super().kinds(name), *(["weight_steps"] if wanted else [])]
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        if name not in self.sparse:
+            return self.saved.tensor(name, kind)
+        if kind == "weight_steps" and kind not in self.saved.kinds(name):
+            whole = torch.full(self.shapes[name], min(self.step, MAX_WEIGHT_STEPS), dtype=torch.int16)
+        else:
+            whole = self.saved.tensor(name, kind).clone()
+        sparse = self.sparse[name]
+        return whole.masked_fill_(sparse.inactive_entries(sparse.mask(self._active[sparse.layer])), 0)
+
+    def topology(self) -> dict[str, Tensor]:
+        # Copies: safetensors refuses tensors that share memory.
+        return {f"{kind}{layer}": bits.clone() for kind in (LIVE, EVER) for layer, bits in self._active.items()}
 
 
 def densify(saved: SavedState, config: RunConfig) -> tuple[DenseState, RunConfig]:

@@ -12,11 +12,11 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
 from megasparse.sparsity.topology import Topology
+from megasparse.utils.activations import ACTIVATIONS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Defaults of DeepSpeed 0.19, in elements.
@@ -84,7 +84,7 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
     topology update on top of it, and `topology_average` of these over the update interval."""
     size, ranks = BYTES[config.train.precision], config.parallel.tensor_parallel_size
     replicas = world_size // ranks
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+    micro_batches = config.train.accumulation_steps(replicas)
     stage = config.deepspeed.zero_stage
     step = sum(topology_bytes(topology, replicas, ranks, stage) for topology in controller.topologies.values())
     return {
@@ -98,7 +98,7 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
 def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, float]:
     """Bytes that a rank sends in a step to reduce gradients and to gather weights."""
     replicas, stage = world_size // config.parallel.tensor_parallel_size, config.deepspeed.zero_stage
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+    micro_batches = config.train.accumulation_steps(replicas)
     count = sum(parameter.numel() for parameter in model.parameters())
     weights = count * BYTES[config.train.precision] * (replicas - 1) / replicas
     # Gradients are reduced once, or at stages 2 and 3 with every micro-batch; weights are gathered after the step, or

@@ -2,19 +2,11 @@
 
 from megasparse.data.build import build_datasets
 from megasparse.data.corpus import CorpusOptions, CorpusReader
-from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
+from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megasparse.data.sampler import (
-    Batch,
-    BatchLoader,
-    BlendedDataset,
-    ShuffledDataset,
-    derive_seed,
-    permuted_index,
-    permuted_indices,
-    split_samples,
-)
+from megasparse.data.loader import Batch, BatchLoader, split_samples
+from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed, permuted_index
 from megasparse.data.tokenizer import TOKENIZER_KINDS, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -30,14 +22,12 @@ __all__ = [
     "PackedDataset",
     "ShuffledDataset",
     "TOKENIZER_KINDS",
-    "TokenRange",
     "Tokenizer",
     "build_datasets",
     "dataset_paths",
     "derive_seed",
     "load_tokenizer",
     "permuted_index",
-    "permuted_indices",
     "smallest_dtype",
     "split_documents",
     "split_samples",

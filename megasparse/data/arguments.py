@@ -1,4 +1,4 @@
-"""What the data tools share on their command lines: the options that describe a corpus, and how errors are told."""
+"""What the tools share on their command lines: parsers, the options that describe a corpus, how errors are told."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def reader_from_arguments(arguments: argparse.Namespace) -> CorpusReader:
     exclude = tuple(arguments.exclude)
     options = CorpusOptions(rule, arguments.document_separator, arguments.jsonl_key, arguments.glob, exclude)
     return CorpusReader(arguments.input, options)
+
+
+def tool_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help shows both texts as they are."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=examples, formatter_class=form)
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; must be at least 1")
+    return int(text)
 
 
 def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:

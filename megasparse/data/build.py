@@ -1,18 +1,18 @@
 """Builds the training and validation datasets of a run from prefixes of indexed data.
 
 train, valid = build_datasets(train_sources=[("data/web", 0.9), ("data/code", 0.1)], valid_sources=None,
-                              split_fractions=(0.99, 0.01), seq_length=1024, vocab_size=50257, seed=0)
+                              valid_fraction=0.01, seq_length=1024, vocab_size=50257, seed=0)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import fspath
 from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
+from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
@@ -24,8 +24,8 @@ Source = tuple[str, float]
 def build_datasets(
     *,
     train_sources: Sequence[Source],
-    valid_sources: Sequence[Source | str] | None,
-    split_fractions: Sequence[float] | None,
+    valid_sources: Sequence[Source] | None,
+    valid_fraction: float,
     seq_length: int,
     vocab_size: int,
     seed: int,
@@ -33,40 +33,23 @@ def build_datasets(
 ) -> tuple[ShuffledDataset | BlendedDataset, ConcatenatedDataset | PackedDataset | None]:
     """Returns (train, valid): train takes any global sample number, valid has a length and a fixed order.
 
-    With `valid_sources`, these are the validation set, whole and one after the other (weights, where given, play no
-    part), and the training sources are used whole. Without, each training source is cut by `split_fractions`
-    (train, valid and, optionally, a test share that neither uses), and valid joins the validation parts; valid is
-    None where there is no validation share. `documents`: samples tell the document of each token, see `PackedDataset`.
-    ValueError or `DatasetError` for what cannot be used.
+    With `valid_sources`, these are the validation set, whole and one after the other (weights play no part), and the
+    training sources are used whole. Without, `valid_fraction` is cut off the end of each training source, and valid
+    joins these parts; it is None where the fraction is 0. `documents`: samples tell the document of each token, see
+    `PackedDataset`. ValueError or `DatasetError` for what cannot be used.
     """
-    if not train_sources:
-        raise ValueError("train_sources is empty; give at least one (prefix, weight)")
-    if valid_sources is not None and not valid_sources:
-        raise ValueError("valid_sources is empty; give at least one prefix, or None to split the training sources")
-    if valid_sources is None and split_fractions is None:
-        raise ValueError("neither valid_sources nor split_fractions is given; (1, 0) trains without validation")
-    shares: Sequence[float] = split_fractions or ()
-    if split_fractions is not None and not 2 <= len(split_fractions) <= 3:
-        raise ValueError(f"split_fractions {list(split_fractions)}: give (train, valid) or (train, valid, test)")
-    if valid_sources is None and shares[0] <= 0:
-        raise ValueError(f"split_fractions {list(shares)}: the training share must be greater than 0")
-
     settings: dict[str, Any] = {"seq_length": seq_length, "vocab_size": vocab_size, "documents": documents}
     train_parts: list[PackedDataset] = []
-    valid_parts: list[PackedDataset] = []
+    valid_parts = [PackedDataset(IndexedDataset(prefix), **settings) for prefix, _ in valid_sources or ()]
     for prefix, _ in train_sources:
         indexed = IndexedDataset(prefix)
         if valid_sources is not None:
-            train_parts.append(PackedDataset(indexed, 0, len(indexed), **settings))
+            train_parts.append(PackedDataset(indexed, **settings))
             continue
-        train_range, valid_range = split_documents(indexed, shares)[:2]
+        train_range, valid_range = split_documents(indexed, (1.0 - valid_fraction, valid_fraction))
         for name, piece, parts in (("training", train_range, train_parts), ("validation", valid_range, valid_parts)):
             if len(piece):
                 parts.append(_packed(indexed, piece, name, settings))
-    for source in valid_sources or ():
-        prefix = source if isinstance(source, str | PathLike) else source[0]
-        indexed = IndexedDataset(prefix)
-        valid_parts.append(PackedDataset(indexed, 0, len(indexed), **settings))
 
     shuffled = [ShuffledDataset(part, derive_seed(seed, number)) for number, part in enumerate(train_parts)]
     weights = [weight for _, weight in train_sources]
@@ -77,9 +60,9 @@ def build_datasets(
     return train, valid
 
 
-def _packed(indexed: IndexedDataset, piece: TokenRange, name: str, settings: dict[str, Any]) -> PackedDataset:
+def _packed(indexed: IndexedDataset, piece: range, name: str, settings: dict[str, Any]) -> PackedDataset:
     try:
-        return PackedDataset.from_tokens(indexed, piece.start, piece.stop, **settings)
+        return PackedDataset(indexed, start=piece.start, stop=piece.stop, **settings)
     except DatasetError as error:
         raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error
 
@@ -113,7 +96,7 @@ def build_data(config: RunConfig, vocab_size: int):
     return build_datasets(
         train_sources=[(source.path, source.weight) for source in config.data.train],
         valid_sources=None if valid is None else [(source.path, source.weight) for source in valid],
-        split_fractions=(1.0 - config.data.valid_fraction, config.data.valid_fraction),
+        valid_fraction=config.data.valid_fraction,
         seq_length=config.model.seq_length,
         vocab_size=vocab_size,
         seed=config.run.seed,

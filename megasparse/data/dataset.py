@@ -7,7 +7,7 @@ cross documents. The tail that does not fill a window is dropped. With `document
 of each of its tokens, taken from the index file and not from the end-of-document tokens.
 
     train, valid = split_documents(indexed, (0.99, 0.01))
-    samples = PackedDataset.from_tokens(indexed, train.start, train.stop, seq_length=1024, vocab_size=50257)
+    samples = PackedDataset(indexed, seq_length=1024, start=train.start, stop=train.stop, vocab_size=50257)
     samples[0]                                      # int64 [1025]; with documents=True [2, 1025]: tokens, documents
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,19 +22,9 @@ from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 
 
-@dataclass(frozen=True)
-class TokenRange:
-    """A contiguous piece [start, stop) of a token stream, in tokens."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
 class PackedDataset:
-    """The samples of documents [first_document, last_document) of a dataset; see the packing rule above.
+    """The samples of tokens [start, stop) of a dataset, which need not begin or end with a document; see the packing
+    rule above. stop: None takes all from `start` on.
 
     With `vocab_size` every fetched sample is checked, and a token id outside the vocabulary raises `DatasetError`.
     A range shorter than one window raises `DatasetError`.
@@ -46,47 +35,19 @@ class PackedDataset:
     def __init__(
         self,
         indexed: IndexedDataset,
-        first_document: int,
-        last_document: int,
         seq_length: int,
         *,
+        start: int = 0,
+        stop: int | None = None,
         vocab_size: int | None = None,
         documents: bool = False,
     ):
-        if not 0 <= first_document <= last_document <= indexed.num_documents:
-            raise ValueError(
-                f"documents [{first_document}, {last_document}) are outside the {indexed.num_documents} documents "
-                f"of {indexed.prefix}"
-            )
-        offsets = indexed.document_offsets
-        self._set_range(indexed, int(offsets[first_document]), int(offsets[last_document]), seq_length, vocab_size)
-        self.documents = documents
-
-    @classmethod
-    def from_tokens(
-        cls,
-        indexed: IndexedDataset,
-        start: int,
-        stop: int,
-        seq_length: int,
-        *,
-        vocab_size: int | None = None,
-        documents: bool = False,
-    ) -> PackedDataset:
-        """The samples of tokens [start, stop), which need not begin or end with a document."""
-        dataset = cls.__new__(cls)
-        dataset._set_range(indexed, start, stop, seq_length, vocab_size)
-        dataset.documents = documents
-        return dataset
-
-    def _set_range(
-        self, indexed: IndexedDataset, start: int, stop: int, seq_length: int, vocab_size: int | None
-    ) -> None:
+        stop = indexed.num_tokens if stop is None else stop
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}; it must be at least 1")
         if not 0 <= start <= stop <= indexed.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are outside the {indexed.num_tokens} of {indexed.prefix}")
-        self.indexed, self.start, self.stop = indexed, start, stop
+        self.indexed, self.start, self.stop, self.documents = indexed, start, stop, documents
         self.seq_length, self.vocab_size = seq_length, vocab_size
         self._length = max(0, (stop - start - 1) // seq_length)
         if self._length == 0:
@@ -141,8 +102,8 @@ class ConcatenatedDataset:
         return self.datasets[which][index - first]
 
 
-def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list[TokenRange]:
-    """Cuts a dataset into contiguous splits (train, valid, ...) of whole documents, measured in tokens.
+def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list[range]:
+    """Cuts a dataset into contiguous splits (train, valid, ...) of whole documents: ranges of tokens.
 
     `fractions` are relative sizes, normalised here; a zero gives an empty range. Each cut is the document boundary
     nearest to the wanted token offset that leaves at least one document to every split. A dataset with fewer
@@ -170,7 +131,7 @@ def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list
     edges = [0, *cuts, indexed.num_tokens]
     ranges, used = [], 0
     for share in shares:
-        ranges.append(TokenRange(edges[used], edges[used + 1] if share > 0 else edges[used]))
+        ranges.append(range(edges[used], edges[used + 1] if share > 0 else edges[used]))
         used += share > 0
     for share, piece in zip(shares, ranges, strict=True):
         actual = len(piece) / indexed.num_tokens

@@ -29,11 +29,8 @@ from megasparse.data.index_format import (
     dataset_paths,
     dtype_code,
     dtype_from_code,
-    smallest_dtype,
 )
 from megasparse.utils.files import sync_and_close, sync_folder, temporary_beside
-
-__all__ = ["DatasetError", "IndexedDataset", "IndexedDatasetWriter", "dataset_paths", "smallest_dtype"]
 
 # Entries of an index, or tokens of a file, that are handled at once: bounds the temporary memory to tens of MB.
 CHUNK = 2**20
@@ -231,23 +228,6 @@ class IndexedDatasetWriter:
         for length in document_lengths.tolist():
             self._close_document(length)
         self._open_tokens += tokens.size - (int(closed_at[-1]) if closed_at.size else 0)
-
-    def merge_from(self, other_prefix: str | PathLike[str]) -> None:
-        """Appends the documents of another dataset of the same dtype (DatasetError otherwise), copying in chunks."""
-        assert self._open, "the writer is closed"
-        assert self._open_tokens == 0, "finish the open document before merging"
-        other = IndexedDataset(other_prefix)
-        if other.dtype != self.dtype:
-            raise DatasetError(f"{other.idx_path}: dtype {other.dtype.name}; {self.idx_path} holds {self.dtype.name}")
-        with open(other.bin_path, "rb") as file:
-            for start in range(0, other.num_tokens, CHUNK):
-                tokens = np.fromfile(file, self.dtype, min(CHUNK, other.num_tokens - start))
-                self._check_ids(tokens)
-                self._file.write(tokens.data)
-        self.num_tokens += other.num_tokens
-        for start in range(0, other.num_documents, CHUNK):
-            for length in np.diff(other.document_offsets[start : start + CHUNK + 1]).tolist():
-                self._close_document(length)
 
     def finalize(self) -> None:
         """Writes the index and makes the dataset visible: .bin first, .idx last. Further calls do nothing."""

@@ -7,19 +7,15 @@ for where, record in read_jsonl(Path("lambada.jsonl")): ...
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.data import IndexedDataset
-from megasparse.data.indexed import dataset_paths
-
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+from megasparse.data.index_format import dataset_paths
+from megasparse.data.packed_files import READ_ERRORS, unpacked
 
 
 def is_token_file(path: str) -> bool:
@@ -45,10 +41,9 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file, also as .gz or .xz; never empty. Line ends are kept."""
-    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    """A UTF-8 file, compressed or not, see ``packed_files``; never empty. Line ends are kept."""
     try:
-        with opened(path, "rb") as file:
+        with open(path, "rb") as raw, unpacked(raw, Path(path)) as file:
             text = file.read().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(

@@ -1,18 +1,15 @@
-"""What rank 0 shows and writes: a progress bar, a table, a JSON file."""
+"""What rank 0 shows: a progress bar, a table."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
-from megasparse.utils.files import write_json
+from megasparse.monitoring.console import print_facts
 from megasparse.utils.format import MISSING, finite
 
 LINES_OF_A_LOG = 10
@@ -39,32 +36,15 @@ def show_progress(console: Console | None) -> Iterator[Advance]:
 
 def print_results(record: Mapping[str, Any], console: Console) -> None:
     """The results of an evaluation and what they belong to, as a table."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right", overflow="fold")
-    for name, value in {"model": record["model"], "step": record["step"], **record["settings"]}.items():
-        table.add_row(Text(_words(name)), Text(_cell(value)), style="dim")
-    table.add_section()
-    for name, value in record["results"].items():
-        table.add_row(Text(_words(name)), Text(_cell(value)))
-    # Not as the title of the table, which would break a long name into lines.
-    console.print(Text(f"{record['task']}: {record['input']}", style="bold"), soft_wrap=True)
-    console.print(table)
-
-
-def write_results(record: Mapping[str, Any], path: Path) -> None:
-    """As JSON, at once; the folder is made where missing."""
-    write_json(path, record, allow_nan=False)
+    values = {"model": record["model"], "step": record["step"], **record["settings"], **record["results"]}
+    rows = [(name.replace("_", " "), _cell(value)) for name, value in values.items()]
+    print_facts(f"{record['task']}: {record['input']}", rows, console)
 
 
 def _line(console: Console, done: int, total: int) -> None:
     step = max(1, -(-total // LINES_OF_A_LOG))
     if done % step == 0 or done == total:
         console.print(f"{done:,} of {total:,} batches", soft_wrap=True)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _cell(value: Any) -> str:

@@ -23,13 +23,14 @@ from megasparse.evaluation.continuations import LastWord, MultipleChoice, last_w
 from megasparse.evaluation.detokenizers import DETOKENIZERS
 from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl, read_text
 from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
-from megasparse.evaluation.results import print_results, show_progress, write_results
+from megasparse.evaluation.results import print_results, show_progress
 from megasparse.evaluation.scoring import DTYPES, Scorer
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.gpt import GPT
 from megasparse.monitoring.console import make_console
 from megasparse.parallel import CommunicationGroup
+from megasparse.utils.files import write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 TASKS = ("perplexity", "last-word", "multiple-choice")
@@ -82,7 +83,7 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
         print_results(record, console)
         path = settings.output or default_output(settings, trained.step)
         try:
-            write_results(record, path)
+            write_json(path, record, allow_nan=False)
         except OSError as error:
             raise ConfigError(f"--output: {path} cannot be written ({error})") from None
         console.print(f"written: {path}", soft_wrap=True, markup=False)

@@ -50,37 +50,33 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         )
     config = load_config([run_folder / "config.yaml"])
     folder, manifest = find_checkpoint(run_folder, step)
-    tokenizer = _needed_tokenizer(config, run_folder)
-    model = build_model(config, vocabulary_size(config, tokenizer))
+    passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
+    trained = _untrained(config, run_folder, manifest.step, passed_over)
     try:
-        model.load_state_dict(load_model_weights(folder))
+        trained.model.load_state_dict(load_model_weights(folder))
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder} does not fit {run_folder / 'config.yaml'}: {error}") from None
-    # Masks are not needed: inactive weights are 0, and a product with zeros is exact.
-    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
-    pattern = pattern_at(config, manifest.step, schedule)
-    model.set_attention_patterns(schedule.layer_patterns(pattern))
-    passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
-    return TrainedModel(config, model.to(device).eval(), tokenizer, manifest.step, pattern, passed_over)
+    trained.model.to(device)
+    return trained
 
 
 def _open_model_folder(path: Path, step: int | None, device: torch.device | str) -> TrainedModel:
     if step is not None:
         raise ConfigError(f"step: {step}; must be unset: {path} is a model folder")
     folder = ModelFolder(path)
-    config = folder.config
-    tokenizer = _needed_tokenizer(config, path)
-    model = build_model(config, vocabulary_size(config, tokenizer))
-    load_weights(model, folder)
-    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
-    finished = folder.facts.get("step", 0)
-    pattern = pattern_at(config, finished, schedule)
-    model.set_attention_patterns(schedule.layer_patterns(pattern))
-    return TrainedModel(config, model.to(device).eval(), tokenizer, finished, pattern, [])
+    trained = _untrained(folder.config, path, folder.facts.get("step", 0), [])
+    load_weights(trained.model, folder)
+    trained.model.to(device)
+    return trained
 
 
-def _needed_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
+def _untrained(config: RunConfig, folder: Path, step: int, passed_over: list[str]) -> TrainedModel:
+    """All but the weights. Masks are not needed: inactive weights are 0, and a product with zeros is exact."""
     tokenizer = open_tokenizer(config)
     if tokenizer is None:
         raise ConfigError(f"data.tokenizer: unset in {folder / 'config.yaml'}, so text cannot become tokens")
-    return tokenizer
+    model = build_model(config, vocabulary_size(config, tokenizer)).eval()
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    pattern = pattern_at(config, step, schedule)
+    model.set_attention_patterns(schedule.layer_patterns(pattern))
+    return TrainedModel(config, model, tokenizer, step, pattern, passed_over)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from megasparse.config.schema import ModelConfig
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.layers.factory import LayerFactory
+from megasparse.utils.activations import ACTIVATIONS
 
 
 class MLP(nn.Module):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -27,13 +28,11 @@ from megasparse.utils.format import (
     MISSING,
     describe_kernel,
     divide,
-    finite,
     format_bytes,
     format_count,
     format_decimal,
     format_factor,
     format_flops,
-    format_integer,
     format_phase,
     format_seconds,
     format_share,
@@ -103,7 +102,7 @@ class Progress:
             if val_loss is not None:
                 losses += f"  validation {format_decimal(val_loss, 4)}"
             width = len(f"{self.steps:,}")
-            self._line(
+            self.message(
                 f"step {step:>{width},} of {self.steps:,}  {losses}  {state}  attention {pattern}  {rate} tokens/s  "
                 f"{left} left"
             )
@@ -123,14 +122,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._line(text)
-
-    def warning(self, text: str) -> None:
-        """Print a line that begins with `warning:`."""
-        self._line(f"warning: {text}", style="yellow")
-
-    def _line(self, text: str, style: str = "") -> None:
-        self.console.print(Text(_printable(text), style=style), soft_wrap=True)
+        self.console.print(Text(_printable(text)), soft_wrap=True)
 
     def _time_left(self, step: int) -> str:
         done = step - self.start_step
@@ -158,23 +150,10 @@ class QuietProgress:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def update(
-        self,
-        step: int,
-        *,
-        loss: float,
-        density: float,
-        phase: str,
-        pattern: str,
-        tokens_per_s: float,
-        val_loss: float | None = None,
-    ) -> None:
+    def update(self, step: int, **values: Any) -> None:
         return None
 
     def message(self, text: str) -> None:
-        return None
-
-    def warning(self, text: str) -> None:
         return None
 
 
@@ -185,41 +164,37 @@ def quiet() -> QuietProgress:
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """Print the derived numbers of a run, with units, before it starts."""
-    parameters, tokens, schedule, flops = (_part(plan, key) for key in ("parameters", "tokens", "schedule", "flops"))
-    memory, parallel, kernels = (_part(plan, key) for key in ("memory", "parallel", "kernels"))
-    phases = _phases(schedule)
+    parameters, tokens, schedule, flops = (plan[key] for key in ("parameters", "tokens", "schedule", "flops"))
     rows = [
         (
             "Model",
-            f"{format_count(parameters.get('total'))} parameters, {format_count(parameters.get('sparsifiable'))} of "
-            f"them sparsifiable; {format_count(parameters.get('active_at_min_density'))} active at the lowest density",
+            f"{format_count(parameters['total'])} parameters, {format_count(parameters['sparsifiable'])} of "
+            f"them sparsifiable; {format_count(parameters['active_at_min_density'])} active at the lowest density",
         ),
         (
             "Training",
-            f"{format_integer(plan.get('steps'))} steps of {format_integer(tokens.get('per_step'))} tokens, "
-            f"{format_count(tokens.get('total'))} tokens in all",
+            f"{plan['steps']:,} steps of {tokens['per_step']:,} tokens, {format_count(tokens['total'])} tokens in all",
         ),
-        ("Documents", _words(plan.get("documents") or "")),
-        ("Phases", "\n".join(f"{format_phase(name)}: steps {start:,} to {end:,}" for name, start, end in phases)),
+        ("Documents", plan["documents"]),
+        ("Phases", _phases(schedule["phases"])),
         (
             "Density",
-            f"{sparkline(density_curve(schedule), blocks=_unicode(console))}\n"
-            f"mean {format_share(schedule.get('mean_density'))}, lowest {format_share(schedule.get('min_density'))}",
+            f"{sparkline(schedule['curve'], blocks='utf' in console.encoding.lower())}\n"
+            f"mean {format_share(schedule['mean_density'])}, lowest {format_share(schedule['min_density'])}",
         ),
         (
             "FLOPs",
-            f"{format_flops(flops.get('algorithmic'))} of {format_flops(flops.get('dense'))} dense: "
-            f"{format_share(flops.get('ratio'))}, {format_factor(divide(flops.get('dense'), flops.get('algorithmic')))}"
-            " fewer",
+            f"{format_flops(flops['algorithmic'])} of {format_flops(flops['dense'])} dense: "
+            f"{format_share(flops['ratio'])}, {format_factor(divide(flops['dense'], flops['algorithmic']))} fewer",
         ),
-        ("Memory per rank", _memory(memory)),
-        ("Sent per rank", _communication(_part(plan, "communication"))),
-        ("Parallel", _parallel(parallel)),
-        ("Kernels", _kernels(kernels)),
-        ("Methods", "\n".join(plan.get("methods") or [])),
+        ("Memory per rank", _memory(plan["memory"])),
+        ("Sent per rank", _communication(plan["communication"])),
+        ("Parallel", _parallel(plan["parallel"])),
+        ("Kernels", _kernels(plan["kernels"])),
+        ("Methods", "\n".join(plan.get("methods", []))),
     ]
-    _print_table(f"Plan of {plan.get('run', 'the run')}", rows, console)
-    print_warnings(plan.get("warnings") or [], console)
+    print_facts(f"Plan of {plan['run']}", rows, console)
+    print_warnings(plan["warnings"], console)
 
 
 def print_warnings(warnings: Iterable[str], console: Console) -> None:
@@ -229,24 +204,19 @@ def print_warnings(warnings: Iterable[str], console: Console) -> None:
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the final numbers of a run."""
-    dense, algorithmic, executed = (summary.get(f"flops_{kind}") for kind in ("dense", "algorithmic", "executed"))
-    seconds = summary.get("seconds")
-    parts = _part(summary, "seconds_by_part")
-    finished, reason = summary.get("finished") is True, summary.get("reason")
-    best = finite(summary.get("best_val_loss"))
+    dense, algorithmic, executed = (summary[f"flops_{kind}"] for kind in ("dense", "algorithmic", "executed"))
+    tokens, seconds, best = summary["tokens"], summary["seconds"], summary["best_val_loss"]
+    end = "finished" if summary["finished"] else "stopped early"
+    reason = f": {summary['reason']}" if summary["reason"] and not summary["finished"] else ""
     rows = [
-        (
-            "Outcome",
-            f"{'finished' if finished else 'stopped early'} after {format_integer(summary.get('steps'))} steps"
-            + (f": {reason}" if reason and not finished else ""),
-        ),
+        ("Outcome", f"{end} after {summary['steps']:,} steps{reason}"),
         (
             "Loss",
-            f"validation {format_decimal(summary.get('val_loss'), 4)}"
+            f"validation {format_decimal(summary['val_loss'], 4)}"
             + (f" (best {format_decimal(best, 4)})" if best is not None else "")
-            + f", training {format_decimal(summary.get('loss'), 4)}",
+            + f", training {format_decimal(summary['loss'], 4)}",
         ),
-        ("Final density", format_share(summary.get("final_density"))),
+        ("Final density", format_share(summary["final_density"])),
         (
             "FLOPs",
             f"dense-equivalent {format_flops(dense)}\n"
@@ -255,31 +225,16 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         ),
         (
             "Time",
-            f"{format_seconds(seconds)} for {format_count(summary.get('tokens'))} tokens, "
-            f"{format_count(divide(summary.get('tokens'), seconds))} tokens/s",
+            f"{format_seconds(seconds)} for {format_count(tokens)} tokens, "
+            f"{format_count(divide(tokens, seconds))} tokens/s",
         ),
-        ("Time by part", ", ".join(f"{name} {format_seconds(value)}" for name, value in parts.items())),
-        ("Hardware", _words(summary.get("hardware") or "")),
+        (
+            "Time by part",
+            ", ".join(f"{name} {format_seconds(value)}" for name, value in summary["seconds_by_part"].items()),
+        ),
+        ("Hardware", summary["hardware"]),
     ]
-    _print_table(f"Summary of {summary.get('run', 'the run')}", rows, console or make_console())
-
-
-def density_curve(schedule: Mapping[str, Any], points: int = 60) -> list[float]:
-    """Density at `points` evenly spaced moments of the run, from the plan's schedule.
-
-    `schedule["curve"]`, a list of evenly spaced densities, is used where the plan has one; otherwise the phases are
-    joined by straight lines, which leaves out the shape of a fall or rise.
-    """
-    curve = schedule.get("curve")
-    known = [value for value in map(finite, curve) if value is not None] if isinstance(curve, list) else []
-    if known:
-        return [known[round(i * (len(known) - 1) / max(1, points - 1))] for i in range(points)]
-    phases = _phases(schedule)
-    lowest = finite(schedule.get("min_density"))
-    if not phases or lowest is None:
-        return []
-    end = max(last for _, _, last in phases)
-    return [_density_at((i + 0.5) / points * end, phases, lowest) for i in range(points)]
+    print_facts(f"Summary of {summary['run']}", rows, console or make_console())
 
 
 def sparkline(values: Iterable[float], *, blocks: bool = True) -> str:
@@ -288,89 +243,52 @@ def sparkline(values: Iterable[float], *, blocks: bool = True) -> str:
     return "".join(ramp[min(len(ramp) - 1, max(0, int(len(ramp) * value)))] for value in values)
 
 
-def _density_at(step: float, phases: list[tuple[str, int, int]], lowest: float) -> float:
-    for name, start, end in phases:
-        if start <= step < end:
-            inside = (step - start) / (end - start)
-            falling, rising = 1.0 - (1.0 - lowest) * inside, lowest + (1.0 - lowest) * inside
-            return {"warm_up": falling, "ultra_sparse": lowest, "restoration": rising}.get(name, 1.0)
-    return 1.0
-
-
-def _phases(schedule: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """(name, first step, end) of the phases that last at least a step."""
-    phases: list[tuple[str, int, int]] = []
-    for phase in schedule.get("phases") or []:
-        name, start, end = str(phase["name"]), int(phase["start_step"]), int(phase["end_step"])
-        if phases and phases[-1][0] == name and phases[-1][2] == start:
-            # The plan cuts a phase where the attention pattern changes; here it is one.
-            start = phases.pop()[1]
-        if end > start:
-            phases.append((name, start, end))
-    return phases
+def _phases(phases: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each; the plan cuts a phase where the attention pattern changes, here it is one."""
+    lines = []
+    for name, group in groupby(phases, key=lambda phase: phase["name"]):
+        parts = list(group)
+        lines.append(f"{format_phase(name)}: steps {parts[0]['start_step']:,} to {parts[-1]['end_step']:,}")
+    return "\n".join(lines)
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory.items() if name != "total")
-    return f"{format_bytes(memory.get('total'))}: {parts}" if parts else ""
+    return f"{format_bytes(memory['total'])}: {parts}"
 
 
 def _communication(sent: Mapping[str, Any]) -> str:
-    if not sent:
-        return ""
     data, tensor, topology = (format_bytes(sent[k]) for k in ("data_parallel", "tensor_parallel", "topology_step"))
     return f"{data} data-parallel and {tensor} tensor-parallel a step; up to {topology} a topology update"
 
 
-def _parallel(parallel: Mapping[str, Any]) -> str:
-    count = {name: format_integer(value) for name, value in parallel.items()}
-    if not count:
-        return ""
+def _parallel(count: Mapping[str, int]) -> str:
     return (
-        f"{count.get('world_size')} {'rank' if count.get('world_size') == '1' else 'ranks'}: "
-        f"{count.get('data_parallel_size')} data x {count.get('tensor_parallel_size')} tensor, "
-        f"ZeRO stage {count.get('zero_stage')}; micro-batch {count.get('micro_batch_size')} x "
-        f"{count.get('accumulation_steps')} accumulation steps"
+        f"{count['world_size']:,} {'rank' if count['world_size'] == 1 else 'ranks'}: "
+        f"{count['data_parallel_size']:,} data x {count['tensor_parallel_size']:,} tensor, "
+        f"ZeRO stage {count['zero_stage']}; micro-batch {count['micro_batch_size']:,} x "
+        f"{count['accumulation_steps']:,} accumulation steps"
     )
 
 
 def _kernels(kernels: Mapping[str, Any]) -> str:
     """A line per kind of sparse layer, and one for each other choice."""
-    lines = []
-    for name, value in kernels.items():
-        if name == "block_sparse" and isinstance(value, list):
-            lines += [describe_kernel(row) for row in value] or ["no sparse layers"]
-        else:
-            lines.append(f"{str(name).replace('_', ' ')}: {_words(value)}")
-    return "\n".join(lines)
+    layers = [describe_kernel(row) for row in kernels["block_sparse"]] or ["no sparse layers"]
+    attention = f"hybrid attention: {kernels['hybrid_attention']}"
+    return "\n".join([f"device: {kernels['device']}", *layers, attention])
 
 
-def _print_table(title: str, rows: list[tuple[str, str]], console: Console) -> None:
+def print_facts(title: str, rows: Iterable[tuple[str, str]], console: Console) -> None:
+    """A title and labelled values below it; what has no value is left out."""
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
         if value:
             table.add_row(label, Text(_printable(value)))
-    console.print(Text(_printable(title), style="bold cyan"))
+    # Not as the title of the table, which would break a long name into lines.
+    console.print(Text(_printable(title), style="bold cyan"), soft_wrap=True)
     console.print(table)
-
-
-def _part(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = tree.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(entry)}" for name, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_words, value))
-    return str(value)
-
-
-def _unicode(console: Console) -> bool:
-    return "utf" in console.encoding.lower()
 
 
 def _printable(text: str) -> str:

@@ -232,22 +232,9 @@ def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> li
 
 
 def _cluster_facts(cluster: Cluster) -> dict[str, Any]:
-    chip = cluster.chip
-    return {
-        "chip": chip.name,
-        "title": chip.title,
-        "count": cluster.count,
-        "nodes": cluster.nodes,
-        "ranks_per_node": cluster.ranks_per_node,
-        "peak": dict(chip.peak),
-        "memory": chip.memory,
-        "memory_bandwidth": chip.memory_bandwidth,
-        "link_bandwidth": chip.link_bandwidth,
-        "network_bandwidth": cluster.network_bandwidth,
-        "watts": chip.watts,
-        "source": chip.source,
-        "as_of": AS_OF,
-    }
+    """All that is known of the chip, and of the cluster in its place where both say something."""
+    facts = {**vars(cluster.chip), "peak": dict(cluster.chip.peak), **vars(cluster), "chip": cluster.chip.name}
+    return {**facts, "nodes": cluster.nodes, "as_of": AS_OF}
 
 
 def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:

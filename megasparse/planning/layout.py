@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, divisors
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+SETTINGS = {
+    "tensor_parallel_size": "parallel.tensor_parallel_size",
+    "zero_stage": "deepspeed.zero_stage",
+    "micro_batch_size": "train.micro_batch_size",
+    "recomputation": "train.activation_recomputation",
+}
+"""What the fields of a layout are called in a configuration, in their order."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +34,19 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig) -> Layout:
-        train = config.train
-        return cls(
-            config.parallel.tensor_parallel_size,
-            config.deepspeed.zero_stage,
-            train.micro_batch_size,
-            train.activation_recomputation,
-        )
+        return cls(*(attrgetter(setting)(config) for setting in SETTINGS.values()))
 
     def applied_to(self, config: RunConfig) -> RunConfig:
-        train = {"micro_batch_size": self.micro_batch_size, "activation_recomputation": self.recomputation}
-        return config.model_copy(
-            update={
-                "train": config.train.model_copy(update=train),
-                "parallel": config.parallel.model_copy(update={"tensor_parallel_size": self.tensor_parallel_size}),
-                "deepspeed": config.deepspeed.model_copy(update={"zero_stage": self.zero_stage}),
-            }
-        )
+        update: dict[str, dict[str, Any]] = {}
+        for name, setting in SETTINGS.items():
+            section, _, field = setting.partition(".")
+            update.setdefault(section, {})[field] = getattr(self, name)
+        sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in update.items()}
+        return config.model_copy(update=sections)
 
     def words(self) -> str:
         """The settings as words of a command line."""
-        return (
-            f"parallel.tensor_parallel_size={self.tensor_parallel_size} deepspeed.zero_stage={self.zero_stage} "
-            f"train.micro_batch_size={self.micro_batch_size} "
-            f"train.activation_recomputation={str(self.recomputation).lower()}"
-        )
+        return " ".join(f"{setting}={str(getattr(self, name)).lower()}" for name, setting in SETTINGS.items())
 
 
 def tensor_parallel_sizes(config: RunConfig, largest: int) -> list[int]:

@@ -30,15 +30,15 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import DTYPES, LayerKernels, LayerShape
 from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.measure import measure_row
+from megasparse.kernels.block_sparse.measure import measure_row, medians
 from megasparse.kernels.hybrid_attention import executed_entries, hybrid_attention
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.chips import HERE, Chip
 from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates, Widths
 from megasparse.planning.step_time import OPTIMIZER_BYTES, block_elements
 from megasparse.planning.workload import Shards, dense_products
+from megasparse.utils.activations import ACTIVATIONS
 from megasparse.utils.hardware import hardware_name
 
 ROUNDS = 3
@@ -179,7 +179,7 @@ class _Crew:
 
     def median(self, make: Callable[[], Callable[[], None]]) -> float:
         """Median seconds of what `make` makes for each rank, while all of them work."""
-        return statistics.median(self.each(lambda: _median_seconds(make())))
+        return statistics.median(self.each(lambda: medians([make()], "cpu", ROUNDS)[0]))
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
         barrier = threading.Barrier(self._ranks)
@@ -207,18 +207,13 @@ def _layers(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> tuple[dict, d
         if backend is None or shape not in sparse:
             seconds = crew.median(partial(_linear_pass, shape.widths, tokens, dtype))
         else:
-            rows = crew.each(
-                partial(
-                    measure_row,
-                    backend,
-                    "cpu",
-                    dtype,
-                    block=shape.block_size,
-                    tokens=tokens,
-                    widths=shape.widths,
-                    rounds=ROUNDS,
-                )
-            )
+            case: dict[str, Any] = {
+                "block": shape.block_size,
+                "tokens": tokens,
+                "widths": shape.widths,
+                "rounds": ROUNDS,
+            }
+            rows = crew.each(partial(measure_row, backend, "cpu", dtype, **case))
             seconds = statistics.median(row.dense_seconds for row in rows)
             curves[shape.widths] = {
                 float(density): statistics.median(row.seconds[density] / row.dense_seconds for row in rows)
@@ -358,16 +353,6 @@ def _answer(far: socket.socket, size: int, rounds: int) -> None:
     while received < size:
         received += far.recv_into(buffer)
     far.sendall(b"x")
-
-
-def _median_seconds(run: Callable[[], None]) -> float:
-    times = []
-    for number in range(ROUNDS + 1):
-        started = time.perf_counter()
-        run()
-        if number:  # the first one warms up
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def _discard(_: Any) -> None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megasparse.config.loader import ConfigError
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.cluster import Cluster
@@ -95,10 +97,7 @@ def sheet_rates(cluster: Cluster, precision: str, assumptions: Assumptions) -> R
 
 def _between(curve: Mapping[float, float], density: float) -> float:
     """On straight lines between the points; beyond the last ones in proportion to the density, or flat."""
-    points = sorted(curve.items())
-    if density <= points[0][0]:
-        return points[0][1]
-    for (low, first), (high, last) in zip(points, points[1:], strict=False):
-        if density <= high:
-            return first + (last - first) * (density - low) / (high - low)
-    return points[-1][1] * density / points[-1][0]
+    densities, times = zip(*sorted(curve.items()), strict=True)
+    if density > densities[-1]:
+        return times[-1] * density / densities[-1]
+    return float(np.interp(density, densities, times))

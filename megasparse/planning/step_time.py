@@ -18,13 +18,13 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels
 from megasparse.cost.resources import BUCKET, BYTES, communication_per_rank, data_parallel_bytes
 from megasparse.kernels.hybrid_attention import executed_entries
-from megasparse.layers.activations import ACTIVATIONS
 from megasparse.models.gpt import GPT
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates
 from megasparse.planning.workload import Moment, Product, dense_products
 from megasparse.sparsity.controller import Controller
+from megasparse.utils.activations import ACTIVATIONS
 
 PARTS = (
     "sparse_products",
@@ -71,8 +71,7 @@ class StepModel:
 
     @property
     def micro_batches(self) -> int:
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.replicas)
+        return self.config.train.accumulation_steps(self.replicas)
 
     @property
     def replicas(self) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megasparse.monitoring.console import print_facts
 from megasparse.planning.chips import AS_OF, CHIPS
 from megasparse.utils.format import (
     format_bytes,
@@ -91,7 +92,7 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
         )
     sent = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in result["sent"].items())
     rows.append(("Sent per rank", f"in a step: {sent}"))
-    _print_table(f"Forecast of {result['run']}", None, rows, console)
+    print_facts(f"Forecast of {result['run']}", rows, console)
 
 
 def _print_phases(result: Mapping[str, Any], console: Console) -> None:
@@ -122,7 +123,7 @@ def _print_memory(result: Mapping[str, Any], console: Console) -> None:
     total, usable, chip = (memory.pop(name) for name in ("total", "usable", "chip"))
     parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in memory.items())
     line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {parts}"
-    _print_table("Memory per rank", None, [("", line)], console)
+    print_facts("Memory per rank", [("", line)], console)
 
 
 def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
@@ -179,9 +180,9 @@ def _links(cluster: Mapping[str, Any]) -> str:
     return f"{node:.3g} GB/s in a node, {network:.3g} GB/s a rank between nodes"
 
 
-def _print_table(title: str, headings: Sequence[str] | None, rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = Table(title=escape(title), title_justify="left", show_header=headings is not None)
-    for heading in headings or [""] * len(rows[0]):
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))

@@ -8,22 +8,17 @@ is said on the page. ``tools/report.py`` is the command line.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from megasparse.config.loader import ConfigError
 from megasparse.reporting.comparison_figures import comparison_figures
-from megasparse.reporting.comparison_tables import budget_rows, ledger_groups, setting_rows
-from megasparse.reporting.comparison_template import COMPARISON_STYLE, COMPARISON_TEMPLATE
-from megasparse.reporting.page import film_strips, status, verdict
+from megasparse.reporting.comparison_tables import ComparedRun, budget_rows, ledger_groups, setting_rows
+from megasparse.reporting.page import fill_in, film_strips, status, verdict
 from megasparse.reporting.run_data import RunData, read_run
-from megasparse.reporting.template import STYLE
+from megasparse.utils.files import write_at_once
 
 MAX_RUNS = 16
 """Eight colours, each as a full and as a dashed line."""
@@ -32,31 +27,13 @@ FILMS_OF_A_RUN = 2
 FILES_OF_A_RUN = ("config.yaml", "plan.json", "metrics.jsonl", "topology.jsonl", "summary.json")
 
 
-@dataclass(frozen=True)
-class ComparedRun:
-    """A run with the name and the looks that it has on the page."""
-
-    data: RunData
-    label: str
-    role: str
-    mark: str
-    """Of its lines: `line` or `dashed`."""
-
-
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Write the page and return its path. Raises ConfigError for folders that hold no run, or a bad `output`."""
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output: {output}; must be a file whose name ends in .html")
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"--output: {output}; must be a file in a folder that exists")
-    page = render_comparison(read_runs(folders))
-    # A reader never sees half a page: the file appears under its name when it is complete.
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_at_once(output, render_comparison(read_runs(folders)))
     return output
 
 
@@ -84,27 +61,19 @@ def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
 
 
 def render_comparison(runs: Sequence[ComparedRun]) -> str:
-    """The page; Jinja escapes every value but the figures, which are built here from escaped parts."""
     figures, absent = comparison_figures(runs)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(COMPARISON_TEMPLATE).render(
-        style=Markup(STYLE + COMPARISON_STYLE),
+    return fill_in(
+        "comparison.html",
         title=", ".join(run.label for run in runs),
         runs=[_heading(run) for run in runs],
         labels=[run.label for run in runs],
         budgets=budget_rows(runs),
         ledger=ledger_groups(runs),
         settings=setting_rows(runs),
-        figures={
-            name: {"figure": figure, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
-            for name, figure in figures.items()
-        },
+        figures=figures,
         absent=absent,
         films=[{"label": run.label, "role": run.role, **_films(run.data)} for run in runs],
     )
-    return page.lstrip() + "\n"
 
 
 def _heading(run: ComparedRun) -> dict[str, Any]:

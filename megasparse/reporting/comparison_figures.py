@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from megasparse.reporting.comparison_tables import COSTS, Cost, curve
+from megasparse.reporting.comparison_tables import COSTS, ComparedRun, Cost, curve
 from megasparse.reporting.figures import WIDE, FigureOnPage, Key, curve_points, draw_layers, on_page
-from megasparse.reporting.run_data import RunData, column
+from megasparse.reporting.run_data import column
 from megasparse.reporting.svg import colour, count_axis, logarithmic, new_axes, thin_out
 from megasparse.utils.format import format_flops, format_share
 
@@ -21,47 +20,23 @@ UNITS_OF_TIME = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0,
 """(from this many seconds on, seconds of the unit, its name)."""
 
 
-class Drawn(Protocol):
-    """What a figure needs of a run."""
-
-    @property
-    def data(self) -> RunData: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def mark(self) -> str: ...
+Curve = tuple[ComparedRun, np.ndarray, np.ndarray]
 
 
-Curve = tuple[Drawn, np.ndarray, np.ndarray]
-
-
-def comparison_figures(runs: Sequence[Drawn]) -> tuple[dict[str, FigureOnPage], dict[str, str]]:
+def comparison_figures(runs: Sequence[ComparedRun]) -> tuple[dict[str, FigureOnPage], dict[str, str]]:
     """Figures by name, and for those that have no data the reason."""
-    figures: dict[str, FigureOnPage] = {}
-    absent: dict[str, str] = {}
-    for cost in COSTS:
-        figure = draw_losses(runs, cost)
-        if figure is None:
-            absent[f"loss-{cost.key}"] = f"no losses with {cost.label} were logged"
-        else:
-            figures[figure.name] = figure
-    figure = draw_densities(runs)
-    if figure is None:
-        absent["density"] = "no densities were logged"
-    else:
-        figures[figure.name] = figure
+    found: dict[str, tuple[FigureOnPage | None, str]] = {
+        f"loss-{cost.key}": (draw_losses(runs, cost), f"no losses with {cost.label} were logged") for cost in COSTS
+    }
+    found["density"] = draw_densities(runs), "no densities were logged"
     for number, run in enumerate(runs):
         layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
-        if layers is None:
-            absent[f"layers-{number}"] = f"{run.label} logged no topology updates"
-        else:
-            figures[layers.name] = layers
-    return figures, absent
+        found[f"layers-{number}"] = layers, f"{run.label} logged no topology updates"
+    figures = {name: figure for name, (figure, _) in found.items() if figure is not None}
+    return figures, {name: reason for name, (figure, reason) in found.items() if figure is None}
 
 
-def draw_losses(runs: Sequence[Drawn], cost: Cost) -> FigureOnPage | None:
+def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
     """Smoothed training loss and validation loss of all runs over one kind of cost."""
     training = _curves(runs, "loss", cost)
     validation = _curves(runs, "val_loss", cost)
@@ -71,8 +46,7 @@ def draw_losses(runs: Sequence[Drawn], cost: Cost) -> FigureOnPage | None:
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 0.42 * width if width == WIDE else 300)
         for run, x, y in training:
-            points = thin_out(x, y, curve_points(width))
-            ax.plot(*points, color=colour(run.role), linewidth=1.7, linestyle=DASHES if run.mark == "dashed" else "-")
+            _line(ax, run, x, y, width)
         for run, x, y in validation:
             points = thin_out(x, y, curve_points(width) // 4)
             ax.plot(*points, "o", color=colour(run.role), markersize=4.2, markeredgewidth=0)
@@ -89,7 +63,12 @@ def draw_losses(runs: Sequence[Drawn], cost: Cost) -> FigureOnPage | None:
     return on_page(f"loss-{cost.key}", f"Loss over {cost.label}", caption, _keys(runs, drawn), draw)
 
 
-def draw_densities(runs: Sequence[Drawn]) -> FigureOnPage | None:
+def _line(ax: Axes, run: ComparedRun, x: np.ndarray, y: np.ndarray, width: float) -> None:
+    style = DASHES if run.mark == "dashed" else "-"
+    ax.plot(*thin_out(x, y, curve_points(width)), color=colour(run.role), linewidth=1.7, linestyle=style)
+
+
+def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
     """The density of all runs over steps."""
     curves = [(run, *column(run.data.metrics, "density")) for run in runs]
     curves = [row for row in curves if len(row[1])]
@@ -99,8 +78,7 @@ def draw_densities(runs: Sequence[Drawn]) -> FigureOnPage | None:
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 230 if width == WIDE else 210)
         for run, x, y in curves:
-            points = thin_out(x, y, curve_points(width))
-            ax.plot(*points, color=colour(run.role), linewidth=1.7, linestyle=DASHES if run.mark == "dashed" else "-")
+            _line(ax, run, x, y, width)
         ax.set_ylim(0.0, 1.05)
         ax.yaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_share(value)))
@@ -112,12 +90,12 @@ def draw_densities(runs: Sequence[Drawn]) -> FigureOnPage | None:
     return on_page("density", "Density over steps", "Share of the sparse weights that are active.", keys, draw)
 
 
-def _curves(runs: Sequence[Drawn], loss: str, cost: Cost) -> list[Curve]:
+def _curves(runs: Sequence[ComparedRun], loss: str, cost: Cost) -> list[Curve]:
     curves = [(run, *curve(run.data, loss, cost.key)) for run in runs]
     return [row for row in curves if len(row[1])]
 
 
-def _keys(runs: Sequence[Drawn], drawn: set[str]) -> tuple[Key, ...]:
+def _keys(runs: Sequence[ComparedRun], drawn: set[str]) -> tuple[Key, ...]:
     return tuple(Key(run.role, run.label, run.mark) for run in runs if run.label in drawn)
 
 

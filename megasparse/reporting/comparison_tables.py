@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import yaml
 
 from megasparse.reporting.figures import PARTS, smooth
-from megasparse.reporting.page import flat, recorded, steps_done
+from megasparse.reporting.page import recorded, summary_rows
 from megasparse.reporting.run_data import RunData, column, lookup
 from megasparse.utils.format import (
     MISSING,
@@ -27,11 +27,15 @@ from megasparse.utils.format import (
 NOT_SET = "not set"
 
 
-class Compared(Protocol):
-    """What is asked of a run here."""
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run with the name and the looks that it has on the page."""
 
-    @property
-    def data(self) -> RunData: ...
+    data: RunData
+    label: str
+    role: str
+    mark: str
+    """Of its lines: `line` or `dashed`."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,14 @@ def curve(run: RunData, loss: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
     return np.interp(steps[known], at, spent), losses[known]
 
 
-def ledger_groups(runs: Sequence[Compared]) -> list[tuple[str, list[TableRow]]]:
+def ledger_groups(runs: Sequence[ComparedRun]) -> list[tuple[str, list[TableRow]]]:
     """What every run did and cost, as titled groups of rows."""
     data = [run.data for run in runs]
+
+    summaries = [{row.label: row.value for row in summary_rows(run)} for run in data]
+
+    def summary(label: str, *, named: str | None = None, note: str = "") -> TableRow:
+        return TableRow(named or label, tuple(rows[label] for rows in summaries), note)
 
     def row(label: str, cell: Any, note: str = "") -> TableRow:
         return TableRow(label, tuple(cell(run) for run in data), note)
@@ -101,14 +110,10 @@ def ledger_groups(runs: Sequence[Compared]) -> list[tuple[str, list[TableRow]]]:
         return format_share(densities.mean() if len(densities) else None)
 
     outcome = [
-        row("Steps", lambda run: f"{steps_done(run):,} of {run.planned_steps:,}"),
-        row("Tokens", lambda run: format_count(recorded(run, "tokens"))),
-        row("Parameters", lambda run: format_count(_parameters(run))),
-        row("Validation loss", lambda run: format_decimal(recorded(run, "val_loss"))),
-        row("Best validation loss", lambda run: format_decimal(_best(run))),
-        row("Training loss", lambda run: format_decimal(recorded(run, "loss")), "last logged"),
+        *map(summary, ("Steps", "Tokens", "Parameters", "Validation loss", "Best validation loss")),
+        summary("Training loss", note="last logged"),
         row("Mean density", mean_density),
-        row("Final density", lambda run: format_share(recorded(run, "final_density", "density"))),
+        summary("Final density"),
     ]
     work = [
         row("Dense-equivalent", flops("dense"), "had every weight been active; not executed"),
@@ -116,15 +121,15 @@ def ledger_groups(runs: Sequence[Compared]) -> list[tuple[str, list[TableRow]]]:
         row("Executed", flops("executed"), "what the kernels multiplied; share of dense"),
     ]
     time = [
-        row("Training", lambda run: format_seconds(recorded(run, "seconds"))),
+        summary("Training time", named="Training"),
         *(row(part, lambda run, part=part: format_seconds(_seconds(run, part))) for part in (*PARTS, "other")),
-        row("Tokens per second", lambda run: format_count(divide(recorded(run, "tokens"), recorded(run, "seconds")))),
-        row("Hardware", lambda run: flat(run.summary.get("hardware"))),
+        summary("Tokens per second"),
+        summary("Hardware"),
     ]
     return [("Outcome", outcome), ("FLOPs", work), ("Time", time)]
 
 
-def budget_rows(runs: Sequence[Compared]) -> list[TableRow]:
+def budget_rows(runs: Sequence[ComparedRun]) -> list[TableRow]:
     """The loss of every run at the largest cost that all runs have reached, for each kind of cost.
 
     Validation loss where every run has one, else smoothed training loss; between logged points on a straight line.
@@ -144,7 +149,7 @@ def budget_rows(runs: Sequence[Compared]) -> list[TableRow]:
     return rows
 
 
-def setting_rows(runs: Sequence[Compared]) -> list[TableRow] | None:
+def setting_rows(runs: Sequence[ComparedRun]) -> list[TableRow] | None:
     """Settings that are not the same in all runs, by dotted name; None where there are fewer than two to compare."""
     configurations = [_settings(run.data.config) for run in runs]
     known = [settings for settings in configurations if settings is not None]
@@ -157,17 +162,6 @@ def setting_rows(runs: Sequence[Compared]) -> list[TableRow] | None:
         if len({settings.get(name, NOT_SET) for settings in known}) > 1:
             rows.append(TableRow(name, values))
     return rows
-
-
-def _parameters(run: RunData) -> float | None:
-    return finite(run.summary.get("parameters")) or finite(lookup(run.plan, "parameters", "total"))
-
-
-def _best(run: RunData) -> float | None:
-    """The lowest validation loss, of the log where there is no summary."""
-    _, losses = column(run.metrics, "val_loss")
-    best = finite(run.summary.get("best_val_loss"))
-    return float(losses.min()) if best is None and len(losses) else best
 
 
 def _seconds(run: RunData, part: str) -> float | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -58,14 +59,14 @@ class Key:
 
 @dataclass(frozen=True)
 class FigureOnPage:
-    """A figure with its words; `wide` and `narrow` are SVG elements."""
+    """A figure with its words; `wide` and `narrow` are SVG elements, built from escaped parts."""
 
     name: str
     title: str
     caption: str
     keys: tuple[Key, ...]
-    wide: str
-    narrow: str
+    wide: Markup
+    narrow: Markup
 
 
 def all_figures(run: RunData) -> dict[str, FigureOnPage]:
@@ -338,7 +339,7 @@ def on_page(
 ) -> FigureOnPage:
     """Draw for both widths."""
     wide, narrow = (to_svg(draw(width), f"{name}-{width}", title) for width in (WIDE, NARROW))
-    return FigureOnPage(name, title, caption, keys, wide, narrow)
+    return FigureOnPage(name, title, caption, keys, Markup(wide), Markup(narrow))
 
 
 def curve_points(width: float) -> int:

@@ -1,7 +1,7 @@
 """Turns a run's data and figures into the HTML page of the report.
 
-``render_page(run)`` returns the page. The words and tables are worked out here, ``report_template`` holds the HTML and
-the style. Jinja escapes every value; only figures, which are built here from escaped parts, are marked as markup.
+``render_page(run)`` returns the page. The words and tables are worked out here, ``templates/`` holds the HTML and the
+style. Jinja escapes every value; only figures, which are built from escaped parts, are marked as markup.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from megasparse.reporting.figures import PARTS, all_figures
 from megasparse.reporting.run_data import MAX_TEXT_CHARACTERS, Film, RunData, column, items, lookup, spans_of
 from megasparse.reporting.svg import thin_out, tinted_picture
-from megasparse.reporting.template import STYLE, TEMPLATE
 from megasparse.utils.format import (
     MISSING,
     describe_kernel,
@@ -44,6 +42,26 @@ PICTURE_BUDGET = 800_000
 """Bytes of all pictures together; films beyond it are left out, with a remark."""
 
 
+LEDGER = {
+    "dense": (
+        "Dense-equivalent",
+        "What these steps would have cost with every weight active and full attention. "
+        "A yardstick: it was not executed.",
+    ),
+    "algorithmic": (
+        "Algorithmic",
+        "What the method needs: active weights and attended pairs only. "
+        "It is the figure that papers report, and no promise of saved time.",
+    ),
+    "executed": (
+        "Executed",
+        "What the kernels that ran really multiplied, dense steps and fallbacks included. "
+        "Where it exceeds the algorithmic figure, the difference was saved on paper only.",
+    ),
+}
+"""Kinds of FLOPs: name, and what the number means."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A labelled value of a table; `note` explains it."""
@@ -66,11 +84,8 @@ def render_page(run: RunData) -> str:
         "optimizer": "no learning rates were logged",
     }
     films, film_remark = film_strips(run)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE).render(
-        style=Markup(STYLE),
+    return fill_in(
+        "report.html",
         run=run,
         status=status(run),
         verdict=verdict(run),
@@ -83,17 +98,26 @@ def render_page(run: RunData) -> str:
         topology=topology_rows(run),
         plan=plan_groups(run.plan),
         plan_warnings=[flat(warning) for warning in _listed(run.plan.get("warnings"))],
-        figures={
-            name: {"figure": figure, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
-            for name, figure in figures.items()
-        },
+        figures=figures,
         absent={name: words for name, words in expected.items() if name not in figures},
         films=films,
         film_remark=film_remark,
         config=cut(run.config),
         sample=cut(run.sample),
     )
-    return page.lstrip() + "\n"
+
+
+def fill_in(template: str, **values: Any) -> str:
+    """A file of ``templates/`` with its values; what they hold that is no text of one UTF-8 file becomes `?`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megasparse.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(values).strip() + "\n"
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def status(run: RunData) -> Mapping[str, str]:
@@ -119,6 +143,13 @@ def recorded(run: RunData, key: str, metric: str | None = None) -> float | None:
     """A number of the summary, or the last one logged where the summary lacks it."""
     value = finite(run.summary.get(key))
     return run.latest(metric or key) if value is None else value
+
+
+def best_loss(run: RunData) -> float | None:
+    """The lowest validation loss, of the log where there is no summary."""
+    _, losses = column(run.metrics, "val_loss")
+    best = finite(run.summary.get("best_val_loss"))
+    return float(losses.min()) if best is None and len(losses) else best
 
 
 def steps_done(run: RunData) -> int:
@@ -157,7 +188,7 @@ def verdict(run: RunData) -> str:
 def tiles(run: RunData) -> list[Row]:
     """The four numbers that are read first."""
     words, loss = final_loss(run)
-    best = finite(run.summary.get("best_val_loss"))
+    best = best_loss(run)
     share = divide(recorded(run, "flops_algorithmic"), recorded(run, "flops_dense"))
     seconds = recorded(run, "seconds")
     rate = divide(recorded(run, "tokens"), seconds)
@@ -221,7 +252,7 @@ def summary_rows(run: RunData) -> list[Row]:
         Row("Parameters", format_count(parameters)),
         Row("Training loss", format_decimal(recorded(run, "loss"))),
         Row("Validation loss", format_decimal(recorded(run, "val_loss"))),
-        Row("Best validation loss", format_decimal(summary.get("best_val_loss"))),
+        Row("Best validation loss", format_decimal(best_loss(run))),
         Row("Final density", format_share(recorded(run, "final_density", "density"))),
         Row("Training time", format_seconds(seconds)),
         Row("Tokens per second", format_count(divide(tokens, seconds)), "mean over the run"),
@@ -236,36 +267,21 @@ def summary_rows(run: RunData) -> list[Row]:
 
 def ledger_rows(run: RunData) -> list[dict[str, Any]]:
     """The FLOPs of the run three times, each with a sentence on what it does and does not mean."""
-    dense, algorithmic, executed = (recorded(run, f"flops_{kind}") for kind in ("dense", "algorithmic", "executed"))
-    if dense is None and algorithmic is None and executed is None:
+    values = {kind: recorded(run, f"flops_{kind}") for kind in LEDGER}
+    if not any(value is not None for value in values.values()):
         return []
-    sentences = {
-        "dense": (
-            "What these steps would have cost with every weight active and full attention. "
-            "A yardstick: it was not executed."
-        ),
-        "algorithmic": (
-            "What the method needs: active weights and attended pairs only. "
-            "It is the figure that papers report, and no promise of saved time."
-        ),
-        "executed": (
-            "What the kernels that ran really multiplied, dense steps and fallbacks included. "
-            "Where it exceeds the algorithmic figure, the difference was saved on paper only." + _kernels_used(run)
-        ),
-    }
-    names = {"dense": "Dense-equivalent", "algorithmic": "Algorithmic", "executed": "Executed"}
-    values = {"dense": dense, "algorithmic": algorithmic, "executed": executed}
+    dense = values["dense"]
     return [
         {
             "kind": kind,
-            "name": names[kind],
-            "value": format_flops(value),
-            "share": format_share(divide(value, dense)),
-            "factor": "" if kind == "dense" else _fewer(divide(dense, value)),
-            "width": round(min(100.0, 100.0 * (divide(value, dense) or 0.0)), 2),
-            "sentence": sentences[kind],
+            "name": name,
+            "value": format_flops(values[kind]),
+            "share": format_share(divide(values[kind], dense)),
+            "factor": "" if kind == "dense" else _fewer(divide(dense, values[kind])),
+            "width": round(min(100.0, 100.0 * (divide(values[kind], dense) or 0.0)), 2),
+            "sentence": sentence + (_kernels_used(run) if kind == "executed" else ""),
         }
-        for kind, value in values.items()
+        for kind, (name, sentence) in LEDGER.items()
     ]
 
 

@@ -9,12 +9,12 @@ run that is still going on or was killed::
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megasparse.reporting.page import render_page
 from megasparse.reporting.run_data import read_run
+from megasparse.utils.files import write_at_once
 
 FILE_NAME = "report.html"
 
@@ -25,16 +25,8 @@ def write_report(run_folder: Path) -> Path:
     Missing or damaged files are named on the page. Raises ValueError where `run_folder` is no directory.
     """
     run_folder = Path(run_folder)
-    page = render_page(read_run(run_folder))
-    path = run_folder / FILE_NAME
-    # A reader never sees half a page: the file appears under its name when it is complete.
-    unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    write_at_once(run_folder / FILE_NAME, render_page(read_run(run_folder)))
+    return run_folder / FILE_NAME
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,14 +22,17 @@ class DropScore:
     """A measure of what a weight is worth."""
 
     score: Callable[[Tensor, Tensor, float], Tensor]
-    """(weight, gradient, `sparsity.drop_score_lambda`) -> 0 or more, finite; float32, all of one shape."""
+    """(weight, gradient, `sparsity.drop_score_lambda`) -> 0 or more, float32, all of one shape; finite where weight and
+    gradient are."""
     needs_gradient: bool = True
     """Otherwise the gradient that it is given may be anything."""
 
 
 DROP_SCORES = {
     "magnitude": DropScore(lambda weight, gradient, factor: weight.abs(), needs_gradient=False),
-    "magnitude_gradient": DropScore(lambda weight, gradient, factor: weight.abs() + factor * gradient.abs()),
+    "magnitude_gradient": DropScore(
+        lambda weight, gradient, factor: (weight.abs() + factor * gradient.abs()).clamp(max=LARGEST)
+    ),
     # As in the authors' code. Where g is 0 the quotient would be infinite or, for w = 0, undefined: a large finite
     # number ranks the same.
     "magnitude_over_gradient": DropScore(

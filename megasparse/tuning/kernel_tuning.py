@@ -21,7 +21,7 @@ from rich.table import Table
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import Measurement, Row, merged, read_table, write_table
+from megasparse.kernels.block_sparse.break_even import FORMAT, Measurement, Row, merged, read_table, write_table
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
@@ -128,16 +128,11 @@ def tune_triton(case: Case, device: str) -> None:
         tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
 
 
-def store(path: Path, measurement: Measurement) -> None:
-    """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
-    known = read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement))
-
-
-def store_attention(path: Path, measurement: Measurement) -> None:
-    """As `store`, for the table of the attention."""
-    known = attention_tables.read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement), attention_tables.FORMAT)
+def store(path: Path, measurement: Measurement, *, attention: bool = False) -> None:
+    """Add to the file, in place of what it holds of the same layers, or of the same attention. A file that is no such
+    table is a ValueError."""
+    read, form = (attention_tables.read_table, attention_tables.FORMAT) if attention else (read_table, FORMAT)
+    write_table(path, merged(read(path) if path.exists() else (), measurement), form)
 
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:

@@ -87,7 +87,7 @@ def test_entries_of_inactive_units_that_are_not_alike_are_never_pruned(tmp_path)
     config = sparse_config(per_weight_step_counts=True)
     saved = sparse_state(config)
     sparse = sparse_parameters(config, saved.shapes, [UP])[f"{UP}.weight"]
-    inactive = saved._inactive(sparse)
+    inactive = sparse.inactive_entries(sparse.mask(saved.topology()[f"active/{UP}"]))
     changed = {kind: saved.tensor(f"{UP}.weight", kind) for kind in saved.kinds(f"{UP}.weight")}
     place = tuple(inactive.nonzero()[5].tolist())
     changed["fp32"][place], changed["exp_avg"][place], changed["weight_steps"][place] = 3.5, -0.0, 2
@@ -107,7 +107,8 @@ def test_ages_that_are_alike_in_all_inactive_units_cost_nothing(tmp_path) -> Non
     config = sparse_config(per_weight_step_counts=True)
     saved, name = sparse_state(config), f"{UP}.weight"
     age = saved.tensor(name, "weight_steps")
-    age[saved._inactive(saved.sparse[name])] = 3
+    sparse = saved.sparse[name]
+    age[sparse.inactive_entries(sparse.mask(saved.topology()[f"active/{UP}"]))] = 3
     plain = saved.tensor
     saved.tensor = lambda n, kind: age if (n, kind) == (name, "weight_steps") else plain(n, kind)
     pack(saved, config, tmp_path / "small", weights_only=False)

@@ -131,6 +131,7 @@ def test_words_that_are_no_overrides_are_refused(word) -> None:
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "4 is not allowed", "must be one of 0, 1, 2 or 3"]),
         ("sparsity.groups=[{density: 0.5}]", ["sparsity.groups.0.pattern", "required"]),
         ("data.train=[]", ["data.train", "is not allowed", "at least 1 item"]),
+        ("data.valid=[]", ["data.valid", "is not allowed", "at least 1 item"]),
         ("model.num_attention_heads=7", ["model.num_attention_heads: 7 does not divide", "must be one of [1, 2, 3"]),
         ("model.num_key_value_heads=5", ["model.num_key_value_heads: 5", "must be one of [1, 2, 3, 4, 6, 12]"]),
         ("sparsity.warmup_end=0.8", ["sparsity.warmup_end, restoration_start", "must not decrease", "0.8"]),

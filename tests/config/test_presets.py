@@ -22,6 +22,7 @@ from megasparse.planning.assumptions import parse_assumptions
 from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
 from megasparse.training.plan import make_plan
+from megasparse.utils.format import describe_kernel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -64,6 +65,11 @@ def promised(name: str, pattern: str) -> float:
     found = re.search(pattern, comment)
     assert found is not None, f"{name}.yaml states no {pattern}"
     return float(found.group(1))
+
+
+def test_a_plan_says_in_which_units_its_layers_are_sparse() -> None:
+    rows = plan("quickstart")["kernels"]["block_sparse"]
+    assert rows and all(f"blocks of {row['block_size']}:" in describe_kernel(row) for row in rows)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -173,7 +173,7 @@ def test_deepspeeds_universal_form_comes_in(tmp_path) -> None:
     again = ModelFolder(tmp_path / "again")
     assert all(torch.equal(again.tensor(name), ours.tensor(name)) for name in ours.names)
     torch.save({"param": torch.ones(3)}, tmp_path / "universal" / "zero" / "final_norm.weight" / "fp32.pt")
-    with pytest.raises(CheckpointError, match=r"has shape \[3\], --config asks for \[48\]"):
+    with pytest.raises(CheckpointError, match=r"has shape \[3\], the configuration asks for \[48\]"):
         write_source(UniversalSource(tmp_path / "universal", ours.config), tmp_path / "third")
     (tmp_path / "universal" / "zero" / "more").mkdir()
     with pytest.raises(CheckpointError, match="parameters and configuration differ at more"):

@@ -103,25 +103,6 @@ def test_fragments_join_into_documents(tmp_path):
     assert read_plainly(tmp_path / "set") == [[1, 2], [3, 4, 5, 6], [7]]
 
 
-def test_merge_equals_writing_in_one_go(tmp_path):
-    generator = np.random.default_rng()
-    documents = [generator.integers(0, 9999, generator.integers(0, 50)) for _ in range(40)]
-    for name, part in (("a", documents[:15]), ("b", documents[15:]), ("all", documents)):
-        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
-            for document in part:
-                writer.add_document(document)
-    with IndexedDatasetWriter(tmp_path / "merged", np.uint16) as writer:
-        writer.merge_from(tmp_path / "a")
-        writer.merge_from(tmp_path / "b")
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"all{suffix}").read_bytes()
-    with pytest.raises(DatasetError, match="uint16.*int32"), IndexedDatasetWriter(tmp_path / "x", np.int32) as writer:
-        writer.merge_from(tmp_path / "a")
-    with pytest.raises(ValueError, match="ids must be"):
-        with IndexedDatasetWriter(tmp_path / "x", np.uint16, vocab_size=10) as writer:
-            writer.merge_from(tmp_path / "a")
-
-
 def test_smallest_dtype():
     assert smallest_dtype(257) == smallest_dtype(65536) == np.uint16
     assert smallest_dtype(65537) == np.int32

@@ -34,7 +34,7 @@ def write(prefix, lengths, start=0, dtype=np.int32):
 
 def test_windows_overlap_by_one_and_cross_documents(tmp_path):
     indexed = write(tmp_path / "set", [3, 5, 4, 9, 2])
-    samples = PackedDataset(indexed, 1, 4, seq_length=4)
+    samples = PackedDataset(indexed, seq_length=4, start=3, stop=21)
     # Documents 1 to 3 are tokens 3 to 20: 18 tokens, four windows of 5, one token left over.
     assert len(samples) == 4
     assert [samples[i].tolist() for i in range(4)] == [list(range(3 + 4 * i, 8 + 4 * i)) for i in range(4)]
@@ -46,7 +46,7 @@ def test_windows_overlap_by_one_and_cross_documents(tmp_path):
 
 @pytest.mark.parametrize("tokens, expected", [(5, 1), (8, 1), (9, 2)])
 def test_number_of_windows(tmp_path, tokens, expected):
-    assert len(PackedDataset(write(tmp_path / "set", [tokens]), 0, 1, seq_length=4)) == expected
+    assert len(PackedDataset(write(tmp_path / "set", [tokens]), seq_length=4)) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,7 +58,7 @@ def test_a_sample_tells_the_document_of_each_token(tmp_path_factory, lengths, se
     start = data.draw(st.integers(0, len(of_tokens)))
     if len(of_tokens) - start <= seq_length:
         return
-    samples = PackedDataset.from_tokens(indexed, start, len(of_tokens), seq_length, documents=True)
+    samples = PackedDataset(indexed, seq_length, start=start, documents=True)
     for i in range(len(samples)):
         first = start + i * seq_length
         tokens, documents = samples[i]
@@ -72,13 +72,13 @@ def test_documents_come_from_the_index_not_from_the_end_tokens(tmp_path):
         writer.add_document([7, 0, 7])  # holds an end token, 0, and lacks one at its end
         writer.add_document([])
         writer.add_document([7, 7, 0])
-    samples = PackedDataset(IndexedDataset(tmp_path / "set"), 0, 3, seq_length=5, documents=True)
+    samples = PackedDataset(IndexedDataset(tmp_path / "set"), seq_length=5, documents=True)
     assert samples[0].tolist() == [[7, 0, 7, 7, 7, 0], [0, 0, 0, 2, 2, 2]]
 
 
 def test_less_than_a_window_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="4 tokens; one sample of seq_length 4 needs 5"):
-        PackedDataset(write(tmp_path / "set", [4]), 0, 1, seq_length=4)
+        PackedDataset(write(tmp_path / "set", [4]), seq_length=4)
 
 
 @pytest.mark.parametrize("bad", [50, -1, 2**31 - 1])
@@ -89,7 +89,7 @@ def test_ids_outside_the_vocabulary_are_found_on_fetching(tmp_path, bad):
     content = np.fromfile(tmp_path / "good.bin", np.int32)
     content[13] = bad
     content.tofile(tmp_path / "good.bin")
-    samples = PackedDataset(IndexedDataset(tmp_path / "good"), 0, 2, seq_length=5, vocab_size=50)
+    samples = PackedDataset(IndexedDataset(tmp_path / "good"), seq_length=5, vocab_size=50)
     assert samples[0].tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(DatasetError, match=rf"good\.bin: token id {bad} at token 13 \(document 1\); .* 0 to 49"):
         samples[2]
@@ -149,7 +149,7 @@ def build(tmp_path, **changes):
     settings = {
         "train_sources": [(tmp_path / "set", 1.0)],
         "valid_sources": None,
-        "split_fractions": (0.8, 0.2),
+        "valid_fraction": 0.2,
         "seq_length": 4,
         "vocab_size": 10_000,
         "seed": 1,
@@ -176,9 +176,7 @@ def test_several_sources_and_separate_validation(tmp_path):
     write(tmp_path / "two", [200], start=1000)
     write(tmp_path / "held", [50], start=5000)
     sources = [(tmp_path / "set", 3), (tmp_path / "two", 1)]
-    train, valid = build(
-        tmp_path, train_sources=sources, valid_sources=[(tmp_path / "held", 1.0)], split_fractions=None
-    )
+    train, valid = build(tmp_path, train_sources=sources, valid_sources=[(tmp_path / "held", 1.0)])
     assert isinstance(train, BlendedDataset)
     from_first = sum(train[n][0] < 1000 for n in range(1000))
     assert from_first == 750
@@ -214,18 +212,13 @@ def test_documents_travel_through_blends_splits_and_batches(tmp_path):
 
 def test_no_validation_share(tmp_path):
     write(tmp_path / "set", [100])
-    assert build(tmp_path, split_fractions=(1, 0))[1] is None
+    assert build(tmp_path, valid_fraction=0.0)[1] is None
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train_sources": []}, "train_sources is empty"),
-        ({"valid_sources": []}, "valid_sources is empty"),
-        ({"split_fractions": None}, "neither valid_sources nor split_fractions"),
-        ({"split_fractions": (0, 1)}, "training share"),
-        ({"split_fractions": (1,)}, r"give \(train, valid\)"),
-        ({"split_fractions": (0.98, 0.02)}, "the validation split of .*set: .* 2 tokens; .* needs 5"),
+        ({"valid_fraction": 0.02}, "the validation split of .*set: .* 2 tokens; .* needs 5"),
         ({"seq_length": 0}, "seq_length is 0"),
     ],
 )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from fake_layers import BASE, FakeLayer, FakeState
 
 from megasparse.config.loader import load_config
 from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.scores import DROP_SCORES, DropScore
+from megasparse.sparsity.scores import DROP_SCORES, LARGEST, DropScore
 
 NAME = "layers.0.mlp.up"
+
+
+@pytest.mark.parametrize("name", DROP_SCORES)
+def test_the_scores_of_the_table_are_finite_at_the_ends_of_the_numbers(name) -> None:
+    ends = torch.tensor([0.0, 1e-45, 1.0, LARGEST])
+    weight, gradient = (grid.flatten() for grid in torch.meshgrid(ends, ends, indexing="ij"))
+    scores = DROP_SCORES[name].score(-weight, gradient, 10.0)
+    assert scores.dtype == torch.float32 and torch.isfinite(scores).all() and (scores >= 0).all()
 
 
 def test_the_lowest_of_a_new_score_go(monkeypatch) -> None:

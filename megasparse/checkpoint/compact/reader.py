@@ -19,7 +19,7 @@ from megasparse.checkpoint.compact.encoding import decode_places, with_active_va
 from megasparse.checkpoint.compact.manifest import COMPANIONS, CONFIG, Stored, read_manifest, tensor_file
 from megasparse.checkpoint.compact.writer import EVER_BITS, INDEX
 from megasparse.checkpoint.saved_state import EVER, KINDS, LIVE, RunFacts, moved
-from megasparse.checkpoint.store import CheckpointError, sha256
+from megasparse.checkpoint.store import CheckpointError, sha256, size_problem
 from megasparse.checkpoint.universal import write_universal_only
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
@@ -34,10 +34,8 @@ class CompactReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         for name, (size, _) in self.manifest.files.items():
-            path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                self._fail(f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}")
+            if problem := size_problem(folder / name, size):
+                self._fail(f"{name} {problem}")
         absent = [name for name in self._parameters if tensor_file(name) not in self.manifest.files]
         if absent:
             self._fail(f"its manifest counts no file of {absent[0]}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ def export_huggingface(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     replace: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Write the folder `output`; returns what the user should know.
 
@@ -55,13 +53,11 @@ def export_huggingface(
     metadata = {"format": "pt", FACTS_KEY: json.dumps(facts)}
     with new_folder(output, replace=replace) as partial:
         writer = TensorFileWriter(partial, specs, metadata, max_file_bytes)
-        done = zeros = 0
+        zeros = 0
         try:
             for name, tensor in exporter.tensors():
                 writer.write(name, tensor)
-                done += tensor.nbytes
                 zeros += tensor.numel() - int(tensor.count_nonzero())
-                progress(done)
             writer.close()
         finally:
             writer.abandon()

@@ -6,21 +6,28 @@ notes = import_huggingface(Path("gpt2"), Path("models/gpt2"))
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.checkpoint.model_folder import FACTS_KEY, ModelFolderWriter, model_tensors, tokenizer_files
+from megasparse.checkpoint.model_folder import FACTS_KEY, model_tensors, tokenizer_files
 from megasparse.checkpoint.store import CheckpointError
-from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFiles, read_json
+from megasparse.checkpoint.tensor_files import TensorFiles, read_json
 from megasparse.config.loader import check_config
 from megasparse.config.schema import RunConfig
 from megasparse.conversion.huggingface.architectures import NANOGPT, Architecture
 from megasparse.conversion.huggingface.settings import read_settings
-from megasparse.conversion.huggingface.tensors import Importer, Tensors
-from megasparse.conversion.sources import TOKENIZER_NAMES, TorchSource, open_torch_file
+from megasparse.conversion.huggingface.tensors import Importer
+from megasparse.conversion.sources import (
+    TOKENIZER_NAMES,
+    Tensors,
+    TorchSource,
+    open_torch_file,
+    open_weights,
+    write_weights,
+)
 from megasparse.data.tokenizer import load_tokenizer
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -34,26 +41,17 @@ NANOGPT_FIELDS = {
     "vocab_size": "vocab_size",
     "bias": "bias",
 }
-Progress = Callable[[int], None]
 
 
-def import_huggingface(
-    folder: Path,
-    output: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    replace: bool = False,
-    progress: Progress = lambda done: None,
-) -> list[str]:
+def import_huggingface(folder: Path, output: Path, *, dtype: torch.dtype | None = None, **options: Any) -> list[str]:
     """Write the model folder `output`; returns what the user should know.
 
-    dtype: None keeps the dtypes. Raises ValueError, with `output` as it was, where files are missing or damaged, or for
-    a model that ours cannot compute.
+    dtype: None keeps the dtypes. options: `max_file_bytes` and `replace` of ``ModelFolderWriter``. Raises ValueError,
+    with `output` as it was, where files are missing or damaged, or for a model that ours cannot compute.
     """
     values = read_json(folder / "config.json")
     architecture, sections = read_settings(values)
-    source = _open_weights(folder)
+    source = open_weights(folder)
     companions = tokenizer_files(folder)
     notes: list[str] = []
     sections["data"] = _tokenizer_section(companions, sections["model"]["vocab_size"], notes)
@@ -69,10 +67,9 @@ def import_huggingface(
         architecture,
         facts={**facts, "architecture": architecture.name},
         dtype=dtype,
-        companions=companions,
+        files=companions,
         texts=texts,
-        options={"max_file_bytes": max_file_bytes, "replace": replace},
-        progress=progress,
+        **options,
     )
     return notes
 
@@ -83,9 +80,7 @@ def import_nanogpt(
     *,
     activation: str = "gelu_exact",
     dtype: torch.dtype | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    replace: bool = False,
-    progress: Progress = lambda done: None,
+    **options: Any,
 ) -> list[str]:
     """Write the model folder `output` from a `ckpt.pt` as nanoGPT saves it; its optimizer state is not taken over.
 
@@ -112,10 +107,8 @@ def import_nanogpt(
         NANOGPT,
         facts=facts,
         dtype=dtype,
-        companions={},
-        texts={},
-        options={"max_file_bytes": max_file_bytes, "replace": replace},
-        progress=progress,
+        files={},
+        **options,
     )
     return ["nanoGPT keeps no tokenizer in its checkpoint: set data.tokenizer in config.yaml before sampling text"]
 
@@ -126,27 +119,13 @@ def _write(
     source: Tensors,
     architecture: Architecture,
     *,
-    facts: Mapping[str, Any],
     dtype: torch.dtype | None,
-    companions: Mapping[str, Path],
-    texts: Mapping[str, str],
-    options: Mapping[str, Any],
-    progress: Progress,
+    **options: Any,
 ) -> None:
-    config = _run_config(sections, "fp32")
-    importer = Importer(source, architecture, model_tensors(config))
-    dtypes = {name: dtype or importer.dtype(name) for name in model_tensors(config)}
-    config = _run_config(sections, PRECISIONS.get(dtypes["embedding.tokens.weight"], "fp32"))
-    done = 0
-    with ModelFolderWriter(output, config, dtypes, facts=facts, **options) as writer:
-        for name in writer.names:
-            writer.write(name, importer.tensor(name))
-            done += writer.specs[name].num_bytes
-            progress(done)
-        for name, path in companions.items():
-            writer.copy(name, path)
-        for name, text in texts.items():
-            writer.write_text(name, text)
+    importer = Importer(source, architecture, model_tensors(_run_config(sections, "fp32")))
+    main_dtype = dtype or importer.dtype("embedding.tokens.weight")
+    config = _run_config(sections, PRECISIONS.get(main_dtype, "fp32"))
+    write_weights(importer, config, output, dtype=dtype, **options)
 
 
 def _run_config(sections: Mapping[str, Any], precision: str) -> RunConfig:
@@ -159,17 +138,6 @@ def _run_config(sections: Mapping[str, Any], precision: str) -> RunConfig:
             "sparsity": {"algorithm": "dense"},
         }
     )
-
-
-def _open_weights(folder: Path) -> Tensors:
-    """Safetensors, or else a single file of torch."""
-    pickled = folder / "pytorch_model.bin"
-    if not any(folder.glob("*.safetensors*")) and pickled.is_file():
-        content = open_torch_file(pickled)
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise CheckpointError(f"{pickled}: holds something else than tensors by name")
-        return TorchSource(pickled, content)
-    return TensorFiles(folder)
 
 
 def _tokenizer_section(companions: Mapping[str, Path], vocab_size: int, notes: list[str]) -> dict[str, Any]:

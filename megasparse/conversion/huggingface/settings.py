@@ -13,8 +13,8 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.conversion.huggingface.architectures import ARCHITECTURES, GPT2, MISTRAL, QWEN2, Architecture
+from megasparse.utils.activations import by_transformers_name
 
-GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 ROPE_NAMES = {
     "rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings", "partial_rotary_factor",
@@ -76,7 +76,7 @@ def _read_gpt2(settings: Settings) -> dict[str, Any]:
     settings.must_be("scale_attn_weights", (True,), True)
     settings.must_be("scale_attn_by_inverse_layer_idx", (False,), False)
     settings.must_be("add_cross_attention", (False,), False)
-    activation = settings.must_be("activation_function", tuple(GELU), "gelu_new")
+    activations = by_transformers_name(gated=False)
     return {
         "num_layers": settings.number("n_layer"),
         "hidden_size": settings.number("n_embd"),
@@ -87,7 +87,7 @@ def _read_gpt2(settings: Settings) -> dict[str, Any]:
         "position_embedding": "learned",
         "normalization": "layernorm",
         "normalization_epsilon": settings.get("layer_norm_epsilon", 1e-5),
-        "activation": GELU[activation],
+        "activation": activations[settings.must_be("activation_function", tuple(activations), "gelu_new")],
         "bias": True,
         "tie_embeddings": settings.must_be("tie_word_embeddings", (True, False), True),
         "init_std": settings.get("initializer_range", 0.02),
@@ -95,7 +95,7 @@ def _read_gpt2(settings: Settings) -> dict[str, Any]:
 
 
 def _read_llama(settings: Settings, architecture: Architecture) -> dict[str, Any]:
-    settings.must_be("hidden_act", ("silu",), "silu")
+    activations = by_transformers_name(gated=True)
     bias, qkv_bias = _read_biases(settings, architecture)
     hidden, heads = settings.number("hidden_size"), settings.number("num_attention_heads")
     head_dim = settings.get("head_dim")
@@ -112,7 +112,7 @@ def _read_llama(settings: Settings, architecture: Architecture) -> dict[str, Any
         **_read_rope(settings),
         "normalization": "rmsnorm",
         "normalization_epsilon": settings.get("rms_norm_eps", 1e-6),
-        "activation": "swiglu",
+        "activation": activations[settings.must_be("hidden_act", tuple(activations), "silu")],
         "bias": bias,
         "qkv_bias": qkv_bias,
         "tie_embeddings": settings.must_be("tie_word_embeddings", (True, False), False),

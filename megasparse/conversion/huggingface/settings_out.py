@@ -13,6 +13,7 @@ from typing import Any
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import ModelConfig, RunConfig
 from megasparse.conversion.huggingface.architectures import ARCHITECTURES, GPT2, LLAMA, MISTRAL, QWEN2, Architecture
+from megasparse.utils.activations import ACTIVATIONS, by_transformers_name
 
 
 def choose_architecture(config: RunConfig, wanted: str | None = None) -> Architecture:
@@ -37,12 +38,13 @@ def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
     model, window = config.model, config.attention.sliding_window
     if config.sparsity.algorithm != "dense" and config.sparsity.low_rank:
         return f"sparsity.low_rank is {config.sparsity.low_rank}; must be 0"
+    activations = tuple(dict.fromkeys(by_transformers_name(gated=architecture is not GPT2).values()))
     wanted: dict[str, tuple[Any, tuple[Any, ...]]]
     if architecture is GPT2:
         wanted = {
             "position_embedding": (model.position_embedding, ("learned",)),
             "normalization": (model.normalization, ("layernorm",)),
-            "activation": (model.activation, ("gelu", "gelu_exact")),
+            "activation": (model.activation, activations),
             "num_key_value_heads": (model.key_value_heads, (model.num_attention_heads,)),
             "attention_head_dim": (model.head_dim * model.num_attention_heads, (model.hidden_size,)),
         }
@@ -50,7 +52,7 @@ def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
         wanted = {
             "position_embedding": (model.position_embedding, ("rope",)),
             "normalization": (model.normalization, ("rmsnorm",)),
-            "activation": (model.activation, ("swiglu",)),
+            "activation": (model.activation, activations),
             "bias": (model.bias, (True, False) if architecture is LLAMA else (False,)),
             "qkv_bias": (model.has_qkv_bias, (True,) if architecture is QWEN2 else (model.bias,)),
         }
@@ -94,7 +96,7 @@ def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
         "n_inner": model.ffn_hidden_size,
         "n_positions": model.seq_length,
         "layer_norm_epsilon": model.normalization_epsilon,
-        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[model.activation],
+        "activation_function": ACTIVATIONS[model.activation].transformers_names[0],
         **{name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
     }
 
@@ -117,7 +119,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": model.mlp_width,
         "max_position_embeddings": model.seq_length,
         "rms_norm_eps": model.normalization_epsilon,
-        "hidden_act": "silu",
+        "hidden_act": ACTIVATIONS[model.activation].transformers_names[0],
         "rope_theta": model.rope_theta,
         "rope_scaling": values,
         "attention_dropout": 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,17 +10,8 @@ from torch import Tensor
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorSpec
 from megasparse.conversion.huggingface.architectures import IGNORED, Architecture, Entry, entries
+from megasparse.conversion.sources import Tensors
 from megasparse.parallel.shard_spec import ShardSpec
-
-
-class Tensors(Protocol):
-    """Tensors by name, read when they are asked for."""
-
-    @property
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def tensor(self, name: str) -> Tensor: ...
 
 
 class Importer:

@@ -6,7 +6,6 @@ description.density, description.tensors[0].active
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,7 +23,6 @@ from megasparse.checkpoint.saved_state import (
 )
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.conversion.inspection.opening import Opened
-from megasparse.sparsity.topology import unpack_bits
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,19 @@ class Description:
     notes: list[str] = field(default_factory=list)
 
 
-def describe(
-    opened: Opened, *, read_values: bool = False, progress: Callable[[int], None] = lambda done: None
-) -> Description:
+def describe(opened: Opened, *, read_values: bool = False) -> Description:
     """read_values: read every tensor to tell what its numbers are like; otherwise none is read."""
     saved = opened.saved
-    sparse, masks = find_sparse(opened), saved.topology()
-    tensors, done = [], 0
+    sparse, tensors = find_sparse(opened), []
     for name, shape in saved.shapes.items():
         values = _values(saved.tensor(name, WEIGHT)) if read_values else None
-        found = sparse.get(name)
         fields: dict[str, Any] = {}
-        if found is not None:
-            active = int(unpack_bits(masks[f"{LIVE}{found.layer}"], found.num_units).count_nonzero())
-            fields = {
-                "layer": found.layer,
-                "block_size": found.block_size,
-                "active": active,
-                "density": active / found.num_units,
-            }
+        if name in sparse:
+            found, mask = sparse[name]
+            active = int(mask.count_nonzero())
+            fields = {"layer": found.layer, "block_size": found.block_size, "active": active}
+            fields["density"] = active / found.num_units
         tensors.append(TensorDescription(name, list(shape), saved.kinds(name), values=values, **fields))
-        done += 4 * prod(shape)
-        progress(done)
     sizes = [(prod(row.shape), row.density) for row in tensors]
     total, all_sparse = sum(size for size, _ in sizes), sum(size for size, density in sizes if density is not None)
     inactive = sum(round(size * (1 - density)) for size, density in sizes if density is not None)
@@ -116,22 +105,18 @@ def describe(
     )
 
 
-def find_sparse(opened: Opened) -> dict[str, SparseParameter]:
-    """The sparse parameters by name; without a configuration the unit is the one that the mask's length allows."""
+def find_sparse(opened: Opened) -> dict[str, tuple[SparseParameter, Tensor]]:
+    """The sparse parameters by name, each with its mask: bool, the grid of its units.
+
+    Without a configuration the unit is the one that the mask's length allows.
+    """
     saved, topology = opened.saved, opened.saved.topology()
     if opened.config is not None:
         found = sparse_parameters(opened.config, saved.shapes, layers_of(topology))
     else:
-        found = {}
-        for layer in layers_of(topology):
-            name = parameter_name(layer, saved.shapes)
-            found[name] = _guess(layer, saved.shapes[name], topology[f"{LIVE}{layer}"])
-    for sparse in found.values():
-        try:
-            unpack_bits(topology[f"{LIVE}{sparse.layer}"], sparse.num_units)
-        except ValueError as error:
-            raise CheckpointError(f"topology: layer {sparse.layer}: {error}") from None
-    return found
+        names = {layer: parameter_name(layer, saved.shapes) for layer in layers_of(topology)}
+        found = {name: _guess(layer, saved.shapes[name], topology[f"{LIVE}{layer}"]) for layer, name in names.items()}
+    return {name: (sparse, sparse.mask(topology[f"{LIVE}{sparse.layer}"])) for name, sparse in found.items()}
 
 
 def _guess(layer: str, shape: tuple[int, ...], bits: Tensor) -> SparseParameter:

@@ -6,20 +6,17 @@ difference.equal
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megasparse.checkpoint.model_folder import VOCABULARY_TENSORS
-from megasparse.checkpoint.saved_state import LIVE, WEIGHT
+from megasparse.checkpoint.saved_state import WEIGHT
 from megasparse.config.loader import changed_settings
 from megasparse.conversion.inspection.description import find_sparse
 from megasparse.conversion.inspection.opening import Opened
-from megasparse.sparsity.topology import unpack_bits
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,16 @@ class Difference:
         return not (self.only_first or self.only_second or self.tensors or moved)
 
 
-def compare(first: Opened, second: Opened, progress: Callable[[int], None] = lambda done: None) -> Difference:
+def compare(first: Opened, second: Opened) -> Difference:
     """Compare all tensors that both have, one at a time; rows that pad the vocabulary of one count for nothing."""
     a, b = first.saved, second.saved
-    tensors, done, compared = [], 0, 0
+    tensors, compared = [], 0
     for name in (name for name in a.shapes if name in b.shapes):
         kinds = [kind for kind in a.kinds(name) if kind in b.kinds(name)]
         for kind in kinds:
             change = _compare(name, kind, a.tensor(name, kind), b.tensor(name, kind))
             compared += 1
             tensors += [change] if change is not None else []
-        done += 4 * prod(a.shapes[name])
-        progress(done)
     own, other = _named_kinds(first), _named_kinds(second)
     return Difference(
         settings=_settings(first, second),
@@ -121,15 +116,10 @@ def _compare(name: str, kind: str, a: Tensor, b: Tensor) -> TensorChange | None:
 
 
 def _layers(first: Opened, second: Opened) -> list[LayerChange]:
-    masks = []
-    for opened in (first, second):
-        topology = opened.saved.topology()
-        masks.append(
-            {
-                sparse.layer: (sparse.block_size, unpack_bits(topology[f"{LIVE}{sparse.layer}"], sparse.num_units))
-                for sparse in find_sparse(opened).values()
-            }
-        )
+    masks = [
+        {sparse.layer: (sparse.block_size, mask) for sparse, mask in find_sparse(opened).values()}
+        for opened in (first, second)
+    ]
     changes = []
     for layer in sorted(masks[0] | masks[1]):
         if layer not in masks[0] or layer not in masks[1]:
@@ -137,7 +127,7 @@ def _layers(first: Opened, second: Opened) -> list[LayerChange]:
             changes.append(LayerChange(layer, 0, 0, 0, f"sparse in {where} only"))
             continue
         (block_size, a), (other, b) = masks[0][layer], masks[1][layer]
-        if block_size != other or a.numel() != b.numel():
+        if block_size != other or a.shape != b.shape:
             changes.append(LayerChange(layer, 0, 0, 0, f"units of {block_size} against {other}"))
             continue
         both = int((a & b).count_nonzero())

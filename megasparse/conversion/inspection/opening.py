@@ -7,30 +7,26 @@ opened.kind, opened.saved.shapes, opened.config
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from megasparse.checkpoint.compact.manifest import NAME as COMPACT
 from megasparse.checkpoint.compact.reader import CompactReader
 from megasparse.checkpoint.model_folder import CHECKSUMS, is_model_folder
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.checkpoint.saved_state import WEIGHT, RunFacts, SavedState
+from megasparse.checkpoint.saved_state import SavedState
 from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, CheckpointError, CheckpointStore, read_manifest
 from megasparse.checkpoint.tensor_files import TensorFiles, read_json
 from megasparse.checkpoint.universal import UNIVERSAL, UniversalReader, open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
-from megasparse.conversion.folder_state import WeightsState
-from megasparse.conversion.sources import FolderSource, open_torch_file
+from megasparse.conversion.folder_state import PlainTensors, WeightsState
+from megasparse.conversion.sources import PICKLED, FolderSource, open_weights
 
 RUN, CHECKPOINT, UNIVERSAL_FORM, COMPACT_FOLDER = "run", "checkpoint", "universal form", "compact folder"
 MODEL_FOLDER, HUGGING_FACE = "model folder", "Hugging Face folder"
-PICKLED = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -48,35 +44,6 @@ class Opened:
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Size and SHA-256, as far as the folder itself says it, by file."""
     notes: list[str] = field(default_factory=list)
-
-
-class PlainTensors:
-    """Tensors without anything else known of them: a ``SavedState``."""
-
-    step = 0
-
-    def __init__(self, tensors: TensorFiles | Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        if isinstance(tensors, TensorFiles):
-            self.shapes = {name: tensors.shape(name) for name in tensors.names}
-        else:
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.facts = RunFacts(0, {}, {}, [])
-
-    def kinds(self, name: str) -> list[str]:
-        return [WEIGHT]
-
-    def tensor(self, name: str, kind: str) -> Tensor:
-        return self._tensors.tensor(name) if isinstance(self._tensors, TensorFiles) else self._tensors[name]
-
-    def topology(self) -> dict[str, Tensor]:
-        return {}
-
-    def loss_scaler(self) -> dict[str, float]:
-        return {}
-
-    def division(self, name: str) -> dict[str, Any]:
-        return {}
 
 
 def kind_of(path: Path) -> str:
@@ -151,17 +118,10 @@ def _open_checkpoint(folder: Path, kind: str) -> Opened:
 
 
 def _open_hugging_face(path: Path) -> Opened:
-    if (path / PICKLED).is_file():
-        content = open_torch_file(path / PICKLED)
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise CheckpointError(f"{path / PICKLED}: holds more than tensors by name")
-        return Opened(HUGGING_FACE, path, PlainTensors(content), None, files=_sizes([path / PICKLED]))
-    tensors = TensorFiles(path)
-    return Opened(HUGGING_FACE, path, PlainTensors(tensors), None, files=_sizes(tensors.paths))
-
-
-def _sizes(paths: list[Path]) -> dict[str, tuple[int, str]]:
-    return {path.name: (path.stat().st_size, "") for path in paths}
+    weights = open_weights(path)
+    paths = weights.paths if isinstance(weights, TensorFiles) else [path / PICKLED]
+    files = {file.name: (file.stat().st_size, "") for file in paths}
+    return Opened(HUGGING_FACE, path, PlainTensors(weights), None, files=files)
 
 
 def _format(path: Path) -> str | None:

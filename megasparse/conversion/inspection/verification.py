@@ -7,7 +7,7 @@ for problem in verify(path):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from megasparse.checkpoint.compact.manifest import read_manifest as read_compact_manifest
 from megasparse.checkpoint.model_folder import CHECKSUMS
-from megasparse.checkpoint.saved_state import LIVE
-from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, PREFIX, TOPOLOGY, CheckpointError, sha256
+from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, PREFIX, TOPOLOGY, CheckpointError, sha256, size_problem
 from megasparse.checkpoint.tensor_files import read_json
 from megasparse.checkpoint.universal import UNIVERSAL
 from megasparse.conversion.inspection.description import find_sparse
@@ -33,7 +32,6 @@ from megasparse.conversion.inspection.opening import (
     open_any,
 )
 from megasparse.engine.safe_checkpoint import load_data
-from megasparse.sparsity.topology import unpack_bits
 
 NOT_ZERO_OUTSIDE = ("fp32", "exp_avg", "exp_avg_sq")
 """Kinds that are 0 where units are inactive; per-weight steps count on."""
@@ -45,36 +43,35 @@ class Problem:
     reason: str
 
 
-def verify(path: Path, progress: Callable[[str], None] = lambda file: None) -> list[Problem]:
+def verify(path: Path) -> list[Problem]:
     """All that is wrong with the folder `path`; of a run with every checkpoint in it.
 
-    progress: called with the name of each file before it is read. Raises CheckpointError where the folder is of no
-    known kind.
+    Raises CheckpointError where the folder is of no known kind.
     """
     kind = kind_of(path)
     if kind == RUN:
         folders = sorted((path / CHECKPOINTS).glob(f"{PREFIX}*"))
         if not folders:
             return [Problem(f"{path / CHECKPOINTS}", "there is no checkpoint")]
-        return [problem for folder in folders for problem in _verify_one(folder, CHECKPOINT, progress)]
-    return _verify_one(path, kind, progress)
+        return [problem for folder in folders for problem in _verify_one(folder, CHECKPOINT)]
+    return _verify_one(path, kind)
 
 
-def _verify_one(path: Path, kind: str, progress: Callable[[str], None]) -> list[Problem]:
-    problems = list(_bad_files(path, kind, progress))
+def _verify_one(path: Path, kind: str) -> list[Problem]:
+    problems = list(_bad_files(path, kind))
     if kind == CHECKPOINT and (path / UNIVERSAL).is_dir():
-        problems += _bad_files(path / UNIVERSAL, UNIVERSAL_FORM, progress)
+        problems += _bad_files(path / UNIVERSAL, UNIVERSAL_FORM)
     if problems:
         # What they hold would only say the same again.
         return problems
     try:
         opened = open_any(path)
-        return list(_bad_tensors(opened, progress))
+        return list(_bad_tensors(opened))
     except ValueError as error:
         return [Problem(str(path), str(error))]
 
 
-def _bad_files(path: Path, kind: str, progress: Callable[[str], None]) -> Iterator[Problem]:
+def _bad_files(path: Path, kind: str) -> Iterator[Problem]:
     """Files that are missing, cut off, altered or unreadable, by what the folder says of itself."""
     try:
         expected = _expected(path, kind)
@@ -83,7 +80,6 @@ def _bad_files(path: Path, kind: str, progress: Callable[[str], None]) -> Iterat
         return
     for name, (size, checksum) in sorted(expected.items()):
         file = path / name
-        progress(str(file))
         reason = _bad(file, size, checksum)
         if reason is not None:
             yield Problem(str(file), reason)
@@ -123,9 +119,8 @@ def _files(values: dict[str, Any]) -> list[tuple[str, Any]]:
 def _bad(file: Path, size: int | None, checksum: str) -> str | None:
     if not file.is_file():
         return "is missing"
-    found = file.stat().st_size
-    if size is not None and found != size:
-        return f"has {found} bytes instead of {size}"
+    if size is not None and (problem := size_problem(file, size)):
+        return problem
     if checksum and sha256(file) != checksum:
         return "does not have its checksum"
     return _unreadable(file)
@@ -146,23 +141,19 @@ def _unreadable(file: Path) -> str | None:
     return None
 
 
-def _bad_tensors(opened: Opened, progress: Callable[[str], None]) -> Iterator[Problem]:
+def _bad_tensors(opened: Opened) -> Iterator[Problem]:
     """Tensors that cannot be put together, and inactive units that are not 0."""
     saved, sparse = opened.saved, find_sparse(opened)
-    topology = saved.topology()
     for name in saved.shapes:
-        progress(name)
         for kind in saved.kinds(name):
             try:
                 tensor = saved.tensor(name, kind)
             except CheckpointError as error:
                 yield Problem(f"{opened.folder}: {name}", str(error))
                 continue
-            found = sparse.get(name)
-            if found is None or kind not in NOT_ZERO_OUTSIDE:
+            if name not in sparse or kind not in NOT_ZERO_OUTSIDE:
                 continue
-            active = unpack_bits(topology[f"{LIVE}{found.layer}"], found.num_units).view(found.grid)
-            inactive = ~active.repeat_interleave(found.block_size, 0).repeat_interleave(found.block_size, 1)
-            wrong = int(torch.count_nonzero(tensor[inactive]))
+            parameter, mask = sparse[name]
+            wrong = int(torch.count_nonzero(tensor[parameter.inactive_entries(mask)]))
             if wrong:
                 yield Problem(f"{opened.folder}: {name}", f"{wrong} entries of {kind} of inactive units are not 0")
