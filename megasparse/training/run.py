@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,17 @@ from megasparse.inference.sampling import sample_text
 from megasparse.launching import LaunchEnvironment, choose_accelerator, open_mesh
 from megasparse.launching.watchdog import Watchdog
 from megasparse.models.gpt import GPT
-from megasparse.monitoring.console import Progress, make_console, print_plan, print_summary, print_warnings, quiet
+from megasparse.monitoring.console import (
+    Progress,
+    QuietProgress,
+    make_console,
+    print_plan,
+    print_summary,
+    print_warnings,
+    quiet,
+)
 from megasparse.monitoring.records import RunRecords
+from megasparse.monitoring.trackers import check_trackers
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
 from megasparse.training.checkpoints import Checkpointer
@@ -53,7 +61,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment, objective: Objec
     vocab_size = vocabulary_size(config, tokenizer)
     train_data, valid_data = build_data(config, vocab_size)
     check_precision(config, torch.device(choose_accelerator(os.environ)))
-    check_monitor(config)
+    check_trackers(config.train.trackers)
     check_folder(folder, config)
     if environment.rank == 0:
         print_plan(plan, make_console())
@@ -86,7 +94,7 @@ def pretrain(config: RunConfig, environment: LaunchEnvironment, objective: Objec
             train_data=train_data,
             valid_data=valid_data,
             checkpointer=checkpointer,
-            records=_open_records(folder, config, mesh, state, stack),
+            records=_open_records(folder, config, plan, mesh, state, progress, stack),
             progress=progress,
             state=state,
             watchdog=watchdog,
@@ -116,7 +124,7 @@ def check_start(config: RunConfig, world_size: int, device: str | None = None) -
     """Raise ValueError for all that ``pretrain`` would refuse before it starts; nothing is written."""
     make_plan(config, world_size, device)
     build_data(config, vocabulary_size(config, open_tokenizer(config)))
-    check_monitor(config)
+    check_trackers(config.train.trackers)
     check_folder((Path(config.run.folder) / config.run.name).absolute(), config)
 
 
@@ -126,14 +134,6 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
         raise ConfigError(
             f"run.name: {folder} holds a run already; must be another run.name, or train.resume=auto to go on"
-        )
-
-
-def check_monitor(config: RunConfig) -> None:
-    """Raise ConfigError where event files are asked for and the library that writes them is not installed."""
-    if config.train.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError(
-            "train.tensorboard: true needs the package tensorboard (extra `monitor`); here it must be false"
         )
 
 
@@ -197,13 +197,24 @@ def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) 
 
 
 def _open_records(
-    folder: Path, config: RunConfig, mesh: Mesh, state: TrainState, stack: ExitStack
+    folder: Path,
+    config: RunConfig,
+    plan: dict[str, Any],
+    mesh: Mesh,
+    state: TrainState,
+    progress: Progress | QuietProgress,
+    stack: ExitStack,
 ) -> RunRecords | None:
     if not mesh.is_first:
         return None
-    records = RunRecords(folder, resume_step=state.step, tensorboard=config.train.tensorboard)
-    stack.callback(records.close)
-    return records
+    records = RunRecords(
+        folder,
+        resume_step=state.step,
+        trackers=config.train.trackers,
+        parameters={**config.model_dump(mode="json"), "plan": plan},
+        warn=progress.warning,
+    )
+    return stack.enter_context(records)
 
 
 def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
