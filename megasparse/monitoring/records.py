@@ -32,8 +32,8 @@ PICTURE_SIDE = 128
 class RunRecords:
     """Open files of a run folder, and its trackers.
 
-    resume_step: finished steps of the checkpoint that the run goes on from. parameters: what trackers are to show of the
-    configuration and the plan. warn: told of trackers that fail.
+    resume_step: finished steps of the checkpoint that the run goes on from. parameters: what trackers are to show of
+    the configuration and the plan. warn: told of trackers that fail.
     """
 
     def __init__(

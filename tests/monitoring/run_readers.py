@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,28 +36,35 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def wandb_runs(folder: Path) -> list[dict[str, Any]]:
     """Identifier, names, parameters, exit status and curve [(step, values)] of each file, in the order of writing."""
-    runs = []
-    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        found: dict[str, Any] = {"curve": [], "parameters": {}, "exit": None}
-        for record in wandb_records(path):
-            kind = record.WhichOneof("record_type")
-            if kind == "run" and record.run.run_id:
-                found |= {
-                    "id": record.run.run_id,
-                    "name": record.run.display_name,
-                    "project": record.run.project,
-                    "group": record.run.run_group,
-                }
-            if kind in ("run", "config"):
-                update = record.run.config.update if kind == "run" else record.config.update
-                found["parameters"] |= {item.key: json.loads(item.value_json) for item in update if item.key}
-            if kind == "history":
-                values = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
-                found["curve"].append((values["_step"], {k: v for k, v in values.items() if not k.startswith("_")}))
-            if kind == "exit":
-                found["exit"] = record.exit.exit_code
-        runs.append(found)
-    return runs
+    paths = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    return sorted((_wandb_run(path) for path in paths), key=lambda run: run["started"])
+
+
+def _wandb_run(path: Path) -> dict[str, Any]:
+    """W&B's own process writes the file, and ends it a moment after the run has finished."""
+    deadline = time.monotonic() + 30
+    while (found := _read_wandb_run(path))["exit"] is None:
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+    return found
+
+
+def _read_wandb_run(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"curve": [], "parameters": {}, "exit": None}
+    for record in wandb_records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            found |= {"id": run.run_id, "name": run.display_name, "project": run.project, "group": run.run_group}
+            found["started"] = run.start_time.ToNanoseconds()
+        if kind == "config":
+            found["parameters"] |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        if kind == "history":
+            values = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            found["curve"].append((values["_step"], {k: v for k, v in values.items() if not k.startswith("_")}))
+        if kind == "exit":
+            found["exit"] = record.exit.exit_code
+    return found
 
 
 def mlflow_runs(folder: Path, place: str | None = None) -> list[dict[str, Any]]:
