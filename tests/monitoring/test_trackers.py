@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from run_readers import mlflow_runs, wandb_runs
+from tracked_runs import mlflow_runs, wandb_runs
 
 from megasparse.config.loader import ConfigError
 from megasparse.monitoring import trackers
