@@ -29,6 +29,7 @@ SETTINGS = [
     "train.log_interval=2",
     "train.trackers=[table]",
     "sparsity.block_size=8",
+    "sparsity.algorithm=rigl",
     "sparsity.update_interval=2",
 ]
 
