@@ -64,11 +64,16 @@ def test_a_new_tracker_is_given_the_numbers_of_the_first_rank(tmp_path: Path) ->
         for first in range(40):
             writer.add_document([(first + 3 * i) % 63 + 1 for i in range(60)] + [0])
         writer.finalize()
-    names = [f"data.train=[{{path: {tmp_path / 'corpus'}}}]", f"run.folder={tmp_path / 'runs'}", "run.name=mine"]
+    names = [
+        f"data.train=[{{path: {tmp_path / 'corpus'}}}]",
+        f"run.folder={tmp_path / 'runs'}",
+        "run.name=mine",
+        "run.seed=7",
+    ]
     run_distributed(train, 2, [*SETTINGS, *names], with_mesh=False)
     folder = tmp_path / "runs" / "mine"
     first, *table, last = (folder / "table.csv").read_text().splitlines()
-    assert (first, last) == ("# runs/mine, seed 0", "# finished")
+    assert (first, last) == ("# runs/mine, seed 7", "# finished")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = list(csv.DictReader(table))
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
