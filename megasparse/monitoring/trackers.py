@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -134,8 +135,8 @@ class WandbTracker:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "offline")
-        project = os.environ.get("WANDB_PROJECT", run.project)
+        mode = os.environ.get("WANDB_MODE") or "offline"
+        project = os.environ.get("WANDB_PROJECT") or run.project
         place = f"{mode}: {project}"
         identifier = _identifier_to_go_on_with(run.stored("wandb"), place)
         self._run = wandb.init(
@@ -175,8 +176,9 @@ class MlflowTracker:
 
         folder = run.folder.absolute()
         server = os.environ.get("MLFLOW_TRACKING_URI")
-        place = server or f"sqlite:///{folder / 'mlflow.db'}"
-        self._client = MlflowClient(tracking_uri=place)
+        # By no path, so that a run folder can be moved.
+        place = _without_password(server) if server else "run folder"
+        self._client = MlflowClient(tracking_uri=server or f"sqlite:///{folder / 'mlflow.db'}")
         stored = run.stored("mlflow")
         identifier = _identifier_to_go_on_with(stored, place)
         if identifier is not None:
@@ -326,6 +328,10 @@ class BackgroundTracker:
 
 def _identifier_to_go_on_with(stored: StoredRun | None, place: str) -> str | None:
     return stored.identifier if stored is not None and stored.place == place and not stored.superseded else None
+
+
+def _without_password(address: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def _missing(name: str) -> list[str]:

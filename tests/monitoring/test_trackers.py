@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -124,6 +125,30 @@ def test_mlflow_is_a_new_run_with_the_kept_curve_where_the_run_goes_back(folder,
     assert first["id"] != second["id"]
     assert second["values"]["loss"] == curve((range(1, 4), 1), (range(4, 7), -1))
     assert not (folder / "mlflow.db").exists()
+
+
+@needs_mlflow
+def test_a_run_folder_that_was_moved_goes_on_with_its_own_mlflow_run(folder) -> None:
+    run(folder, ["mlflow"], range(1, 4))
+    (before,) = mlflow_runs(folder)
+    moved = folder.rename(folder.with_name("second"))
+    run(moved, ["mlflow"], range(4, 6))
+    (after,) = mlflow_runs(moved)
+    assert before["id"] == after["id"] and after["values"]["loss"] == curve((range(1, 6), 1))
+
+
+@needs_mlflow
+def test_no_password_is_written_down(folder, monkeypatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example.org/base")
+    local = MlflowClient(tracking_uri=f"sqlite:///{folder / 'elsewhere.db'}")
+    asked: list[str] = []
+    monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: asked.append(tracking_uri) or local)
+    assert run(folder, ["mlflow"], range(1, 3)) == []
+    assert asked == ["https://me:secret@mlflow.example.org/base"]
+    stored = json.loads((folder / "mlflow_run.json").read_text())
+    assert stored["place"] == "https://mlflow.example.org/base"
 
 
 @needs_mlflow
