@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from megasparse.monitoring.trackers import TrackedRun, scalars_of, start_trackers
+from megasparse.monitoring.tracked_run import TrackedRun, scalars_of
+from megasparse.monitoring.trackers import start_trackers
 from megasparse.sparsity.controller import TopologyReport
 
 PICTURE_SIDE = 128

@@ -19,17 +19,16 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
 from megasparse.config.loader import ConfigError
-from megasparse.utils.files import write_json
+from megasparse.monitoring.tracked_run import StoredRun, TrackedRun
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a tracker; what it has not sent by then stays in metrics.jsonl."""
@@ -46,66 +45,6 @@ class Tracker(Protocol):
 
     def close(self, *, failed: bool) -> None:
         """failed: the run ended with an error."""
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A run of a tracker that has runs of its own: its identifier, and where that holds (server, project)."""
-
-    identifier: str
-    place: str
-    superseded: bool = False
-    """It holds steps that the run has gone back behind."""
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """What a tracker is told about the run. resume_step: finished steps of the checkpoint that it goes on from."""
-
-    folder: Path
-    resume_step: int
-    parameters: Mapping[str, Any]
-    """Sections of the resolved configuration, and `plan`."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def project(self) -> str:
-        return self.folder.absolute().parent.name or "megasparse"
-
-    def last_step(self) -> int:
-        """Finished steps of the last line of metrics; 0: there is none."""
-        return max((step for step, _ in self._lines()), default=0)
-
-    def history(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """The scalars that were logged up to the checkpoint, by rising step."""
-        return ((step, scalars_of(line)) for step, line in self._lines() if step <= self.resume_step)
-
-    def stored(self, tracker: str) -> StoredRun | None:
-        path = self._identifier_file(tracker)
-        return StoredRun(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-    def store(self, tracker: str, stored: StoredRun) -> None:
-        write_json(self._identifier_file(tracker), asdict(stored))
-
-    def _identifier_file(self, tracker: str) -> Path:
-        return self.folder / f"{tracker}_run.json"
-
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        path = self.folder / "metrics.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                line = json.loads(text)
-                yield int(line["step"]), line
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut off when the run was killed
-
-
-def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics."""
-    return {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
 
 
 class TensorBoardTracker:
@@ -275,10 +214,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def start_trackers(names: Sequence[str], run: TrackedRun, warn: Callable[[str], None]) -> list[Tracker]:
     """Before lines of metrics are removed: they tell whether the run goes back behind what was logged."""
-    if run.last_step() > run.resume_step:
-        for name in names:
-            if (stored := run.stored(name)) is not None:
-                run.store(name, StoredRun(stored.identifier, stored.place, superseded=True))
+    goes_back = run.last_step() > run.resume_step
+    for name in TRACKERS:
+        # One that is left out now would lack the steps of this start when it is named again.
+        if (goes_back or name not in names) and (stored := run.stored(name)) is not None:
+            run.store(name, StoredRun(stored.identifier, stored.place, superseded=True))
     return [BackgroundTracker(name, run, warn) for name in names]
 
 
@@ -357,4 +297,4 @@ def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {_without_password(lines[0])}" if lines else type(error).__name__

@@ -13,7 +13,8 @@ from harness import run_distributed
 from megasparse.config.loader import load_config
 from megasparse.data import IndexedDatasetWriter
 from megasparse.launching import LaunchEnvironment
-from megasparse.monitoring.trackers import TRACKERS, TrackedRun, TrackerKind
+from megasparse.monitoring.tracked_run import TrackedRun
+from megasparse.monitoring.trackers import TRACKERS, TrackerKind
 from megasparse.training.run import pretrain
 
 SETTINGS = [

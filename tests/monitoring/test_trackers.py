@@ -14,7 +14,8 @@ from tracked_runs import mlflow_runs, wandb_runs
 from megasparse.config.loader import ConfigError
 from megasparse.monitoring import trackers
 from megasparse.monitoring.records import RunRecords
-from megasparse.monitoring.trackers import TRACKERS, TrackedRun, TrackerKind, check_trackers
+from megasparse.monitoring.tracked_run import TrackedRun
+from megasparse.monitoring.trackers import TRACKERS, TrackerKind, check_trackers
 
 PARAMETERS = {"train": {"steps": 8, "precision": "fp32"}, "sparsity": {"groups": []}, "plan": {"tokens": {"total": 64}}}
 
@@ -157,6 +158,10 @@ def test_a_tracker_named_later_gets_the_whole_curve(folder) -> None:
     run(folder, ["mlflow"], range(4, 6))
     (found,) = mlflow_runs(folder)
     assert found["values"]["loss"] == curve((range(1, 6), 1))
+    run(folder, [], range(6, 8))
+    run(folder, ["mlflow"], range(8, 9))
+    (found,) = mlflow_runs(folder)
+    assert found["values"]["loss"] == curve((range(1, 9), 1))
 
 
 @needs_mlflow
