@@ -57,6 +57,9 @@ setup(
         "hf": ["tokenizers>=0.20", "transformers>=4.46"],
         "parquet": ["pyarrow>=15"],
         "monitor": ["tensorboard>=2.15"],
+        "wandb": ["wandb>=0.19.10"],
+        # The database in a file that runs without a server use needs the other two.
+        "mlflow": ["mlflow-skinny>=2.20", "sqlalchemy>=2.0", "alembic>=1.13"],
         "eval": ["lm-eval>=0.4.9"],
     },
 )

@@ -20,7 +20,7 @@ MODELS = {
     "gpt2-small-width": ["model.num_layers=4", "model.hidden_size=768", "model.num_attention_heads=12"],
     "gpt2-xl-width": ["model.num_layers=4", "model.hidden_size=1600", "model.num_attention_heads=25"],
 }
-COMMON = ["model.seq_length=256", "model.vocab_size=2048", "model.bias=false", "train.tensorboard=false"]
+COMMON = ["model.seq_length=256", "model.vocab_size=2048", "model.bias=false", "train.trackers=[]"]
 
 
 class RandomTokens:

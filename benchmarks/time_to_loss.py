@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace, name: str, words: list[str], folder: Pa
     """One whole run; its metrics, a record per step."""
     run = folder / name
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
-    settings = [f"run.name={name}", f"run.folder={folder}", "train.resume=never", "train.tensorboard=false"]
+    settings = [f"run.name={name}", f"run.folder={folder}", "train.resume=never", "train.trackers=[]"]
     command = [sys.executable, *launcher, "launch/pretrain.py", "--config", arguments.config, *settings, *words]
     environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
     environment.setdefault("OMP_NUM_THREADS", "1")

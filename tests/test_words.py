@@ -20,6 +20,7 @@ REPLACED = (
     r"\bsensitivity\b",
     r"hybrid_attention=parts",
     r"SparseAdamW",
+    r"train\.tensorboard",
 )
 
 

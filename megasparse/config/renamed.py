@@ -6,6 +6,7 @@ RENAMED_SETTINGS = {
     "sparsity.unit": "sparsity.block_size",
     "sparsity.groups.unit": "sparsity.groups.block_size",
     "sparsity.unit_step_counts": "sparsity.per_weight_step_counts",
+    "train.tensorboard": "train.trackers",
 }
 """Dotted name, list positions left out, in version 0.1 -> now."""
 

@@ -335,8 +335,8 @@ class TrainConfig(Section):
     unset: random weights."""
     stop_after: PositiveInt | None = None
     """Leave cleanly, with a checkpoint, after this step, as if the time were up; schedules keep to `steps`."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
+    trackers: list[str] = ["tensorboard"]
+    """Where curves are shown beside metrics.jsonl: any of tensorboard, wandb (Weights & Biases) and mlflow."""
     sample_tokens: NonNegativeInt = 200
     """Tokens of the text sampled at the end; 0: none."""
     sample_prompt: str = "\n"

@@ -1,49 +1,69 @@
 """What a run writes down while it trains: metrics, topology updates, pictures of topologies. Rank 0 only.
 
+    with RunRecords(folder, resume_step=0, trackers=["tensorboard"], parameters=sections, warn=print) as records:
+        records.metrics({"step": 10, "loss": 2.5})
+
 ``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update (training methods may write
 files of their own), and
 ``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a restart, lines of
-steps that will be done again are removed.
+steps that will be done again are removed. The numbers of a line of metrics go to the trackers as well.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from megasparse.monitoring.tracked_run import TrackedRun, scalars_of
+from megasparse.monitoring.trackers import start_trackers
+
 PICTURE_SIDE = 128
 """Largest side of a topology picture, in pixels."""
 
 
-class ScalarWriter(Protocol):
-    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
-    def close(self) -> None: ...
-
-
 class RunRecords:
-    """Open files of a run folder. resume_step: finished steps of the checkpoint that the run goes on from."""
+    """Open files of a run folder, and its trackers.
 
-    def __init__(self, folder: Path, *, resume_step: int, tensorboard: bool) -> None:
+    resume_step: finished steps of the checkpoint that the run goes on from. parameters: what trackers are to show of
+    the configuration and the plan. warn: told of trackers that fail.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int,
+        trackers: Sequence[str] = (),
+        parameters: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self.folder = folder
+        self._trackers = start_trackers(trackers, TrackedRun(folder, resume_step, parameters or {}), warn)
         for path in folder.glob("*.jsonl"):
             _drop_lines_after(path, resume_step)
         self._files = {name: (folder / f"{name}.jsonl").open("a") for name in ("metrics", "topology")}
-        self._scalars = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """values: `step` and the numbers of the line."""
         self.record("metrics", values)
-        if self._scalars is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._scalars.add_scalar(name, value, values["step"])
+        for tracker in self._trackers:
+            tracker.scalars(values["step"], scalars_of(values))
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it."""
@@ -58,11 +78,12 @@ class RunRecords:
         grey = (_shrink(mask.cpu().numpy().astype(np.float32)) * 255).round().astype(np.uint8)
         Image.fromarray(grey, mode="L").save(target)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """failed: the run ended with an error."""
         for file in self._files.values():
             file.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
 
 
 def _write_line(file: Any, values: Mapping[str, Any]) -> None:
@@ -98,9 +119,3 @@ def _shrink(picture: np.ndarray) -> np.ndarray:
             shape = (-1, 1) if axis == 0 else (1, -1)
             picture = np.add.reduceat(picture, edges, axis=axis) / sizes.reshape(shape)
     return picture
-
-
-def _tensorboard(folder: Path, resume_step: int) -> ScalarWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)

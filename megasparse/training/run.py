@@ -7,10 +7,9 @@ It is prepared, which finds what the user must mend before any process starts to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from megasparse.monitoring.console import (
     quiet,
 )
 from megasparse.monitoring.records import RunRecords
-from megasparse.parallel import Mesh
+from megasparse.monitoring.trackers import check_trackers
 from megasparse.training.build_engine import build_engine
 from megasparse.training.callback import Callback, MethodFactory
 from megasparse.training.checkpoints import Checkpointer, Checkpointing
@@ -140,7 +139,7 @@ def prepare(
     vocab_size = vocabulary_size(config, tokenizer)
     plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
     train_data, valid_data = build_data(config, vocab_size)
-    check_monitor(config)
+    check_trackers(config.train.trackers)
     check_folder(folder, config)
     return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data)
 
@@ -177,8 +176,10 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     mesh.barrier()
     if mesh.is_first:
         _write_start(folder, config, prepared.plan)
-    records = _open_records(folder, config, mesh, state, stack)
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
+    records = None
+    if mesh.is_first:
+        records = stack.enter_context(_open_records(prepared, config, state.step, progress.message))
     trainer = Trainer(config, mesh, engine, methods, prepared.train_data, state, watchdog=watchdog)
     interval = config.train.save_interval
     trainer.callbacks = [
@@ -222,14 +223,6 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"run.name: {folder.absolute()} holds a run already; must be another run.name, or train.resume=auto to go "
             "on"
-        )
-
-
-def check_monitor(config: RunConfig) -> None:
-    """Raise ConfigError where event files are asked for and the library that writes them is not installed."""
-    if config.train.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError(
-            "train.tensorboard: true needs the package tensorboard (extra `monitor`); here it must be false"
         )
 
 
@@ -293,14 +286,15 @@ def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) 
     return state, [*notes, f"going on from step {state.step}"]
 
 
-def _open_records(
-    folder: Path, config: RunConfig, mesh: Mesh, state: TrainState, stack: ExitStack
-) -> RunRecords | None:
-    if not mesh.is_first:
-        return None
-    records = RunRecords(folder, resume_step=state.step, tensorboard=config.train.tensorboard)
-    stack.callback(records.close)
-    return records
+def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note: Callable[[str], None]) -> RunRecords:
+    """Of rank 0."""
+    return RunRecords(
+        prepared.folder,
+        resume_step=resume_step,
+        trackers=config.train.trackers,
+        parameters={**config.model_dump(mode="json"), "plan": prepared.plan},
+        warn=lambda text: note(f"warning: {text}"),
+    )
 
 
 def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:

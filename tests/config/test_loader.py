@@ -164,6 +164,7 @@ def test_errors_name_field_value_and_possible_values(override, parts) -> None:
         ("sparsity.unit=32", "sparsity.unit", "sparsity.block_size"),
         ("sparsity.unit_step_counts=true", "sparsity.unit_step_counts", "sparsity.per_weight_step_counts"),
         ("sparsity.groups=[{pattern: head, unit: 1}]", "sparsity.groups.0.unit", "sparsity.groups.block_size"),
+        ("train.tensorboard=false", "train.tensorboard", "train.trackers"),
         ("kernels.hybrid_attention=parts", 'kernels.hybrid_attention: "parts"', "tiled"),
     ],
 )

@@ -17,13 +17,13 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_restart_removes_lines_of_steps_that_are_done_again(tmp_path: Path) -> None:
-    first = RunRecords(tmp_path, resume_step=0, tensorboard=False)
+    first = RunRecords(tmp_path, resume_step=0)
     for step in range(1, 6):
         first.metrics({"step": step, "loss": float(step)})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    second = RunRecords(tmp_path, resume_step=3, tensorboard=False)
+    second = RunRecords(tmp_path, resume_step=3)
     second.metrics({"step": 4, "loss": 40.0})
     second.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
@@ -35,7 +35,7 @@ def test_a_restart_removes_lines_of_steps_that_are_done_again(tmp_path: Path) ->
 
 
 def test_a_picture_shows_the_mask_and_large_masks_are_averaged(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path, resume_step=0, tensorboard=False)
+    records = RunRecords(tmp_path, resume_step=0)
     mask = torch.rand(6, 9) < 0.5
     records.picture("layers.0.mlp.up", mask, 7)
     small = np.asarray(Image.open(tmp_path / "topology" / "layers.0.mlp.up" / "step-00000007.png"))
@@ -45,10 +45,3 @@ def test_a_picture_shows_the_mask_and_large_masks_are_averaged(tmp_path: Path) -
     records.picture("head", large, 7)
     shrunk = np.asarray(Image.open(tmp_path / "topology" / "head" / "step-00000007.png"))
     assert shrunk.shape == (100, 65) and shrunk[:50].min() == 255 and shrunk[50:].max() == 0
-
-
-def test_event_files_are_written_on_request(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path, resume_step=0, tensorboard=True)
-    records.metrics({"step": 1, "loss": 2.0, "phase": "dense"})
-    records.close()
-    assert list((tmp_path / "tensorboard").glob("events.*"))
