@@ -4,7 +4,7 @@
     python launch/evaluate.py --run runs/x --task last-word --input lambada.jsonl
     torchrun --standalone --nproc_per_node 8 launch/evaluate.py --model runs/x --task multiple-choice --input quiz.jsonl
 
-Tasks: `perplexity` of a text file (also .gz, .xz) or an indexed data set (the prefix of .bin and .idx); `last-word`,
+Tasks: `perplexity` of a text file, compressed or not, or an indexed data set (prefix of .bin and .idx); `last-word`,
 lines {"text": ...}; `multiple-choice`, lines {"context": ..., "choices": [...], "label": 0}. Ranks share the work and
 give the same numbers however many they are. Rank 0 prints a table and writes a JSON file. What is counted, and how:
 launch/README.md. `--run` and `--model` are the same; torchrun lets only `--model` pass. Exit status: 0, 2 for what the

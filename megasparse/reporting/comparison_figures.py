@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from megasparse.reporting.comparison_tables import COSTS, ComparedRun, Cost, curve
 from megasparse.reporting.figures import WIDE, FigureOnPage, Key, curve_points, draw_layers, on_page
 from megasparse.reporting.run_data import column
-from megasparse.reporting.svg import colour, count_axis, logarithmic, new_axes, thin_out
+from megasparse.reporting.svg import colour, count_axis, loss_axis, new_axes, thin_out
 from megasparse.utils.format import format_flops, format_share
 
 DASHES = (0, (4, 2.5))
@@ -50,8 +50,7 @@ def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
         for run, x, y in validation:
             points = thin_out(x, y, curve_points(width) // 4)
             ax.plot(*points, "o", color=colour(run.role), markersize=4.2, markeredgewidth=0)
-        logarithmic(ax, np.concatenate([y for _, _, y in training + validation]))
-        ax.set_ylabel("loss (log scale)" if ax.get_yscale() == "log" else "loss", color=colour("muted"), fontsize=11)
+        loss_axis(ax, np.concatenate([y for _, _, y in training + validation]))
         _cost_axis(ax, cost, max(x[-1] for _, x, _ in training + validation), width)
         return figure
 
@@ -82,7 +81,7 @@ def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
         ax.set_ylim(0.0, 1.05)
         ax.yaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_share(value)))
-        ax.set_ylabel("density", color=colour("muted"), fontsize=11)
+        ax.set_ylabel("density")
         _cost_axis(ax, COSTS[0], max(x[-1] for _, x, _ in curves), width)
         return figure
 
@@ -116,4 +115,4 @@ def _cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
     else:
         ax.locator_params(axis="x", nbins=ticks - 2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
-    ax.set_xlabel("step" if cost.key == "step" else label, color=colour("muted"), fontsize=11)
+    ax.set_xlabel("step" if cost.key == "step" else label)

@@ -21,6 +21,7 @@ from megasparse.reporting.svg import (
     colour,
     count_axis,
     logarithmic,
+    loss_axis,
     new_axes,
     short_count,
     thin_out,
@@ -93,15 +94,14 @@ def draw_losses(run: RunData) -> FigureOnPage | None:
         top.plot(*valid, color=colour("validation"), linewidth=1.4, marker="o", markersize=3.6, markeredgewidth=0)
         if len(valid_steps):
             _label_last(top, valid_steps, valid_losses, "validation")
-        logarithmic(top, np.concatenate([losses, valid_losses]))
-        top.set_ylabel("loss (log scale)" if top.get_yscale() == "log" else "loss", color=colour("muted"), fontsize=11)
+        loss_axis(top, np.concatenate([losses, valid_losses]))
         x, y = thin_out(density_steps, densities, points)
         bottom.fill_between(x, y, color=colour("density"), alpha=0.22, linewidth=0)
         bottom.plot(x, y, color=colour("density"), linewidth=1.6)
         bottom.set_ylim(0.0, 1.04)
         bottom.yaxis.set_major_locator(FixedLocator([0.0, 0.5, 1.0]))
         bottom.yaxis.set_major_formatter(_SHARES)
-        bottom.set_ylabel("density", color=colour("muted"), fontsize=11)
+        bottom.set_ylabel("density")
         _finish_steps(run, [top, bottom], name_phases=True)
         return figure
 
@@ -140,15 +140,14 @@ def draw_loss_by_flops(run: RunData) -> FigureOnPage | None:
         ax.plot(
             *thin_out(x, valid_losses, points // 4), "o", color=colour("validation"), markersize=4, markeredgewidth=0
         )
-        logarithmic(ax, np.concatenate([smoothed, valid_losses]))
+        loss_axis(ax, np.concatenate([smoothed, valid_losses]))
         _mark_end(ax, spent[-1], f"needed: {format_flops(spent[-1])}", "loss", dense_total)
         if dense_total is not None:
             _mark_end(ax, dense_total, f"dense-equivalent: {format_flops(dense_total)}", "dense", dense_total)
         ax.set_xlim(0.0, 1.02 * max(spent[-1], dense_total or 0.0))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
         ax.locator_params(axis="x", nbins=6 if width == WIDE else 3)
-        ax.set_xlabel("cumulative training FLOPs", color=colour("muted"), fontsize=11)
-        ax.set_ylabel("loss (log scale)" if ax.get_yscale() == "log" else "loss", color=colour("muted"), fontsize=11)
+        ax.set_xlabel("cumulative training FLOPs")
         return figure
 
     keys = (
@@ -176,7 +175,7 @@ def draw_throughput(run: RunData) -> FigureOnPage | None:
         ax.set_ylim(0.0, 1.08 * max(rates.max(), 1e-9))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         ax.locator_params(axis="y", nbins=4)
-        ax.set_ylabel("tokens / s", color=colour("muted"), fontsize=11)
+        ax.set_ylabel("tokens / s")
         _finish_steps(run, [ax])
         return figure
 
@@ -204,7 +203,7 @@ def draw_step_time(run: RunData) -> FigureOnPage | None:
         colours = [colour(part) for part in PARTS]
         ax.stackplot(steps, milliseconds.T, colors=colours, linewidth=0, alpha=0.85)
         ax.set_ylim(0.0, 1.05 * max(milliseconds.sum(axis=1).max(), 1e-9))
-        ax.set_ylabel("ms per step", color=colour("muted"), fontsize=11)
+        ax.set_ylabel("ms per step")
         ax.locator_params(axis="y", nbins=5)
         _finish_steps(run, [ax])
         return figure
@@ -238,7 +237,7 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
         count = 8 if width == WIDE else 4
         marks = np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int))
         ax.set_xticks(marks, [short_count(chosen[i]["step"]) for i in marks])
-        ax.set_xlabel("step", color=colour("muted"), fontsize=11)
+        ax.set_xlabel("step")
         ax.grid(False)
         ax.spines["bottom"].set_visible(False)
         return figure
@@ -263,10 +262,10 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
         points = curve_points(width)
         top.plot(*thin_out(flip_steps, flips, points), color=colour("optimizer"), linewidth=1.6)
         top.set_ylim(0.0, 1.1 * max(flips.max(initial=0.0), 0.01))
-        top.set_ylabel("flip rate", color=colour("muted"), fontsize=11)
+        top.set_ylabel("flip rate")
         bottom.plot(*thin_out(ever_steps, ever, points), color=colour("density"), linewidth=1.6)
         bottom.set_ylim(0.0, 1.05)
-        bottom.set_ylabel("ever active", color=colour("muted"), fontsize=11)
+        bottom.set_ylabel("ever active")
         for ax in (top, bottom):
             ax.yaxis.set_major_formatter(_SHARES)
             ax.locator_params(axis="y", nbins=4)
@@ -294,11 +293,11 @@ def draw_optimizer(run: RunData) -> FigureOnPage | None:
         top.set_ylim(0.0, 1.1 * max(rates.max(initial=0.0), 1e-12))
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         top.locator_params(axis="y", nbins=4)
-        top.set_ylabel("learning rate", color=colour("muted"), fontsize=11)
+        top.set_ylabel("learning rate")
         bottom.plot(*thin_out(norm_steps, norms, points), color=colour("backward"), alpha=0.35, linewidth=0.9)
         bottom.plot(*thin_out(norm_steps, smooth(norms), points), color=colour("backward"), linewidth=1.6)
         logarithmic(bottom, norms, ticks=5)
-        bottom.set_ylabel("gradient norm", color=colour("muted"), fontsize=11)
+        bottom.set_ylabel("gradient norm")
         _finish_steps(run, [top, bottom])
         return figure
 
@@ -378,7 +377,7 @@ def _finish_steps(run: RunData, axes: list[Axes], name_phases: bool = False) -> 
                     color=colour("muted"),
                 )
     count_axis(axes[-1].xaxis, 7 if axes[0].figure.get_figwidth() * 72.0 > NARROW + 1 else 4)
-    axes[-1].set_xlabel("step", color=colour("muted"), fontsize=11)
+    axes[-1].set_xlabel("step")
 
 
 def _label_last(ax: Axes, steps: np.ndarray, values: np.ndarray, role: str) -> None:

@@ -169,6 +169,12 @@ def logarithmic(ax: Axes, values: np.ndarray, ticks: int = 6) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def loss_axis(ax: Axes, values: np.ndarray) -> None:
+    """A y axis of losses, which says where it is logarithmic."""
+    logarithmic(ax, values)
+    ax.set_ylabel("loss (log scale)" if ax.get_yscale() == "log" else "loss")
+
+
 def _size_and_weight(shorthand: re.Match[str]) -> str:
     weight, size = shorthand.groups()
     return f"font-size: {size}" + (f"; font-weight: {weight}" if weight else "")
@@ -182,4 +188,7 @@ def _dress(ax: Axes) -> None:
     ax.grid(True, axis="y", color=colour("grid"), linewidth=0.8)
     ax.set_axisbelow(True)
     ax.margins(x=0.0)
-    ax.title.set_fontsize(11)
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set_fontsize(11)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_color(colour("muted"))

@@ -1,1 +1,1 @@
-"""What every package may use: atomic files and folders, number formats, hardware names, dtypes, command lines."""
+"""What every package may use: atomic files and folders, number formats, hardware names, dtypes, activations."""
