@@ -6,7 +6,7 @@
         cluster.job_state(17)
 
 The nodes are the loopback addresses 127.0.0.1 and 127.0.0.2, so that their names are addresses which ranks can reach.
-All files lie in a temporary folder, all ports are free ones, and all daemons end with the block, as do their jobs.
+All files lie in a temporary folder, all ports are nobody else's, and all daemons end with the block, as do their jobs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from runs import free_port
+from ports import port_of, reserve_port
 
 BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("127.0.0.1", "127.0.0.2")
-START_SECONDS = 30
-COMMAND_SECONDS = 30
+START_SECONDS = 300
+COMMAND_SECONDS = 300
 
 # Debian keeps the daemons where the PATH of a user may not look.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -38,6 +38,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]
 # Jobs are looked for and started every second; a warning or time limit is noticed within 30 seconds, which is fixed.
 CONFIGURATION = """
 ClusterName=megasparse
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={controller_port}
@@ -87,6 +88,7 @@ class SlurmCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-cluster-"))
         self.folder.chmod(0o755)  # munged runs as a user of its own
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._ports = [reserve_port() for _ in range(1 + len(NODES))]
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))},
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -116,6 +118,8 @@ class SlurmCluster:
             _end_tree(daemon.pid)
             daemon.wait(timeout=COMMAND_SECONDS)
         self._end_strays()
+        for reserved in self._ports:
+            reserved.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True) -> str:
@@ -168,11 +172,19 @@ class SlurmCluster:
         self._wait_for((folder / "socket").exists, START_SECONDS, "munged")
 
     def _configure(self) -> None:
+        controller, *others = map(port_of, self._ports)
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={free_port()} CPUs=2 State=UNKNOWN"
-            for name in NODES
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=2 State=UNKNOWN"
+            for name, port in zip(NODES, others, strict=True)
         )
-        text = CONFIGURATION.format(folder=self.folder, controller_port=free_port(), nodes=nodes, names=",".join(NODES))
+        text = CONFIGURATION.format(
+            folder=self.folder,
+            # Where the ranks of a job meet follows from its number: two clusters on a machine must not count alike.
+            first_job=secrets.randbelow(1_000_000) + 1,
+            controller_port=controller,
+            nodes=nodes,
+            names=",".join(NODES),
+        )
         (self.folder / "slurm.conf").write_text(text)
 
     def _start(self, name: str, command: list[str], **options: object) -> None:
@@ -241,6 +253,6 @@ def _end_tree(number: int) -> None:
     except psutil.NoSuchProcess:
         return
     process.send_signal(signal.SIGTERM)
-    _, active = psutil.wait_procs(processes, timeout=5)
+    _, active = psutil.wait_procs(processes, timeout=30)
     for left in active:
         left.kill()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY, command, free_port, run, write_corpus
+from runs import REPOSITORY, command, run, write_corpus
 
 from megasparse.evaluation.run import EvaluationSettings
 from megasparse.evaluation.run import evaluate as perform
@@ -41,8 +41,8 @@ def evaluate(*words: str, ranks: int = 1, expect: int = 0) -> str:
     """What the script prints; on several ranks under torchrun."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [str(Path(sys.executable).with_name("torchrun")), "--master_port", str(free_port())]
-        launcher += ["--nproc_per_node", str(ranks)]
+        # Standalone: the launcher itself listens, at a port that its system chooses.
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
     return run([*launcher, SCRIPT, "--device", "cpu", *words], expect=expect).stdout
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -62,13 +62,9 @@ def slurm_step(rank: int, num_tasks: int) -> dict[str, str]:
 
 def run_as_srun(arguments: list[str], num_tasks: int, *, expect: int = 0) -> list[str]:
     """Start the tasks of a step, and give back what each of them printed."""
-    tasks = [runs.start(arguments, slurm_step(rank, num_tasks)) for rank in range(num_tasks)]
-    try:
+    with ExitStack() as stack:
+        tasks = [stack.enter_context(runs.start(arguments, slurm_step(rank, num_tasks))) for rank in range(num_tasks)]
         return [runs.finish(task, expect=expect).stdout for task in tasks]
-    finally:
-        for task in tasks:
-            if task.poll() is None:
-                runs.end(task)
 
 
 def test_torchrun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
@@ -127,11 +123,10 @@ def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
-    process = runs.start([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)])
-    lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not (lines.exists() and lines.read_text()):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGUSR1)
-    output = runs.finish(process).stdout
+    arguments = [*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)]
+    with runs.start(arguments) as process:
+        runs.wait_for_steps(process, tmp_path / "run", 1)
+        process.send_signal(signal.SIGUSR1)
+        output = runs.finish(process).stdout
     assert "SIGUSR1" in output, output
     assert (tmp_path / "run" / "checkpoints").is_dir()
