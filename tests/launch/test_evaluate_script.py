@@ -15,8 +15,6 @@ from megasparse.evaluation.run import EvaluationSettings
 from megasparse.evaluation.run import evaluate as perform
 from megasparse.launching import LaunchEnvironment
 
-pytestmark = pytest.mark.timeout(300)
-
 SCRIPT = str(REPOSITORY / "launch" / "evaluate.py")
 LINES = ["12 + 30 = 42\n", "7 + 7 = 14\n", "90 + 1 = 91\n", "für 3 + 3 = 6\n"]
 

@@ -13,12 +13,7 @@ from ports import port_of, reserve_port
 from processes import LIMIT_SECONDS
 from runs import command, curve, metrics, rank_process, run, start, wait_for_steps
 
-pytestmark = pytest.mark.timeout(400)
-
-LONG_LIMIT_SECONDS = 40
-LAUNCHER_SECONDS = 45
-"""The launcher asks the ranks that are left to end, and kills them after 30 s; a stopped one cannot be asked."""
-
+LONG_LIMIT_SECONDS = 120
 SETTINGS = [
     "run.name=straight",
     "train.save_interval=4",

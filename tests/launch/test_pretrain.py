@@ -27,8 +27,6 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(400)
-
 
 def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_folder / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
