@@ -9,8 +9,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import runs
+from processes import LIMIT_SECONDS
 
 STOP_AFTER = 5
 SHORT = [f"train.stop_after={STOP_AFTER}", "train.micro_batch_size=2"]
@@ -130,3 +132,25 @@ def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> N
         output = runs.finish(process).stdout
     assert "SIGUSR1" in output, output
     assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("torchrun", "mpirun"))]
+)
+def test_ctrl_c_leaves_no_rank(corpus: Path, tmp_path: Path, launcher: str) -> None:
+    """Sent to all processes in the foreground, as the terminal does."""
+    ranks = 2 if launcher == "deepspeed" else 1
+    arguments = runs.command(corpus, tmp_path, "train.steps=100000", ranks=ranks)
+    if launcher == "torchrun":
+        arguments = [beside_python("torchrun"), "--standalone", "--nproc_per_node", "2", *arguments[1:]]
+    elif launcher == "mpirun":
+        arguments = [*mpirun("-np", "2"), *arguments]
+    with runs.start(arguments) as process:
+        runs.wait_for_steps(process, tmp_path / "run", 3)
+        os.killpg(process.pid, signal.SIGINT)
+        # Its end is the end of all who hold this pipe: of the ranks, too.
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+        psutil.wait_procs(process.left(), timeout=LIMIT_SECONDS)
+        assert not process.left()
+    # mpirun ends its ranks without giving them the time to save.
+    assert launcher == "mpirun" or "stopped by" in output, output
