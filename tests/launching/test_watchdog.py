@@ -123,9 +123,11 @@ def go_on_slowly(mesh: Mesh, folder: str) -> dict:
         watchdog.beat("checkpoint", slow=True)
         time.sleep(1.5 * LIMIT)
         watchdog.beat("step 6")
-        sleeper = subprocess.Popen(["sh", "-c", f"sleep {1.5 * LIMIT}; kill -CONT {os.getpid()}"])
-        os.kill(os.getpid(), signal.SIGSTOP)
-        sleeper.wait()
+        # More than once: where this process is slow, the first may come before it has stopped.
+        waker = f"while sleep {1.5 * LIMIT}; do kill -CONT {os.getpid()}; done"
+        with subprocess.Popen(["sh", "-c", waker]) as sleeper:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            sleeper.kill()
         time.sleep(LIMIT / 4)
     try:
         with Watchdog(mesh, Path(folder), LIMIT, 60):
