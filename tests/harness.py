@@ -11,10 +11,11 @@ Imports of torch and DeepSpeed cost seconds of a core, so ranks are forked from 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
-import socket
+import signal
 import tempfile
 import time
 import traceback
@@ -23,10 +24,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from ports import port_of, reserve_port
 
-GRACE_SECONDS = 3.0
+START_SECONDS = 600.0
+"""How long the start of the ranks may take; `timeout` counts from there, however busy the machine is."""
+
+GRACE_SECONDS = 30.0
 """How long the other ranks may go on after one has failed: enough to report an error of their own."""
+
+STACKS_SECONDS = 10.0
+"""How long a rank that hangs may take to say where."""
 
 
 class RankFailure(AssertionError):
@@ -34,35 +43,31 @@ class RankFailure(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, with_mesh: bool = True
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600, with_mesh: bool = True
 ) -> list[Any]:
     """Call ``function(mesh, *args)`` on `world_size` ranks and return what each of them returned.
 
     function: importable by name. args: picklable. Results are plain data or tensors (``torch.save``, read back with
     ``weights_only``). with_mesh=False: call ``function(*args)`` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT in the environment, as launchers do, and no process group.
-    Raises RankFailure where a rank fails, or where one is not done after `timeout` seconds; no process is left behind.
+    Raises RankFailure where a rank fails, or where one is not done `timeout` seconds after all have started. No process
+    is left behind, nor one that a rank has started, whatever ends this, Ctrl-C too.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed"])
-    with tempfile.TemporaryDirectory() as name:
-        folder, port, deadline = Path(name), _free_port(), time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as name, reserve_port() as reserved:
+        folder = Path(name)
+        common = (world_size, port_of(reserved), folder, timeout, with_mesh, function, args)
         processes = [
-            context.Process(
-                target=_rank_main,
-                args=(rank, world_size, port, folder, deadline, with_mesh, function, args),
-                daemon=True,
-            )
-            for rank in range(world_size)
+            context.Process(target=_rank_main, args=(rank, *common), daemon=True) for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
         try:
-            timed_out = not _wait(processes, deadline)
+            for process in processes:
+                process.start()
+            timed_out = not _wait(processes, folder, timeout)
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                _end(process)
         failures = _failures(processes, folder, timed_out, timeout)
         if failures:
             raise RankFailure("\n".join(failures))
@@ -74,28 +79,30 @@ def _rank_main(
     world_size: int,
     port: int,
     folder: Path,
-    deadline: float,
+    timeout: float,
     with_mesh: bool,
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
     """What a child does: write `<rank>.result`, or `<rank>.error` and a non-zero exit code."""
+    # A session of its own: Ctrl-C reaches the test alone, which then ends the rank and all that it has started.
+    os.setsid()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     torch.manual_seed(1234)
-    # A rank that hangs says where, shortly before it is killed. Monotonic clocks agree between processes.
-    stacks, left = (folder / f"{rank}.stacks").open("w"), deadline - time.monotonic()
-    faulthandler.dump_traceback_later(max(left - 1.5, 0.1), file=stacks)
-    try:
-        result = _call(function, args, left) if with_mesh else function(*args)
-        torch.save(result, folder / f"{rank}.part")
-        (folder / f"{rank}.part").rename(folder / f"{rank}.result")
-    except BaseException:
-        (folder / f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)
-    # Destructors of process groups may wait for peers; the result is on disk.
-    os._exit(0)
+    with (folder / f"{rank}.stacks").open("w") as stacks:
+        faulthandler.dump_traceback_later(timeout, file=stacks)
+        (folder / f"{rank}.started").touch()
+        try:
+            result = _call(function, args, timeout) if with_mesh else function(*args)
+            torch.save(result, folder / f"{rank}.part")
+            (folder / f"{rank}.part").rename(folder / f"{rank}.result")
+        except BaseException:
+            (folder / f"{rank}.error").write_text(traceback.format_exc())
+            os._exit(1)
+        # Destructors of process groups may wait for peers; the result is on disk.
+        os._exit(0)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], timeout: float) -> Any:
@@ -108,19 +115,40 @@ def _call(function: Callable[..., Any], args: Sequence[Any], timeout: float) -> 
     return result
 
 
-def _wait(processes: Sequence[BaseProcess], deadline: float) -> bool:
+def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float) -> bool:
     """Until all are done, or one has failed and the others had their grace. False: the time is up."""
-    failed_at = None
-    while any(process.is_alive() for process in processes):
+    failed_at, deadline, all_started = None, time.monotonic() + START_SECONDS, False
+    while active := [rank for rank, process in enumerate(processes) if process.is_alive()]:
         now = time.monotonic()
+        if not all_started and all((folder / f"{rank}.started").exists() for rank in range(len(processes))):
+            all_started, deadline = True, now + timeout
         if failed_at is None and any(process.exitcode not in (None, 0) for process in processes):
             failed_at = now
-        if failed_at is not None and now > failed_at + GRACE_SECONDS:
+        if failed_at is not None and (now > failed_at + GRACE_SECONDS or all(map(_is_stopped, processes))):
             return True
         if now > deadline:
-            return False
+            have_said = all((folder / f"{rank}.stacks").read_text() for rank in active if all_started)
+            if have_said or now > deadline + STACKS_SECONDS:
+                return False
         time.sleep(0.02)
     return True
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Whether it will do nothing more by itself: it has ended, or was stopped by a signal."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_alive() or psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    return True
+
+
+def _end(process: BaseProcess) -> None:
+    """Kill a rank and what it has started, whether it has begun or not."""
+    if process.pid is not None:
+        # It may not have come to its setsid, or it and its session may have ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
 
 def _failures(processes: Sequence[BaseProcess], folder: Path, timed_out: bool, timeout: float) -> list[str]:
@@ -138,9 +166,3 @@ def _failures(processes: Sequence[BaseProcess], folder: Path, timed_out: bool, t
         else:
             reports.append((float("inf"), f"rank {rank} ended with exit code {process.exitcode} and no result"))
     return [text for _, text in sorted(reports)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

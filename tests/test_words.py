@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 import yaml
 from test_architecture import ROOT, sources
@@ -43,7 +43,8 @@ def test_code_and_messages_do() -> None:
 
 def test_help_does() -> None:
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = processes.run(command)
+    assert done.returncode == 0, done.stderr
     assert "sparsity.block_size" in done.stdout and not found_in(done.stdout)
 
 

@@ -1,7 +1,7 @@
 """Who this process is, from what its launcher put into the environment.
 
     environment = LaunchEnvironment.from_variables(os.environ)
-    fill_rendezvous(environment)          # now torch and DeepSpeed find the five variables that they read
+    store = open_store(environment, timeout)    # where the ranks meet; torch and DeepSpeed find their variables
 
 Knows ``deepspeed`` and ``torchrun``, ``mpirun`` of Open MPI, MPICH and Intel MPI, and ``srun``, in this order: what the
 inner launcher says wins. A process that nobody launched is a run of one, also inside a SLURM allocation.
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 
@@ -84,24 +85,27 @@ def choose_accelerator(variables: MutableMapping[str, str]) -> str:
     return variables.setdefault("DS_ACCELERATOR", found)
 
 
-def fill_rendezvous(environment: LaunchEnvironment) -> None:
-    """Write the five variables that torch and DeepSpeed read into os.environ.
+def open_store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
+    """The store where the ranks meet; None: torch opens it at the MASTER_ADDR and MASTER_PORT that somebody gave.
 
-    A process alone meets itself. Under mpirun the ranks agree on the address of rank 0 through mpi4py, unless the user
-    gave MASTER_ADDR and MASTER_PORT; ValueError where they cannot.
+    Writes the variables that torch and DeepSpeed read into os.environ. A process alone meets itself in memory, without
+    a port. Under mpirun the ranks learn the address of rank 0 through mpi4py, unless the user gave MASTER_ADDR and
+    MASTER_PORT; ValueError where they cannot.
     """
-    address, port = environment.master_address, environment.master_port
+    address, port, store = environment.master_address, environment.master_port, None
     if environment.world_size == 1:
-        address, port = address or LOOPBACK, port or _free_port()
+        address, store = address or LOOPBACK, dist.HashStore()
     elif address is None or port is None:
-        address, port = _agree_by_mpi(environment)
+        address, port, store = _meet_by_mpi(environment, timeout)
     os.environ.update(
         RANK=str(environment.rank),
         LOCAL_RANK=str(environment.local_rank),
         WORLD_SIZE=str(environment.world_size),
         MASTER_ADDR=address,
-        MASTER_PORT=str(port),
     )
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
+    return store
 
 
 def _launchers(variables: Mapping[str, str]) -> list[Launcher]:
@@ -227,8 +231,8 @@ def _expand_entry(entry: str) -> list[str]:
     return hosts
 
 
-def _agree_by_mpi(environment: LaunchEnvironment) -> tuple[str, int]:
-    """Address and free port of rank 0, known to all ranks; MPI is ended again, for nothing else here uses it."""
+def _meet_by_mpi(environment: LaunchEnvironment, timeout: timedelta) -> tuple[str, int, dist.Store]:
+    """Address, port and store of rank 0, known to all ranks; MPI is ended again, for nothing else here uses it."""
     MPI = _import_mpi()
     started_here = not MPI.Is_initialized()
     if started_here:
@@ -241,11 +245,12 @@ def _agree_by_mpi(environment: LaunchEnvironment) -> tuple[str, int]:
             "this MPI, or set MASTER_ADDR and MASTER_PORT"
         )
     same_host = world.Split_type(MPI.COMM_TYPE_SHARED).size == world.size
-    found = error = None
+    found = store = error = None
     if world.rank == 0:
         try:
             address = environment.master_address or (LOOPBACK if same_host else _own_address())
-            found = (address, environment.master_port or _free_port())
+            store = _listen(address, environment.master_port, world.size, timeout)
+            found = (address, store.port)
         except ValueError as raised:
             error = str(raised)
     # An error of rank 0 is sent as well: the others must not wait for it.
@@ -255,7 +260,22 @@ def _agree_by_mpi(environment: LaunchEnvironment) -> tuple[str, int]:
         MPI.Finalize()
     if error is not None:
         raise ValueError(error)
-    return found
+    if store is None:
+        store = dist.TCPStore(*found, environment.world_size, is_master=False, timeout=timeout)
+    return *found, store
+
+
+def _listen(address: str, port: int | None, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store of rank 0.
+
+    Without a port the system chooses a free one in the moment in which the store begins to listen: one that is looked
+    for first and opened later may be somebody else's by then.
+    """
+    try:
+        return dist.TCPStore(address, port or 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        given = f"MASTER_PORT: {port} in the environment; must be a free port" if port else f"no port at {address}"
+        raise ValueError(f"{given} ({str(error).splitlines()[0]})") from error
 
 
 def _import_mpi():
@@ -282,9 +302,3 @@ def _own_address() -> str:
         raise ValueError(
             f"`hostname -I` tells no address of the host of rank 0 ({error}); set MASTER_ADDR to one"
         ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megasparse.launching.environment import LaunchEnvironment, choose_accelerator, fill_rendezvous
+from megasparse.launching.environment import LaunchEnvironment, choose_accelerator, open_store
 from megasparse.parallel.mesh import Mesh, make_mesh
 
 
@@ -27,11 +27,12 @@ def open_mesh(environment: LaunchEnvironment, timeout_seconds: int, tensor_paral
     """
     assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
-    fill_rendezvous(environment)
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
+    store = open_store(environment, timeout)
+    rank, world_size = environment.rank, environment.world_size
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield make_mesh(environment.rank, environment.world_size, device, backend, timeout, tensor_parallel_size)
+        yield make_mesh(rank, world_size, device, backend, timeout, tensor_parallel_size)
     finally:
         # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
         with contextlib.suppress(RuntimeError):

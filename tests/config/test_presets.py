@@ -8,12 +8,12 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from megasparse.config.loader import changed_settings, load_config
@@ -176,11 +176,8 @@ def test_presets_fit_their_clusters(name: str, chip: str, count: int, memory: st
 def test_a_large_preset_is_dry_run_by_the_real_script() -> None:
     script = str(REPOSITORY / "launch" / "pretrain.py")
     words = ["--config", str(CONFIGS / "llama-70b.yaml"), "train.steps=20000", "--dry-run", "--world-size", "16384"]
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, script, *words, "--device", "cuda", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

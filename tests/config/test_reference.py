@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from megasparse.config.loader import describe_fields, load_config
@@ -20,7 +20,7 @@ def test_the_committed_page_is_up_to_date() -> None:
     page = PAGE.read_text()
     assert replace_reference(page, render_reference()) == page, "run python tools/write_config_reference.py"
     tool = [sys.executable, str(ROOT / "tools" / "write_config_reference.py"), "--check"]
-    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    done = processes.run(tool, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "up to date" in done.stdout, done.stderr
 
 

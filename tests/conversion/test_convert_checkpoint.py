@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -182,11 +182,8 @@ def test_deepspeeds_universal_form_comes_in(tmp_path) -> None:
 
 
 def tool(*words: object, expect: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=100,
+    done = processes.run(
+        [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == expect, done.stdout + done.stderr

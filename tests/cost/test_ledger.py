@@ -196,7 +196,7 @@ def test_what_is_widened_is_settled_once(monkeypatch, tmp_path) -> None:
 
 def test_ranks_agree_on_what_is_widened() -> None:
     """Rank 0's patterns hold, whatever the table of another rank says."""
-    lists = run_distributed(agreed_fallback, 2, timeout=60)
+    lists = run_distributed(agreed_fallback, 2)
     assert lists == [["fixed", "strided"]] * 2
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,12 +62,10 @@ def trained_model(request, tmp_path_factory, python_sources) -> Path:
 def run_tool():
     """Runs tools/<name>.py with arguments, after an optional launcher; returns the finished process."""
 
-    def run(name: str, *arguments, launcher=(), first_on_path=None, timeout=100) -> subprocess.CompletedProcess:
+    def run(name: str, *arguments, launcher=(), first_on_path=None) -> subprocess.CompletedProcess:
         command = [*launcher, sys.executable, ROOT / "tools" / f"{name}.py", *arguments]
         path = str(ROOT) if first_on_path is None else f"{first_on_path}{os.pathsep}{ROOT}"
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=timeout
-        )
+        return processes.run(command, env=environment)
 
     return run

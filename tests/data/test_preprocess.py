@@ -82,7 +82,6 @@ def test_wikitext_against_whole_documents(tmp_path, wikitext_valid, trained_mode
             assert (Counter(found) - Counter(whole)).total() <= len(whole) / 500
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_mpi_result_is_byte_identical(tmp_path, mixed_corpus, run_tool, ranks):
     arguments = ("--input", *mixed_corpus, "--tokenizer", "bytes", "--output-prefix")
@@ -98,7 +97,6 @@ def test_mpi_result_is_byte_identical(tmp_path, mixed_corpus, run_tool, ranks):
     assert one.stdout and IndexedDataset(tmp_path / "one").num_tokens > 2 * preprocess_module.BLOCK_CHARACTERS
 
 
-@pytest.mark.timeout(120)
 def test_mpi_user_error_ends_all_ranks(tmp_path, run_tool):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{bad\n')
@@ -140,7 +138,6 @@ def test_mpi_is_detected_by_the_environment(monkeypatch):
         mpi_communicator()
 
 
-@pytest.mark.timeout(120)
 def test_memory_does_not_grow_with_the_input(tmp_path, run_tool):
     line = "a line of text that is neither short nor long, and is repeated many times\n"
     peaks = []

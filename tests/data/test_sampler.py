@@ -244,7 +244,6 @@ class Failing(Numbers):
         return super().__getitem__(number)
 
 
-@pytest.mark.timeout(20)
 def test_an_exception_of_the_dataset_reaches_the_consumer_in_order():
     threads = threading.active_count()
     with BatchLoader(
@@ -258,7 +257,6 @@ def test_an_exception_of_the_dataset_reaches_the_consumer_in_order():
     assert threading.active_count() == threads
 
 
-@pytest.mark.timeout(20)
 def test_close_ends_the_thread_even_with_a_full_queue():
     threads = threading.active_count()
     loader = BatchLoader(
@@ -273,17 +271,29 @@ def test_close_ends_the_thread_even_with_a_full_queue():
 
 
 class Slow(Numbers):
-    """A dataset that takes a second for each sample."""
+    """A dataset that makes its samples a second after `closing`."""
+
+    def __init__(self, closing: threading.Event) -> None:
+        super().__init__()
+        self.closing = closing
 
     def __getitem__(self, number):
+        self.closing.wait()
         time.sleep(1)
         return super().__getitem__(number)
 
 
-@pytest.mark.timeout(20)
 def test_close_from_another_thread_ends_a_waiting_consumer():
-    loader = BatchLoader(Slow(), global_batch_size=1, micro_batch_size=1, data_parallel_rank=0, data_parallel_size=1)
-    closer = threading.Timer(0.2, loader.close)
+    closing = threading.Event()
+    loader = BatchLoader(
+        Slow(closing), global_batch_size=1, micro_batch_size=1, data_parallel_rank=0, data_parallel_size=1
+    )
+
+    def close() -> None:
+        closing.set()
+        loader.close()
+
+    closer = threading.Timer(0.2, close)
     closer.start()
     with pytest.raises(StopIteration):
         next(loader)

@@ -10,8 +10,6 @@ from engine_runs import Layout
 from harness import run_distributed
 from trainer_runs import run_trainers, write_documents
 
-pytestmark = pytest.mark.timeout(600)
-
 COMMON = [
     "model.hidden_size=32",
     "sparsity.block_size=8",
@@ -86,12 +84,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, list[dict]]:
-    return run_distributed(one_rank, 1, folder, timeout=250)[0]
+    return run_distributed(one_rank, 1, folder)[0]
 
 
 @pytest.fixture(scope="module")
 def divided(folder) -> dict[str, list[dict]]:
-    first, second = run_distributed(two_ranks, 2, folder, timeout=250)
+    first, second = run_distributed(two_ranks, 2, folder)
     assert first == second
     return first
 

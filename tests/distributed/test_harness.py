@@ -33,7 +33,7 @@ def hang(folder):
 
 
 def test_results_come_back_by_rank() -> None:
-    results = run_distributed(add_up, 2, 0.5, timeout=60)
+    results = run_distributed(add_up, 2, 0.5)
     assert [(r["rank"], r["size"]) for r in results] == [(0, 2), (1, 2)]
     assert all(torch.equal(r["total"], torch.tensor([1.5])) for r in results)
 
@@ -41,13 +41,14 @@ def test_results_come_back_by_rank() -> None:
 def test_an_exception_is_reported_with_rank_and_traceback() -> None:
     started = time.monotonic()
     with pytest.raises(RankFailure, match=r"rank 1 raised:(.|\n)*fail_on_second(.|\n)*the second rank is unhappy"):
-        run_distributed(fail_on_second, 2, timeout=60)
-    assert time.monotonic() - started < 30
+        run_distributed(fail_on_second, 2)
+    # Not after the time limit of 600 s.
+    assert time.monotonic() - started < 300
 
 
 def test_a_dead_rank_is_reported() -> None:
     with pytest.raises(RankFailure, match="rank 0 ended with exit code 7"):
-        run_distributed(die, 2, timeout=60)
+        run_distributed(die, 2)
 
 
 def test_a_hanging_rank_is_killed_and_says_where(tmp_path) -> None:

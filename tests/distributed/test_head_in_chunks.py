@@ -15,8 +15,6 @@ from harness import run_distributed
 
 from megasparse.parallel import Mesh
 
-pytestmark = pytest.mark.timeout(400)
-
 COMMON = ["model.hidden_size=32", "sparsity.block_size=8", "sparsity.algorithm=rigl", "train.steps=7"]
 RECIPES = {
     "tied": COMMON,
@@ -57,13 +55,13 @@ def run_cases(mesh: Mesh, cases: list[tuple[str, Layout]], chunk_rows: int | Non
 @cache
 def in_one_chunk() -> dict[str, list[float]]:
     alone = Layout(1, 1, 0, 1)
-    found = run_distributed(run_cases, 1, [(recipe, alone) for recipe in RECIPES], None, timeout=150)[0]
+    found = run_distributed(run_cases, 1, [(recipe, alone) for recipe in RECIPES], None)[0]
     return {recipe: found[f"{recipe}-{alone}"] for recipe in RECIPES}
 
 
 @cache
 def in_chunks() -> dict[str, list[float]]:
-    return run_distributed(run_cases, 2, CASES, 13, timeout=300)[0]
+    return run_distributed(run_cases, 2, CASES, 13)[0]
 
 
 @pytest.mark.parametrize(("recipe", "layout"), CASES, ids=str)

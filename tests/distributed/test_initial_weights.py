@@ -14,8 +14,6 @@ from initial_runs import MODEL, STATIC, run_starts, write_folder
 
 from megasparse.checkpoint.model_folder import ModelFolder, pad_rows
 
-pytestmark = pytest.mark.timeout(400)
-
 LAYOUTS = {
     1: [Layout(zero=0)],
     2: [Layout(data=2, zero=3), Layout(tensor=2, zero=1), Layout(data=2, zero=2)],
@@ -45,7 +43,7 @@ def results(ranks: int, folder: Path) -> dict[str, dict]:
         ]
         if layout.zero:
             cases.append((f"bf16 {layout}", [*MODEL, from_dense, "train.precision=bf16"], layout))
-    return run_distributed(run_starts, ranks, cases, timeout=240)[0]
+    return run_distributed(run_starts, ranks, cases)[0]
 
 
 @pytest.fixture(params=RANKS)

@@ -101,7 +101,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 def found() -> dict[str, dict]:
     results = {}
     for world, cases in CASES.items():
-        ranks = run_distributed(measure, world, cases, timeout=240)
+        ranks = run_distributed(measure, world, cases)
         for number, (overrides, layout) in enumerate(cases):
             results[f"{overrides}{layout}"] = [rank[number] for rank in ranks]
     return results

@@ -72,7 +72,6 @@ FAIR_MARGIN = 2e-5
 BFLOAT16_LOSS_RTOL = 2e-2
 
 # The first test of each kind waits for all runs.
-pytestmark = pytest.mark.timeout(900)
 
 
 def source_name(recipe: str, source: Layout) -> str:
@@ -116,7 +115,7 @@ def sources(folder, pytestconfig) -> dict[str, list[dict]]:
             for recipe, source, _ in wanted
             if source.world_size == world_size
         ]
-        ranks = run_distributed(run_layouts, world_size, "save", cases, timeout=300)
+        ranks = run_distributed(run_layouts, world_size, "save", cases)
         found |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
     return found
 
@@ -141,7 +140,7 @@ def resumed(universal, pytestconfig) -> dict[str, list[dict]]:
             for case in wanted
             if case[2].world_size == world_size
         ]
-        ranks = run_distributed(run_layouts, world_size, "resume", cases, timeout=300)
+        ranks = run_distributed(run_layouts, world_size, "resume", cases)
         found |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
     return found
 
@@ -212,7 +211,7 @@ def refused(universal, tmp_path_factory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("refused") / "checkpoints"
     shutil.copytree(universal[source].parent, folder)
     cases = [("refused", Layout(data=2), overrides("weights"), folder)]
-    return [rank["refused"] for rank in run_distributed(run_layouts, 2, "refuse", cases, timeout=100)]
+    return [rank["refused"] for rank in run_distributed(run_layouts, 2, "refuse", cases)]
 
 
 @pytest.mark.parametrize(

@@ -169,4 +169,4 @@ def test_texts_of_all_ranks_reach_each() -> None:
         adapter.share_texts({0: "a", 1: ""}, 2, CommunicationGroup()) == ["a", ""]
         and adapter.share_texts({}, 0, CommunicationGroup()) == []
     )
-    assert run_distributed(texts_on, 2, timeout=120) == 2 * [["", "für", "", "drei", "\n"]]
+    assert run_distributed(texts_on, 2) == 2 * [["", "für", "", "drei", "\n"]]

@@ -70,7 +70,7 @@ def test_greedy_continuations_are_recognised() -> None:
 def test_scores_are_the_same_on_any_number_of_ranks() -> None:
     """With 64 windows at once there is a single batch, and two ranks have nothing to do."""
     alone = [Scorer(small_model(), batch_size=size).scores(some_windows()) for size in (3, 64)]
-    for shared in run_distributed(scores_on, 3, [3, 64], timeout=100):
+    for shared in run_distributed(scores_on, 3, [3, 64]):
         assert all(np.array_equal(found.numpy(), expected) for found, expected in zip(shared, alone, strict=True))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasparse.kernels.block_sparse import apply_mask_, build, build_index, cpu, dense, reference, sparse_linear
@@ -162,13 +165,7 @@ def test_temporaries_are_proportional_to_the_active_blocks(dtype) -> None:
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return processes.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
 USE = """
@@ -197,11 +194,12 @@ def test_without_a_compiler_dense_products_run_and_a_forced_kernel_is_refused(tm
 def test_one_of_several_processes_compiles(tmp_path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEGASPARSE_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", USE.format(kernel="cpu")]
-    runs = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    outputs = [run.communicate(timeout=200) for run in runs]
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(Process(command, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            for _ in range(3)
+        ]
+        outputs = [run.communicate(timeout=processes.LIMIT_SECONDS) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], outputs
     assert sum("compiling" in errors for _, errors in outputs) == 1
     assert len(list(tmp_path.glob("*.so"))) == 1

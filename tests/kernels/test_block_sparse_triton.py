@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("interpreted_products.py")
 
 def run(command: list[str], tmp_path: Path, **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "MEGASPARSE_CACHE": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200, env=environment)
+    done = processes.run([sys.executable, *command], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

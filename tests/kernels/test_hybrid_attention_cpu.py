@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -373,7 +373,7 @@ hybrid_attention(x, x, x, "sparse", 16, "cpu")
 def test_without_a_working_compiler_tiled_runs_and_a_forced_kernel_is_refused(tmp_path) -> None:
     broken = {"CXX": "/bin/false", "MEGASPARSE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_COMPILER]
-    done = subprocess.run(command, env={**os.environ, **broken}, capture_output=True, text=True, timeout=200)
+    done = processes.run(command, env={**os.environ, **broken})
     assert done.stdout == "(1, 1, 512, 4) tiled\n", done.stderr
     assert done.returncode != 0
     assert "ValueError: hybrid_attention kernel: 'cpu' cannot run: /bin/false" in done.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 
 def run(command: list[str], **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), **environment}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment)
+    done = processes.run([sys.executable, *command], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

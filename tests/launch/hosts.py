@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import LIMIT_SECONDS
 
 ADDRESSES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
 UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -79,7 +80,7 @@ def require(*programs: str) -> None:
         if shutil.which(program, path=SYSTEM_PATH) is None:
             pytest.skip(f"two hosts on one machine need {program}, which is not installed")
     cable = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
-    attempt = subprocess.run([*UNSHARE, *cable], capture_output=True, text=True, timeout=20)
+    attempt = subprocess.run([*UNSHARE, *cable], capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if attempt.returncode != 0:
         pytest.skip(f"this machine gives no network name spaces: {attempt.stderr.strip()}")
 
@@ -109,7 +110,8 @@ def _boot(name: str, folder: Path, daemon: list[str]) -> Iterator[Host]:
         boot = [*UNSHARE, "sh", "-c", BOOT, "sh", name, str(folder), *daemon]
         outer = subprocess.Popen(boot, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     try:
-        signs, deadline = ["booted", *(["Server listening"] if len(daemon) > 2 else [])], time.monotonic() + 20
+        signs = ["booted", *(["Server listening"] if len(daemon) > 2 else [])]
+        deadline = time.monotonic() + LIMIT_SECONDS
         while not all(sign in log.read_text() for sign in signs):
             assert outer.poll() is None and time.monotonic() < deadline, f"{name} did not boot: {log.read_text()}"
             time.sleep(0.05)
@@ -117,7 +119,7 @@ def _boot(name: str, folder: Path, daemon: list[str]) -> Iterator[Host]:
     finally:
         # --kill-child: the first process of the host dies of this, and with it all others there.
         outer.kill()
-        outer.wait(timeout=20)
+        outer.wait(timeout=LIMIT_SECONDS)
 
 
 def _connect(first: Host, second: Host) -> None:
@@ -129,14 +131,14 @@ def _connect(first: Host, second: Host) -> None:
         commands.append(host.command(["ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0"]))
         commands.append(host.command(["ip", "link", "set", "eth0", "up"]))
     for command in commands:
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
+        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_SECONDS)
 
 
 def _write_ssh_files(folder: Path) -> None:
     """Keys and settings for both hosts: each knows the other and lets it in."""
     for name in ("key", "host_key"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
+        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_SECONDS)
     (folder / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
     (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
     host_key = (folder / "host_key.pub").read_text()

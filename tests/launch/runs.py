@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+from ports import port_of, reserve_port
+from processes import LIMIT_SECONDS, Process
 
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 150
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")
 """Beginnings of variables that launchers set: a run must not take those of the test for its own."""
+
+FREE_PORT = "<free port>"
+"""A word of a command line, in whose place ``start`` puts a port that nobody else gets."""
 
 TINY = [
     "model.num_layers=2",
@@ -67,29 +70,26 @@ def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2) -> list
     if ranks == 1:
         return [sys.executable, entry, *settings]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), entry, *settings]
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", FREE_PORT, entry, *settings]
 
 
 def run(
     arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; fails with the output where the exit status is another, kills all of it at the time limit."""
+    """Run to the end; fails with the output where the exit status is another, or at the time limit."""
     return finish(start(arguments, variables), expect=expect)
 
 
-def finish(process: subprocess.Popen[str], *, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Wait for the end of what ``start`` started, in the same way."""
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        end(process)
-        raise
+    with process:
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == expect, f"exit status {process.returncode}, expected {expect}:\n{output}"
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start in a process group of its own, output and errors in one pipe; variables: added to the environment."""
+def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> Process:
+    """Start with output and errors in one pipe; variables: added to the environment."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
         "DS_ACCELERATOR": "cpu",
@@ -98,26 +98,20 @@ def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> s
         "COLUMNS": "200",
         **(variables or {}),
     }
-    return subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=REPOSITORY,
-        start_new_session=True,
-    )
+    with reserve_port() as reserved:
+        words = [str(port_of(reserved)) if word == FREE_PORT else word for word in arguments]
+        return Process(
+            words,
+            environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            # The launcher holds the port as long as it lives.
+            pass_fds=[reserved.fileno()],
+        )
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill what ``start`` started, children included (the launcher puts them into a session of their own)."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    process.kill()
-    process.wait(timeout=30)
-
-
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
+def rank_process(launcher: Process, rank: int) -> int:
     """Process id of a rank below the launcher."""
     for child in psutil.Process(launcher.pid).children(recursive=True):
         words = child.cmdline()
@@ -126,9 +120,9 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"rank {rank} is not running")
 
 
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+def wait_for_steps(process: Process, folder: Path, steps: int) -> None:
     """Wait until so many lines of metrics are written."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
         path = folder / "metrics.jsonl"
         if path.is_file() and len(path.read_text().splitlines()) >= steps:
@@ -146,12 +140,6 @@ def curve(run_folder: Path) -> list[tuple]:
     """Everything that must not change over a restart."""
     keys = ("step", "tokens", "loss", "val_loss", "density", "phase", "lr", "grad_norm", "flops_algorithmic")
     return [tuple(line.get(key) for key in keys) for line in metrics(run_folder)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def golden_path(algorithm: str) -> Path:

@@ -6,7 +6,7 @@
         cluster.job_state(17)
 
 The nodes are the loopback addresses 127.0.0.1 and 127.0.0.2, so that their names are addresses which ranks can reach.
-All files lie in a temporary folder, all ports are free ones, and all daemons end with the block, as do their jobs.
+All files lie in a temporary folder, all ports are nobody else's, and all daemons end with the block, as do their jobs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from runs import free_port
+from ports import port_of, reserve_port
+from processes import LIMIT_SECONDS
 
 BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("127.0.0.1", "127.0.0.2")
-START_SECONDS = 30
-COMMAND_SECONDS = 30
 
 # Debian keeps the daemons where the PATH of a user may not look.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -38,6 +37,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]
 # Jobs are looked for and started every second; a warning or time limit is noticed within 30 seconds, which is fixed.
 CONFIGURATION = """
 ClusterName=megasparse
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={controller_port}
@@ -87,6 +87,7 @@ class SlurmCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-cluster-"))
         self.folder.chmod(0o755)  # munged runs as a user of its own
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._ports = [reserve_port() for _ in range(1 + len(NODES))]
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))},
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -103,7 +104,7 @@ class SlurmCluster:
             self.controller_started_at = time.monotonic()
             for node in NODES:
                 self._start(f"slurmd-{node}", ["slurmd", "-D", "-N", node])
-            self._wait_for(self._is_up, START_SECONDS, "two idle nodes")
+            self._wait_for(self._is_up, "two idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -114,14 +115,16 @@ class SlurmCluster:
             self._end_jobs()
         for daemon in reversed(self._daemons):
             _end_tree(daemon.pid)
-            daemon.wait(timeout=COMMAND_SECONDS)
+            daemon.wait(timeout=LIMIT_SECONDS)
         self._end_strays()
+        for reserved in self._ports:
+            reserved.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of a SLURM command."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
@@ -130,9 +133,9 @@ class SlurmCluster:
         """What `scontrol show job` says, such as {"JobState": "RUNNING", "Restarts": "1"}."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "--oneliner", "job", str(number))))
 
-    def wait_for_job(self, number: int, condition: Callable[[dict[str, str]], bool], seconds: float) -> dict[str, str]:
+    def wait_for_job(self, number: int, condition: Callable[[dict[str, str]], bool]) -> dict[str, str]:
         """Wait until the job's description meets the condition; returns it."""
-        return self._wait_for(lambda: found if condition(found := self.job(number)) else None, seconds, f"job {number}")
+        return self._wait_for(lambda: found if condition(found := self.job(number)) else None, f"job {number}")
 
     def start_soon(self, number: int, minutes: int | None = None) -> None:
         """Start a requeued job, with another time limit where one is given.
@@ -140,16 +143,16 @@ class SlurmCluster:
         SLURM lets it wait for two minutes, so that what is left of its last start is gone. Here that is looked for;
         and a credential is refused that was made in the second in which the last one was revoked.
         """
-        self._wait_for(lambda: self._is_up() and not self._step_daemons(), COMMAND_SECONDS, f"the end of job {number}")
+        self._wait_for(lambda: self._is_up() and not self._step_daemons(), f"the end of job {number}")
         limit = [] if minutes is None else [f"TimeLimit={minutes}"]
         self.run("scontrol", "update", f"JobId={number}", *limit, "StartTime=now+3")
         started = ("RUNNING", "COMPLETING", "COMPLETED")
-        self.wait_for_job(number, lambda job: job["JobState"] in started, COMMAND_SECONDS)
+        self.wait_for_job(number, lambda job: job["JobState"] in started)
 
-    def wait_for_end(self, number: int, seconds: float) -> dict[str, str]:
+    def wait_for_end(self, number: int) -> dict[str, str]:
         """Wait until the job will not run again; returns its description."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.wait_for_job(number, lambda job: job["JobState"] in ended, seconds)
+        return self.wait_for_job(number, lambda job: job["JobState"] in ended)
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for the message of a failed test."""
@@ -165,14 +168,22 @@ class SlurmCluster:
         options = [f"--{name}={folder / name}" for name in ("socket", "log-file", "pid-file", "seed-file")]
         command = ["munged", "--foreground", f"--key-file={folder / 'key'}", "--num-threads=2", *options]
         self._start("munged", command, user="munge", group="munge", extra_groups=[])
-        self._wait_for((folder / "socket").exists, START_SECONDS, "munged")
+        self._wait_for((folder / "socket").exists, "munged")
 
     def _configure(self) -> None:
+        controller, *others = map(port_of, self._ports)
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={free_port()} CPUs=2 State=UNKNOWN"
-            for name in NODES
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=2 State=UNKNOWN"
+            for name, port in zip(NODES, others, strict=True)
         )
-        text = CONFIGURATION.format(folder=self.folder, controller_port=free_port(), nodes=nodes, names=",".join(NODES))
+        text = CONFIGURATION.format(
+            folder=self.folder,
+            # Where the ranks of a job meet follows from its number: two clusters on a machine must not count alike.
+            first_job=secrets.randbelow(1_000_000) + 1,
+            controller_port=controller,
+            nodes=nodes,
+            names=",".join(NODES),
+        )
         (self.folder / "slurm.conf").write_text(text)
 
     def _start(self, name: str, command: list[str], **options: object) -> None:
@@ -195,8 +206,8 @@ class SlurmCluster:
         states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
         return states == ["idle"] * len(NODES)
 
-    def _wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> object:
-        deadline = time.monotonic() + seconds
+    def _wait_for(self, condition: Callable[[], object], what: str) -> object:
+        deadline = time.monotonic() + LIMIT_SECONDS
         while time.monotonic() < deadline:
             if result := condition():
                 return result
@@ -204,7 +215,7 @@ class SlurmCluster:
                 assert daemon.poll() is None, f"{daemon.args} ended\n{self.logs()}"
             time.sleep(0.3)
         queue = self.run("squeue", "--all", check=False)
-        raise AssertionError(f"waited {seconds} s in vain for {what}\n{queue}\n{self.logs()}")
+        raise AssertionError(f"waited {LIMIT_SECONDS} s in vain for {what}\n{queue}\n{self.logs()}")
 
     def _end_jobs(self) -> None:
         try:
@@ -241,6 +252,6 @@ def _end_tree(number: int) -> None:
     except psutil.NoSuchProcess:
         return
     process.send_signal(signal.SIGTERM)
-    _, active = psutil.wait_procs(processes, timeout=5)
+    _, active = psutil.wait_procs(processes, timeout=30)
     for left in active:
         left.kill()

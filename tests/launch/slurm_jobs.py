@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 from runs import REPOSITORY, TINY
 
 SCRIPTS = REPOSITORY / "launch" / "slurm"
@@ -20,13 +21,10 @@ def settings(corpus: Path, folder: Path, *overrides: str) -> list[str]:
 def submit(
     words: list[str], options: list[str], environment: dict[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / "submit.py"), *words, *options],
+    return processes.run(
+        [sys.executable, SCRIPTS / "submit.py", *words, *options],
         env={**environment, "PYTHONPATH": str(REPOSITORY)},
         cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 

@@ -20,8 +20,6 @@ from megasparse.checkpoint.weights import find_checkpoint, load_model_weights
 from megasparse.config.loader import load_config
 from megasparse.sparsity.topology import unpack_bits
 
-pytestmark = pytest.mark.timeout(300)
-
 STOP = 11
 AGES = "sparsity.per_weight_step_counts=true"
 

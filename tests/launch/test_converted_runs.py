@@ -20,8 +20,6 @@ from megasparse.sparsity.topology import unpack_bits
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-pytestmark = pytest.mark.timeout(600)
-
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
 GENERATE = [sys.executable, str(REPOSITORY / "launch" / "generate.py"), "--tokens", "10", "--device", "cpu"]
 PROMPT = "12 + "

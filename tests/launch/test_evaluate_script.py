@@ -9,13 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY, command, free_port, run, write_corpus
+from runs import REPOSITORY, command, run, write_corpus
 
 from megasparse.evaluation.run import EvaluationSettings
 from megasparse.evaluation.run import evaluate as perform
 from megasparse.launching import LaunchEnvironment
-
-pytestmark = pytest.mark.timeout(300)
 
 SCRIPT = str(REPOSITORY / "launch" / "evaluate.py")
 LINES = ["12 + 30 = 42\n", "7 + 7 = 14\n", "90 + 1 = 91\n", "für 3 + 3 = 6\n"]
@@ -41,8 +39,8 @@ def evaluate(*words: str, ranks: int = 1, expect: int = 0) -> str:
     """What the script prints; on several ranks under torchrun."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [str(Path(sys.executable).with_name("torchrun")), "--master_port", str(free_port())]
-        launcher += ["--nproc_per_node", str(ranks)]
+        # Standalone: the launcher itself listens, at a port that its system chooses.
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
     return run([*launcher, SCRIPT, "--device", "cpu", *words], expect=expect).stdout
 
 

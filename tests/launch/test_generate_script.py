@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from runs import REPOSITORY, command, run, write_corpus
@@ -15,8 +16,6 @@ from safetensors.torch import load_file
 from megasparse.inference.sampling import sample_text
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.sparsity.topology import unpack_bits
-
-pytestmark = pytest.mark.timeout(300)
 
 PROMPT = "12 + "
 
@@ -43,11 +42,8 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 def generate(run_folder: Path, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, str(REPOSITORY / "launch" / "generate.py"), "--run", str(run_folder)]
-    done = subprocess.run(
+    done = processes.run(
         [*arguments, "--prompt", PROMPT, "--tokens", "10", "--device", "cpu", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
         cwd=REPOSITORY,
         env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )

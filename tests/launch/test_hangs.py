@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from runs import command, curve, end, free_port, metrics, rank_process, run, start, wait_for_steps
+from ports import port_of, reserve_port
+from processes import LIMIT_SECONDS
+from runs import command, curve, metrics, rank_process, run, start, wait_for_steps
 
-pytestmark = pytest.mark.timeout(400)
-
-LONG_LIMIT_SECONDS = 40
-LAUNCHER_SECONDS = 45
-"""The launcher asks the ranks that are left to end, and kills them after 30 s; a stopped one cannot be asked."""
-
+LONG_LIMIT_SECONDS = 120
 SETTINGS = [
     "run.name=straight",
     "train.save_interval=4",
@@ -25,14 +23,10 @@ SETTINGS = [
 
 
 def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: Path, tmp_path: Path) -> None:
-    process = start(command(corpus, tmp_path, *SETTINGS))
-    try:
+    with start(command(corpus, tmp_path, *SETTINGS)) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
         os.kill(rank_process(process, rank=1), signal.SIGSTOP)
-        output, _ = process.communicate(timeout=LONG_LIMIT_SECONDS + LAUNCHER_SECONDS)
-    finally:
-        if process.poll() is None:
-            end(process)
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode != 0, output
     assert_named_and_nothing_lost(output, 1, corpus, straight, tmp_path)
 
@@ -40,17 +34,16 @@ def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: P
 @pytest.mark.exhaustive
 def test_rank_0_may_be_the_one_that_stops(corpus: Path, straight: Path, tmp_path: Path) -> None:
     """Two ranks without a launcher."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = command(corpus, tmp_path, *SETTINGS, ranks=1)
-    ranks = [start(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    try:
+    with reserve_port() as reserved, ExitStack() as stack:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(reserved))}
+        ranks = [
+            stack.enter_context(start(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank in range(2)
+        ]
         wait_for_steps(ranks[0], tmp_path / "straight", 6)
         os.kill(ranks[0].pid, signal.SIGSTOP)
-        output, _ = ranks[1].communicate(timeout=LONG_LIMIT_SECONDS + 10)
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                end(process)
+        output, _ = ranks[1].communicate(timeout=LIMIT_SECONDS)
     assert ranks[1].returncode == 3, output
     assert_named_and_nothing_lost(output, 0, corpus, straight, tmp_path)
 

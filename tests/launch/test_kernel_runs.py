@@ -17,8 +17,6 @@ from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
 from megasparse.utils.hardware import hardware_name
 
-pytestmark = pytest.mark.timeout(400)
-
 
 def test_kernels_change_at_the_break_even_density_and_leave_the_curve(corpus: Path, tmp_path: Path) -> None:
     mixed = run(command(corpus, tmp_path, "run.name=mixed", "kernels.break_even=0.5"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import runs
+from processes import LIMIT_SECONDS
 
 STOP_AFTER = 5
 SHORT = [f"train.stop_after={STOP_AFTER}", "train.micro_batch_size=2"]
@@ -62,13 +64,9 @@ def slurm_step(rank: int, num_tasks: int) -> dict[str, str]:
 
 def run_as_srun(arguments: list[str], num_tasks: int, *, expect: int = 0) -> list[str]:
     """Start the tasks of a step, and give back what each of them printed."""
-    tasks = [runs.start(arguments, slurm_step(rank, num_tasks)) for rank in range(num_tasks)]
-    try:
+    with ExitStack() as stack:
+        tasks = [stack.enter_context(runs.start(arguments, slurm_step(rank, num_tasks))) for rank in range(num_tasks)]
         return [runs.finish(task, expect=expect).stdout for task in tasks]
-    finally:
-        for task in tasks:
-            if task.poll() is None:
-                runs.end(task)
 
 
 def test_torchrun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
@@ -127,11 +125,32 @@ def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
-    process = runs.start([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)])
-    lines, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not (lines.exists() and lines.read_text()):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGUSR1)
-    output = runs.finish(process).stdout
+    arguments = [*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)]
+    with runs.start(arguments) as process:
+        runs.wait_for_steps(process, tmp_path / "run", 1)
+        process.send_signal(signal.SIGUSR1)
+        output = runs.finish(process).stdout
     assert "SIGUSR1" in output, output
     assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("torchrun", "mpirun"))]
+)
+def test_ctrl_c_leaves_no_rank(corpus: Path, tmp_path: Path, launcher: str) -> None:
+    """Sent to all processes in the foreground, as the terminal does."""
+    ranks = 2 if launcher == "deepspeed" else 1
+    arguments = runs.command(corpus, tmp_path, "train.steps=100000", ranks=ranks)
+    if launcher == "torchrun":
+        arguments = [beside_python("torchrun"), "--standalone", "--nproc_per_node", "2", *arguments[1:]]
+    elif launcher == "mpirun":
+        arguments = [*mpirun("-np", "2"), *arguments]
+    with runs.start(arguments) as process:
+        runs.wait_for_steps(process, tmp_path / "run", 3)
+        os.killpg(process.pid, signal.SIGINT)
+        # Its end is the end of all who hold this pipe: of the ranks, too.
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+        psutil.wait_procs(process.left(), timeout=LIMIT_SECONDS)
+        assert not process.left()
+    # mpirun ends its ranks without giving them the time to save.
+    assert launcher == "mpirun" or "stopped by" in output, output

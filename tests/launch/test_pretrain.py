@@ -7,16 +7,15 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import LIMIT_SECONDS
 from runs import (
     REPOSITORY,
     command,
     curve,
-    end,
     golden_path,
     golden_text,
     metrics,
@@ -27,8 +26,6 @@ from runs import (
     write_corpus,
 )
 from safetensors.torch import load_file
-
-pytestmark = pytest.mark.timeout(400)
 
 
 def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -119,34 +116,27 @@ def test_every_layout_makes_the_same_curve_and_topology(
 )
 def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
-    process = start(command(corpus, tmp_path, "run.name=stopped", "train.steps=300", ranks=ranks))
-    try:
+    with start(command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks)) as process:
         wait_for_steps(process, tmp_path / "stopped", 3)
         os.kill(process.pid if ranks == 1 else rank_process(process, rank=1), number)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            end(process)
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0 and ("stopped by" in output), output
     stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
-    assert not summary["finished"] and summary["steps"] == stopped_at < 300
+    assert not summary["finished"] and summary["steps"] == stopped_at < 100000
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
     corpus: Path, straight: Path, tmp_path: Path
 ) -> None:
-    process = start(command(corpus, tmp_path, "run.name=straight", "train.save_interval=4", "train.keep_checkpoints=9"))
-    try:
+    settings = ["run.name=straight", "train.save_interval=4", "train.keep_checkpoints=9"]
+    with start(command(corpus, tmp_path, *settings)) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
         os.kill(rank_process(process, rank=1), signal.SIGKILL)
-        killed_at = time.monotonic()
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            end(process)
-    assert process.returncode != 0 and time.monotonic() - killed_at < 60
+        # The collectives of the run wait for 1,800 s: it ends because the others are told, not by their time-out.
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode != 0
     assert "rank 0 lost contact with another rank: rank 1 has not answered for" in output, output
     assert "last seen at" in output and "train.resume=auto" in output, output
     run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
@@ -241,14 +231,10 @@ def test_a_run_without_a_good_checkpoint_is_not_started_over(corpus: Path, strai
 def test_bad_data_in_mid_run_ends_all_ranks_and_names_the_token(tmp_path: Path) -> None:
     """The end-of-document id 256 is beyond a vocabulary of 200: ranks meet it at different steps."""
     settings = ["run.name=bad", "data.tokenizer=null", "model.vocab_size=200", "train.valid_interval=0"]
-    started = time.monotonic()
-    process = start(command(write_corpus(tmp_path), tmp_path, *settings))
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            end(process)
-    assert process.returncode != 0 and time.monotonic() - started < 60
+    with start(command(write_corpus(tmp_path), tmp_path, *settings)) as process:
+        # No time-out of 1,800 s of a collective is waited for.
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode != 0
     assert "256" in output and "200" in output and "Traceback" not in output, output
 
 

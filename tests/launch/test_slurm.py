@@ -15,11 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import LIMIT_SECONDS
 from runs import REPOSITORY, command, curve, metrics, run, write_corpus
 from slurm_cluster import SlurmCluster, why_not
 from slurm_jobs import SCRIPTS, settings, submit, wait_until
 
-pytestmark = [pytest.mark.timeout(500), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_run_that_is_warned_saves_requeues_itself_and_gives_the_uninterrupted_
         stopped_at = last_step_after(cluster, number, folder / "run", restarts=1)
         assert stopped_at < steps
         cluster.start_soon(number, minutes=10)
-        job = cluster.wait_for_end(number, 120)
+        job = cluster.wait_for_end(number)
     finally:
         output = job_output(folder / "run")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output
@@ -85,8 +86,8 @@ def test_a_job_that_is_ended_by_hand_saves_and_stays_away(
     number = submit_to(cluster, settings(corpus, tmp_path, "run.name=run", "train.steps=20000"), "--time=10")
     wait_for_steps(folder, 3)
     cluster.run("scancel", *options, str(number))
-    job = cluster.wait_for_end(number, 100)
-    wait_until(lambda: message in job_output(folder), 30, f"{message!r} in {job_output(folder)}")
+    job = cluster.wait_for_end(number)
+    wait_until(lambda: message in job_output(folder), LIMIT_SECONDS, f"{message!r} in {job_output(folder)}")
     last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}" / "manifest.json"
     assert (job["JobState"], job["Restarts"]) == (state, "0") and last.is_file(), job_output(folder)
 
@@ -98,7 +99,7 @@ def test_a_users_mistake_ends_the_job(cluster: SlurmCluster, tmp_path: Path) -> 
     number = submit_to(cluster, words, "--time=10", "--sbatch-option=--hold")
     shutil.rmtree(tmp_path / "data")
     cluster.run("scontrol", "release", str(number))
-    job = cluster.wait_for_end(number, 90)
+    job = cluster.wait_for_end(number)
     output = job_output(tmp_path / "run")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), output
     assert f"error: {tmp_path / 'data'}" in output.replace("data.train: ", "") and "must be mended" in output, output
@@ -121,7 +122,7 @@ def test_a_batch_script_that_was_edited_by_hand_finishes(cluster: SlurmCluster, 
         text = text.replace(old, new)
     (tmp_path / "edited.sbatch").write_text(text)
     number = int(cluster.run("sbatch", f"--chdir={REPOSITORY}", str(tmp_path / "edited.sbatch")).split()[-1])
-    job = cluster.wait_for_end(number, 120)
+    job = cluster.wait_for_end(number)
     output = (tmp_path / f"slurm-{number}.out").read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output
     assert "the run is finished" in output and len(metrics(tmp_path / "run")) == 24
@@ -154,7 +155,7 @@ def submit_to(cluster: SlurmCluster, words: list[str], *options: str, ranks_per_
 def last_step_after(cluster: SlurmCluster, number: int, folder: Path, restarts: int) -> int:
     """The last step that the run wrote down before its job went back into the queue."""
     back = ("PENDING", str(restarts))
-    cluster.wait_for_job(number, lambda job: (job["JobState"], job["Restarts"]) == back, 100)
+    cluster.wait_for_job(number, lambda job: (job["JobState"], job["Restarts"]) == back)
     return metrics(folder)[-1]["step"]
 
 
@@ -162,7 +163,7 @@ def wait_for_steps(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     wait_until(
         lambda: path.is_file() and path.read_text().endswith("\n") and metrics(folder)[-1]["step"] >= step,
-        150,
+        LIMIT_SECONDS,
         f"step {step}",
     )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 from runs import REPOSITORY, write_corpus
@@ -139,7 +140,7 @@ def test_what_is_edited_later_does_not_reach_a_job(tmp_path: Path) -> None:
     assert files(tmp_path / "plain") == ["megasparse/new.py", "megasparse/old.py", "megasparse/x.log"]
     git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "megasparse/old.py"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *words], check=True, timeout=30)
+        assert processes.run([*git, *words]).returncode == 0
     (source / "megasparse" / "old.py").write_text("edited")
     freeze_code(source, tmp_path / "frozen")
     (source / "megasparse" / "old.py").write_text("edited again")
@@ -157,7 +158,7 @@ def test_a_job_is_the_file_that_people_may_edit_with_another_head(layout: str, t
     script = render(SlurmJob(2, 8, "04:00:00", layout), "x", folder, folder / "job-1", template)
     assert script.partition(END_OF_HEAD)[2] == template.partition(END_OF_HEAD)[2]
     (tmp_path / "head.sh").write_text(script.partition(END_OF_HEAD)[0] + 'printf "%s\\n" "${SETTINGS[1]}" "$CODE"')
-    shown = subprocess.run(["bash", str(tmp_path / "head.sh")], capture_output=True, text=True, timeout=30)
+    shown = processes.run(["bash", tmp_path / "head.sh"])
     assert shown.stdout.splitlines() == [str(folder / "job-1" / "config.yaml"), str(folder / "job-1" / "code")]
     assigned = {line.partition("=")[0] for line in script.partition(END_OF_HEAD)[0].splitlines() if line[:1].isupper()}
     edited = {line.partition("=")[0] for line in template.partition(END_OF_HEAD)[0].splitlines() if line[:1].isupper()}
@@ -179,7 +180,7 @@ if act == "wait":
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     (folder / f"waits-{rank}").touch()
-    time.sleep(60)
+    time.sleep(3600)
 if act == "finish":
     (folder / "summary.json").write_text('{"finished": true}')
 if act == "die":
@@ -231,25 +232,25 @@ class JobOnStandIns:
         variables |= {"ACTS": acts, "REASON": reason, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
         if restarts:
             variables["SLURM_RESTART_COUNT"] = str(restarts)
-        self.process = subprocess.Popen(
-            ["bash", str(folder / "job.sbatch")],
+        self.process = processes.Process(
+            ["bash", folder / "job.sbatch"],
             env={**without(os.environ, "OMP_NUM_THREADS"), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
         )
 
     def wait_for_ranks(self) -> None:
-        wait_until(lambda: all((self.folder / f"waits-{rank}").exists() for rank in (0, 1)), 30, "the ranks")
+        signs = [self.folder / f"waits-{rank}" for rank in (0, 1)]
+        try:
+            wait_until(lambda: all(sign.exists() for sign in signs), processes.LIMIT_SECONDS, "the ranks")
+        except BaseException:
+            self.process.end()
+            raise
 
     def end(self) -> tuple[int, bool, str]:
         """Exit status, whether it requeued itself, and what it said."""
-        try:
-            output, _ = self.process.communicate(timeout=30)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+        with self.process:
+            output, _ = self.process.communicate(timeout=processes.LIMIT_SECONDS)
         return self.process.returncode, (self.folder / "requeued").exists(), output
 
 

@@ -6,6 +6,7 @@ The hosts are name spaces of this machine (hosts.py); what runs between them goe
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,16 +38,13 @@ def deepspeed(folder: Path, *options: str) -> list[str]:
 
 def run_on_each(hosts: list[Host], commands: list[list[str]], variables: list[dict[str, str]]) -> None:
     """One command per host at the same time."""
-    processes = [
-        runs.start(host.command(command), own) for host, command, own in zip(hosts, commands, variables, strict=True)
-    ]
-    try:
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(runs.start(host.command(command), own))
+            for host, command, own in zip(hosts, commands, variables, strict=True)
+        ]
         for process in processes:
             runs.finish(process)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                runs.end(process)
 
 
 def test_deepspeed_with_a_hostfile_over_ssh(corpus: Path, tmp_path: Path, expected: list[tuple]) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, command, curve, run, write_corpus
 
-pytestmark = pytest.mark.timeout(600)
-
 STOP = 11
 PROMPT = "12 + "
 DIVIDED = ["parallel.tensor_parallel_size=2", "deepspeed.zero_stage=3"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megasparse.launching import LaunchEnvironment, choose_accelerator
-from megasparse.launching.environment import expand_hosts, fill_rendezvous
+from megasparse.launching.environment import expand_hosts, open_store
 
+TIMEOUT = timedelta(seconds=300)
 TORCH = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 MPICH = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "PMI_SIZE": "4"}
@@ -151,24 +154,25 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_torch_and_deepspeed_read_what_was_found(clean_environment: pytest.MonkeyPatch) -> None:
-    fill_rendezvous(LaunchEnvironment.from_variables(SRUN))
+    assert open_store(LaunchEnvironment.from_variables(SRUN), TIMEOUT) is None
     found = {name: os.environ[name] for name in TORCH}
     expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n01", "MASTER_PORT": "21717"}
     assert found == expected
 
 
-def test_a_process_alone_meets_itself_on_a_free_port(clean_environment: pytest.MonkeyPatch) -> None:
-    fill_rendezvous(LaunchEnvironment.from_variables({}))
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert int(os.environ["MASTER_PORT"]) > 1023
+def test_a_process_alone_meets_itself_without_a_port(clean_environment: pytest.MonkeyPatch) -> None:
+    store = open_store(LaunchEnvironment.from_variables({}), TIMEOUT)
+    assert isinstance(store, torch.distributed.HashStore)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in os.environ
     assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "0"
 
 
 def test_under_mpirun_without_mpi4py_the_error_says_what_to_do(clean_environment: pytest.MonkeyPatch) -> None:
     clean_environment.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"mpi4py cannot be imported .*megasparse\[mpi\].* or set MASTER_ADDR"):
-        fill_rendezvous(LaunchEnvironment.from_variables(OPEN_MPI))
-    fill_rendezvous(LaunchEnvironment.from_variables(OPEN_MPI | {"MASTER_ADDR": "n1", "MASTER_PORT": "4711"}))
+        open_store(LaunchEnvironment.from_variables(OPEN_MPI), TIMEOUT)
+    told = OPEN_MPI | {"MASTER_ADDR": "n1", "MASTER_PORT": "4711"}
+    assert open_store(LaunchEnvironment.from_variables(told), TIMEOUT) is None
     assert (os.environ["MASTER_ADDR"], os.environ["RANK"]) == ("n1", "3")
 
 

@@ -101,7 +101,7 @@ def continued(model: GPT) -> Tensor:
 
 @pytest.fixture(scope="module")
 def divided() -> dict[int, list[dict]]:
-    return {world: run_distributed(divided_results, world, timeout=120) for world in (2, 4)}
+    return {world: run_distributed(divided_results, world) for world in (2, 4)}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from next_token import next_token_loss
@@ -70,7 +68,6 @@ def test_layer_names_given_to_the_factory() -> None:
 
 
 def test_gpt2_xl_on_meta() -> None:
-    begin = time.perf_counter()
     config = ModelConfig(num_layers=48, hidden_size=1600, num_attention_heads=25, vocab_size_multiple=1)
     with torch.device("meta"):
         model = GPT(
@@ -79,7 +76,6 @@ def test_gpt2_xl_on_meta() -> None:
     # The published size of GPT-2 XL.
     assert model.num_parameters() == 1_557_611_200
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    assert time.perf_counter() - begin < 5
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -27,7 +27,7 @@ def agree(mesh: Mesh) -> dict:
 
 
 def test_ranks_agree() -> None:
-    for result in run_distributed(agree, 2, timeout=60):
+    for result in run_distributed(agree, 2):
         assert result == {"sum": [2.0, 1.0], "nobody": False, "one": True, "rows": [[0, 7], [1, 7]]}
 
 
@@ -65,7 +65,7 @@ def describe(mesh: Mesh) -> dict:
 
 
 def test_tensor_parallel_ranks_are_neighbours() -> None:
-    for rank, found in enumerate(run_distributed(describe, 4, timeout=60)):
+    for rank, found in enumerate(run_distributed(describe, 4)):
         replica, shard = divmod(rank, 2)
         assert found["data"] == [shard, shard + 2] and found["tensor"] == [2 * replica, 2 * replica + 1]
         assert found["sum"] == 4 * replica + 1 and found["max"] == shard + 2

@@ -146,7 +146,7 @@ def test_seventy_billion_parameters_on_16384_gpus_take_seconds() -> None:
     )
     assert result["model"]["parameters"] > 6.5e10 and result["cluster"]["nodes"] == 2048
     # Some three seconds on an idle core; a busy machine takes longer.
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300
     assert all(math.isfinite(row["seconds"]) for row in result["layouts"])
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from megasparse.config.loader import ConfigError
@@ -60,9 +60,7 @@ def test_json_from_a_cluster_file_where_options_win(tmp_path) -> None:
     path.write_text("chip: h100\ncount: 8\ngpus_per_node: 4\nnetwork: 100Gb\n")
     words = ["--cluster", str(path), "--count", "16", "--json", "--assume", "pue=1.5", *MODEL]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = processes.run([sys.executable, SCRIPT, *words], env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     cluster = result["cluster"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from test_report import make_run, parse, text_of, write_lines
 
@@ -199,7 +199,7 @@ def test_command_line(two_runs: tuple[Path, Path], tmp_path: Path, repository: P
     output = tmp_path / "compare.html"
     command = [sys.executable, str(repository / "tools" / "report.py"), *map(str, two_runs), "--output", str(output)]
     environment = {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    done = processes.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(output) and "2 runs compared" in output.read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["compare.html"]

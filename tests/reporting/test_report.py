@@ -9,11 +9,11 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -518,7 +518,7 @@ def test_a_picture_takes_the_density_of_the_topology_that_held(tmp_path: Path) -
 def test_command_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=100, layers=1)
     command = [sys.executable, "-m", "megasparse.reporting.report", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    done = processes.run(command, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(folder / "report.html")
     assert sorted(path.name for path in folder.glob("*report*")) == ["report.html"]

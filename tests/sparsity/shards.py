@@ -18,7 +18,7 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size, self.slots = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=300)
 
     def exchange(self, rank: int, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, stacked."""

@@ -87,7 +87,7 @@ def flip_one_bit(mesh: Mesh, tensor_parallel_size: int) -> list[str]:
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_all_ranks_raise_alike(tensor_parallel_size: int) -> None:
     world_size = 3 if tensor_parallel_size == 1 else 4
-    results = run_distributed(flip_one_bit, world_size, tensor_parallel_size, timeout=90)
+    results = run_distributed(flip_one_bit, world_size, tensor_parallel_size)
     assert all(result == results[0] for result in results)
     before, after = results[0]
     expected = "on rank 2 differs" if tensor_parallel_size == 1 else "differs between ranks 1, 3"
