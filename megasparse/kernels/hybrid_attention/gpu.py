@@ -113,7 +113,7 @@ def triton_attention_forward(
             _kernels().forward_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
                 *(q, k, v, target, previous, lse, starts, _offsets_H(offsets, q)),
                 *(q.shape[2], stride, num_tiles, q.shape[1], q.shape[1] // k.shape[1], scale),
-                *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+                *(x.stride()[:3] for x in (q, k, v)),
                 **_constants(launch, tile, q),
             )
         previous = target
@@ -184,7 +184,7 @@ def _query_gradient(
         _kernels().query_gradient_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
             *(q, k, v, out, dout, target, previous, lse, delta, bounds[0], offsets),
             *(q.shape[2], stride, num_tiles, q.shape[1], q.shape[1] // k.shape[1], scale),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
+            *(x.stride()[:3] for x in (q, k, v, dout)),
             **_constants(launch, tile, q),
         )
 
@@ -217,7 +217,7 @@ def _key_gradients(
         _kernels().key_gradient_kernel[(num_tiles * q.shape[0] * (num_heads // heads),)](
             *(q, k, v, dout, *results, *previous, *rows[1:], *bounds, offsets),
             *(q.shape[2], stride, num_tiles, num_heads, share, scale),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
+            *(x.stride()[:3] for x in (q, k, v, dout)),
             HEADS=heads,
             **_constants(launch, tile, q),
         )
