@@ -141,11 +141,11 @@ def compiled() -> None:
     torch.testing.assert_close(eager, expected, rtol=2e-5, atol=2e-5)
     for documents, extra in ((None, []), (documents_of((7, 13)), [1, 2, 3, 0])):
         q, k, v = (x.detach() for x in tensors)
-        settings = documents, extra, "fixed", 4, 0.25
-        out, lse = gpu.triton_attention_forward(q, k, v, *settings)
+        settings = extra, "fixed", 4, 0.25
+        out, lse = gpu.triton_attention_forward(q, k, v, documents, *settings)
         for op, given in (
-            (gpu.triton_attention_forward, (q, k, v)),
-            (gpu.triton_attention_backward, (torch.randn_like(out), q, k, v, out, lse)),
+            (gpu.triton_attention_forward, (q, k, v, documents)),
+            (gpu.triton_attention_backward, (torch.randn_like(out), q, k, v, documents, out, lse)),
         ):
             torch.library.opcheck(op, (*given, *settings), test_utils=("test_schema", "test_faketensor"))
 

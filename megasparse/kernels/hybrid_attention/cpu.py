@@ -1,8 +1,8 @@
 """Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
 
-Forward and backward pass are two custom operators, so that torch.compile sees opaque calls. The library is built on
-first use (`block_sparse/build.py`); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one
-head at a time, in float32.
+Forward and backward pass are two custom operators (`operators.py`). The library is built on first use
+(`block_sparse/build.py`); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one head at a
+time, in float32.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
+from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
@@ -70,25 +69,8 @@ def attend(
     names = [patterns] * num_heads if isinstance(patterns, str) else patterns
     shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
     numbers = [PATTERNS.index(name) for name in names]
-    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
-
-
-class _Attention(torch.autograd.Function):
-    """Saves the merged output and the logarithm of the divisor, from which the backward pass has the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
-        out, lse = attention_cpu_forward(q, k, v, documents, *settings)
-        ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents, out, lse = ctx.saved_tensors
-        gradients = attention_cpu_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
-        return (*gradients, None, *(None for _ in ctx.settings))
+    operators = attention_cpu_forward, attention_cpu_backward
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
@@ -106,15 +88,15 @@ def attention_cpu_forward(
 
     patterns: of the query heads, as indices in PATTERNS.
     """
-    out, lse = _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "out": out}
+    out, lse = outputs_like(q)
+    tensors = {"q": unit_stride(q), "k": unit_stride(k), "v": unit_stride(v), "out": out}
     _run(False, tensors, lse, documents, patterns, stride, offsets, scale)
     return out, lse
 
 
 @attention_cpu_forward.register_fake
 def _(q, k, v, documents, patterns, stride, offsets, scale):
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return outputs_like(q)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_backward", mutates_args=())
@@ -132,8 +114,8 @@ def attention_cpu_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
-    gradients = _tokens_first(q), _tokens_first(k), _tokens_first(v)
-    tensors = {name: _rows(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
+    gradients = gradients_like(q, k, v)
+    tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
     _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
     return gradients
@@ -141,17 +123,7 @@ def attention_cpu_backward(
 
 @attention_cpu_backward.register_fake
 def _(dout, q, k, v, documents, out, lse, patterns, stride, offsets, scale):
-    return _tokens_first(q), _tokens_first(k), _tokens_first(v)
-
-
-def _tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The kernel reads rows without gaps."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return gradients_like(q, k, v)
 
 
 class _Operand(ctypes.Structure):

@@ -9,7 +9,7 @@ Scores and probabilities are float32 (float64 for float64 inputs), and so are th
 whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
 instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
 
-Both passes are custom operators: torch.compile sees two calls with known output shapes.
+Both passes are custom operators (`operators.py`).
 
 Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
 group of heads.
@@ -18,13 +18,12 @@ group of heads.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.hybrid_attention.layout import Layout, TileView, products
+from megasparse.kernels.hybrid_attention.operators import Attention, empty_tokens_first, gradients_like
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")
@@ -43,30 +42,13 @@ def attend(
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
-    return TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
+    operators = attention_tiled_forward, attention_tiled_backward
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
     """Scores computed per head: all entries of the tiles, masked ones and overhanging tokens included."""
     return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
-
-
-class TiledAttention(torch.autograd.Function):
-    """See the module's docstring."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
-        out, lse = attention_tiled_forward(q, k, v, documents, *settings)
-        ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents, out, lse = ctx.saved_tensors
-        gradients = attention_tiled_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
-        return (*gradients, None, *(None for _ in ctx.settings))
 
 
 @torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
@@ -105,7 +87,7 @@ def attention_tiled_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     layout = Layout(q, k, documents, pattern, stride, offset)
-    dq, dk, dv = map(empty_tokens_first, (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     differentiate_group = GroupBackward(layout, q.shape[-1])
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
     for group in layout.groups():
@@ -116,7 +98,7 @@ def attention_tiled_backward(
 
 @attention_tiled_backward.register_fake
 def _(dout, q, k, v, documents, out, lse, pattern, stride, offset, scale):
-    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
+    return gradients_like(q, k, v)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,8 +235,3 @@ class GroupBackward:
 def matrices(x: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Contiguous [X, N, Q, K] as matrices, in as many tensors as `like`."""
     return list(x.flatten(0, 1).chunk(len(like)))
-
-
-def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
