@@ -21,9 +21,11 @@ from rich.table import Table
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import Measurement, Row, merged, read_table, write_table
+from megasparse.kernels.block_sparse import break_even as layer_tables
+from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
+from megasparse.kernels.common.tables import Measurement, merged, write_table
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
@@ -130,8 +132,8 @@ def tune_triton(case: Case, device: str) -> None:
 
 def store(path: Path, measurement: Measurement) -> None:
     """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
-    known = read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement))
+    known = layer_tables.read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement), layer_tables.FORMAT)
 
 
 def store_attention(path: Path, measurement: Measurement) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.kernels.block_sparse.break_even import Measurement, write_table
+from megasparse.kernels.common.tables import Measurement, read_once, write_table
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
@@ -82,7 +82,7 @@ def test_the_table_decides(own) -> None:
     assert mask_limit(FAST, "sparse", 64, "cuda", torch.float32, 64) > 10**9
     far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
     write_table(own, [measurement(ROW, far)], FORMAT)
-    for cached in (break_even._look_up, break_even._read_once):
+    for cached in (break_even._look_up, read_once):
         cached.cache_clear()
     assert mask_limit(*CASE) == 256 and dense_limit(*CASE) == 512
     assert mask_limit(*CASE[:-1], 200) == 128 and dense_limit(*CASE[:-1], 200) == 0
@@ -95,7 +95,7 @@ def test_the_table_decides(own) -> None:
 
 def test_another_machine_does_not_count(own) -> None:
     write_table(own, [measurement(ROW, hardware="another")], FORMAT)
-    break_even._read_once.cache_clear()
+    read_once.cache_clear()
     assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megasparse.kernels.block_sparse.build import load_library
+from megasparse.kernels.common.build import load_library
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     active_entries,
@@ -122,7 +122,7 @@ def test_offsets_of_the_stride(pattern: str) -> None:
 @needs_kernel
 def test_the_layout_of_wide_vectors_gives_the_same(monkeypatch) -> None:
     """That of AVX-512, with the vectors that this processor has."""
-    library = cpu.declare(load_library("MEGASPARSE_WIDE", source=cpu.SOURCE))
+    library = cpu.declare(load_library(cpu.SOURCE, "MEGASPARSE_WIDE"))
     monkeypatch.setattr(cpu, "_library", lambda: library)
     for pattern in PATTERNS:
         for seq_length, stride, head_dim in ((1, 1, 5), (50, 4, 24), (300, 128, 16), (130, 7, 33)):
@@ -381,7 +381,7 @@ def test_without_a_working_compiler_tiled_runs_and_a_forced_kernel_is_refused(tm
 
 
 def test_a_plan_looks_for_a_compiler_and_builds_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("it builds"))
+    monkeypatch.setattr(cpu, "build_failure", lambda source: pytest.fail("it builds"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "tiled"
     with pytest.raises(ValueError, match="'cpu' cannot run: no C.. compiler found: no-such-compiler"):

@@ -1,20 +1,22 @@
 """The sparse linear layer on CPUs: products over active blocks in C++ (block_products.cpp), float32 and bfloat16.
 
 Work and scratch memory are proportional to the active blocks and, for the weight gradient, to a tile of tokens;
-sums are made in float32. The library is built on first use (build.py). ``why_not`` says where it cannot run.
+sums are made in float32. The library is built on first use (``common.build``). ``why_not`` says where it cannot run.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 
+SOURCE = Path(__file__).with_name("block_products.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 UNITS = (16, 32, 64, 128)
 
@@ -24,12 +26,12 @@ def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
 
     Builds them, if nothing else is in the way.
     """
-    return _unsupported(device, dtype, block_size) or _build_failure()
+    return _unsupported(device, dtype, block_size) or build_failure(SOURCE)
 
 
 def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     """The same as far as it can be told without a build."""
-    return _unsupported(device, dtype, block_size) or _no_compiler()
+    return _unsupported(device, dtype, block_size) or no_compiler()
 
 
 def _unsupported(device: str, dtype: torch.dtype, block_size: int) -> str | None:
@@ -131,26 +133,9 @@ def _readable(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 and words else matrix.contiguous()
 
 
-def _no_compiler() -> str | None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _build_failure() -> str | None:
-    try:
-        load_library()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    return declare(load_library())
+    return declare(load_library(SOURCE))
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

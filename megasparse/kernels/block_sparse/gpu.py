@@ -5,7 +5,7 @@ CUDA graphs can capture every launch. Nothing is read or multiplied outside of a
 filled with zeros and its active blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on
 first use.
 
-Where they run, and with which dtypes: ``triton_device``. UNITS are the block sides.
+Where they run, and with which dtypes: ``common.triton_device``. UNITS are the block sides.
 
 Names: N tokens, I input width, O output width, R block rows, L active blocks.
 """
@@ -18,10 +18,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megasparse.kernels import triton_device
 from megasparse.kernels.block_sparse import dense, tile_cache
 from megasparse.kernels.block_sparse.index import BlockIndex
-from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, power_of_two
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile
+from megasparse.kernels.common import triton_device
+from megasparse.kernels.common.triton_device import power_of_two
 
 UNITS = (16, 32, 64, 128)
 

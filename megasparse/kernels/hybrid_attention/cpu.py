@@ -1,7 +1,7 @@
 """Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
 
 Forward and backward pass are two custom operators (`operators.py`). The library is built on first use
-(`block_sparse/build.py`); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one head at a
+(``common.build``); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one head at a
 time, in float32.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
+from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -37,7 +37,7 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = 
 
     Builds it, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype) or (_no_compiler() if planned else _build_failure())
+    return _unsupported(device, dtype) or (no_compiler() if planned else build_failure(SOURCE))
 
 
 def _unsupported(device: str, dtype: torch.dtype) -> str | None:
@@ -235,26 +235,9 @@ def _entries(num_queries: int, num_keys: int, first: Callable[[int], int], last:
     return total
 
 
-def _no_compiler() -> str | None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _build_failure() -> str | None:
-    try:
-        _library()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    return declare(load_library(source=SOURCE))
+    return declare(load_library(SOURCE))
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.kernels import triton_device
+from megasparse.kernels.common import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
 from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride

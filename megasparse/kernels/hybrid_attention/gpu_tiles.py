@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 
+from megasparse.kernels.common.triton_device import power_of_two
+
 # Tokens of one residue from which far keys are tiles of their residue: 16 x 16 is the smallest tile of tensor cores.
 # Under `sparse` that costs one launch more, and a pass over what the other launch made.
 STRIDED_TILES_FROM, SPARSE_TILES_FROM = 16, 32
@@ -141,8 +143,3 @@ def _scores_per_query(launch: Launch, tile: Tile, first: int, last: int, stride:
 def _up(count: int, size: int) -> int:
     """The multiple of `size` from `count` on."""
     return max(0, -(-count // size)) * size
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(number - 1, 0).bit_length()
