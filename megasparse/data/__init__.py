@@ -12,7 +12,6 @@ from megasparse.data.sampler import (
     ShuffledDataset,
     derive_seed,
     permuted_index,
-    permuted_indices,
     split_samples,
 )
 from megasparse.data.tokenizer import TOKENIZER_KINDS, Tokenizer, load_tokenizer
@@ -37,7 +36,6 @@ __all__ = [
     "derive_seed",
     "load_tokenizer",
     "permuted_index",
-    "permuted_indices",
     "smallest_dtype",
     "split_documents",
     "split_samples",

@@ -30,7 +30,6 @@ __all__ = [
     "ShuffledDataset",
     "derive_seed",
     "permuted_index",
-    "permuted_indices",
     "split_samples",
 ]
 
@@ -66,7 +65,10 @@ def _half_bits(size: int) -> int:
 
 def permuted_index(index: int, size: int, seed: int, epoch: int = 0) -> int:
     """Where position `index` of [0, size) goes under the permutation of (seed, epoch). Constant expected time."""
-    _check_range(index, index, size)
+    if size < 1 or size > 2**62:
+        raise ValueError(f"size is {size}; it must be from 1 to 2**62")
+    if not 0 <= index < size:
+        raise IndexError(f"position {index} is outside [0, {size})")
     keys, half = _round_keys(seed, epoch), _half_bits(size)
     shift = 64 - half
     mask = (1 << half) - 1
@@ -78,40 +80,6 @@ def permuted_index(index: int, size: int, seed: int, epoch: int = 0) -> int:
         value = (left << half) | right
         if value < size:
             return value
-
-
-def permuted_indices(indices: np.ndarray, size: int, seed: int, epoch: int = 0) -> np.ndarray:
-    """`permuted_index` of many positions at once: int64, the shape of `indices`."""
-    indices = np.asarray(indices, np.int64)
-    if indices.size == 0:
-        return indices.copy()
-    _check_range(int(indices.min()), int(indices.max()), size)
-    keys, half = np.array(_round_keys(seed, epoch), np.uint64), np.uint64(_half_bits(size))
-    result = indices.astype(np.uint64).ravel()
-    pending = np.arange(result.size)
-    while pending.size:
-        values = _feistel(result[pending], keys, half)
-        result[pending] = values
-        pending = pending[values >= size]
-    return result.astype(np.int64).reshape(indices.shape)
-
-
-def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64) -> np.ndarray:
-    left, right = values >> half, values & ((np.uint64(1) << half) - np.uint64(1))
-    for key in keys:
-        mixed = (right ^ key) + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        left, right = right, left ^ (mixed >> (np.uint64(64) - half))
-    return (left << half) | right
-
-
-def _check_range(low: int, high: int, size: int) -> None:
-    if size < 1 or size > 2**62:
-        raise ValueError(f"size is {size}; it must be from 1 to 2**62")
-    if low < 0 or high >= size:
-        raise IndexError(f"positions {low} to {high} are outside [0, {size})")
 
 
 class ShuffledDataset:

@@ -62,8 +62,7 @@ def test_compiled_equals_eager(patterns, kernel, with_documents) -> None:
     q, k, v = inputs()
 
     def attend(q, k, v):
-        options = {"offsets": (0, 1, 2, 3), "dense_fallback": kernel == "auto"}
-        return hybrid_attention(q, k, v, patterns, STRIDE, kernel, None, documents, **options)
+        return hybrid_attention(q, k, v, patterns, STRIDE, kernel, None, documents, offsets=(0, 1, 2, 3))
 
     results = []
     for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):

@@ -87,8 +87,6 @@ def hybrid_attention(
     documents_BT: torch.Tensor | None = None,
     *,
     offsets: int | Sequence[int] = 0,
-    dropout: float = 0.0,
-    dense_fallback: bool = False,
 ) -> torch.Tensor:
     """Causal softmax attention in which each query head sees the keys of its pattern.
 
@@ -103,15 +101,13 @@ def hybrid_attention(
             sees a key of another document. Positions in the patterns stay those in the sequence: a document does
             not start new blocks or residues.
         offsets: offset of the stride, one for all heads, or one per query head.
-        dropout: probability with which a weight of the softmax is dropped; the reference kernel only.
-        dense_fallback: `auto` may widen a pattern to `full` where that was measured to be faster, see `widened`.
 
     Returns:
         [B, H, T, D] in the dtype of the queries.
 
     Raises:
         ValueError: unknown kernel or pattern, a count of patterns or offsets other than 1 or H, an offset outside
-            [0, stride), H not a multiple of G, documents of another shape or type, or a kernel without dropout.
+            [0, stride), H not a multiple of G, or documents of another shape or type.
     """
     num_heads, num_groups, seq_length = q_BHTD.shape[1], k_BGTD.shape[1], q_BHTD.shape[2]
     names = _per_head("patterns", patterns, str, num_heads)
@@ -119,12 +115,9 @@ def hybrid_attention(
     if num_heads % num_groups:
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    check_dropout(dropout, kernel)
     shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
-    if dense_fallback:
-        names = widened(kernel, names, seq_length, *shape)
-    asked, masked = "reference" if dropout else kernel, documents_BT is not None
-    chosen = {name: KERNELS[select_kernel(asked, name, seq_length, *shape, documents=masked)] for name in set(names)}
+    masked = documents_BT is not None
+    chosen = {name: KERNELS[select_kernel(kernel, name, seq_length, *shape, documents=masked)] for name in set(names)}
     if all(choice.attend is cpu.attend for choice in chosen.values()):  # one call for heads of all patterns
         for name, offset in zip(names, shifts, strict=True):
             check_pattern(name, stride, offset)
@@ -136,9 +129,8 @@ def hybrid_attention(
         heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
     def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
-        more = {"dropout": dropout} if dropout else {}
         given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
-        return chosen[name].attend(*tensors, name, stride, scale, documents_BT, given, **more)
+        return chosen[name].attend(*tensors, name, stride, scale, documents_BT, given)
 
     if len(heads_of) == 1:
         ((name, offset), heads), *_ = heads_of.items()
@@ -268,14 +260,6 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
             f"attention documents: got {documents_BT.dtype} of shape {list(documents_BT.shape)}; must be one of int32 "
             f"or int64 of shape {[samples, seq_length]}, or None"
         )
-
-
-def check_dropout(dropout: float, kernel: str) -> None:
-    """Raise ValueError for an impossible probability, or a kernel that does not drop."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention dropout: {dropout} is out of range; must be 0 to below 1")
-    if dropout and kernel not in ("auto", "reference"):
-        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; must be one of auto, reference")
 
 
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:

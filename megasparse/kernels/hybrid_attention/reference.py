@@ -22,11 +22,10 @@ def attend(
     scale: float | None,
     documents_BT: torch.Tensor | None = None,
     offset: int = 0,
-    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    options = {"scale": scale, "enable_gqa": grouped, "dropout_p": dropout}
+    options = {"scale": scale, "enable_gqa": grouped}
     if pattern == "full" and documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, **options)
     mask = mask_of(pattern, q_BHTD.shape[2], stride, q_BHTD.device, offset)
