@@ -21,17 +21,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 UNITS = (16, 32, 64, 128)
 
 
-def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = False) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can.
 
-    Builds them, if nothing else is in the way.
+    Builds them, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype, block_size) or build_failure(SOURCE)
-
-
-def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
-    """The same as far as it can be told without a build."""
-    return _unsupported(device, dtype, block_size) or no_compiler()
+    return _unsupported(device, dtype, block_size) or (no_compiler() if planned else build_failure(SOURCE))
 
 
 def _unsupported(device: str, dtype: torch.dtype, block_size: int) -> str | None:
@@ -75,22 +70,10 @@ def _product(
     size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), block_size, threads)
     scratch = torch.empty(size, dtype=torch.uint8)
     library.megasparse_product(
-        is_bfloat16,
-        a.data_ptr(),
-        a.stride(0),
-        a.shape[0],
-        weight.data_ptr(),
-        weight.stride(0),
-        transposed,
-        None if bias is None else bias.data_ptr(),
-        c.data_ptr(),
-        c.stride(0),
-        num_groups,
-        offsets.data_ptr(),
-        indices.data_ptr(),
-        block_size,
-        scratch.data_ptr(),
-        threads,
+        *(is_bfloat16, *_matrix(a), a.shape[0]),
+        *(*_matrix(weight), transposed, None if bias is None else bias.data_ptr()),
+        *(*_matrix(c), num_groups, offsets.data_ptr(), indices.data_ptr()),
+        *(block_size, scratch.data_ptr(), threads),
     )
     return c
 
@@ -104,27 +87,19 @@ def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias:
     # Pages that the system hands out zeroed cost nothing until an active block is written.
     dweight = torch.zeros(num_rows * block_size, num_columns * block_size, dtype=x_NI.dtype)
     dbias = dy_NO.new_zeros(num_rows * block_size) if needs_bias else None
+    lists = index.row_offsets, index.columns, index.rows, index.column_offsets
     library.megasparse_weight_gradient(
-        is_bfloat16,
-        dy_NO.data_ptr(),
-        dy_NO.stride(0),
-        x_NI.data_ptr(),
-        x_NI.stride(0),
-        x_NI.shape[0],
-        num_rows,
-        num_columns,
-        index.row_offsets.data_ptr(),
-        index.columns.data_ptr(),
-        index.rows.data_ptr(),
-        index.column_offsets.data_ptr(),
-        block_size,
-        dweight.data_ptr(),
-        dweight.stride(0),
-        None if dbias is None else dbias.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
+        *(is_bfloat16, *_matrix(dy_NO), *_matrix(x_NI), x_NI.shape[0]),
+        *(num_rows, num_columns, *(x.data_ptr() for x in lists), block_size),
+        *(*_matrix(dweight), None if dbias is None else dbias.data_ptr()),
+        *(scratch.data_ptr(), torch.get_num_threads()),
     )
     return dweight, dbias
+
+
+def _matrix(matrix: Tensor) -> tuple[int, int]:
+    """Address, and the step between rows."""
+    return matrix.data_ptr(), matrix.stride(0)
 
 
 def _readable(matrix: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, reference, tiled
 from megasparse.kernels.hybrid_attention.cached import attend_cached
+from megasparse.kernels.hybrid_attention.operators import kept_on_device
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
     active_entries,
@@ -269,15 +269,8 @@ def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(heads, device=device) if torch.compiler.is_compiling() else _kept_index(heads, device)
-
-
-# A copy from the host waits for it. There are as many lists of heads as kinds of layers.
-@lru_cache(maxsize=256)
-def _kept_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    # One that is first made under inference mode could not be saved for a backward pass later.
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
+    make = torch.tensor if torch.compiler.is_compiling() else kept_on_device
+    return make(heads, dtype=torch.int64, device=device)
 
 
 def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:

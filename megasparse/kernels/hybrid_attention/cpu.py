@@ -94,9 +94,7 @@ def attention_cpu_forward(
     return out, lse
 
 
-@attention_cpu_forward.register_fake
-def _(q, k, v, documents, patterns, stride, offsets, scale):
-    return outputs_like(q)
+attention_cpu_forward.register_fake(outputs_like)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_backward", mutates_args=())
@@ -114,16 +112,14 @@ def attention_cpu_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
-    gradients = gradients_like(q, k, v)
+    gradients = gradients_like(dout, q, k, v)
     tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
     _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
     return gradients
 
 
-@attention_cpu_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, patterns, stride, offsets, scale):
-    return gradients_like(q, k, v)
+attention_cpu_backward.register_fake(gradients_like)
 
 
 class _Operand(ctypes.Structure):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,13 @@ from torch import Tensor
 from megasparse.kernels.common import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
-from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
+from megasparse.kernels.hybrid_attention.operators import (
+    Attention,
+    gradients_like,
+    kept_on_device,
+    outputs_like,
+    unit_stride,
+)
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS as ALL_PATTERNS
 
 __all__ = ["attend", "executed_entries", "why_not"]
@@ -97,9 +103,7 @@ def triton_attention_forward(
     return out, lse
 
 
-@triton_attention_forward.register_fake
-def _(q, k, v, documents, offsets, pattern, stride, scale):
-    return outputs_like(q)
+triton_attention_forward.register_fake(outputs_like)
 
 
 @torch.library.custom_op("megasparse::triton_attention_backward", mutates_args=())
@@ -117,7 +121,7 @@ def triton_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    gradients = gradients_like(q, k, v)
+    gradients = gradients_like(dout, q, k, v)
     if not q.numel():
         return tuple(x.zero_() for x in gradients)
     call = _Call((q, k, v, dout), documents, offsets, stride, scale)
@@ -135,9 +139,7 @@ def triton_attention_backward(
     return gradients
 
 
-@triton_attention_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, offsets, pattern, stride, scale):
-    return gradients_like(q, k, v)
+triton_attention_backward.register_fake(gradients_like)
 
 
 def _key_gradients(
@@ -175,7 +177,7 @@ class _Call:
     ) -> None:
         self.tensors = tuple(map(unit_stride, tensors))
         self.starts, self.ends = _document_bounds(documents)
-        self.offsets = _on_device(tuple(offsets), tensors[0].device) if offsets else None
+        self.offsets = kept_on_device(tuple(offsets), torch.int32, tensors[0].device) if offsets else None
         self.stride, self.scale = stride, scale
         self.class_length = gpu_tiles.class_length(tensors[0].shape[2], stride)
 
@@ -227,13 +229,6 @@ def _document_bounds(documents_BT: Tensor | None) -> tuple[Tensor | None, Tensor
         return None, None
     rows = documents_BT.contiguous()
     return torch.searchsorted(rows, rows, out_int32=True), torch.searchsorted(rows, rows, out_int32=True, right=True)
-
-
-# A copy from the host waits for it; there are as many offsets as kinds of layers.
-@lru_cache(maxsize=256)
-def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def _float32_like(x: Tensor) -> Tensor:

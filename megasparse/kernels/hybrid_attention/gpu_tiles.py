@@ -68,24 +68,6 @@ def width(head_dim: int) -> int:
 
 def forward_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
     """Tile of the forward pass. `length`: ``class_length``."""
-    return _tile(launch, length, dtype, head_dim, is_hip)
-
-
-def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
-    """Tile of the gradient of the queries."""
-    tile = _tile(launch, length, dtype, head_dim, is_hip)
-    # Two more operands than forward: with 64 keys sm_80 would spill registers.
-    return replace(tile, keys=min(tile.keys, 32))
-
-
-def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
-    """Tile of the gradients of keys and values."""
-    tile = _tile(launch, length, dtype, head_dim, is_hip)
-    # Two sums and two operands stay in registers; a row takes a query and its output gradient for each key.
-    return replace(tile, queries=min(tile.keys, 32), keys=tile.queries, chunk=1)
-
-
-def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool) -> Tile:
     wide, exact = width(head_dim) > 64, dtype == torch.float32
     # Exact float32 has no tensor cores, and holds whole rows of its operands in registers, as do wide heads on gfx942.
     queries = 32 if exact or is_hip and wide else 64
@@ -101,6 +83,20 @@ def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip
         # Rows keep what they load in registers: it is spread over more threads.
         warps = 8 if launch.far == "rows" or wide else queries // 16
     return Tile(queries, keys, chunk=1 if wide else 2, warps=warps, stages=1 if is_hip else 2)
+
+
+def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradient of the queries."""
+    tile = forward_tile(launch, length, dtype, head_dim, is_hip)
+    # Two more operands than forward: with 64 keys sm_80 would spill registers.
+    return replace(tile, keys=min(tile.keys, 32))
+
+
+def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradients of keys and values."""
+    tile = forward_tile(launch, length, dtype, head_dim, is_hip)
+    # Two sums and two operands stay in registers; a row takes a query and its output gradient for each key.
+    return replace(tile, queries=min(tile.keys, 32), keys=tile.queries, chunk=1)
 
 
 @lru_cache(maxsize=256)

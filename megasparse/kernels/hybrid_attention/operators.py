@@ -1,13 +1,14 @@
 """A kernel's forward and backward pass, which are custom operators, as one differentiable function.
 
-torch.compile sees two opaque calls with known output shapes: those of ``outputs_like`` (with the kernel's own
-log-sum-exp) and ``gradients_like``.
+torch.compile sees two opaque calls with known output shapes. ``outputs_like`` and ``gradients_like`` make uninitialised
+outputs from what the operators take: for the operators themselves, and as their fakes.
 
 Tensor names: B samples, H heads, T tokens, D head dimension.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,16 +45,25 @@ def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
     return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def outputs_like(q_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised output and log-sum-exp [B, H, T], which is float32."""
+def outputs_like(q_BHTD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp [B, H, T], which is float32."""
     return empty_tokens_first(q_BHTD), q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
 
 
-def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised gradients."""
+def gradients_like(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
     return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
 
 
 def unit_stride(x: Tensor) -> Tensor:
     """The kernels read rows without gaps."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# A copy from the host waits for it. There are as many lists, of heads or their offsets, as kinds of layers.
+@lru_cache(maxsize=256)
+def kept_on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers as a tensor that is made once."""
+    # One that is first made under inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)

@@ -49,21 +49,15 @@ def mask_of(pattern: str, seq_length: int, stride: int, device: torch.device, of
     return cached_mask(pattern, seq_length, stride, device)
 
 
-# A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
-@lru_cache(maxsize=8)
-def cached_mask(pattern: str, seq_length: int, stride: int, device: torch.device) -> torch.Tensor:
-    """`pattern_mask`, built once per shape and device."""
+def _made_mask(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int = 0) -> torch.Tensor:
     # A mask first built under inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False):
-        return pattern_mask(pattern, seq_length, stride, device)
+        return pattern_mask(pattern, seq_length, stride, device, offset)
 
+
+# A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
+cached_mask = lru_cache(maxsize=8)(_made_mask)
 
 # Every head of a layer can have an offset of its own: many masks, so only short ones, of up to 1 MiB, are kept.
+cached_offset_mask = lru_cache(maxsize=64)(_made_mask)
 LONGEST_CACHED_WITH_OFFSET = 1024
-
-
-@lru_cache(maxsize=64)
-def cached_offset_mask(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int) -> torch.Tensor:
-    """As `cached_mask`, for offsets above 0."""
-    with torch.inference_mode(False):
-        return pattern_mask(pattern, seq_length, stride, device, offset)

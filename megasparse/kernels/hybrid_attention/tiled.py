@@ -18,6 +18,7 @@ group of heads.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,12 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
     return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
 
 
+def _outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised output and log-sum-exp."""
+    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return empty_tokens_first(q), lse
+
+
 @torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
 def attention_tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int, scale: float
@@ -66,9 +73,7 @@ def attention_tiled_forward(
     return out, lse
 
 
-@attention_tiled_forward.register_fake
-def _(q, k, v, documents, pattern, stride, offset, scale):
-    return _outputs(q)
+attention_tiled_forward.register_fake(_outputs)
 
 
 @torch.library.custom_op("megasparse::attention_tiled_backward", mutates_args=())
@@ -87,7 +92,7 @@ def attention_tiled_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     layout = Layout(q, k, documents, pattern, stride, offset)
-    dq, dk, dv = gradients_like(q, k, v)
+    dq, dk, dv = gradients_like(dout, q, k, v)
     differentiate_group = GroupBackward(layout, q.shape[-1])
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
     for group in layout.groups():
@@ -96,15 +101,7 @@ def attention_tiled_backward(
     return dq, dk, dv
 
 
-@attention_tiled_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, pattern, stride, offset, scale):
-    return gradients_like(q, k, v)
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised output and log-sum-exp."""
-    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    return empty_tokens_first(q), lse
+attention_tiled_backward.register_fake(gradients_like)
 
 
 class GroupForward:
@@ -168,21 +165,9 @@ class GroupBackward:
             zip(*map(layout.queries, (q, lse, dout, delta, dq)), *map(layout.keys, (k, v, dk, dv)), strict=True)
         )
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        *,
-        scale: float,
-    ) -> None:
-        """Fill the gradients of the group, summed over the query heads of a key-value head."""
+    def __call__(self, *tensors: Tensor, scale: float) -> None:
+        """Fill the gradients of the group, the last three, summed over the query heads of a key-value head."""
+        q, k, v, out, lse, dout, dq, dk, dv = tensors
         for mine, given in zip(self._inputs, (q, k, v, lse, dout), strict=True):
             mine.copy_(given)
         self._inputs[0].mul_(scale)
@@ -191,26 +176,15 @@ class GroupBackward:
         for total in self._sums:
             total.zero_()
         for number, views in enumerate(self._tiles):
-            self._differentiate(number, *views)
+            self._differentiate(number, views)
         dq_sum, dk_sum, dv_sum = map(self._layout.tokens, self._sums)
         dq.copy_(dq_sum.mul_(scale))
         for gradient, total in ((dk, dk_sum), (dv, dv_sum)):
             gradient.copy_(total if total.shape == gradient.shape else total.sum(2, keepdim=True))
 
-    def _differentiate(
-        self,
-        number: int,
-        q: TileView,
-        lse: TileView,
-        dout: TileView,
-        delta: TileView,
-        dq: TileView,
-        k: TileView,
-        v: TileView,
-        dk: TileView,
-        dv: TileView,
-    ) -> None:
+    def _differentiate(self, number: int, views: tuple[TileView, ...]) -> None:
         """Add the gradients of one batch of tiles."""
+        q, lse, dout, delta, dq, k, v, dk, dv = views
         take = self._layout.take
         queries, douts, keys, values = q.read(), dout.read(), k.read(), v.read()
         shape = *lse.strided.shape[:-1], keys[0].shape[1]
