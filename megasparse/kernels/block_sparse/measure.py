@@ -49,7 +49,7 @@ def measure_row(
         torch.randn(*shape, device=device).to(dtype)
         for shape in ((tokens, in_features), (out_features, in_features), (out_features,), (tokens, out_features))
     )
-    layers = [_random_layer(dense_weight, block, density) for density in densities]
+    layers = [random_layer(dense_weight, block, density) for density in densities]
     passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
         passes.append(training_pass(_sparse(index, backend), (x, weight, bias), dy))
@@ -109,11 +109,14 @@ def parse_shape(words: str) -> tuple[tuple[int, int], ...]:
     return ((int(sides[0]), int(sides[1])),)
 
 
-def _random_layer(dense_weight: Tensor, block: int, density: float) -> tuple[Tensor, BlockIndex]:
+def random_layer(
+    dense_weight: Tensor, block: int, density: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, BlockIndex]:
+    """The weight with random active blocks, at least one, and their index. generator: on the CPU."""
     grid = dense_weight.shape[0] // block, dense_weight.shape[1] // block
     num_units = grid[0] * grid[1]
     mask = torch.zeros(num_units, dtype=torch.bool)
-    mask[torch.randperm(num_units)[: max(round(density * num_units), 1)]] = True
+    mask[torch.randperm(num_units, generator=generator)[: max(round(density * num_units), 1)]] = True
     mask = mask.view(grid).to(dense_weight.device)
     return apply_mask_(dense_weight.clone(), mask, block), build_index(mask, block)
 
