@@ -130,7 +130,7 @@ def test_measured_rows_are_what_was_asked_for() -> None:
 def test_full_attention_document_by_document(cuts) -> None:
     documents = torch.stack([torch.bucketize(torch.arange(40), torch.tensor(cuts), right=True), torch.arange(40) // 20])
     q, k, v = inputs(40)
-    wanted, got = (hybrid_attention(q, k, v, "full", 4, kernel, 0.3, documents) for kernel in ("reference", "auto"))
+    wanted, got = (hybrid_attention(q, k, v, "full", 4, kernel, documents) for kernel in ("reference", "auto"))
     assert select_kernel("auto", "full", 40, 4) == "causal"
     dy = torch.randn_like(wanted)
     pairs = [torch.autograd.grad(y, (q, k, v), dy) for y in (got, wanted)]

@@ -51,7 +51,7 @@ class AttentionKernel:
     """A way to compute attention under one pattern and offset, and the count of the scores that it computes."""
 
     attend: Attend
-    """(queries, keys, values, pattern, stride, scale, documents, offset) -> outputs."""
+    """(queries, keys, values, pattern, stride, documents, offset) -> outputs. Scores are scaled by 1 / sqrt(D)."""
     executed_entries: Callable[[str, int, int, int], int]
     """(pattern, seq_length, stride, offset) -> scores."""
     patterns: tuple[str, ...] | None = None
@@ -83,12 +83,11 @@ def hybrid_attention(
     patterns: str | Sequence[str],
     stride: int,
     kernel: str = "auto",
-    scale: float | None = None,
     documents_BT: torch.Tensor | None = None,
     *,
     offsets: int | Sequence[int] = 0,
 ) -> torch.Tensor:
-    """Causal softmax attention in which each query head sees the keys of its pattern.
+    """Causal softmax attention in which each query head sees the keys of its pattern; scores are scaled by 1 / sqrt(D).
 
     Args:
         q_BHTD: queries, float32, bfloat16 or float16.
@@ -96,7 +95,6 @@ def hybrid_attention(
         patterns: one name for all heads, or one name per query head; see `patterns.py` for their definition.
         stride: s of the patterns, in tokens.
         kernel: `auto` for the fastest one that supports the input, or a name from `KERNELS`.
-        scale: factor of the scores before the softmax; None: 1 / sqrt(D).
         documents_BT: number of the document of each token, integers that never decrease along the tokens. No query
             sees a key of another document. Positions in the patterns stay those in the sequence: a document does
             not start new blocks or residues.
@@ -121,7 +119,7 @@ def hybrid_attention(
     if all(choice.attend is cpu.attend for choice in chosen.values()):  # one call for heads of all patterns
         for name, offset in zip(names, shifts, strict=True):
             check_pattern(name, stride, offset)
-        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT, shifts)
+        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, documents_BT, shifts)
     heads_of: dict[tuple[str, int], list[int]] = {}
     for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
         check_pattern(name, stride, offset)
@@ -130,7 +128,7 @@ def hybrid_attention(
 
     def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
         given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
-        return chosen[name].attend(*tensors, name, stride, scale, documents_BT, given)
+        return chosen[name].attend(*tensors, name, stride, documents_BT, given)
 
     if len(heads_of) == 1:
         ((name, offset), heads), *_ = heads_of.items()

@@ -54,7 +54,6 @@ def attend(
     v_BGTD: Tensor,
     patterns: str | Sequence[str],
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offsets: int | Sequence[int] = 0,
 ) -> Tensor:
@@ -64,25 +63,17 @@ def attend(
     query are those with (query - key) mod stride = o, besides itself; token p lies in block (p + o) // stride.
     """
     num_heads = q_BHTD.shape[1]
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
     names = [patterns] * num_heads if isinstance(patterns, str) else patterns
     shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
     numbers = [PATTERNS.index(name) for name in names]
     operators = attention_cpu_forward, attention_cpu_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
 def attention_cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    patterns: list[int],
-    stride: int,
-    offsets: list[int],
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, patterns: list[int], stride: int, offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score), [B, H, T] float32.
 
@@ -90,7 +81,7 @@ def attention_cpu_forward(
     """
     out, lse = outputs_like(q)
     tensors = {"q": unit_stride(q), "k": unit_stride(k), "v": unit_stride(v), "out": out}
-    _run(False, tensors, lse, documents, patterns, stride, offsets, scale)
+    _run(False, tensors, lse, documents, patterns, stride, offsets)
     return out, lse
 
 
@@ -109,13 +100,12 @@ def attention_cpu_backward(
     patterns: list[int],
     stride: int,
     offsets: list[int],
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     gradients = gradients_like(dout, q, k, v)
     tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
-    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
+    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets)
     return gradients
 
 
@@ -148,7 +138,6 @@ def _run(
     patterns: list[int],
     stride: int,
     offsets: list[int],
-    scale: float,
 ) -> None:
     q, k = tensors["q"], tensors["k"]
     assert len(patterns) == len(offsets) == q.shape[1], (patterns, offsets, q.shape)
@@ -165,7 +154,7 @@ def _run(
         setattr(call, name, _Operand(x.data_ptr(), *x.stride()[:3]))
     call.threads = min(torch.get_num_threads(), B * (k.shape[1] if backward else H))
     scratch = torch.empty(call.threads * library.megasparse_attention_scratch(call, backward), dtype=torch.float32)
-    call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), scale
+    call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), 1 / math.sqrt(D)
     (library.megasparse_attention_backward if backward else library.megasparse_attention_forward)(call)
 
 

@@ -59,7 +59,6 @@ def attend(
     v_BGTD: Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offset: int | Sequence[int] = 0,
 ) -> Tensor:
@@ -67,32 +66,24 @@ def attend(
 
     offset: one for all query heads, or one for each.
     """
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     offsets = [offset] * q_BHTD.shape[1] if isinstance(offset, int) else list(offset)
     if pattern == "full":
         stride = 1
     if not ALL_PATTERNS[pattern].has_offset or not any(offsets):
         offsets = []
     operators = triton_attention_forward, triton_attention_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride, scale)
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride)
 
 
 @torch.library.custom_op("megasparse::triton_attention_forward", mutates_args=())
 def triton_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    offsets: list[int],
-    pattern: str,
-    stride: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, offsets: list[int], pattern: str, stride: int
 ) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp in units of log2, [B, H, T] in float32. `offsets`: one for each head, or none."""
     out, lse = outputs_like(q)
     if not q.numel():
         return out, lse
-    call, previous = _Call((q, k, v), documents, offsets, stride, scale), None
+    call, previous = _Call((q, k, v), documents, offsets, stride), None
     steps = launches(pattern, q.shape[2], stride)
     for launch in steps:
         target = out if launch is steps[-1] else _float32_like(out)
@@ -118,13 +109,12 @@ def triton_attention_backward(
     offsets: list[int],
     pattern: str,
     stride: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     gradients = gradients_like(dout, q, k, v)
     if not q.numel():
         return tuple(x.zero_() for x in gradients)
-    call = _Call((q, k, v, dout), documents, offsets, stride, scale)
+    call = _Call((q, k, v, dout), documents, offsets, stride)
     steps, previous = launches(pattern, q.shape[2], stride), (None, None, None)
     # delta = sum(dO O) is written by the first launch of the queries' gradient.
     out, delta = _tokens_first(out), torch.empty_like(lse)
@@ -172,13 +162,11 @@ class _Call:
     tensors: queries, keys, values and, in the backward pass, the gradient of the output.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], documents: Tensor | None, offsets: list[int], stride: int, scale: float
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], documents: Tensor | None, offsets: list[int], stride: int) -> None:
         self.tensors = tuple(map(unit_stride, tensors))
         self.starts, self.ends = _document_bounds(documents)
         self.offsets = kept_on_device(tuple(offsets), torch.int32, tensors[0].device) if offsets else None
-        self.stride, self.scale = stride, scale
+        self.stride = stride
         self.class_length = gpu_tiles.class_length(tensors[0].shape[2], stride)
 
     def tile(self, choose: Callable[..., Tile], launch: Launch) -> Tile:
@@ -206,7 +194,7 @@ class _Call:
         with triton_device.current(q.device):
             kernel[(num_tiles * B * (H // constants.get("HEADS", 1)),)](
                 *(q, k, v, *pointers, self.offsets),
-                *(T, self.stride, num_tiles, H, H // k.shape[1], self.scale),
+                *(T, self.stride, num_tiles, H, H // k.shape[1], 1 / math.sqrt(D)),
                 *(x.stride()[:3] for x in self.tensors),
                 **constants,
                 NEAR=launch.near,

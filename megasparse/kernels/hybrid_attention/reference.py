@@ -19,19 +19,17 @@ def attend(
     v_BGTD: torch.Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: torch.Tensor | None = None,
     offset: int = 0,
 ) -> torch.Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    options = {"scale": scale, "enable_gqa": grouped}
     if pattern == "full" and documents_BT is None:
-        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, **options)
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
     mask = mask_of(pattern, q_BHTD.shape[2], stride, q_BHTD.device, offset)
     if documents_BT is not None:
         mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
-    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, **options)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, enable_gqa=grouped)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:

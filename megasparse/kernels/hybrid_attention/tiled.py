@@ -37,14 +37,12 @@ def attend(
     v_BGTD: Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     operators = attention_tiled_forward, attention_tiled_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -60,7 +58,7 @@ def _outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
 def attention_tiled_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of the scores [B, H, T, 1] in the dtype of the scores."""
     layout = Layout(q, k, documents, pattern, stride, offset)
@@ -69,7 +67,7 @@ def attention_tiled_forward(
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
     for group in layout.groups():
         layout.load_documents(group)
-        attend_group(*(x[group] for x in by_key_head), scale=scale)
+        attend_group(*(x[group] for x in by_key_head))
     return out, lse
 
 
@@ -88,7 +86,6 @@ def attention_tiled_backward(
     pattern: str,
     stride: int,
     offset: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     layout = Layout(q, k, documents, pattern, stride, offset)
@@ -97,7 +94,7 @@ def attention_tiled_backward(
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
     for group in layout.groups():
         layout.load_documents(group)
-        differentiate_group(*(x[group] for x in by_key_head), scale=scale)
+        differentiate_group(*(x[group] for x in by_key_head))
     return dq, dk, dv
 
 
@@ -108,15 +105,15 @@ class GroupForward:
     """Forward pass of a group of heads, in buffers that the groups share."""
 
     def __init__(self, layout: Layout, head_dim: int) -> None:
-        self._layout = layout
+        self._layout, self._scale = layout, 1 / math.sqrt(head_dim)
         q, k, v, out = (layout.buffer(head_dim) for _ in range(4))
         top, total = layout.buffer(1), layout.buffer(1)
         self._q, self._k, self._v, self._out, self._top, self._total = map(layout.tokens, (q, k, v, out, top, total))
         self._tiles = list(zip(*map(layout.queries, (q, out, top, total)), *map(layout.keys, (k, v)), strict=True))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float) -> None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Fill `out` and `lse` of the group from its queries, keys and values."""
-        self._q.copy_(q).mul_(scale)
+        self._q.copy_(q).mul_(self._scale)
         self._k.copy_(k)
         self._v.copy_(v)
         for number, views in enumerate(self._tiles):
@@ -156,7 +153,7 @@ class GroupBackward:
     """Backward pass of a group of heads, in buffers that the groups share."""
 
     def __init__(self, layout: Layout, head_dim: int) -> None:
-        self._layout = layout
+        self._layout, self._scale = layout, 1 / math.sqrt(head_dim)
         q, k, v, dout, dq, dk, dv = (layout.buffer(head_dim) for _ in range(7))
         lse, delta = layout.buffer(1), layout.buffer(1)
         self._inputs = list(map(layout.tokens, (q, k, v, lse, dout)))
@@ -165,12 +162,12 @@ class GroupBackward:
             zip(*map(layout.queries, (q, lse, dout, delta, dq)), *map(layout.keys, (k, v, dk, dv)), strict=True)
         )
 
-    def __call__(self, *tensors: Tensor, scale: float) -> None:
+    def __call__(self, *tensors: Tensor) -> None:
         """Fill the gradients of the group, the last three, summed over the query heads of a key-value head."""
         q, k, v, out, lse, dout, dq, dk, dv = tensors
         for mine, given in zip(self._inputs, (q, k, v, lse, dout), strict=True):
             mine.copy_(given)
-        self._inputs[0].mul_(scale)
+        self._inputs[0].mul_(self._scale)
         products = torch.mul(self._inputs[-1], out, out=self._layout.take("products", *out.shape))
         torch.sum(products, -1, keepdim=True, out=self._delta)
         for total in self._sums:
@@ -178,7 +175,7 @@ class GroupBackward:
         for number, views in enumerate(self._tiles):
             self._differentiate(number, views)
         dq_sum, dk_sum, dv_sum = map(self._layout.tokens, self._sums)
-        dq.copy_(dq_sum.mul_(scale))
+        dq.copy_(dq_sum.mul_(self._scale))
         for gradient, total in ((dk, dk_sum), (dv, dv_sum)):
             gradient.copy_(total if total.shape == gradient.shape else total.sum(2, keepdim=True))
 
