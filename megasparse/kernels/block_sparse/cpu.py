@@ -26,17 +26,13 @@ def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = Fa
 
     Builds them, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype, block_size) or (no_compiler() if planned else build_failure(SOURCE))
-
-
-def _unsupported(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     if device != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
     if block_size not in UNITS:
         return f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
-    return None
+    return no_compiler() if planned else build_failure(SOURCE)
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:

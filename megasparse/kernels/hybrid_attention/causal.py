@@ -51,7 +51,4 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
 
 def document_lengths(documents_BT: torch.Tensor) -> list[list[int]]:
     """Tokens of each document of each sample."""
-    lengths = []
-    for sample in documents_BT.cpu():
-        lengths.append(torch.unique_consecutive(sample, return_counts=True)[1].tolist())
-    return lengths
+    return [torch.unique_consecutive(sample, return_counts=True)[1].tolist() for sample in documents_BT.cpu()]

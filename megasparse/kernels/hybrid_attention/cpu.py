@@ -37,15 +37,11 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = 
 
     Builds it, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype) or (no_compiler() if planned else build_failure(SOURCE))
-
-
-def _unsupported(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"it runs on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
-    return None
+    return no_compiler() if planned else build_failure(SOURCE)
 
 
 def attend(
