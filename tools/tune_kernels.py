@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from megasparse.cost.layer_kernels import DTYPES, target_device
 from megasparse.data.arguments import run_tool
-from megasparse.kernels.block_sparse.break_even import own_table
+from megasparse.kernels.block_sparse import break_even as layer_tables
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
+from megasparse.kernels.common.tables import Measurement
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
 from megasparse.monitoring.console import make_console
@@ -27,7 +29,6 @@ from megasparse.tuning.kernel_tuning import (
     print_attention_rows,
     print_rows,
     store,
-    store_attention,
 )
 
 EXAMPLES = """examples:
@@ -95,11 +96,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("nothing of this can be measured here")
     measurement = measure_all(todo, device, rounds, command())
     print_rows(measurement.rows, make_console())
-    print(f"{measurement.hardware}, threads: {measurement.threads}")
-    if not arguments.dry_run:
-        path = arguments.output or own_table()
-        store(path, measurement)
-        print(f"{path} written")
+    keep(measurement, layer_tables, arguments)
 
 
 def tune_attention(arguments: argparse.Namespace, device: str) -> None:
@@ -109,10 +106,14 @@ def tune_attention(arguments: argparse.Namespace, device: str) -> None:
     classes = arguments.precisions, arguments.strides, arguments.head_dims
     measurement = measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
     print_attention_rows(measurement.rows, make_console())
+    keep(measurement, attention_tables, arguments)
+
+
+def keep(measurement: Measurement, table: ModuleType, arguments: argparse.Namespace) -> None:
     print(f"{measurement.hardware}, threads: {measurement.threads}")
     if not arguments.dry_run:
-        path = arguments.output or attention_tables.own_table()
-        store_attention(path, measurement)
+        path = arguments.output or table.own_table()
+        store(path, measurement, table)
         print(f"{path} written")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
 from megasparse.kernels.common.tables import Measurement, merged, write_table
-from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
@@ -130,16 +130,13 @@ def tune_triton(case: Case, device: str) -> None:
         tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
 
 
-def store(path: Path, measurement: Measurement) -> None:
-    """Add to the file, in place of what it holds of the same layers. A file that is no table is a ValueError."""
-    known = layer_tables.read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement), layer_tables.FORMAT)
+def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables) -> None:
+    """Add to the file, in place of what it holds of the same cases. A file that is no table is a ValueError.
 
-
-def store_attention(path: Path, measurement: Measurement) -> None:
-    """As `store`, for the table of the attention."""
-    known = attention_tables.read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement), attention_tables.FORMAT)
+    table: the module that reads such files.
+    """
+    known = table.read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement), table.FORMAT)
 
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
