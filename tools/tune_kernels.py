@@ -15,8 +15,9 @@ from pathlib import Path
 
 from megasparse.cost.layer_kernels import DTYPES, target_device
 from megasparse.data.arguments import positive, run_tool, tool_parser
-from megasparse.kernels.block_sparse.break_even import Measurement, own_table
+from megasparse.kernels.block_sparse import break_even as layer_tables
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
+from megasparse.kernels.common.tables import Measurement
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
 from megasparse.monitoring.console import make_console
@@ -72,17 +73,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device, table = arguments.device or target_device(), own_table
+    device = arguments.device or target_device()
     if arguments.attention:
-        measurement, table = tune_attention(arguments, device), attention_tables.own_table
+        measurement, table = tune_attention(arguments, device), attention_tables
         print_attention_rows(measurement.rows, make_console())
     else:
-        measurement = tune_layers(arguments, device)
+        measurement, table = tune_layers(arguments, device), layer_tables
         print_rows(measurement.rows, make_console())
     print(f"{measurement.hardware}, threads: {measurement.threads}")
     if not arguments.dry_run:
-        path = arguments.output or table()
-        store(path, measurement, attention=arguments.attention)
+        path = arguments.output or table.own_table()
+        store(path, measurement, table)
         print(f"{path} written")
 
 

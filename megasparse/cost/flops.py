@@ -2,9 +2,9 @@
 
 A multiply-add is 2 FLOPs. Only matrix products count; norms, activations, softmax and embedding look-ups are below
 one percent and count as 0. Algorithmic work by default: density times the dense work for a sparse layer, active
-entries for an attention pattern. For the work that kernels really execute, pass their own counts
-(``executed_entries``, ``executed_density``). Work done twice is not algorithmic and not counted: neither activation
-recomputation nor the fifth product of fused attention kernels, which recompute the scores in the backward pass.
+entries for an attention pattern. For the work that kernels really execute, pass their own densities and counts
+(``executed_entries``). Work done twice is not algorithmic and not counted: neither activation recomputation nor the
+fifth product of fused attention kernels, which recompute the scores in the backward pass.
 Under document masking the entries are still those of the pattern, so both kinds of count are upper bounds there.
 """
 
@@ -45,9 +45,7 @@ def count_flops(
     *,
     densities: Mapping[str, float] | None = None,
     patterns: Sequence[Sequence[str]] | None = None,
-    dense_weight_gradient: bool = False,
     attention_entries: Callable[..., int] | None = None,
-    linear_density: Callable[[float], float] | None = None,
 ) -> FlopCount:
     """FLOPs of a forward and backward pass over `num_sequences` sequences of `seq_length` tokens.
 
@@ -55,10 +53,8 @@ def count_flops(
         model: any device; its masks and patterns are not looked at.
         densities: share of active weights by name of the sparse layer; layers left out are dense.
         patterns: one tuple of pattern names per layer, one name per query head; None: all `full`.
-        dense_weight_gradient: the weight gradients of sparse layers are computed in full (topology updates).
         attention_entries: (pattern, seq_length, stride, offset=) -> scores per head and sequence; None:
         `active_entries`.
-        linear_density: density of a layer -> share of the dense work that is done; None: the density itself.
 
     Raises:
         ValueError: a density for a layer that is not sparse, or out of [0, 1], or a wrong number of patterns.
@@ -66,18 +62,15 @@ def count_flops(
     densities = densities or {}
     _check_densities(densities, model)
     tokens = num_sequences * seq_length
-    forward = weight_gradient = 0
+    forward = 0
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear):
             continue
         dense = 2 * tokens * layer.in_features * layer.out_features
-        density = densities.get(name, 1.0)
-        executed = round(dense * (density if linear_density is None else linear_density(density)))
         side = 2 * tokens * layer.low_rank * (layer.in_features + layer.out_features)
-        forward += executed + side
-        weight_gradient += (dense if dense_weight_gradient else executed) + side
+        forward += round(dense * densities.get(name, 1.0)) + side
     attention = _attention_forward(model, num_sequences, seq_length, patterns, attention_entries or active_entries)
-    return FlopCount(forward, forward, weight_gradient, attention, 2 * attention)
+    return FlopCount(forward, forward, forward, attention, 2 * attention)
 
 
 def _attention_forward(

@@ -1,4 +1,4 @@
-"""Kernels: pure functions on tensors. They import nothing else of MegaSparse.
+"""Kernels: pure functions on tensors. Of MegaSparse they import only `utils`.
 
 ``hybrid_attention`` computes attention under the patterns of hybrid sparse attention, ``block_sparse`` the products
 of a linear layer whose weight is zero outside of active units. Each has a plain PyTorch reference and a table of the

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from rich.table import Table
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import FORMAT, Measurement, Row, merged, read_table, write_table
+from megasparse.kernels.block_sparse import break_even as layer_tables
+from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
-from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.common.tables import Measurement, merged, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
@@ -128,11 +130,13 @@ def tune_triton(case: Case, device: str) -> None:
         tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
 
 
-def store(path: Path, measurement: Measurement, *, attention: bool = False) -> None:
-    """Add to the file, in place of what it holds of the same layers, or of the same attention. A file that is no such
-    table is a ValueError."""
-    read, form = (attention_tables.read_table, attention_tables.FORMAT) if attention else (read_table, FORMAT)
-    write_table(path, merged(read(path) if path.exists() else (), measurement), form)
+def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables) -> None:
+    """Add to the file, in place of what it holds of the same cases. A file that is no table is a ValueError.
+
+    table: the module that reads such files.
+    """
+    known = table.read_table(path) if path.exists() else ()
+    write_table(path, merged(known, measurement), table.FORMAT)
 
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:

@@ -36,12 +36,12 @@ def warnings_of(plan: dict) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _no_build(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("a plan compiles nothing"))
+    monkeypatch.setattr(cpu, "build_failure", lambda source: pytest.fail("a plan compiles nothing"))
 
 
 @pytest.fixture
 def compiler(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_no_compiler", lambda: None)
+    monkeypatch.setattr(cpu, "no_compiler", lambda: None)
 
 
 def test_the_plan_names_the_kernel(compiler) -> None:
@@ -58,7 +58,7 @@ def test_the_plan_names_the_kernel(compiler) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_forced_kernel_that_cannot_run_stops_the_plan(device, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_no_compiler", lambda: "no C++ compiler found: g++")
+    monkeypatch.setattr(cpu, "no_compiler", lambda: "no C++ compiler found: g++")
     words = {"cpu": "no C.. compiler found", "cuda": "on cpu, not on cuda"}[device]
     with pytest.raises(ConfigError, match=f"^kernels.hybrid_attention: 'cpu' cannot run: .*{words}.*must be"):
         make_plan(load("kernels.hybrid_attention=cpu"), 1, device)
@@ -72,7 +72,7 @@ def test_triton_stops_the_plan_of_a_cpu(monkeypatch) -> None:
 
 
 def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_no_compiler", lambda: "no C++ compiler found: g++")
+    monkeypatch.setattr(cpu, "no_compiler", lambda: "no C++ compiler found: g++")
     plan = make_plan(load(), 1, "cpu")
     (warning,) = warnings_of(plan)
     assert "auto" in warning and "no C++ compiler found: g++" in warning
@@ -85,7 +85,7 @@ def test_a_missing_compiler_is_one_warning_otherwise(monkeypatch) -> None:
 
 def test_the_kernel_is_built_before_a_run_and_only_where_it_is_used(monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(cpu, "_build_failure", lambda: asked.append(1) or "cc: exit status 1")
+    monkeypatch.setattr(cpu, "build_failure", lambda source: asked.append(1) or "cc: exit status 1")
     assert not prepare_attention(load(), "cpu") and asked
     assert attention_kernels(load(), "cpu") == f"causal for full; tiled for {PATTERNS}"
     with pytest.raises(ConfigError, match="kernels.hybrid_attention: 'cpu' cannot run: cc: exit status 1"):

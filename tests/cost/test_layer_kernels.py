@@ -43,7 +43,7 @@ def parts(*overrides: str, ranks: int = 1, device: str = "cpu"):
 
 @pytest.fixture(autouse=True)
 def _no_build(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("a plan compiles nothing"))
+    monkeypatch.setattr(cpu, "build_failure", lambda source: pytest.fail("a plan compiles nothing"))
 
 
 def test_choices_follow_density_unit_and_what_a_layer_sees(monkeypatch) -> None:
@@ -187,7 +187,7 @@ def test_the_ledger_counts_what_the_chosen_kernels_execute() -> None:
 
 def test_kernels_are_built_before_a_run_and_only_where_it_uses_them(monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(cpu, "_build_failure", lambda: asked.append(1) or "cc: exit status 1")
+    monkeypatch.setattr(cpu, "build_failure", lambda source: asked.append(1) or "cc: exit status 1")
     config = load_config([], SETTINGS)
     plan = make_plan(config, 1, "cpu")
     assert not asked

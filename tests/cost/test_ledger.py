@@ -67,9 +67,7 @@ def test_a_step_counts_what_the_model_counts(overrides: tuple[str, ...]) -> None
     wanted = partial(count_flops, model, 4, 24, patterns=decision.patterns)
     assert counted.dense == count_flops(model, 4, 24).total
     assert counted.algorithmic == pytest.approx(wanted(densities=densities).total, rel=1e-6)
-    executed = wanted(
-        densities=densities,
-        linear_density=lambda density: 1.0,  # no kernel takes blocks of 8
+    executed = wanted(  # of the dense layers: no kernel takes blocks of 8
         attention_entries=partial(executed_entries, "auto"),
     )
     assert counted.executed == pytest.approx(executed.total, rel=1e-6)
@@ -84,7 +82,7 @@ def test_a_topology_step_pays_for_its_dense_weight_gradient() -> None:
     usual, changing = controller.begin_step(19), controller.begin_step(21)
     assert changing.dense_gradient_layers == set(controller.layers) and not usual.dense_gradient_layers
     extra = counter.step(work_of(changing, densities)).algorithmic - counter.step(work_of(usual, densities)).algorithmic
-    dense = count_flops(model, 4, 24, densities=densities, dense_weight_gradient=True).weight_gradient
+    dense = count_flops(model, 4, 24).weight_gradient
     sparse = count_flops(model, 4, 24, densities=densities).weight_gradient
     assert extra == pytest.approx(dense - sparse, rel=1e-9)
 
@@ -144,7 +142,7 @@ def test_attention_is_counted_as_a_count_of_the_mask_gives_it(pattern: str, offs
     assert counted.algorithmic - without.total == 6 * 2 * 4 * 2 * 16 * active
     entries = sum(executed_entries("auto", pattern, 24, 4, offset=offset) for offset in shifts)
     # No kernel takes blocks of 8.
-    dense = partial(count_flops, linear_density=lambda density: 1.0, attention_entries=nothing)
+    dense = partial(count_flops, attention_entries=nothing)
     assert counted.executed == pytest.approx(dense(model, 4, 24).total + 6 * 2 * 4 * 2 * 16 * entries, rel=1e-9)
 
 

@@ -87,10 +87,11 @@ def compile_kernel(
             wide = name in FLOATS or name.startswith("previous") or first and made
             signature[name] = "*i32" if name in LISTS else "*fp32" if wide else f"*{NAMES[dtype]}"
             attributes[(place,)] = [["tt.divisibility", 16]]
+        elif name.startswith("strides_"):
+            signature[name] = ("i32", "i32", "i32")
+            attributes |= {(place, number): [["tt.divisibility", 16]] for number in range(3)}
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-            if name.startswith("stride_"):
-                attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     source = ASTSource(function, signature, constants, attributes)
     return compile_source(source, chip, num_warps=tile.warps, num_stages=tile.stages)

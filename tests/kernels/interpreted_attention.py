@@ -36,14 +36,12 @@ def check(
     head_dim: int = 16,
     documents: torch.Tensor | None = None,
     offsets: int | tuple[int, ...] = 0,
-    scale: float | None = None,
 ) -> None:
     """Outputs and all gradients; NaN in any of them fails."""
     tensors = inputs(samples, heads, groups, seq_length, head_dim)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    rest = (scale, documents)
-    got = hybrid_attention(*tensors, pattern, stride, "triton", *rest, offsets=offsets)
-    expected = hybrid_attention(*wide, pattern, stride, "reference", *rest, offsets=offsets)
+    got = hybrid_attention(*tensors, pattern, stride, "triton", documents, offsets=offsets)
+    expected = hybrid_attention(*wide, pattern, stride, "reference", documents, offsets=offsets)
     dy = torch.randn_like(got)
     mine = (got, *torch.autograd.grad(got, tensors, dy))
     reference = (expected, *torch.autograd.grad(expected, wide, dy.double()))
@@ -86,7 +84,7 @@ def edges() -> None:
     with small(tiles_from=9):
         for pattern in ("local", "strided", "sparse", "fixed"):
             for seq_length, stride in ((1, 4), (5, 9), (16, 8), (17, 1), (35, 12)):
-                check(pattern, seq_length, stride, heads=1, head_dim=5, scale=0.7)
+                check(pattern, seq_length, stride, heads=1, head_dim=5)
     check("sparse", 33, 16, heads=1, head_dim=80)
     check("fixed", 33, 16, heads=1, head_dim=24)
 
@@ -110,16 +108,16 @@ def layout() -> None:
     """Any strides of the inputs, no tokens at all, equal bits in every run; what is launched and what it fills."""
     q, k, v = (x.detach() for x in inputs(1, 2, 1, 40, 16))
     for settings in (("fixed", 8), ("sparse", 1)):
-        plain = gpu.attend(q, k, v, *settings, None)
+        plain = gpu.attend(q, k, v, *settings)
         assert plain.transpose(1, 2).is_contiguous()
         turned = [x.mT.contiguous().mT for x in (q, k, v)]
-        assert torch.equal(gpu.attend(*turned, *settings, None), plain)
+        assert torch.equal(gpu.attend(*turned, *settings), plain)
     assert len(launches("sparse", 40, 1)) == 2
-    assert gpu.attend(q[:, :, :0], k[:, :, :0], v[:, :, :0], "local", 8, None).shape == (1, 2, 0, 16)
+    assert gpu.attend(q[:, :, :0], k[:, :, :0], v[:, :, :0], "local", 8).shape == (1, 2, 0, 16)
     twice = []
     for _ in range(2):
         tensors = [x.clone().requires_grad_() for x in (q, k, v)]
-        gpu.attend(*tensors, "fixed", 8, None, None, [1, 2]).square().sum().backward()
+        gpu.attend(*tensors, "fixed", 8, None, [1, 2]).square().sum().backward()
         twice.append([x.grad for x in tensors])
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
 
@@ -141,11 +139,11 @@ def compiled() -> None:
     torch.testing.assert_close(eager, expected, rtol=2e-5, atol=2e-5)
     for documents, extra in ((None, []), (documents_of((7, 13)), [1, 2, 3, 0])):
         q, k, v = (x.detach() for x in tensors)
-        settings = documents, extra, "fixed", 4, 0.25
-        out, lse = gpu.triton_attention_forward(q, k, v, *settings)
+        settings = extra, "fixed", 4
+        out, lse = gpu.triton_attention_forward(q, k, v, documents, *settings)
         for op, given in (
-            (gpu.triton_attention_forward, (q, k, v)),
-            (gpu.triton_attention_backward, (torch.randn_like(out), q, k, v, out, lse)),
+            (gpu.triton_attention_forward, (q, k, v, documents)),
+            (gpu.triton_attention_backward, (torch.randn_like(out), q, k, v, documents, out, lse)),
         ):
             torch.library.opcheck(op, (*given, *settings), test_utils=("test_schema", "test_faketensor"))
 

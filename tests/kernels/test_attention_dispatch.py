@@ -1,4 +1,4 @@
-"""Which attention kernel runs, when a pattern may be widened, dropout, and full attention with documents."""
+"""Which attention kernel runs, when a pattern may be widened, and full attention with documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.kernels.block_sparse.break_even import Measurement, write_table
+from megasparse.kernels.common.tables import Measurement, read_once, write_table
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
@@ -82,7 +82,7 @@ def test_the_table_decides(own) -> None:
     assert mask_limit(FAST, "sparse", 64, "cuda", torch.float32, 64) > 10**9
     far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
     write_table(own, [measurement(ROW, far)], FORMAT)
-    for cached in (break_even._look_up, break_even._read_once):
+    for cached in (break_even._look_up, read_once):
         cached.cache_clear()
     assert mask_limit(*CASE) == 256 and dense_limit(*CASE) == 512
     assert mask_limit(*CASE[:-1], 200) == 128 and dense_limit(*CASE[:-1], 200) == 0
@@ -95,7 +95,7 @@ def test_the_table_decides(own) -> None:
 
 def test_another_machine_does_not_count(own) -> None:
     write_table(own, [measurement(ROW, hardware="another")], FORMAT)
-    break_even._read_once.cache_clear()
+    read_once.cache_clear()
     assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0
 
 
@@ -118,16 +118,6 @@ def test_a_bad_table_is_named_and_passed_over(content, message, own, tmp_path, m
     assert message in break_even.table_problem() and dense_limit(*CASE) == 0
 
 
-def test_no_pattern_is_widened_unless_that_is_allowed(monkeypatch) -> None:
-    monkeypatch.setattr(break_even, "dense_limit", lambda *case: 100)
-    q, k, v = inputs(40)
-    full = hybrid_attention(q, k, v, "full", 4)
-    sparse = hybrid_attention(q, k, v, "sparse", 4, "reference")
-    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4), sparse)
-    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, dense_fallback=True), full)
-    assert torch.equal(hybrid_attention(q, k, v, "sparse", 4, "reference", dense_fallback=True), sparse)
-
-
 def test_measured_rows_are_what_was_asked_for() -> None:
     rows = measure_rows("tiled", "cpu", torch.float32, stride=8, head_dim=8, lengths=(32, 16), heads=1, rounds=1)
     assert [row.pattern for row in rows] == ["local", "strided", "sparse", "fixed"]
@@ -140,7 +130,7 @@ def test_measured_rows_are_what_was_asked_for() -> None:
 def test_full_attention_document_by_document(cuts) -> None:
     documents = torch.stack([torch.bucketize(torch.arange(40), torch.tensor(cuts), right=True), torch.arange(40) // 20])
     q, k, v = inputs(40)
-    wanted, got = (hybrid_attention(q, k, v, "full", 4, kernel, 0.3, documents) for kernel in ("reference", "auto"))
+    wanted, got = (hybrid_attention(q, k, v, "full", 4, kernel, documents) for kernel in ("reference", "auto"))
     assert select_kernel("auto", "full", 40, 4) == "causal"
     dy = torch.randn_like(wanted)
     pairs = [torch.autograd.grad(y, (q, k, v), dy) for y in (got, wanted)]
@@ -161,29 +151,3 @@ def test_full_attention_with_documents_makes_no_square_mask(monkeypatch) -> None
     hybrid_attention(*inputs(40), "full", 4, documents_BT=documents)
     assert [length for length, _ in seen] == [25, 15, 40]
     assert all(options["is_causal"] and "attn_mask" not in options for _, options in seen)
-
-
-def test_dropout() -> None:
-    q, k, v = inputs(64)
-    ones = torch.ones_like(v)
-    for pattern in PATTERNS:
-        torch.manual_seed(5)
-        y = hybrid_attention(q, k, ones, pattern, 8, dropout=0.5)
-        # Every weight is dropped or doubled: sums of them are 1 on average, and seldom exactly.
-        assert 0.9 < y.mean() < 1.1 and (y - 1).abs().max() > 0.1
-        assert torch.equal(hybrid_attention(q, k, v, pattern, 8, dropout=0.0), hybrid_attention(q, k, v, pattern, 8))
-    with pytest.raises(ValueError, match="'tiled' has no dropout; must be one of auto, reference"):
-        hybrid_attention(q, k, v, "sparse", 8, "tiled", dropout=0.1)
-    for impossible in (1.0, -0.1):
-        with pytest.raises(ValueError, match=f"dropout: {impossible} .*must be 0 to below 1"):
-            hybrid_attention(q, k, v, "sparse", 8, dropout=impossible)
-
-
-def test_mistakes_are_named() -> None:
-    q, k, v = inputs(9)
-    with pytest.raises(ValueError, match="got 3 for 4 query heads; must be 1 for all, or 4"):
-        hybrid_attention(q, k, v, "sparse", 4, offsets=(0, 1, 2))
-    with pytest.raises(ValueError, match="offset: 4 is out of range; must be 0 to stride - 1 = 3"):
-        hybrid_attention(q, k, v, "sparse", 4, offsets=4)
-    with pytest.raises(ValueError, match="'causal' does not compute the pattern 'local'; must be auto, ref"):
-        hybrid_attention(q, k, v, "local", 4, "causal")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from processes import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasparse.kernels.block_sparse import apply_mask_, build, build_index, cpu, dense, reference, sparse_linear
+from megasparse.kernels.block_sparse import apply_mask_, build_index, cpu, dense, reference, sparse_linear
+from megasparse.kernels.common.build import load_library
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_kernels = pytest.mark.skipif(
@@ -76,7 +77,7 @@ def test_products_match_the_reference(rows, columns, block, tokens, density, dty
 @pytest.mark.parametrize("tokens", [1, 6, 131])
 def test_pairs_of_bfloat16_give_the_same(monkeypatch, block, tokens) -> None:
     """The layout of AVX-512-BF16, with its instruction spelt out where the processor has none."""
-    monkeypatch.setattr(cpu, "_library", lambda: cpu.declare(build.load_library("MEGASPARSE_PAIRS")))
+    monkeypatch.setattr(cpu, "_library", lambda: cpu.declare(load_library(cpu.SOURCE, "MEGASPARSE_PAIRS")))
     x, dy, weight, bias, index = case(3, 5, block, tokens, 0.5, torch.bfloat16)
     wide = [tensor.double() for tensor in (x, dy, weight, bias)]
     y = cpu.forward(x, weight, bias, index)

@@ -47,7 +47,7 @@ def test_says_why_it_cannot_run(monkeypatch) -> None:
         check_forced("triton", "cpu", torch.float32, 32)
     # A plan may be made where the GPU is not.
     if importlib.util.find_spec("triton") is not None:
-        assert gpu.why_not_planned("cuda", torch.bfloat16, 64) is None
+        assert gpu.why_not("cuda", torch.bfloat16, 64, planned=True) is None
     with pytest.raises(ValueError, match="cannot be tuned here"):
         tuning.tune_layer("cpu", torch.float32, 32, 8, (64, 64), 0.5)
 

@@ -62,11 +62,11 @@ def test_bad_patterns_are_named() -> None:
 def test_new_tokens_get_what_the_whole_sequence_gives_them(patterns, groups) -> None:
     T, stride = 23, 4
     q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64) for heads in (6, groups, groups))
-    expected = hybrid_attention(q, k, v, patterns, stride, "reference", scale=0.7)
+    expected = hybrid_attention(q, k, v, patterns, stride, "reference")
     # What lies behind the new tokens must not be read.
     kept = [torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (k, v)]
     for first in (1, 3, 4, 7, 8, 15, 21, 22):
-        got = attend_cached(q[:, :, first:], *kept, patterns, stride, first, scale=0.7)
+        got = attend_cached(q[:, :, first:], *kept, patterns, stride, first)
         torch.testing.assert_close(got, expected[:, :, first:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 
 from megasparse.kernels.block_sparse import break_even as tables
 from megasparse.kernels.block_sparse import (
-    build,
     build_index,
     check_forced,
     choose,
@@ -20,20 +20,15 @@ from megasparse.kernels.block_sparse import (
     refresh_index,
     sparse_linear,
 )
-from megasparse.kernels.block_sparse.break_even import (
-    FALLBACK,
-    SHIPPED,
-    Measurement,
-    Row,
-    measured,
-    merged,
-    read_table,
-    write_table,
-)
+from megasparse.kernels.block_sparse.break_even import FALLBACK, FORMAT, SHIPPED, Row, measured, read_table
 from megasparse.kernels.block_sparse.measure import LAYERS, break_even, efficiency, measure_row, parse_shape, speedup
+from megasparse.kernels.common import build
+from megasparse.kernels.common import tables as common_tables
+from megasparse.kernels.common.tables import Measurement, merged, read_once
 from megasparse.utils.hardware import hardware_name
 
 F32 = torch.float32
+write_table = partial(common_tables.write_table, form=FORMAT)
 
 
 def row(break_even: float, *, block: int = 64, tokens: int = 2048, widths=(768, 3072), dtype="float32") -> Row:
@@ -59,10 +54,10 @@ def own(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def never_built(monkeypatch) -> None:
-    def build_failure() -> str:
+    def build_failure(source: Path) -> str:
         raise AssertionError("nothing may be compiled here")
 
-    monkeypatch.setattr(cpu, "_build_failure", build_failure)
+    monkeypatch.setattr(cpu, "build_failure", build_failure)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path) -> None:
@@ -129,7 +124,7 @@ def test_of_shipped_measurements_the_nearest_number_of_threads_counts(own) -> No
 
 def forget() -> None:
     tables._look_up.cache_clear()
-    tables._read_once.cache_clear()
+    read_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +146,7 @@ def test_a_corrupt_table_is_named_and_passed_over(own, text, words) -> None:
     assert measured("cpu", "cpu", F32, 64, 2048) == 0.25
     problem = tables.table_problem()
     assert str(own) in problem and words in problem
-    with pytest.raises(ValueError, match="no table of break-even densities"):
+    with pytest.raises(ValueError, match="no table of break-even measurements"):
         read_table(own)
 
 
@@ -204,7 +199,7 @@ def test_a_forced_kernel_that_cannot_run_is_refused(never_built, kernel, device,
 
 
 def test_a_failed_build_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_build_failure", lambda: "cc: exit status 1")
+    monkeypatch.setattr(cpu, "build_failure", lambda source: "cc: exit status 1")
     name, reason = explain("cpu", F32, 64)
     assert name is None and "cc: exit status 1" in reason
     assert choose("auto", "cpu", F32, 64, 2048, 0.1) == "dense"

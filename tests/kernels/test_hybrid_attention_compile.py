@@ -46,7 +46,7 @@ def calls(monkeypatch) -> dict[str, tuple]:
 @pytest.mark.parametrize(("pattern", "offset"), [("full", 0), ("sparse", 0), ("strided", 3), ("fixed", 1)])
 def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None
-    y = hybrid_attention(*inputs(dtype), pattern, STRIDE, "tiled", None, documents, offsets=offset)
+    y = hybrid_attention(*inputs(dtype), pattern, STRIDE, "tiled", documents, offsets=offset)
     y.sum().backward()
     assert len(calls) == 2
     for name, arguments in calls.items():
@@ -62,8 +62,7 @@ def test_compiled_equals_eager(patterns, kernel, with_documents) -> None:
     q, k, v = inputs()
 
     def attend(q, k, v):
-        options = {"offsets": (0, 1, 2, 3), "dense_fallback": kernel == "auto"}
-        return hybrid_attention(q, k, v, patterns, STRIDE, kernel, None, documents, **options)
+        return hybrid_attention(q, k, v, patterns, STRIDE, kernel, documents, offsets=(0, 1, 2, 3))
 
     results = []
     for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):

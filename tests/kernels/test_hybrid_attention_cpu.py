@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megasparse.kernels.block_sparse.build import load_library
+from megasparse.kernels.common.build import load_library
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     active_entries,
@@ -57,15 +57,15 @@ def offset_mask(pattern: str, seq_length: int, stride: int, offset: int) -> Tens
     return sees[pattern] & (q >= k)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return (q @ k.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
-def check(q, k, v, patterns, stride, *, offsets=0, documents=None, scale=None) -> None:
+def check(q, k, v, patterns, stride, *, offsets=0, documents=None) -> None:
     """Outputs and all gradients; NaN in any of them fails."""
-    y = cpu.attend(q, k, v, patterns, stride, scale, documents, offsets)
-    (_, num_heads, seq_length, head_dim), dtype = q.shape, q.dtype
+    y = cpu.attend(q, k, v, patterns, stride, documents, offsets)
+    (_, num_heads, seq_length, _), dtype = q.shape, q.dtype
     names = [patterns] * num_heads if isinstance(patterns, str) else patterns
     shifts = [offsets] * num_heads if isinstance(offsets, int) else offsets
     masks = [offset_mask(name, seq_length, stride, shift) for name, shift in zip(names, shifts, strict=True)]
@@ -73,7 +73,7 @@ def check(q, k, v, patterns, stride, *, offsets=0, documents=None, scale=None) -
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = softmax_attention(*wide, mask, head_dim**-0.5 if scale is None else scale)
+    expected = softmax_attention(*wide, mask)
     dy = torch.randn_like(y)
     got = (y, *torch.autograd.grad(y, (q, k, v), dy))
     wanted = (expected, *torch.autograd.grad(expected, wide, dy.double()))
@@ -122,7 +122,7 @@ def test_offsets_of_the_stride(pattern: str) -> None:
 @needs_kernel
 def test_the_layout_of_wide_vectors_gives_the_same(monkeypatch) -> None:
     """That of AVX-512, with the vectors that this processor has."""
-    library = cpu.declare(load_library("MEGASPARSE_WIDE", source=cpu.SOURCE))
+    library = cpu.declare(load_library(cpu.SOURCE, "MEGASPARSE_WIDE"))
     monkeypatch.setattr(cpu, "_library", lambda: library)
     for pattern in PATTERNS:
         for seq_length, stride, head_dim in ((1, 1, 5), (50, 4, 24), (300, 128, 16), (130, 7, 33)):
@@ -131,9 +131,9 @@ def test_the_layout_of_wide_vectors_gives_the_same(monkeypatch) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("groups", [6, 3, 2, 1])
-def test_grouped_heads_mixed_patterns_and_scale(groups: int) -> None:
+def test_grouped_heads_and_mixed_patterns(groups: int) -> None:
     patterns = ("full", "sparse", "local", "fixed", "sparse", "strided")
-    check(*inputs(6, groups, 75), patterns, 8, scale=0.9, documents=documents_of(75), offsets=[0, 1, 2, 3, 4, 5])
+    check(*inputs(6, groups, 75), patterns, 8, documents=documents_of(75), offsets=[0, 1, 2, 3, 4, 5])
 
 
 @needs_kernel
@@ -149,11 +149,11 @@ def test_dtypes_and_head_dims(dtype: torch.dtype, head_dim: int) -> None:
 def test_every_finite_value_is_widened_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
     values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     values = torch.where(values.isfinite(), values, 0).view(1, 1, -1, 64)
-    same = cpu.attend(torch.zeros_like(values), torch.zeros_like(values), values, "local", 1, None)
+    same = cpu.attend(torch.zeros_like(values), torch.zeros_like(values), values, "local", 1)
     assert torch.equal(same, values)
     # Two equal weights: the mean of each token and the one before it.
     mixed = values.flatten()[torch.randperm(2**16)].view(1, 1, -1, 64)
-    mean = cpu.attend(torch.zeros_like(mixed), torch.zeros_like(mixed), mixed, "local", 2, None)
+    mean = cpu.attend(torch.zeros_like(mixed), torch.zeros_like(mixed), mixed, "local", 2)
     expected = ((mixed[:, :, 1:].float() + mixed[:, :, :-1].float()) * 0.5).to(dtype)
     assert torch.equal(mean[:, :, 1:], expected)
 
@@ -165,7 +165,7 @@ def test_mixed_heads_go_through_the_public_function() -> None:
     documents = documents_of(75)
     results = []
     for kernel in ("cpu", "reference"):
-        y = hybrid_attention(q, k, v, patterns, 8, kernel, 0.9, documents)
+        y = hybrid_attention(q, k, v, patterns, 8, kernel, documents)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
@@ -175,7 +175,7 @@ def test_mixed_heads_go_through_the_public_function() -> None:
 def test_scores_of_any_size_stay_finite() -> None:
     q, k, v = inputs(2, 2, 70)
     for pattern, factor in product(PATTERNS, (1e3, -1e3)):
-        y = cpu.attend(q * factor, k * 30, v, pattern, 16, None)
+        y = cpu.attend(q * factor, k * 30, v, pattern, 16)
         gradients = torch.autograd.grad(y.sum(), (q, k, v))
         assert all(tensor.isfinite().all() for tensor in (y, *gradients))
 
@@ -189,8 +189,8 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
     for pattern in PATTERNS:
         broken = q.detach().clone()
         broken[0, 0, 40] = bad
-        assert not cpu.attend(broken, k, v, pattern, 16, None)[0, 0, 40].isfinite().any()
-        y = cpu.attend(q, k, v, pattern, 16, None)
+        assert not cpu.attend(broken, k, v, pattern, 16)[0, 0, 40].isfinite().any()
+        y = cpu.attend(q, k, v, pattern, 16)
         dy = torch.zeros_like(y)
         dy[0, 0, 40] = bad
         assert not any(gradient.isfinite().all() for gradient in torch.autograd.grad(y, (q, k, v), dy))
@@ -201,7 +201,7 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
 def test_no_query_sees_another_document(pattern: str) -> None:
     q, k, v = inputs(2, 2, 40)
     documents = torch.tensor([0] * 13 + [3] * 17 + [4] * 10).repeat(2, 1)
-    y = cpu.attend(q, k, v, pattern, 4, None, documents)
+    y = cpu.attend(q, k, v, pattern, 4, documents)
     for gradient in torch.autograd.grad(y[:, :, 13:30].sum(), (k, v)):
         assert gradient[:, :, :13].abs().max() == 0
         assert gradient[:, :, 30:].abs().max() == 0
@@ -216,7 +216,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     dy, results = torch.randn_like(q), []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        y = cpu.attend(q, k, v, patterns, 16, None, offsets=[0, 3, 0, 2, 0, 5])
+        y = cpu.attend(q, k, v, patterns, 16, offsets=[0, 3, 0, 2, 0, 5])
         results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
@@ -228,12 +228,12 @@ def test_inputs_with_gaps_between_rows_and_elements() -> None:
     qkv = torch.stack([x.detach().transpose(1, 2) for x in (q, k, v)], 2).flatten(2)
     views = [x.view(2, 50, 2, 16).transpose(1, 2) for x in qkv.split(32, -1)]
     apart = [torch.stack([x.detach(), x.detach()], -1)[..., 1] for x in (q, k, v)]
-    expected = cpu.attend(q, k, v, "sparse", 8, None)
+    expected = cpu.attend(q, k, v, "sparse", 8)
     dy = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (q, k, v), dy)
     for tensors in (views, apart):
         leaves = [x.requires_grad_() for x in (x.detach() for x in tensors)]
-        y = cpu.attend(*leaves, "sparse", 8, None)
+        y = cpu.attend(*leaves, "sparse", 8)
         got = torch.autograd.grad(y, leaves, torch.stack([dy, dy], -1)[..., 0])
         assert torch.equal(y, expected) and all(map(torch.equal, got, wanted))
 
@@ -296,7 +296,7 @@ def test_memory_is_linear(pattern: str) -> None:
     for seq_length in (1024, 2048):
         q, k, v = inputs(1, 1, seq_length, head_dim=4, samples=1)
         with LargestTensor() as most:
-            cpu.attend(q, k, v, pattern, 64, None).sum().backward()
+            cpu.attend(q, k, v, pattern, 64).sum().backward()
         largest.append(most.numel)
     assert largest[1] <= 2.1 * largest[0] and largest[1] < 2048 * 2048 // 8
 
@@ -317,7 +317,7 @@ def test_recomputation_gives_the_same_gradients() -> None:
 def test_operators_keep_the_rules() -> None:
     for groups, documents in ((2, None), (1, documents_of(20))):
         q, k, v = (x.detach() for x in inputs(2, groups, 20))
-        settings = [3, 2], 4, [0, 1], 0.5
+        settings = [3, 2], 4, [0, 1]
         out, lse = cpu.attention_cpu_forward(q, k, v, documents, *settings)
         torch.library.opcheck(torch.ops.megasparse.attention_cpu_forward.default, (q, k, v, documents, *settings))
         arguments = torch.randn_like(out), q, k, v, documents, out, lse, *settings
@@ -381,7 +381,7 @@ def test_without_a_working_compiler_tiled_runs_and_a_forced_kernel_is_refused(tm
 
 
 def test_a_plan_looks_for_a_compiler_and_builds_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_build_failure", lambda: pytest.fail("it builds"))
+    monkeypatch.setattr(cpu, "build_failure", lambda source: pytest.fail("it builds"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert select_kernel("auto", "sparse", 4096, 64, planned=True) == "tiled"
     with pytest.raises(ValueError, match="'cpu' cannot run: no C.. compiler found: no-such-compiler"):

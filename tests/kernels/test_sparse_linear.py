@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.kernels.block_sparse import (
     apply_mask_,
     build_index,
-    executed_density,
+    choose,
     sparse_embedding,
     sparse_linear,
 )
@@ -180,10 +180,10 @@ def test_unknown_kernel_names_the_possible_ones() -> None:
     for call in (
         lambda: sparse_linear(x, weight, bias, build_index(mask, 4), False, kernel="fst"),
         lambda: sparse_linear(x, weight, bias, None, False, kernel="fst"),
-        lambda: executed_density("fst", "cpu", torch.float32, 4, 8, 0.1),
+        lambda: choose("fst", "cpu", torch.float32, 4, 8, 0.1),
     ):
         with pytest.raises(ValueError, match="'fst'.*auto, dense, reference"):
             call()
-    assert executed_density("reference", "cpu", torch.float32, 16, 8, 0.1) == 1.0
+    assert choose("reference", "cpu", torch.float32, 16, 8, 0.1) == "reference"
     # No block-sparse kernel takes blocks of 4.
-    assert executed_density("auto", "cpu", torch.float32, 4, 8, 0.1) == 1.0
+    assert choose("auto", "cpu", torch.float32, 4, 8, 0.1) == "dense"

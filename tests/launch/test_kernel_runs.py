@@ -12,7 +12,7 @@ import torch
 from runs import REPOSITORY, command, curve, metrics, run
 
 from megasparse.config.loader import load_config
-from megasparse.kernels.block_sparse.break_even import Measurement, write_table
+from megasparse.kernels.common.tables import Measurement, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
 from megasparse.utils.hardware import hardware_name
@@ -61,7 +61,7 @@ def test_the_tuner_writes_a_table_that_its_machine_reads(tmp_path: Path) -> None
     (measurement,) = json.loads(table.read_text())["measurements"]
     assert measurement["device"] == "cpu" and measurement["threads"] == 1 and len(measurement["rows"]) == 1
     table.write_text("{")
-    assert "no table of break-even densities" in run(tool, variables=variables, expect=2).stdout
+    assert "no table of break-even measurements" in run(tool, variables=variables, expect=2).stdout
     assert table.read_text() == "{"
 
 

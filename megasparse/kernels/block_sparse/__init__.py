@@ -8,8 +8,6 @@ units, [out / unit, in / unit].
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +24,6 @@ __all__ = [
     "check_forced",
     "check_name",
     "choose",
-    "executed_density",
     "explain",
     "refresh_index",
     "sparse_embedding",
@@ -80,18 +77,3 @@ def sparse_embedding(
     if index is None:
         return F.embedding(ids, weight)
     return SparseEmbedding.apply(ids, weight, index.mask, index.block_size, dense_gradient)
-
-
-def executed_density(
-    kernel: str,
-    device: str,
-    dtype: torch.dtype,
-    block_size: int,
-    tokens: int,
-    density: float,
-    widths: tuple[int, int] | None = None,
-    **options: Any,
-) -> float:
-    """Share of the dense work that is really done at this density; the arguments are those of `choose`."""
-    backend = choose(kernel, device, dtype, block_size, tokens, density, widths, **options)
-    return 1.0 if backend in ("dense", "reference") else density

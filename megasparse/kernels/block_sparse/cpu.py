@@ -1,45 +1,38 @@
 """The sparse linear layer on CPUs: products over active blocks in C++ (block_products.cpp), float32 and bfloat16.
 
 Work and scratch memory are proportional to the active blocks and, for the weight gradient, to a tile of tokens;
-sums are made in float32. The library is built on first use (build.py). ``why_not`` says where it cannot run.
+sums are made in float32. The library is built on first use (``common.build``). ``why_not`` says where it cannot run.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 
+SOURCE = Path(__file__).with_name("block_products.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 UNITS = (16, 32, 64, 128)
 
 
-def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = False) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a block side; None where they can.
 
-    Builds them, if nothing else is in the way.
+    Builds them, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype, block_size) or _build_failure()
-
-
-def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
-    """The same as far as it can be told without a build."""
-    return _unsupported(device, dtype, block_size) or _no_compiler()
-
-
-def _unsupported(device: str, dtype: torch.dtype, block_size: int) -> str | None:
     if device != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
     if block_size not in UNITS:
         return f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
-    return None
+    return no_compiler() if planned else build_failure(SOURCE)
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -73,22 +66,10 @@ def _product(
     size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), block_size, threads)
     scratch = torch.empty(size, dtype=torch.uint8)
     library.megasparse_product(
-        is_bfloat16,
-        a.data_ptr(),
-        a.stride(0),
-        a.shape[0],
-        weight.data_ptr(),
-        weight.stride(0),
-        transposed,
-        None if bias is None else bias.data_ptr(),
-        c.data_ptr(),
-        c.stride(0),
-        num_groups,
-        offsets.data_ptr(),
-        indices.data_ptr(),
-        block_size,
-        scratch.data_ptr(),
-        threads,
+        *(is_bfloat16, *_matrix(a), a.shape[0]),
+        *(*_matrix(weight), transposed, None if bias is None else bias.data_ptr()),
+        *(*_matrix(c), num_groups, offsets.data_ptr(), indices.data_ptr()),
+        *(block_size, scratch.data_ptr(), threads),
     )
     return c
 
@@ -102,27 +83,19 @@ def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias:
     # Pages that the system hands out zeroed cost nothing until an active block is written.
     dweight = torch.zeros(num_rows * block_size, num_columns * block_size, dtype=x_NI.dtype)
     dbias = dy_NO.new_zeros(num_rows * block_size) if needs_bias else None
+    lists = index.row_offsets, index.columns, index.rows, index.column_offsets
     library.megasparse_weight_gradient(
-        is_bfloat16,
-        dy_NO.data_ptr(),
-        dy_NO.stride(0),
-        x_NI.data_ptr(),
-        x_NI.stride(0),
-        x_NI.shape[0],
-        num_rows,
-        num_columns,
-        index.row_offsets.data_ptr(),
-        index.columns.data_ptr(),
-        index.rows.data_ptr(),
-        index.column_offsets.data_ptr(),
-        block_size,
-        dweight.data_ptr(),
-        dweight.stride(0),
-        None if dbias is None else dbias.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
+        *(is_bfloat16, *_matrix(dy_NO), *_matrix(x_NI), x_NI.shape[0]),
+        *(num_rows, num_columns, *(x.data_ptr() for x in lists), block_size),
+        *(*_matrix(dweight), None if dbias is None else dbias.data_ptr()),
+        *(scratch.data_ptr(), torch.get_num_threads()),
     )
     return dweight, dbias
+
+
+def _matrix(matrix: Tensor) -> tuple[int, int]:
+    """Address, and the step between rows."""
+    return matrix.data_ptr(), matrix.stride(0)
 
 
 def _readable(matrix: Tensor) -> Tensor:
@@ -131,26 +104,9 @@ def _readable(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 and words else matrix.contiguous()
 
 
-def _no_compiler() -> str | None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _build_failure() -> str | None:
-    try:
-        load_library()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    return declare(load_library())
+    return declare(load_library(SOURCE))
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

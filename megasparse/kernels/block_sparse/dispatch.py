@@ -18,13 +18,11 @@ from megasparse.kernels.block_sparse.break_even import measured
 
 KERNELS = ("auto", "dense", "reference", "cpu", "triton")
 
-WhyNot = Callable[[str, torch.dtype, int], str | None]
+WhyNot = Callable[[str, torch.dtype, int, bool], str | None]
 
-# Backends that save work, with the reason why they cannot run on (device type, dtype, unit), or None.
+# Backends that save work, with the reason why they cannot run on (device type, dtype, unit), or None; it may be asked
+# for a plan.
 WHY_NOT: Mapping[str, WhyNot] = MappingProxyType({"cpu": cpu.why_not, "triton": gpu.why_not})
-
-# The same for plans.
-WHY_NOT_PLANNED: Mapping[str, WhyNot] = MappingProxyType({"cpu": cpu.why_not_planned, "triton": gpu.why_not_planned})
 
 
 def choose(
@@ -68,8 +66,8 @@ def choose(
 def explain(device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> tuple[str | None, str]:
     """(The backend that saves work there, "") or (None, the reasons why none does)."""
     reasons = []
-    for name in WHY_NOT:
-        reason = _why_not(name, planned)(device, dtype, block_size)
+    for name, why_not in WHY_NOT.items():
+        reason = why_not(device, dtype, block_size, planned)
         if reason is None:
             return name, ""
         reasons.append(f"{name}: {reason}")
@@ -85,11 +83,8 @@ def check_name(kernel: str) -> None:
 def check_forced(kernel: str, device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> None:
     """Raise ValueError where a kernel that was asked for by name cannot run."""
     check_name(kernel)
-    reason = _why_not(kernel, planned)(device, dtype, block_size) if kernel in WHY_NOT else None
+    place = device, dtype, block_size, planned
+    reason = WHY_NOT[kernel](*place) if kernel in WHY_NOT else None
     if reason is not None:
-        runs = [k for k in KERNELS if k not in WHY_NOT or _why_not(k, planned)(device, dtype, block_size) is None]
+        runs = [k for k in KERNELS if k not in WHY_NOT or WHY_NOT[k](*place) is None]
         raise ValueError(f"block_sparse kernel: {kernel!r} cannot run: {reason}; here it must be {', '.join(runs)}")
-
-
-def _why_not(kernel: str, planned: bool) -> WhyNot:
-    return (WHY_NOT_PLANNED if planned else WHY_NOT)[kernel]

@@ -5,7 +5,7 @@ CUDA graphs can capture every launch. Nothing is read or multiplied outside of a
 filled with zeros and its active blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on
 first use.
 
-Where they run, and with which dtypes: ``triton_device``. UNITS are the block sides.
+Where they run, and with which dtypes: ``common.triton_device``. UNITS are the block sides.
 
 Names: N tokens, I input width, O output width, R block rows, L active blocks.
 """
@@ -14,31 +14,30 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megasparse.kernels import triton_device
 from megasparse.kernels.block_sparse import dense, tile_cache
 from megasparse.kernels.block_sparse.index import BlockIndex
-from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile, power_of_two
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile
+from megasparse.kernels.common import triton_device
+from megasparse.kernels.common.triton_device import power_of_two
 
 UNITS = (16, 32, 64, 128)
 
 
-def why_not(device: str, dtype: torch.dtype, block_size: int) -> str | None:
-    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can."""
-    return why_not_planned(device, dtype, block_size) or (triton_device.unsuited_device() if device == "cuda" else None)
+def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = False) -> str | None:
+    """Why these kernels cannot run on a device type with a dtype and a block side; None where they can.
 
-
-def why_not_planned(device: str, dtype: torch.dtype, block_size: int) -> str | None:
-    """The same as far as it can be told where the GPU is not."""
+    planned: says what can be told where the GPU is not.
+    """
     reason = triton_device.wrong_type(device, dtype)
-    if reason is not None:
-        return reason
-    if block_size not in UNITS:
-        return f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
-    return triton_device.missing_triton()
+    if reason is None and block_size not in UNITS:
+        reason = f"sparsity.block_size {block_size}; supported: {', '.join(map(str, UNITS))}"
+    reason = reason or triton_device.missing_triton()
+    return reason or (triton_device.unsuited_device() if device == "cuda" and not planned else None)
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
@@ -94,15 +93,9 @@ def weight_gradient(
             *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows),
             *(tokens, tokens_per_split, num_rows, index.num_active),
             *(dy_NO.stride(0), x_NI.stride(0), stride_out),
-            UNIT=block_size,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
             MAX_ROWS=power_of_two(num_rows),
             PARTIAL=splits > 1,
-            PRECISION=triton_device.precision(x_NI.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_constants(tile, block_size, x_NI.dtype),
         )
         if splits > 1:
             rows = min(block_size, 32)
@@ -147,15 +140,9 @@ def _product(
         _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
             *(a, weight, a if bias is None else bias, c, offsets, indices if indices.numel() else offsets, order),
             *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, c.stride(0)),
-            UNIT=block_size,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
             GROUP=tile.group,
             HAS_BIAS=bias is not None,
-            PRECISION=triton_device.precision(a.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_constants(tile, block_size, a.dtype),
         )
     return c
 
@@ -163,6 +150,13 @@ def _product(
 def problem(kernel: str, a: Tensor, block_size: int, groups: int, num_active: int) -> tile_cache.Problem:
     """What the tile of a product depends on. `a`: an input of it, a row for each token; the rest as in ``Problem``."""
     return tile_cache.Problem(kernel, _device_name(a.device), a.dtype, block_size, a.shape[0], groups, num_active)
+
+
+def _constants(tile: Tile, block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        **{"UNIT": block_size, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth},
+        **{"PRECISION": triton_device.precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages},
+    }
 
 
 def _splits(programs: int, tokens: int, device: torch.device) -> int:

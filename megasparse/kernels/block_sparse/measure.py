@@ -1,14 +1,10 @@
-"""Measures one sparse layer against dense products, forward and backward through autograd as training runs it.
+"""Measures one sparse layer against dense products, in turns (``common.medians``).
 
-    row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(768, 3072))
-
-Ours and dense take turns, so that a machine that is busy for a while is unfair to neither; times are medians.
+row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(768, 3072))
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +15,7 @@ from megasparse.kernels.block_sparse import linear
 from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.dense import apply_mask_
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+from megasparse.kernels.common.medians import medians, training_pass
 from megasparse.utils.dtypes import dtype_name
 
 DENSITIES = (0.1, 0.4, 0.7, 1.0)
@@ -52,10 +49,10 @@ def measure_row(
         torch.randn(*shape, device=device).to(dtype)
         for shape in ((tokens, in_features), (out_features, in_features), (out_features,), (tokens, out_features))
     )
-    layers = [_random_layer(dense_weight, block, density) for density in densities]
-    passes = [_training_pass(F.linear, x, dense_weight, bias, dy)]
+    layers = [random_layer(dense_weight, block, density) for density in densities]
+    passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
-        passes.append(_training_pass(_sparse(index, backend), x, weight, bias, dy))
+        passes.append(training_pass(_sparse(index, backend), (x, weight, bias), dy))
     dense_seconds, *seconds = medians(passes, device, rounds)
     by_density = {index.density: value for (_, index), value in zip(layers, seconds, strict=True)}
     return Row(
@@ -90,14 +87,16 @@ def break_even(dense_seconds: float, seconds: dict[float, float]) -> float:
 
 def speedup(row: Row, density: float) -> float:
     """Dense time over ours at the measured density that is nearest."""
-    nearest = min(row.seconds, key=lambda measured: abs(float(measured) - density))
-    return row.dense_seconds / row.seconds[nearest]
+    return row.dense_seconds / row.seconds[_nearest(row, density)]
 
 
 def efficiency(row: Row, density: float) -> float:
     """Speed-up times density: 1 where an active weight costs what a dense one does."""
-    nearest = min(row.seconds, key=lambda measured: abs(float(measured) - density))
-    return row.dense_seconds / row.seconds[nearest] * float(nearest)
+    return speedup(row, density) * float(_nearest(row, density))
+
+
+def _nearest(row: Row, density: float) -> str:
+    return min(row.seconds, key=lambda measured: abs(float(measured) - density))
 
 
 def parse_shape(words: str) -> tuple[tuple[int, int], ...]:
@@ -110,46 +109,17 @@ def parse_shape(words: str) -> tuple[tuple[int, int], ...]:
     return ((int(sides[0]), int(sides[1])),)
 
 
-def _random_layer(dense_weight: Tensor, block: int, density: float) -> tuple[Tensor, BlockIndex]:
+def random_layer(
+    dense_weight: Tensor, block: int, density: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, BlockIndex]:
+    """The weight with random active blocks, at least one, and their index. generator: on the CPU."""
     grid = dense_weight.shape[0] // block, dense_weight.shape[1] // block
     num_units = grid[0] * grid[1]
     mask = torch.zeros(num_units, dtype=torch.bool)
-    mask[torch.randperm(num_units)[: max(round(density * num_units), 1)]] = True
+    mask[torch.randperm(num_units, generator=generator)[: max(round(density * num_units), 1)]] = True
     mask = mask.view(grid).to(dense_weight.device)
     return apply_mask_(dense_weight.clone(), mask, block), build_index(mask, block)
 
 
 def _sparse(index: BlockIndex, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, weight, bias: linear.apply(x, weight, bias, index, False, backend)
-
-
-def _training_pass(
-    layer: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor
-) -> Callable[[], None]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-
-    def run() -> None:
-        torch.autograd.grad(layer(*leaves), leaves, dy)
-
-    return run
-
-
-def medians(passes: Sequence[Callable[[], None]], device: str, rounds: int) -> list[float]:
-    """Median seconds of each pass over the rounds, in which they take turns; one more round warms up."""
-    times: list[list[float]] = [[] for _ in passes]
-    for number in range(rounds + 1):
-        for own, run in zip(times, passes, strict=True):
-            elapsed = _seconds(run, device)
-            if number:
-                own.append(elapsed)
-    return [statistics.median(own) for own in times]
-
-
-def _seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -7,7 +7,6 @@ at once.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,8 +15,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from megasparse.kernels.block_sparse.build import cache_folder
-from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted, power_of_two
+from megasparse.kernels.block_sparse.tiles import Tile, default_tile, fits, fitted
+from megasparse.kernels.common.build import cache_folder
+from megasparse.kernels.common.tables import read_format
+from megasparse.kernels.common.triton_device import power_of_two
 from megasparse.utils.files import write_json
 
 FILE_NAME = "triton_tiles.json"
@@ -75,10 +76,7 @@ def store(tiles: dict[str, Tile]) -> None:
 def load(file: Path) -> dict[str, Tile]:
     """The tiles of a file by problem; none, with a warning, where it is not a file of ours."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        return {key: Tile(**tile) for key, tile in content["tiles"].items()}
+        return {key: Tile(**tile) for key, tile in read_format(file, FORMAT)["tiles"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

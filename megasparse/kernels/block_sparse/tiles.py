@@ -13,6 +13,8 @@ from itertools import product
 
 import torch
 
+from megasparse.kernels.common.triton_device import power_of_two
+
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
 
 
@@ -90,8 +92,3 @@ def fitted(tile: Tile, kernel: str, block_size: int, tokens: int, active_per_row
         return replace(tile, rows=min(tile.rows, least))
     columns = block_size * power_of_two(round(active_per_row))
     return replace(tile, columns=min(tile.columns, columns), depth=min(tile.depth, least))
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(number - 1, 0).bit_length()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse import dense, gpu, tile_cache
-from megasparse.kernels.block_sparse.index import build_index
+from megasparse.kernels.block_sparse import gpu, tile_cache
+from megasparse.kernels.block_sparse.measure import random_layer
 from megasparse.kernels.block_sparse.tiles import (
     FORWARD,
     INPUT_GRADIENT,
@@ -59,22 +59,17 @@ def tune_layer(
     if reason is not None:
         raise ValueError(f"block_sparse kernel: 'triton' cannot be tuned here: {reason}")
     in_features, out_features = widths
-    num_rows, num_columns = out_features // block_size, in_features // block_size
-    num_active = max(1, round(density * num_rows * num_columns))
-    mask = torch.zeros(num_rows * num_columns, dtype=torch.bool)
-    mask[torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))[:num_active]] = True
-    index = build_index(mask.view(num_rows, num_columns).to(device), block_size, num_active)
     x, dy = (torch.randn(tokens, width, device=device, dtype=dtype) for width in widths)
-    weight = dense.apply_mask_(
-        torch.randn(out_features, in_features, device=device, dtype=dtype), index.mask, block_size
-    )
+    dense_weight = torch.randn(out_features, in_features, device=device, dtype=dtype)
+    weight, index = random_layer(dense_weight, block_size, density, torch.Generator().manual_seed(0))
+    num_rows, num_columns = index.mask.shape
     products: dict[str, tuple[int, Callable[[Tile], Tensor]]] = {
         FORWARD: (num_rows, lambda tile: gpu.forward(x, weight, None, index, tile)),
         INPUT_GRADIENT: (num_columns, lambda tile: gpu.input_gradient(dy, weight, index, tile)),
         WEIGHT_GRADIENT: (num_rows, lambda tile: gpu.weight_gradient(dy, x, index, tile)),
     }
     return {
-        kernel: tune(gpu.problem(kernel, x, block_size, groups, num_active), run, measure or _benchmark, limit)
+        kernel: tune(gpu.problem(kernel, x, block_size, groups, index.num_active), run, measure or _benchmark, limit)
         for kernel, (groups, run) in products.items()
     }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, reference, tiled
 from megasparse.kernels.hybrid_attention.cached import attend_cached
+from megasparse.kernels.hybrid_attention.operators import kept_on_device
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
     active_entries,
@@ -51,7 +51,7 @@ class AttentionKernel:
     """A way to compute attention under one pattern and offset, and the count of the scores that it computes."""
 
     attend: Attend
-    """(queries, keys, values, pattern, stride, scale, documents, offset) -> outputs."""
+    """(queries, keys, values, pattern, stride, documents, offset) -> outputs. Scores are scaled by 1 / sqrt(D)."""
     executed_entries: Callable[[str, int, int, int], int]
     """(pattern, seq_length, stride, offset) -> scores."""
     patterns: tuple[str, ...] | None = None
@@ -83,14 +83,11 @@ def hybrid_attention(
     patterns: str | Sequence[str],
     stride: int,
     kernel: str = "auto",
-    scale: float | None = None,
     documents_BT: torch.Tensor | None = None,
     *,
     offsets: int | Sequence[int] = 0,
-    dropout: float = 0.0,
-    dense_fallback: bool = False,
 ) -> torch.Tensor:
-    """Causal softmax attention in which each query head sees the keys of its pattern.
+    """Causal softmax attention in which each query head sees the keys of its pattern; scores are scaled by 1 / sqrt(D).
 
     Args:
         q_BHTD: queries, float32, bfloat16 or float16.
@@ -98,20 +95,17 @@ def hybrid_attention(
         patterns: one name for all heads, or one name per query head; see `patterns.py` for their definition.
         stride: s of the patterns, in tokens.
         kernel: `auto` for the fastest one that supports the input, or a name from `KERNELS`.
-        scale: factor of the scores before the softmax; None: 1 / sqrt(D).
         documents_BT: number of the document of each token, integers that never decrease along the tokens. No query
             sees a key of another document. Positions in the patterns stay those in the sequence: a document does
             not start new blocks or residues.
         offsets: offset of the stride, one for all heads, or one per query head.
-        dropout: probability with which a weight of the softmax is dropped; the reference kernel only.
-        dense_fallback: `auto` may widen a pattern to `full` where that was measured to be faster, see `widened`.
 
     Returns:
         [B, H, T, D] in the dtype of the queries.
 
     Raises:
         ValueError: unknown kernel or pattern, a count of patterns or offsets other than 1 or H, an offset outside
-            [0, stride), H not a multiple of G, documents of another shape or type, or a kernel without dropout.
+            [0, stride), H not a multiple of G, or documents of another shape or type.
     """
     num_heads, num_groups, seq_length = q_BHTD.shape[1], k_BGTD.shape[1], q_BHTD.shape[2]
     names = _per_head("patterns", patterns, str, num_heads)
@@ -119,16 +113,13 @@ def hybrid_attention(
     if num_heads % num_groups:
         raise ValueError(f"key-value heads: {num_groups} does not divide the {num_heads} query heads")
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
-    check_dropout(dropout, kernel)
     shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
-    if dense_fallback:
-        names = widened(kernel, names, seq_length, *shape)
-    asked, masked = "reference" if dropout else kernel, documents_BT is not None
-    chosen = {name: KERNELS[select_kernel(asked, name, seq_length, *shape, documents=masked)] for name in set(names)}
+    masked = documents_BT is not None
+    chosen = {name: KERNELS[select_kernel(kernel, name, seq_length, *shape, documents=masked)] for name in set(names)}
     if all(choice.attend is cpu.attend for choice in chosen.values()):  # one call for heads of all patterns
         for name, offset in zip(names, shifts, strict=True):
             check_pattern(name, stride, offset)
-        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, scale, documents_BT, shifts)
+        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, documents_BT, shifts)
     heads_of: dict[tuple[str, int], list[int]] = {}
     for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
         check_pattern(name, stride, offset)
@@ -136,9 +127,8 @@ def hybrid_attention(
         heads_of.setdefault((name, 0 if together else offset), []).append(head)
 
     def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
-        more = {"dropout": dropout} if dropout else {}
         given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
-        return chosen[name].attend(*tensors, name, stride, scale, documents_BT, given, **more)
+        return chosen[name].attend(*tensors, name, stride, documents_BT, given)
 
     if len(heads_of) == 1:
         ((name, offset), heads), *_ = heads_of.items()
@@ -270,14 +260,6 @@ def check_documents(documents_BT: torch.Tensor | None, samples: int, seq_length:
         )
 
 
-def check_dropout(dropout: float, kernel: str) -> None:
-    """Raise ValueError for an impossible probability, or a kernel that does not drop."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention dropout: {dropout} is out of range; must be 0 to below 1")
-    if dropout and kernel not in ("auto", "reference"):
-        raise ValueError(f"hybrid_attention kernel: {kernel!r} has no dropout; must be one of auto, reference")
-
-
 def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Repeat each of the G heads for the query heads that share it: [B, G, T, D] -> [B, num_heads, T, D]."""
     B, G, T, D = x_BGTD.shape
@@ -285,15 +267,8 @@ def repeat_heads(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(heads, device=device) if torch.compiler.is_compiling() else _kept_index(heads, device)
-
-
-# A copy from the host waits for it. There are as many lists of heads as kinds of layers.
-@lru_cache(maxsize=256)
-def _kept_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    # One that is first made under inference mode could not be saved for a backward pass later.
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
+    make = torch.tensor if torch.compiler.is_compiling() else kept_on_device
+    return make(heads, dtype=torch.int64, device=device)
 
 
 def _per_head(what: str, given: Any, single: type, num_heads: int) -> tuple:

@@ -1,31 +1,29 @@
 """Break-even lengths: from how many tokens on a kernel is faster than a boolean mask, and than dense attention.
 
-``mask_limit`` and ``dense_limit`` look a pattern up, first in the user's own table (``attention_break_even.json`` in
-the cache folder, which ``tools/tune_kernels.py --attention`` writes), then in the table beside this module. The files
-are those of ``block_sparse/break_even.py``, with rows of another kind:
+``mask_limit`` and ``dense_limit`` look a pattern up in the tables of ``common.tables``, the user's own of which
+``tools/tune_kernels.py --attention`` writes. Their rows are
 
     {"kernel": "tiled", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
      "seconds": {"512": {"kernel": 0.006, "mask": 0.011, "dense": 0.007}, ...}}
 
-Seconds are those of a forward and backward pass at so many tokens. Which machine's rows count is decided as there;
-among its rows of the same kernel, pattern and dtype the nearest one wins, by the sum of the distances of the logarithms
-of stride and head dimension. The break-even length is the smallest measured one from which on the kernel is never
-slower; where it is slower at the longest one, the kernel is taken beyond it, since the work of a pattern grows slower.
+Seconds are those of a forward and backward pass at so many tokens. Among the rows of a machine of the same kernel,
+pattern and dtype the nearest one wins, by the sum of the distances of the logarithms of stride and head dimension. The
+break-even length is the smallest measured one from which on the kernel is never slower; where it is slower at the
+longest one, the kernel is taken beyond it, since the work of a pattern grows slower.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.kernels.block_sparse import break_even as tables
+from megasparse.kernels.common import tables
 from megasparse.utils.dtypes import dtype_name
-from megasparse.utils.hardware import hardware_name
 
 FORMAT = "megasparse-attention-break-even-1"
 SHIPPED = Path(__file__).with_name("break_even.json")
@@ -66,7 +64,7 @@ class Row:
 
 def own_table() -> Path:
     """Where tools/tune_kernels.py writes and the limits are read from."""
-    return tables.own_table().with_name("attention_break_even.json")
+    return tables.own_table("attention_break_even.json")
 
 
 def read_table(path: Path) -> tuple[tables.Measurement, ...]:
@@ -76,7 +74,7 @@ def read_table(path: Path) -> tuple[tables.Measurement, ...]:
 
 def table_problem() -> str | None:
     """What is wrong with the user's own table, which is then passed over; None where nothing is."""
-    return _read_once(own_table())[1]
+    return tables.read_once(own_table(), FORMAT, _row)[1]
 
 
 # The compiler takes what these two return as a constant: files and caches are nothing that it could trace.
@@ -101,39 +99,20 @@ def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torc
 
 
 def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> Row | None:
-    machine = own_table(), hardware_name(device), torch.get_num_threads(), device
-    return _look_up(*machine, kernel, pattern, stride, dtype_name(dtype), head_dim)
+    return _look_up(own_table(), tables.this_machine(device), kernel, pattern, stride, dtype_name(dtype), head_dim)
 
 
 @lru_cache(maxsize=4096)
 def _look_up(
-    own: Path,
-    hardware: str,
-    threads: int,
-    device: str,
-    kernel: str,
-    pattern: str,
-    stride: int,
-    dtype: str,
-    head_dim: int,
+    own: Path, machine: tuple[str, int, str], kernel: str, pattern: str, stride: int, dtype: str, head_dim: int
 ) -> Row | None:
-    measurements = _read_once(own)[0], _read_once(SHIPPED)[0]
-    for rows in tables.candidates(*measurements, hardware, threads, device):
-        rows = [row for row in rows if (row.kernel, row.pattern, row.dtype) == (kernel, pattern, dtype)]
-        if rows:
-            return min(rows, key=lambda row: tables.ratio(row.stride, stride) + tables.ratio(row.head_dim, head_dim))
-    return None
+    def fits(row: Row) -> bool:
+        return (row.kernel, row.pattern, row.dtype) == (kernel, pattern, dtype)
 
+    def distance(row: Row) -> float:
+        return tables.ratio(row.stride, stride) + tables.ratio(row.head_dim, head_dim)
 
-@cache
-def _read_once(path: Path) -> tuple[tuple[tables.Measurement, ...], str | None]:
-    """The measurements, and what is wrong with the file; a file that is not there holds none."""
-    if not path.exists():
-        return (), None
-    try:
-        return read_table(path), None
-    except ValueError as error:
-        return (), str(error)
+    return tables.nearest((own, SHIPPED), FORMAT, _row, machine, fits, distance)
 
 
 def _row(entry: dict[str, Any]) -> Row:

@@ -21,7 +21,6 @@ def attend_cached(
     patterns: Sequence[str],
     stride: int,
     first: int,
-    scale: float | None = None,
     offsets: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """What `hybrid_attention` gives for the last N of first + N tokens.
@@ -30,7 +29,7 @@ def attend_cached(
         q_BHND: queries of the positions first .. first + N - 1.
         k_BGLD, v_BGLD: keys and values by position; what lies behind the queries is not looked at.
         patterns: one name per query head.
-        stride, scale: as in `hybrid_attention`.
+        stride: as in `hybrid_attention`.
         offsets: offset of the stride for each query head, see `visible_keys`; None: 0 for all.
 
     Returns:
@@ -52,7 +51,7 @@ def attend_cached(
             ranges = visible_keys(kind[0], first + number, stride, kind[1])
             k_BGKD, v_BGKD = (_seen(x, groups, ranges) for x in (k_BGLD, v_BGLD))
             q_BGRD = q_BHND[:, heads, number].unflatten(1, (-1, rows))
-            y_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, scale=scale)
+            y_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD)
             out_BHND[:, heads, number] = y_BGRD.flatten(1, 2)
     return out_BHND
 

@@ -23,19 +23,18 @@ def attend(
     v_BGTD: torch.Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: torch.Tensor | None = None,
     offset: int = 0,
 ) -> torch.Tensor:
     """Softmax attention of all heads under `full`. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     assert pattern == "full", pattern
-    options = {"is_causal": True, "scale": scale, "enable_gqa": q_BHTD.shape[1] != k_BGTD.shape[1]}
+    options = {"is_causal": True, "enable_gqa": q_BHTD.shape[1] != k_BGTD.shape[1]}
     if documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, **options)
     # A compiler cannot cut by numbers that it does not know yet.
     lengths = None if torch.compiler.is_compiling() else document_lengths(documents_BT)
     if lengths is None or SHORT_DOCUMENTS * sum(map(len, lengths)) > documents_BT.numel():
-        return tiled.attend(q_BHTD, k_BGTD, v_BGTD, pattern, stride, scale, documents_BT)
+        return tiled.attend(q_BHTD, k_BGTD, v_BGTD, pattern, stride, documents_BT)
     samples = []
     for sample, cuts in enumerate(lengths):
         # Cut at once: the gradient of each cut by itself would be as long as the sequence.
@@ -52,7 +51,4 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
 
 def document_lengths(documents_BT: torch.Tensor) -> list[list[int]]:
     """Tokens of each document of each sample."""
-    lengths = []
-    for sample in documents_BT.cpu():
-        lengths.append(torch.unique_consecutive(sample, return_counts=True)[1].tolist())
-    return lengths
+    return [torch.unique_consecutive(sample, return_counts=True)[1].tolist() for sample in documents_BT.cpu()]

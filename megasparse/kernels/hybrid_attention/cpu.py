@@ -1,8 +1,8 @@
 """Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
 
-Forward and backward pass are two custom operators, so that torch.compile sees opaque calls. The library is built on
-first use (`block_sparse/build.py`); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one
-head at a time, in float32.
+Forward and backward pass are two custom operators (`operators.py`). The library is built on first use
+(``common.build``); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one head at a
+time, in float32.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megasparse.kernels.block_sparse.build import BuildError, find_compiler, load_library
+from megasparse.kernels.common.build import build_failure, load_library, no_compiler
+from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
@@ -38,15 +37,11 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = 
 
     Builds it, if nothing else is in the way; planned: says what can be told without a build.
     """
-    return _unsupported(device, dtype) or (_no_compiler() if planned else _build_failure())
-
-
-def _unsupported(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"it runs on cpu, not on {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype}; supported: {', '.join(map(str, DTYPES))}"
-    return None
+    return no_compiler() if planned else build_failure(SOURCE)
 
 
 def attend(
@@ -55,7 +50,6 @@ def attend(
     v_BGTD: Tensor,
     patterns: str | Sequence[str],
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offsets: int | Sequence[int] = 0,
 ) -> Tensor:
@@ -65,56 +59,29 @@ def attend(
     query are those with (query - key) mod stride = o, besides itself; token p lies in block (p + o) // stride.
     """
     num_heads = q_BHTD.shape[1]
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
     names = [patterns] * num_heads if isinstance(patterns, str) else patterns
     shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
     numbers = [PATTERNS.index(name) for name in names]
-    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts, scale)
-
-
-class _Attention(torch.autograd.Function):
-    """Saves the merged output and the logarithm of the divisor, from which the backward pass has the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
-        out, lse = attention_cpu_forward(q, k, v, documents, *settings)
-        ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents, out, lse = ctx.saved_tensors
-        gradients = attention_cpu_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
-        return (*gradients, None, *(None for _ in ctx.settings))
+    operators = attention_cpu_forward, attention_cpu_backward
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
 def attention_cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    patterns: list[int],
-    stride: int,
-    offsets: list[int],
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, patterns: list[int], stride: int, offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score), [B, H, T] float32.
 
     patterns: of the query heads, as indices in PATTERNS.
     """
-    out, lse = _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "out": out}
-    _run(False, tensors, lse, documents, patterns, stride, offsets, scale)
+    out, lse = outputs_like(q)
+    tensors = {"q": unit_stride(q), "k": unit_stride(k), "v": unit_stride(v), "out": out}
+    _run(False, tensors, lse, documents, patterns, stride, offsets)
     return out, lse
 
 
-@attention_cpu_forward.register_fake
-def _(q, k, v, documents, patterns, stride, offsets, scale):
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+attention_cpu_forward.register_fake(outputs_like)
 
 
 @torch.library.custom_op("megasparse::attention_cpu_backward", mutates_args=())
@@ -129,29 +96,16 @@ def attention_cpu_backward(
     patterns: list[int],
     stride: int,
     offsets: list[int],
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
-    gradients = _tokens_first(q), _tokens_first(k), _tokens_first(v)
-    tensors = {name: _rows(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
+    gradients = gradients_like(dout, q, k, v)
+    tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
-    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets, scale)
+    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets)
     return gradients
 
 
-@attention_cpu_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, patterns, stride, offsets, scale):
-    return _tokens_first(q), _tokens_first(k), _tokens_first(v)
-
-
-def _tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The kernel reads rows without gaps."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+attention_cpu_backward.register_fake(gradients_like)
 
 
 class _Operand(ctypes.Structure):
@@ -180,7 +134,6 @@ def _run(
     patterns: list[int],
     stride: int,
     offsets: list[int],
-    scale: float,
 ) -> None:
     q, k = tensors["q"], tensors["k"]
     assert len(patterns) == len(offsets) == q.shape[1], (patterns, offsets, q.shape)
@@ -197,7 +150,7 @@ def _run(
         setattr(call, name, _Operand(x.data_ptr(), *x.stride()[:3]))
     call.threads = min(torch.get_num_threads(), B * (k.shape[1] if backward else H))
     scratch = torch.empty(call.threads * library.megasparse_attention_scratch(call, backward), dtype=torch.float32)
-    call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), scale
+    call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), 1 / math.sqrt(D)
     (library.megasparse_attention_backward if backward else library.megasparse_attention_forward)(call)
 
 
@@ -263,26 +216,9 @@ def _entries(num_queries: int, num_keys: int, first: Callable[[int], int], last:
     return total
 
 
-def _no_compiler() -> str | None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _build_failure() -> str | None:
-    try:
-        _library()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    return declare(load_library(source=SOURCE))
+    return declare(load_library(SOURCE))
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -1,9 +1,8 @@
 """Hybrid sparse attention on GPUs by Triton kernels, float32, bfloat16 and float16, heads of up to 128.
 
-``attend`` is an autograd function over two custom operators, so that torch.compile sees two opaque calls with known
-output shapes. Everything that is launched depends on shapes only: nothing waits for the device, and CUDA graphs can
-capture it. No mask is made; per-token memory is the log-sum-exp, and float32 sums where a pattern takes two launches.
-Triton is imported on first use.
+Forward and backward pass are two custom operators (`operators.py`). Everything that is launched depends on shapes only:
+nothing waits for the device, and CUDA graphs can capture it. No mask is made; per-token memory is the log-sum-exp, and
+float32 sums where a pattern takes two launches. Triton is imported on first use.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly, for tests: float32 only.
 
@@ -14,19 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megasparse.kernels import triton_device
+from megasparse.kernels.common import triton_device
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
+from megasparse.kernels.hybrid_attention.operators import (
+    Attention,
+    gradients_like,
+    kept_on_device,
+    outputs_like,
+    unit_stride,
+)
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS as ALL_PATTERNS
-from megasparse.kernels.hybrid_attention.tiled import empty_tokens_first
 
 __all__ = ["attend", "executed_entries", "why_not"]
 
@@ -55,7 +59,6 @@ def attend(
     v_BGTD: Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offset: int | Sequence[int] = 0,
 ) -> Tensor:
@@ -63,66 +66,35 @@ def attend(
 
     offset: one for all query heads, or one for each.
     """
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     offsets = [offset] * q_BHTD.shape[1] if isinstance(offset, int) else list(offset)
     if pattern == "full":
         stride = 1
     if not ALL_PATTERNS[pattern].has_offset or not any(offsets):
         offsets = []
-    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride, scale)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        documents, *ctx.settings = settings
-        out, lse = triton_attention_forward(q, k, v, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, documents)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = triton_attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
-        return (*gradients, None, None, None, None, None)
+    operators = triton_attention_forward, triton_attention_backward
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride)
 
 
 @torch.library.custom_op("megasparse::triton_attention_forward", mutates_args=())
 def triton_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    offsets: list[int],
-    pattern: str,
-    stride: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, offsets: list[int], pattern: str, stride: int
 ) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp in units of log2, [B, H, T] in float32. `offsets`: one for each head, or none."""
-    out, lse = empty_tokens_first(q), _rows_of(q)
+    out, lse = outputs_like(q)
     if not q.numel():
         return out, lse
-    q, k, v = map(_unit_stride, (q, k, v))
-    starts, _ = _document_bounds(documents)
-    steps, previous = launches(pattern, q.shape[2], stride), None
+    call, previous = _Call((q, k, v), documents, offsets, stride), None
+    steps = launches(pattern, q.shape[2], stride)
     for launch in steps:
-        tile = _tile(gpu_tiles.forward_tile, launch, q, stride)
         target = out if launch is steps[-1] else _float32_like(out)
-        num_tiles = _count_tiles(launch, tile.queries, q.shape[2], stride)
-        with triton_device.current(q.device):
-            _kernels().forward_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
-                *(q, k, v, target, previous, lse, starts, _offsets_H(offsets, q)),
-                *(q.shape[2], stride, num_tiles, q.shape[1], q.shape[1] // k.shape[1], scale),
-                *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-                **_constants(launch, tile, q),
-            )
+        tile = call.tile(gpu_tiles.forward_tile, launch)
+        num_tiles = call.count_tiles(launch, tile.queries)
+        call.run(_kernels().forward_kernel, launch, tile, num_tiles, (target, previous, lse, call.starts))
         previous = target
     return out, lse
 
 
-@triton_attention_forward.register_fake
-def _(q, k, v, documents, offsets, pattern, stride, scale):
-    return empty_tokens_first(q), _rows_of(q)
+triton_attention_forward.register_fake(outputs_like)
 
 
 @torch.library.custom_op("megasparse::triton_attention_backward", mutates_args=())
@@ -131,126 +103,112 @@ def triton_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    documents: Tensor | None,
     offsets: list[int],
     pattern: str,
     stride: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    gradients = [empty_tokens_first(x) for x in (q, k, v)]
+    gradients = gradients_like(dout, q, k, v)
     if not q.numel():
         return tuple(x.zero_() for x in gradients)
-    dout, q, k, v = map(_unit_stride, (dout, q, k, v))
-    bounds, steps = _document_bounds(documents), launches(pattern, q.shape[2], stride)
-    rows = _tokens_first(out), lse, torch.empty_like(lse)
-    previous: list[Tensor | None] = [None] * 3
+    call = _Call((q, k, v, dout), documents, offsets, stride)
+    steps, previous = launches(pattern, q.shape[2], stride), (None, None, None)
+    # delta = sum(dO O) is written by the first launch of the queries' gradient.
+    out, delta = _tokens_first(out), torch.empty_like(lse)
     for launch in steps:
-        final = launch is steps[-1]
-        targets = gradients if final else [_float32_like(x) for x in gradients]
-        inputs = launch, dout, q, k, v, rows, bounds, _offsets_H(offsets, q), stride, scale
-        _query_gradient(*inputs, targets[0], previous[0])
-        _key_gradients(*inputs, targets[1:], previous[1:])
+        targets = gradients if launch is steps[-1] else tuple(map(_float32_like, gradients))
+        tile = call.tile(gpu_tiles.query_gradient_tile, launch)
+        pointers = out, call.tensors[3], targets[0], previous[0], lse, delta, call.starts
+        num_tiles = call.count_tiles(launch, tile.queries)
+        call.run(_kernels().query_gradient_kernel, launch, tile, num_tiles, pointers)
+        _key_gradients(call, launch, (lse, delta), targets[1:], previous[1:])
         previous = targets
-    return tuple(gradients)
+    return gradients
 
 
-@triton_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, documents, offsets, pattern, stride, scale):
-    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
-
-
-def _query_gradient(
-    launch: Launch,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor],
-    bounds: tuple[Tensor | None, Tensor | None],
-    offsets: Tensor | None,
-    stride: int,
-    scale: float,
-    target: Tensor,
-    previous: Tensor | None,
-) -> None:
-    """Fill `target`, and on the first launch the last of `rows`, which are output, log-sum-exp and delta."""
-    tile = _tile(gpu_tiles.query_gradient_tile, launch, q, stride)
-    num_tiles = _count_tiles(launch, tile.queries, q.shape[2], stride)
-    out, lse, delta = rows
-    with triton_device.current(q.device):
-        _kernels().query_gradient_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
-            *(q, k, v, out, dout, target, previous, lse, delta, bounds[0], offsets),
-            *(q.shape[2], stride, num_tiles, q.shape[1], q.shape[1] // k.shape[1], scale),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
-            **_constants(launch, tile, q),
-        )
+triton_attention_backward.register_fake(gradients_like)
 
 
 def _key_gradients(
+    call: _Call,
     launch: Launch,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor],
-    bounds: tuple[Tensor | None, Tensor | None],
-    offsets: Tensor | None,
-    stride: int,
-    scale: float,
-    targets: list[Tensor],
-    previous: list[Tensor | None],
+    rows: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, ...],
+    previous: tuple[Tensor | None, ...],
 ) -> None:
-    """Fill `targets`, the gradients of keys and values."""
-    num_heads, share = q.shape[1], q.shape[1] // k.shape[1]
+    """Fill `targets`, the gradients of keys and values. rows: log-sum-exp and delta."""
+    q, k, _, dout = call.tensors
+    share = q.shape[1] // k.shape[1]
     # Heads with offsets of their own have summary keys of their own: such a group is summed afterwards.
-    apart = launch.far == "summaries" and offsets is not None and share > 1
+    apart = launch.far == "summaries" and call.offsets is not None and share > 1
     results = [_float32_like(q) for _ in targets] if apart else targets
-    tile = _tile(gpu_tiles.key_gradient_tile, launch, q, stride)
-    num_tiles = _count_tiles(launch, tile.keys, q.shape[2], stride)
+    tile = call.tile(gpu_tiles.key_gradient_tile, launch)
+    num_tiles = call.count_tiles(launch, tile.keys)
     if launch.far == "summaries":
-        num_tiles += -(-gpu_tiles.class_length(q.shape[2], stride) // tile.keys)
-    heads = 1 if apart else share
-    with triton_device.current(q.device):
-        _kernels().key_gradient_kernel[(num_tiles * q.shape[0] * (num_heads // heads),)](
-            *(q, k, v, dout, *results, *previous, *rows[1:], *bounds, offsets),
-            *(q.shape[2], stride, num_tiles, num_heads, share, scale),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
-            HEADS=heads,
-            **_constants(launch, tile, q),
-        )
+        num_tiles += -(-call.class_length // tile.keys)
+    pointers = dout, *results, *previous, *rows, call.starts, call.ends
+    call.run(_kernels().key_gradient_kernel, launch, tile, num_tiles, pointers, HEADS=1 if apart else share)
     if apart:
         for target, result in zip(targets, results, strict=True):
             target.copy_(result.unflatten(1, (-1, share)).sum(2))
 
 
-def _constants(launch: Launch, tile: Tile, q: Tensor) -> dict[str, Any]:
-    return {
-        "NEAR": launch.near,
-        "FAR": launch.far,
-        "BEYOND": launch.beyond,
-        "QUERIES": tile.queries,
-        "KEYS": tile.keys,
-        "CHUNK": tile.chunk,
-        "HEAD_DIM": q.shape[3],
-        "WIDTH": width(q.shape[3]),
-        "PRECISION": triton_device.precision(q.dtype),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+class _Call:
+    """What all launches of a forward or backward pass have in common.
 
+    tensors: queries, keys, values and, in the backward pass, the gradient of the output.
+    """
 
-def _tile(choose: Callable[..., Tile], launch: Launch, q: Tensor, stride: int) -> Tile:
-    length = gpu_tiles.class_length(q.shape[2], stride)
-    return choose(launch, length, q.dtype, q.shape[3], torch.version.hip is not None)
+    def __init__(self, tensors: Sequence[Tensor], documents: Tensor | None, offsets: list[int], stride: int) -> None:
+        self.tensors = tuple(map(unit_stride, tensors))
+        self.starts, self.ends = _document_bounds(documents)
+        self.offsets = kept_on_device(tuple(offsets), torch.int32, tensors[0].device) if offsets else None
+        self.stride = stride
+        self.class_length = gpu_tiles.class_length(tensors[0].shape[2], stride)
 
+    def tile(self, choose: Callable[..., Tile], launch: Launch) -> Tile:
+        q = self.tensors[0]
+        return choose(launch, self.class_length, q.dtype, q.shape[3], torch.version.hip is not None)
 
-def _count_tiles(launch: Launch, size: int, seq_length: int, stride: int) -> int:
-    if launch.far == "residues":
-        return stride * -(-gpu_tiles.class_length(seq_length, stride) // size)
-    return -(-seq_length // size)
+    def count_tiles(self, launch: Launch, size: int) -> int:
+        """Tiles of `size` tokens over a sequence."""
+        if launch.far == "residues":
+            return self.stride * -(-self.class_length // size)
+        return -(-self.tensors[0].shape[2] // size)
+
+    def run(
+        self,
+        kernel: Any,
+        launch: Launch,
+        tile: Tile,
+        num_tiles: int,
+        pointers: tuple[Tensor | None, ...],
+        **constants: int,
+    ) -> None:
+        """One launch. pointers: between those of the inputs and that of the offsets."""
+        q, k, v = self.tensors[:3]
+        B, H, T, D = q.shape
+        with triton_device.current(q.device):
+            kernel[(num_tiles * B * (H // constants.get("HEADS", 1)),)](
+                *(q, k, v, *pointers, self.offsets),
+                *(T, self.stride, num_tiles, H, H // k.shape[1], 1 / math.sqrt(D)),
+                *(x.stride()[:3] for x in self.tensors),
+                **constants,
+                NEAR=launch.near,
+                FAR=launch.far,
+                BEYOND=launch.beyond,
+                QUERIES=tile.queries,
+                KEYS=tile.keys,
+                CHUNK=tile.chunk,
+                HEAD_DIM=D,
+                WIDTH=width(D),
+                PRECISION=triton_device.precision(q.dtype),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
 
 
 def _document_bounds(documents_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -261,28 +219,9 @@ def _document_bounds(documents_BT: Tensor | None) -> tuple[Tensor | None, Tensor
     return torch.searchsorted(rows, rows, out_int32=True), torch.searchsorted(rows, rows, out_int32=True, right=True)
 
 
-def _offsets_H(offsets: list[int], q: Tensor) -> Tensor | None:
-    return _on_device(tuple(offsets), q.device) if offsets else None
-
-
-# A copy from the host waits for it; there are as many offsets as kinds of layers.
-@lru_cache(maxsize=256)
-def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(offsets, dtype=torch.int32, device=device)
-
-
-def _rows_of(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 def _float32_like(x: Tensor) -> Tensor:
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D, dtype=torch.float32).transpose(1, 2)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tokens_first(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 
+from megasparse.kernels.common.triton_device import power_of_two
+
 # Tokens of one residue from which far keys are tiles of their residue: 16 x 16 is the smallest tile of tensor cores.
 # Under `sparse` that costs one launch more, and a pass over what the other launch made.
 STRIDED_TILES_FROM, SPARSE_TILES_FROM = 16, 32
@@ -66,24 +68,6 @@ def width(head_dim: int) -> int:
 
 def forward_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
     """Tile of the forward pass. `length`: ``class_length``."""
-    return _tile(launch, length, dtype, head_dim, is_hip)
-
-
-def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
-    """Tile of the gradient of the queries."""
-    tile = _tile(launch, length, dtype, head_dim, is_hip)
-    # Two more operands than forward: with 64 keys sm_80 would spill registers.
-    return replace(tile, keys=min(tile.keys, 32))
-
-
-def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
-    """Tile of the gradients of keys and values."""
-    tile = _tile(launch, length, dtype, head_dim, is_hip)
-    # Two sums and two operands stay in registers; a row takes a query and its output gradient for each key.
-    return replace(tile, queries=min(tile.keys, 32), keys=tile.queries, chunk=1)
-
-
-def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool) -> Tile:
     wide, exact = width(head_dim) > 64, dtype == torch.float32
     # Exact float32 has no tensor cores, and holds whole rows of its operands in registers, as do wide heads on gfx942.
     queries = 32 if exact or is_hip and wide else 64
@@ -99,6 +83,20 @@ def _tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip
         # Rows keep what they load in registers: it is spread over more threads.
         warps = 8 if launch.far == "rows" or wide else queries // 16
     return Tile(queries, keys, chunk=1 if wide else 2, warps=warps, stages=1 if is_hip else 2)
+
+
+def query_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradient of the queries."""
+    tile = forward_tile(launch, length, dtype, head_dim, is_hip)
+    # Two more operands than forward: with 64 keys sm_80 would spill registers.
+    return replace(tile, keys=min(tile.keys, 32))
+
+
+def key_gradient_tile(launch: Launch, length: int, dtype: torch.dtype, head_dim: int, is_hip: bool = False) -> Tile:
+    """Tile of the gradients of keys and values."""
+    tile = forward_tile(launch, length, dtype, head_dim, is_hip)
+    # Two sums and two operands stay in registers; a row takes a query and its output gradient for each key.
+    return replace(tile, queries=min(tile.keys, 32), keys=tile.queries, chunk=1)
 
 
 @lru_cache(maxsize=256)
@@ -141,8 +139,3 @@ def _scores_per_query(launch: Launch, tile: Tile, first: int, last: int, stride:
 def _up(count: int, size: int) -> int:
     """The multiple of `size` from `count` on."""
     return max(0, -(-count // size)) * size
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(number - 1, 0).bit_length()

@@ -2,20 +2,18 @@
 
     rows = measure_rows("tiled", "cpu", torch.float32, stride=128, head_dim=64)
 
-Forward and backward through autograd, as training runs it. All patterns take turns with the other two, so that a
-machine that is busy for a while is unfair to none; times are medians.
+All patterns take turns with the other two (``common.medians``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from megasparse.kernels.block_sparse.measure import medians
+from megasparse.kernels.common.medians import medians, training_pass
 from megasparse.kernels.hybrid_attention import KERNELS, hybrid_attention
 from megasparse.kernels.hybrid_attention.break_even import Row
 from megasparse.kernels.hybrid_attention.patterns import PATTERNS, pattern_mask
@@ -51,19 +49,8 @@ def measure_rows(
             partial(F.scaled_dot_product_attention, attn_mask=mask),
             *(partial(hybrid_attention, patterns=pattern, stride=stride, kernel=kernel) for pattern in patterns),
         ]
-        dense, masked, *ours = medians([_training_pass(each, q, k, v, dy) for each in attentions], device, rounds)
+        dense, masked, *ours = medians([training_pass(each, (q, k, v), dy) for each in attentions], device, rounds)
         for pattern, own in zip(patterns, ours, strict=True):
             times = {"kernel": own, "mask": masked, "dense": dense}
             seconds[pattern][str(seq_length)] = {name: round(value, 7) for name, value in times.items()}
     return [Row(kernel, dtype_name(dtype), pattern, stride, head_dim, heads, seconds[pattern]) for pattern in patterns]
-
-
-def _training_pass(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, dy: Tensor
-) -> Callable[[], None]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-
-    def run() -> None:
-        torch.autograd.grad(attention(*leaves), leaves, dy)
-
-    return run

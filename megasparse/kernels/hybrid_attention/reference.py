@@ -19,20 +19,17 @@ def attend(
     v_BGTD: torch.Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: torch.Tensor | None = None,
     offset: int = 0,
-    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    options = {"scale": scale, "enable_gqa": grouped, "dropout_p": dropout}
     if pattern == "full" and documents_BT is None:
-        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, **options)
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
     mask = mask_of(pattern, q_BHTD.shape[2], stride, q_BHTD.device, offset)
     if documents_BT is not None:
         mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
-    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, **options)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, enable_gqa=grouped)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -50,21 +47,15 @@ def mask_of(pattern: str, seq_length: int, stride: int, device: torch.device, of
     return cached_mask(pattern, seq_length, stride, device)
 
 
-# A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
-@lru_cache(maxsize=8)
-def cached_mask(pattern: str, seq_length: int, stride: int, device: torch.device) -> torch.Tensor:
-    """`pattern_mask`, built once per shape and device."""
+def _made_mask(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int = 0) -> torch.Tensor:
     # A mask first built under inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False):
-        return pattern_mask(pattern, seq_length, stride, device)
+        return pattern_mask(pattern, seq_length, stride, device, offset)
 
+
+# A model uses one or two patterns at one or two lengths; a mask of 8,192 tokens takes 64 MiB, hence the small bound.
+cached_mask = lru_cache(maxsize=8)(_made_mask)
 
 # Every head of a layer can have an offset of its own: many masks, so only short ones, of up to 1 MiB, are kept.
+cached_offset_mask = lru_cache(maxsize=64)(_made_mask)
 LONGEST_CACHED_WITH_OFFSET = 1024
-
-
-@lru_cache(maxsize=64)
-def cached_offset_mask(pattern: str, seq_length: int, stride: int, device: torch.device, offset: int) -> torch.Tensor:
-    """As `cached_mask`, for offsets above 0."""
-    with torch.inference_mode(False):
-        return pattern_mask(pattern, seq_length, stride, device, offset)

@@ -9,7 +9,7 @@ Scores and probabilities are float32 (float64 for float64 inputs), and so are th
 whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
 instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
 
-Both passes are custom operators: torch.compile sees two calls with known output shapes.
+Both passes are custom operators (`operators.py`).
 
 Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
 group of heads.
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.hybrid_attention.layout import Layout, TileView, products
+from megasparse.kernels.hybrid_attention.operators import Attention, empty_tokens_first, gradients_like
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")
@@ -37,13 +37,12 @@ def attend(
     v_BGTD: Tensor,
     pattern: str,
     stride: int,
-    scale: float | None,
     documents_BT: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
     """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
-    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
-    return TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset, scale)
+    operators = attention_tiled_forward, attention_tiled_backward
+    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset)
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -51,27 +50,15 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
     return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
 
 
-class TiledAttention(torch.autograd.Function):
-    """See the module's docstring."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
-        out, lse = attention_tiled_forward(q, k, v, documents, *settings)
-        ctx.save_for_backward(q, k, v, documents, out, lse)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents, out, lse = ctx.saved_tensors
-        gradients = attention_tiled_backward(dout, q, k, v, documents, out, lse, *ctx.settings)
-        return (*gradients, None, *(None for _ in ctx.settings))
+def _outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised output and log-sum-exp."""
+    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return empty_tokens_first(q), lse
 
 
 @torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
 def attention_tiled_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of the scores [B, H, T, 1] in the dtype of the scores."""
     layout = Layout(q, k, documents, pattern, stride, offset)
@@ -80,13 +67,11 @@ def attention_tiled_forward(
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
     for group in layout.groups():
         layout.load_documents(group)
-        attend_group(*(x[group] for x in by_key_head), scale=scale)
+        attend_group(*(x[group] for x in by_key_head))
     return out, lse
 
 
-@attention_tiled_forward.register_fake
-def _(q, k, v, documents, pattern, stride, offset, scale):
-    return _outputs(q)
+attention_tiled_forward.register_fake(_outputs)
 
 
 @torch.library.custom_op("megasparse::attention_tiled_backward", mutates_args=())
@@ -101,43 +86,34 @@ def attention_tiled_backward(
     pattern: str,
     stride: int,
     offset: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     layout = Layout(q, k, documents, pattern, stride, offset)
-    dq, dk, dv = map(empty_tokens_first, (q, k, v))
+    dq, dk, dv = gradients_like(dout, q, k, v)
     differentiate_group = GroupBackward(layout, q.shape[-1])
     by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
     for group in layout.groups():
         layout.load_documents(group)
-        differentiate_group(*(x[group] for x in by_key_head), scale=scale)
+        differentiate_group(*(x[group] for x in by_key_head))
     return dq, dk, dv
 
 
-@attention_tiled_backward.register_fake
-def _(dout, q, k, v, documents, out, lse, pattern, stride, offset, scale):
-    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised output and log-sum-exp."""
-    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    return empty_tokens_first(q), lse
+attention_tiled_backward.register_fake(gradients_like)
 
 
 class GroupForward:
     """Forward pass of a group of heads, in buffers that the groups share."""
 
     def __init__(self, layout: Layout, head_dim: int) -> None:
-        self._layout = layout
+        self._layout, self._scale = layout, 1 / math.sqrt(head_dim)
         q, k, v, out = (layout.buffer(head_dim) for _ in range(4))
         top, total = layout.buffer(1), layout.buffer(1)
         self._q, self._k, self._v, self._out, self._top, self._total = map(layout.tokens, (q, k, v, out, top, total))
         self._tiles = list(zip(*map(layout.queries, (q, out, top, total)), *map(layout.keys, (k, v)), strict=True))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float) -> None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Fill `out` and `lse` of the group from its queries, keys and values."""
-        self._q.copy_(q).mul_(scale)
+        self._q.copy_(q).mul_(self._scale)
         self._k.copy_(k)
         self._v.copy_(v)
         for number, views in enumerate(self._tiles):
@@ -177,7 +153,7 @@ class GroupBackward:
     """Backward pass of a group of heads, in buffers that the groups share."""
 
     def __init__(self, layout: Layout, head_dim: int) -> None:
-        self._layout = layout
+        self._layout, self._scale = layout, 1 / math.sqrt(head_dim)
         q, k, v, dout, dq, dk, dv = (layout.buffer(head_dim) for _ in range(7))
         lse, delta = layout.buffer(1), layout.buffer(1)
         self._inputs = list(map(layout.tokens, (q, k, v, lse, dout)))
@@ -186,49 +162,26 @@ class GroupBackward:
             zip(*map(layout.queries, (q, lse, dout, delta, dq)), *map(layout.keys, (k, v, dk, dv)), strict=True)
         )
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        *,
-        scale: float,
-    ) -> None:
-        """Fill the gradients of the group, summed over the query heads of a key-value head."""
+    def __call__(self, *tensors: Tensor) -> None:
+        """Fill the gradients of the group, the last three, summed over the query heads of a key-value head."""
+        q, k, v, out, lse, dout, dq, dk, dv = tensors
         for mine, given in zip(self._inputs, (q, k, v, lse, dout), strict=True):
             mine.copy_(given)
-        self._inputs[0].mul_(scale)
+        self._inputs[0].mul_(self._scale)
         products = torch.mul(self._inputs[-1], out, out=self._layout.take("products", *out.shape))
         torch.sum(products, -1, keepdim=True, out=self._delta)
         for total in self._sums:
             total.zero_()
         for number, views in enumerate(self._tiles):
-            self._differentiate(number, *views)
+            self._differentiate(number, views)
         dq_sum, dk_sum, dv_sum = map(self._layout.tokens, self._sums)
-        dq.copy_(dq_sum.mul_(scale))
+        dq.copy_(dq_sum.mul_(self._scale))
         for gradient, total in ((dk, dk_sum), (dv, dv_sum)):
             gradient.copy_(total if total.shape == gradient.shape else total.sum(2, keepdim=True))
 
-    def _differentiate(
-        self,
-        number: int,
-        q: TileView,
-        lse: TileView,
-        dout: TileView,
-        delta: TileView,
-        dq: TileView,
-        k: TileView,
-        v: TileView,
-        dk: TileView,
-        dv: TileView,
-    ) -> None:
+    def _differentiate(self, number: int, views: tuple[TileView, ...]) -> None:
         """Add the gradients of one batch of tiles."""
+        q, lse, dout, delta, dq, k, v, dk, dv = views
         take = self._layout.take
         queries, douts, keys, values = q.read(), dout.read(), k.read(), v.read()
         shape = *lse.strided.shape[:-1], keys[0].shape[1]
@@ -253,8 +206,3 @@ class GroupBackward:
 def matrices(x: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Contiguous [X, N, Q, K] as matrices, in as many tensors as `like`."""
     return list(x.flatten(0, 1).chunk(len(like)))
-
-
-def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

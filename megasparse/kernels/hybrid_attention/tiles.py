@@ -136,7 +136,8 @@ def pattern_tiles(pattern: str, seq_length: int, stride: int, offset: int = 0) -
     if pattern == "full":
         return _strided(seq_length, 1, 0, _same_residue)
     if pattern == "fixed":
-        return _fixed(seq_length, *_shortened_blocks(seq_length, stride, offset))
+        blocks = _shortened_blocks(seq_length, stride, offset)
+        return (*_block_diagonal(seq_length, *blocks), *_joining(_summaries(seq_length, *blocks)))
     stride = min(stride, seq_length)  # a longer one changes nothing
     if pattern == "local":
         return _local(seq_length, stride)
@@ -183,10 +184,6 @@ def _shortened_blocks(seq_length: int, stride: int, offset: int) -> tuple[int, i
     first = min(stride - offset, seq_length)
     longest = max(first, min(seq_length - first, stride))
     return longest, longest - first
-
-
-def _fixed(seq_length: int, stride: int, offset: int) -> tuple[Tiles, ...]:
-    return (*_block_diagonal(seq_length, stride, offset), *_joining(_summaries(seq_length, stride, offset)))
 
 
 def _block_diagonal(seq_length: int, stride: int, offset: int) -> tuple[Tiles, ...]:

@@ -28,21 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megasparse.kernels.hybrid_attention.triton_parts import (
-    first_token,
-    key_range,
-    limits,
-    load_rows,
-    load_rows_of_each,
-    of_head,
-    of_own_head,
-    of_row,
-    offset_of,
-    place,
-    row_range,
-    starts_of,
-    store_rows,
-)
+from megasparse.kernels.hybrid_attention import triton_parts as parts
 
 
 # Lengths and strides change in mid-run (validation, generation, a schedule): kept out of Triton's specialization for
@@ -63,15 +49,9 @@ def forward_kernel(
     num_heads,
     share,  # query heads that share a key-value head
     scale,
-    stride_q_sample,
-    stride_q_head,
-    stride_q_token,
-    stride_k_sample,
-    stride_k_head,
-    stride_k_token,
-    stride_v_sample,
-    stride_v_head,
-    stride_v_token,
+    strides_q,  # of samples, heads and tokens, as the others
+    strides_k,
+    strides_v,
     NEAR: tl.constexpr,
     FAR: tl.constexpr,
     BEYOND: tl.constexpr,
@@ -83,19 +63,21 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of the parts, joined to those of an earlier launch. A query without a key gets 0, -inf."""
-    tile, sample, head = place(num_tiles, num_heads)
-    first, step = first_token(tile, seq_length, stride, FAR == "residues", QUERIES)
+    number, sample, head = parts.place(num_tiles, num_heads)
+    first, step = parts.first_token(number, seq_length, stride, FAR == "residues", QUERIES)
     if first >= seq_length:
         return
-    offset = offset_of(offsets_pointer, head)
+    offset = parts.offset_of(offsets_pointer, head)
     positions = first + tl.arange(0, QUERIES) * step
     valid = positions < seq_length
-    starts = starts_of(starts_pointer, sample, positions, seq_length)
+    tile = first, positions, valid, parts.bounds_of(starts_pointer, sample, positions, seq_length, 0)
+    scope = starts_pointer, sample, seq_length, stride, offset
+    own = sample, head, seq_length, num_heads
     factor = scale * 1.4426950408889634
-    q_rows = of_head(q_pointer, sample, head, stride_q_sample, stride_q_head)
-    k_rows = of_head(k_pointer, sample, head // share, stride_k_sample, stride_k_head)
-    v_rows = of_head(v_pointer, sample, head // share, stride_v_sample, stride_v_head)
-    q = load_rows(q_rows, positions, stride_q_token, valid, HEAD_DIM, WIDTH)
+    q_rows = parts.of_head(q_pointer, sample, head, strides_q)
+    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k)
+    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v)
+    q = parts.load_rows(q_rows, positions, valid, HEAD_DIM, WIDTH)
 
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -103,72 +85,48 @@ def forward_kernel(
     if offsets_pointer is not None and not BEYOND and (FAR == "rows" or FAR == "residues"):
         # With an offset no multiple of the stride leads to the query itself.
         itself = valid & (offset > 0)
-        k = load_rows(k_rows, positions, stride_k_token, itself, HEAD_DIM, WIDTH).to(tl.float32)
+        k = parts.load_wide_rows(k_rows, positions, itself, HEAD_DIM, WIDTH)
         top = tl.where(itself, tl.sum(q.to(tl.float32) * k, 1) * factor, float("-inf"))
         total = itself.to(tl.float32)
-        sums = load_rows(v_rows, positions, stride_v_token, itself, HEAD_DIM, WIDTH).to(tl.float32)
+        sums = parts.load_wide_rows(v_rows, positions, itself, HEAD_DIM, WIDTH)
+    given = q, k_rows, v_rows, tile, scope, factor
     if FAR == "rows":
-        begin, end = row_range(first, starts_pointer, sample, seq_length, stride, offset, BEYOND, QUERIES)
-        top, total, sums = attend_rows(
-            *(q, k_rows, v_rows, stride_k_token, stride_v_token, top, total, sums, positions, valid, starts),
-            *(begin, end, stride, offset, factor, CHUNK, HEAD_DIM, WIDTH),
-        )
+        top, total, sums = attend_rows(*given, top, total, sums, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH)
     if FAR == "summaries" or FAR == "residues":
         top, total, sums = attend_tiles(
-            *(q, k_rows, v_rows, stride_k_token, stride_v_token, top, total, sums, positions, first, starts),
-            *(starts_pointer, sample, seq_length, stride, offset, factor),
-            *(FAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION),
+            *given, top, total, sums, FAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
         )
     if NEAR != "none":
         top, total, sums = attend_tiles(
-            *(q, k_rows, v_rows, stride_k_token, stride_v_token, top, total, sums, positions, first, starts),
-            *(starts_pointer, sample, seq_length, stride, offset, factor),
-            *(NEAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION),
+            *given, top, total, sums, NEAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
         )
 
-    lse_rows = of_row(lse_pointer, sample, head, seq_length, num_heads) + positions
+    lse_rows = parts.of_row(lse_pointer, *own) + positions
     if previous_pointer is not None:
-        previous_rows = of_own_head(previous_pointer, sample, head, seq_length, num_heads, HEAD_DIM)
-        previous = load_rows(previous_rows, positions, num_heads * HEAD_DIM, valid, HEAD_DIM, WIDTH)
+        previous_rows = parts.of_own_head(previous_pointer, *own, HEAD_DIM)
+        previous = parts.load_rows(previous_rows, positions, valid, HEAD_DIM, WIDTH)
         scores = tl.load(lse_rows, mask=valid, other=float("-inf"))
         top, total, shrink, weights = raise_top(top, total, scores[:, None])
         sums = sums * shrink[:, None] + previous * tl.sum(weights, 1)[:, None]
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    out_rows = of_own_head(out_pointer, sample, head, seq_length, num_heads, HEAD_DIM)
-    store_rows(out_rows, positions, num_heads * HEAD_DIM, valid, sums / total[:, None], HEAD_DIM, WIDTH)
+    out_rows = parts.of_own_head(out_pointer, *own, HEAD_DIM)
+    parts.store_rows(out_rows, positions, valid, sums / total[:, None], HEAD_DIM, WIDTH)
     tl.store(lse_rows, tl.where(seen, top + tl.log2(total), float("-inf")), mask=valid)
 
 
 @triton.jit
-def attend_rows(
-    q,
-    k_rows,
-    v_rows,
-    stride_k_token,
-    stride_v_token,
-    top,
-    total,
-    sums,
-    positions,
-    valid,
-    starts,
-    begin,
-    end,
-    stride,
-    offset,
-    factor,
-    CHUNK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Join the keys at `begin` to `end` multiples of the stride before each query."""
+def attend_rows(q, k_rows, v_rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH):
+    """Join the keys at multiples of the stride before each query, row by row."""
+    first, positions, valid, starts = tile
+    starts_pointer, sample, seq_length, stride, offset = scope
+    begin, end = parts.row_range(first, scope, BEYOND, QUERIES)
     queries = q.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
         keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
         active = (keys >= starts[:, None]) & valid[:, None]
-        k_QCD = load_rows_of_each(k_rows, keys, stride_k_token, active, HEAD_DIM, WIDTH)
-        v_QCD = load_rows_of_each(v_rows, keys, stride_v_token, active, HEAD_DIM, WIDTH)
+        k_QCD = parts.load_wide_rows(k_rows, keys, active, HEAD_DIM, WIDTH)
+        v_QCD = parts.load_wide_rows(v_rows, keys, active, HEAD_DIM, WIDTH)
         scores = tl.where(active, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, float("-inf"))
         top, total, shrink, weights = raise_top(top, total, scores)
         sums = sums * shrink[:, None] + tl.sum(weights[:, :, None] * v_QCD, 1)
@@ -177,40 +135,19 @@ def attend_rows(
 
 @triton.jit
 def attend_tiles(
-    q,
-    k_rows,
-    v_rows,
-    stride_k_token,
-    stride_v_token,
-    top,
-    total,
-    sums,
-    positions,
-    first,
-    starts,
-    starts_pointer,
-    sample,
-    seq_length,
-    stride,
-    offset,
-    factor,
-    PART: tl.constexpr,
-    BEYOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k_rows, v_rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
 ):
     """Join the keys of one part to the running maximum, sum and weighted values."""
-    low, high = limits(positions, starts, stride, offset, PART, BEYOND)
-    base, step, begin, end = key_range(first, starts_pointer, sample, seq_length, stride, offset, PART, BEYOND, QUERIES)
+    first, positions, valid, starts = tile
+    starts_pointer, sample, seq_length, stride, offset = scope
+    low, high = parts.limits(positions, starts, stride, offset, PART, BEYOND)
+    base, step, begin, end = parts.key_range(first, scope, PART, BEYOND, QUERIES)
     for index in range(begin, end, KEYS):
         places = index + tl.arange(0, KEYS)
         keys = base + places * step
         inside = places < end
-        k = load_rows(k_rows, keys, stride_k_token, inside, HEAD_DIM, WIDTH)
-        v = load_rows(v_rows, keys, stride_v_token, inside, HEAD_DIM, WIDTH)
+        k = parts.load_rows(k_rows, keys, inside, HEAD_DIM, WIDTH)
+        v = parts.load_rows(v_rows, keys, inside, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
         top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))

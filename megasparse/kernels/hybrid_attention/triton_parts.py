@@ -2,6 +2,14 @@
 
 Every part of a pattern (`triton_kernels.py`) is an interval of a sequence of keys, base + i step, for each query:
 ``limits`` tells its first and last key, ``key_range`` the indices i that a tile of queries meets.
+
+Capitals are compile-time constants. Triton asks for the annotation in kernels only; in functions that kernels call it
+keeps what it was given. Values that go together travel as tuples:
+
+    rows    address of the first token of one head, and the step to the next token
+    tile    first query, all queries, which of them are tokens of the sequence, first token of the document of each
+    scope   starts_pointer, sample, seq_length, stride, offset: what bounds the keys of a tile of queries
+    own     sample, head, seq_length, num_heads: where the results of a head lie
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def limits(queries, starts, stride, offset, PART: tl.constexpr, BEYOND: tl.constexpr):
+def limits(queries, starts, stride, offset, PART, BEYOND):
     """The first and the last key that a query sees, among the keys of PART. Both grow with the query."""
     if PART == "window":
         low, high = tl.maximum(queries - stride + 1, starts), queries
@@ -27,18 +35,9 @@ def limits(queries, starts, stride, offset, PART: tl.constexpr, BEYOND: tl.const
 
 
 @triton.jit
-def key_range(
-    first,
-    starts_pointer,
-    sample,
-    seq_length,
-    stride,
-    offset,
-    PART: tl.constexpr,
-    BEYOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+def key_range(first, scope, PART, BEYOND, QUERIES):
     """Keys of PART for a tile of queries from `first` on: those at base + i step, begin <= i < end."""
+    starts_pointer, sample, seq_length, stride, offset = scope
     if PART == "residues":
         last = tl.minimum(first + (QUERIES - 1) * stride, seq_length - 1)
         base, step = (first + stride - offset) % stride, stride
@@ -47,13 +46,13 @@ def key_range(
         base, step = 0, 1
         if PART == "summaries":
             base, step = stride - 1 - offset, stride
-    low, _ = limits(first, starts_of(starts_pointer, sample, first, seq_length), stride, offset, PART, BEYOND)
+    low, _ = limits(first, bounds_of(starts_pointer, sample, first, seq_length, 0), stride, offset, PART, BEYOND)
     _, high = limits(last, last * 0, stride, offset, PART, BEYOND)
     return base, step, count_before(low, base, step), count_before(high + 1, base, step)
 
 
 @triton.jit
-def query_range(first, last, until, gathered, stride, offset, PART: tl.constexpr, BEYOND: tl.constexpr):
+def query_range(first, last, until, gathered, stride, offset, PART, BEYOND):
     """Queries that may see a tile of keys, from key `first` to key `last`: base + i step, begin <= i < end.
 
     `until`: one more than the last token of the document of `last`.
@@ -71,10 +70,11 @@ def query_range(first, last, until, gathered, stride, offset, PART: tl.constexpr
 
 
 @triton.jit
-def row_range(first, starts_pointer, sample, seq_length, stride, offset, BEYOND: tl.constexpr, QUERIES: tl.constexpr):
+def row_range(first, scope, BEYOND, QUERIES):
     """Multiples of the stride back to the earliest key of the row part, for consecutive queries from `first` on."""
+    starts_pointer, sample, seq_length, stride, offset = scope
     last = tl.minimum(first + QUERIES - 1, seq_length - 1)
-    low = starts_of(starts_pointer, sample, first, seq_length)
+    low = bounds_of(starts_pointer, sample, first, seq_length, 0)
     return 1 if BEYOND else 0, count_before(last + 1, low + offset, stride)
 
 
@@ -92,7 +92,7 @@ def place(num_tiles, num_heads):
 
 
 @triton.jit
-def first_token(tile, seq_length, stride, BY_RESIDUE: tl.constexpr, SIZE: tl.constexpr):
+def first_token(tile, seq_length, stride, BY_RESIDUE, SIZE):
     """First token of a tile of SIZE, and the step to the next. A residue may have no token for its last tile."""
     if BY_RESIDUE:
         tiles = tl.cdiv(tl.cdiv(seq_length, stride), SIZE)
@@ -112,36 +112,29 @@ def offset_of(offsets_pointer, head):
 
 
 @triton.jit
-def starts_of(starts_pointer, sample, positions, seq_length):
-    """First token of the document of each position; of one position, or of many."""
-    if starts_pointer is not None:
-        rows = starts_pointer + sample.to(tl.int64) * seq_length + positions
-        starts = tl.load(rows, mask=positions < seq_length, other=0)
+def bounds_of(pointer, sample, positions, seq_length, otherwise):
+    """First token, or one more than the last, of the document of each position (one, or many), by `pointer` [B, T].
+
+    otherwise: what the sequence has, where there are no documents.
+    """
+    if pointer is not None:
+        rows = pointer + sample.to(tl.int64) * seq_length + positions
+        bounds = tl.load(rows, mask=positions < seq_length, other=0)
     else:
-        starts = positions * 0
-    return starts
+        bounds = positions * 0 + otherwise
+    return bounds
 
 
 @triton.jit
-def ends_of(ends_pointer, sample, positions, seq_length):
-    """One more than the last token of the document of each position; of one position, or of many."""
-    if ends_pointer is not None:
-        rows = ends_pointer + sample.to(tl.int64) * seq_length + positions
-        ends = tl.load(rows, mask=positions < seq_length, other=0)
-    else:
-        ends = positions * 0 + seq_length
-    return ends
+def of_head(pointer, sample, head, strides):
+    """Rows of a head by the strides of samples, heads and tokens."""
+    return pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2]
 
 
 @triton.jit
-def of_head(pointer, sample, head, stride_sample, stride_head):
-    return pointer + sample.to(tl.int64) * stride_sample + head.to(tl.int64) * stride_head
-
-
-@triton.jit
-def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM: tl.constexpr):
-    """Of a contiguous [B, T, H, D]; the step to the next token is num_heads x HEAD_DIM."""
-    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM
+def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM):
+    """Rows of a head of a contiguous [B, T, H, D]."""
+    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM, num_heads * HEAD_DIM
 
 
 @triton.jit
@@ -151,31 +144,36 @@ def of_row(pointer, sample, head, seq_length, num_heads):
 
 
 @triton.jit
-def load_rows(rows, positions, stride_token, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[positions, WIDTH], zero where not `valid` and beyond the head dimension."""
+def addresses(rows, positions, valid, HEAD_DIM, WIDTH):
+    """Of [*positions, WIDTH], and the mask: not `valid`, and beyond the head dimension."""
     columns = tl.arange(0, WIDTH)
-    mask = valid[:, None]
+    mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != WIDTH:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    return tl.load(rows + positions.to(tl.int64)[:, None] * stride_token + columns[None, :], mask=mask, other=0.0)
+        mask = mask & (columns < HEAD_DIM)
+    return rows[0] + tl.expand_dims(positions.to(tl.int64), -1) * rows[1] + columns, mask
 
 
 @triton.jit
-def load_rows_of_each(rows, positions, stride_token, valid, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[*positions, WIDTH] for positions in two dimensions, in float32."""
-    columns = tl.arange(0, WIDTH)
-    mask = valid[:, :, None]
-    if HEAD_DIM != WIDTH:
-        mask = mask & (columns < HEAD_DIM)[None, None, :]
-    tile = rows + positions.to(tl.int64)[:, :, None] * stride_token + columns[None, None, :]
-    return tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+def load_rows(rows, positions, valid, HEAD_DIM, WIDTH):
+    """[*positions, WIDTH], zero where not `valid` and beyond the head dimension."""
+    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+    return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(rows, positions, stride_token, valid, values, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    mask = valid[:, None]
-    if HEAD_DIM != WIDTH:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    tile = rows + positions.to(tl.int64)[:, None] * stride_token + columns[None, :]
-    tl.store(tile, values.to(rows.dtype.element_ty), mask=mask)
+def load_wide_rows(rows, positions, valid, HEAD_DIM, WIDTH):
+    return load_rows(rows, positions, valid, HEAD_DIM, WIDTH).to(tl.float32)
+
+
+@triton.jit
+def store_rows(rows, positions, valid, values, HEAD_DIM, WIDTH):
+    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+    tl.store(places, values.to(rows[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_gradient(pointer, previous_pointer, sums, positions, valid, own, HEAD_DIM, WIDTH):
+    """`sums` plus those of an earlier launch."""
+    if previous_pointer is not None:
+        sums += load_rows(of_own_head(previous_pointer, *own, HEAD_DIM), positions, valid, HEAD_DIM, WIDTH)
+    store_rows(of_own_head(pointer, *own, HEAD_DIM), positions, valid, sums, HEAD_DIM, WIDTH)

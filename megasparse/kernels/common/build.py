@@ -1,9 +1,9 @@
 """Builds the C++ kernels on first use and keeps the library in the user's cache folder.
 
-``load_library()`` returns it, compiled for this machine's processor. The file name carries a digest of everything that
-the result depends on, so that machines of different kinds may share one cache folder; a lock lets one process compile
-while the others wait. The library knows nothing of Python or torch (addresses and sizes go in), which keeps the build
-to seconds and free of version conflicts.
+``load_library(source)`` returns it, compiled for this machine's processor. The file name carries a digest of everything
+that the result depends on, so that machines of different kinds may share one cache folder; a lock lets one process
+compile while the others wait. The library knows nothing of Python or torch (addresses and sizes go in), which keeps the
+build to seconds and free of version conflicts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCE = Path(__file__).with_name("block_products.cpp")
+from megasparse.utils.files import write_at_once
+
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300
 
@@ -40,10 +41,10 @@ def cache_folder() -> Path:
 
 
 @cache
-def load_library(*definitions: str, source: Path = SOURCE) -> ctypes.CDLL:
-    """The compiled kernels. Raises BuildError where there is no compiler, or it fails.
+def load_library(source: Path, *definitions: str) -> ctypes.CDLL:
+    """The kernels of a C++ file, compiled. Raises BuildError where there is no compiler, or it fails.
 
-    definitions: macros to define, for tests. source: a C++ file; headers of ours lie beside it.
+    source: headers of ours lie beside it. definitions: macros to define, for tests.
     """
     compiler = find_compiler()
     flags, runtime = [*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()
@@ -58,6 +59,25 @@ def load_library(*definitions: str, source: Path = SOURCE) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernels for CPUs cannot be kept in {folder}: {error}") from None
+
+
+@cache
+def build_failure(source: Path) -> str | None:
+    """Why the kernels of a C++ file cannot be used here; None where they can. Builds them."""
+    try:
+        load_library(source)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def no_compiler() -> str | None:
+    """Why nothing can be built here, as far as that can be told without a build."""
+    try:
+        find_compiler()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def find_compiler() -> str:
@@ -94,7 +114,7 @@ def _build(source: Path, compiler: str, flags: list[str], runtime: list[str], pa
             if sys.platform != "darwin":
                 raise error
             _run([compiler, *flags, "-shared", str(source), "-o", str(library)])
-        os.replace(library, path)
+        write_at_once(path, library.read_bytes())
 
 
 def _run(command: list[str]) -> None:

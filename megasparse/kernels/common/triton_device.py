@@ -59,3 +59,8 @@ def precision(dtype: torch.dtype) -> str:
 def current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`, as the sides of tiles are."""
+    return 1 << max(number - 1, 0).bit_length()
