@@ -156,7 +156,8 @@ class MegaSparseLM(TemplateLM):
                 top_k=options.get("top_k") or None,
                 top_p=options.get("top_p"),
                 generator=generator,
-                end_token=self.eot_token_id,
+                end_tokens=(self.eot_token_id,),
+                num_ids=self._tokens.vocab_size,
             )[0].tolist()
             text = self._tokens.decode(tokens[len(prompt) :])
             found = [position for position in (text.find(end) for end in until) if position >= 0]

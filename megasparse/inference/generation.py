@@ -8,11 +8,17 @@ Tensor names: B samples, T tokens, V entries of the vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 
 from megasparse.layers import KeyValueCache
 from megasparse.models.gpt import GPT
+
+SMALLEST_TEMPERATURE = 1e-30
+"""Below it logits divided by the temperature leave float32, where the most likely token is certain long before."""
 
 
 @torch.no_grad()
@@ -25,7 +31,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    end_token: int | None = None,
+    end_tokens: Collection[int] = (),
+    num_ids: int | None = None,
     use_cache: bool = True,
 ) -> torch.Tensor:
     """Continue prompts of equal length, of at least one token.
@@ -34,11 +41,14 @@ def generate(
         model: only its last `config.seq_length` tokens of context are used.
         tokens_BT: the prompts, int64 [B, T].
         max_new_tokens: tokens to add at most.
-        temperature: divides the logits; 0 takes the most likely token always (greedy).
+        temperature: divides the logits, finite; 0 takes the most likely token always (greedy).
         top_k: sample among the k most likely tokens; None: all.
         top_p: sample among the fewest most likely tokens whose probabilities reach p together; None: all.
         generator: source of the random numbers, on any device; the result depends on it and the model alone.
-        end_token: stop after this token; a row that ends before others is filled up with it. None: never.
+        end_tokens: stop after any of these tokens; a row that ends before others is filled up with the one that ended
+            it. Empty: never.
+        num_ids: new tokens are below it, such as the entries of a tokenizer smaller than the model's vocabulary; None:
+            all entries.
         use_cache: keep keys and values; False: evaluate the whole context for each token.
 
     Returns:
@@ -47,14 +57,16 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or an option is out of range.
     """
-    _check_options(tokens_BT, temperature, top_k, top_p)
+    _check_prompt(tokens_BT)
+    check_sampling(temperature, top_k, top_p)
     evaluate = LastLogits(model, tokens_BT.shape[1] + max_new_tokens, use_cache)
+    ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=tokens_BT.device)
     ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     for _ in range(max_new_tokens):
-        chosen_B = _choose(evaluate(tokens_BT), temperature, top_k, top_p, generator).to(tokens_BT.device)
-        if end_token is not None:
-            chosen_B = chosen_B.masked_fill(ended_B, end_token)
-            ended_B |= chosen_B == end_token
+        logits_BV = evaluate(tokens_BT)[:, :num_ids]
+        chosen_B = _choose(logits_BV, temperature, top_k, top_p, generator).to(tokens_BT.device)
+        chosen_B = torch.where(ended_B, tokens_BT[:, -1], chosen_B)
+        ended_B |= torch.isin(chosen_B, ends)
         tokens_BT = torch.cat((tokens_BT, chosen_B.unsqueeze(1)), dim=1)
         if ended_B.all():
             break
@@ -100,7 +112,7 @@ def _choose(
     generator: torch.Generator | None,
 ) -> torch.Tensor:
     """A token for each row."""
-    if temperature == 0:
+    if temperature < SMALLEST_TEMPERATURE:
         return logits_BV.argmax(dim=1)
     # Sorted once, both cuts are prefixes: the k most likely, and those that the probability p is not reached before.
     probabilities, order = (logits_BV / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
@@ -116,12 +128,16 @@ def _choose(
     return order.gather(1, rank.to(order.device)).squeeze(1)
 
 
-def _check_options(tokens_BT: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for an option of ``generate`` that is out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: {temperature}; must be 0 (greedy) or more, and finite")
+    if top_k is not None and not (top_k >= 1 and top_k == int(top_k)):
+        raise ValueError(f"top_k: {top_k}; must be unset (all tokens), or a whole number of at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p}; must be unset (all tokens), or above 0 and at most 1")
+
+
+def _check_prompt(tokens_BT: torch.Tensor) -> None:
     if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
         raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; must be [B, T] with at least one token each")
-    if temperature < 0:
-        raise ValueError(f"temperature: {temperature} is negative; must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} is too small; must be None, or 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is out of range; must be None, or above 0 and at most 1")

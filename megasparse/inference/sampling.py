@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from megasparse.data.tokenizer import Tokenizer
@@ -19,13 +21,18 @@ def sample_text(
     temperature: float = 0.8,
     top_k: int | None = 50,
     top_p: float | None = None,
+    end_tokens: Collection[int] | None = None,
+    begin_token: int | None = None,
 ) -> str:
     """Prompt and continuation, up to the end of the document or `num_tokens`.
 
-    The text depends on the model and these arguments alone. Raises ValueError for an option that is out of range.
+    end_tokens: those that end a text, which are not shown; begin_token: what an empty prompt means, the beginning of a
+    document. None: the tokenizer's end of a document, for either. Only tokens that the tokenizer has are drawn. The
+    text depends on the model and these arguments alone. Raises ValueError for an option that is out of range.
     """
-    # An empty prompt means the beginning of a document.
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_document_id]
+    end = tokenizer.end_of_document_id
+    ends = {end} if end_tokens is None else set(end_tokens)
+    prompt_ids = tokenizer.encode(prompt) or [end if begin_token is None else begin_token]
     out = generate(
         model,
         torch.tensor([prompt_ids], device=next(model.parameters()).device),
@@ -34,6 +41,10 @@ def sample_text(
         top_k=top_k,
         top_p=top_p,
         generator=torch.Generator().manual_seed(seed),
-        end_token=tokenizer.end_of_document_id,
+        end_tokens=ends,
+        num_ids=tokenizer.vocab_size,
     )
-    return tokenizer.decode(out[0].tolist())
+    tokens = out[0].tolist()
+    shown = tokens[:-1] if len(tokens) > len(prompt_ids) and tokens[-1] in ends else tokens
+    # An end or beginning of the model's own may be no entry of the tokenizer.
+    return tokenizer.decode([token for token in shown if token < tokenizer.vocab_size])

@@ -39,6 +39,7 @@ from megasparse.monitoring.console import (
 )
 from megasparse.monitoring.records import RunRecords
 from megasparse.monitoring.trackers import check_trackers
+from megasparse.sparsity.schedule import build_density_schedule
 from megasparse.training.build_engine import build_engine
 from megasparse.training.callback import Callback, MethodFactory
 from megasparse.training.checkpoints import Checkpointer, Checkpointing
@@ -53,6 +54,9 @@ from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
 from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
+
+DENSITY_DIFFERENCE = 5e-4
+"""Smaller changes at a resume are not worth a warning: a schedule of a few more steps is hardly another one."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,9 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
     checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
+    saved = folder / "config.yaml"
     state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
+    notes += _density_change(saved, config, state.step)
     if config.train.init_from is not None and state.step == 0:
         load_initial_weights(config, methods, engine)
         notes = [*notes, f"starting from the weights of {config.train.init_from}"]
@@ -201,12 +207,10 @@ def train(prepared: Prepared, built: Built) -> dict[str, Any]:
         reason = trainer.run(stop)
     built.watchdog.beat("the end of the run", slow=True)
     summary = summarise(prepared.plan, trainer, reason)
-    # Every rank takes part: the model may be divided among them.
-    text = _sample(trainer.config, trainer.engine.model, prepared.tokenizer)
     if mesh.is_first:
         write_json(prepared.folder / "summary.json", summary)
-        if text is not None:
-            write_at_once(prepared.folder / "sample.txt", text)
+    # Every rank takes part: the model may be divided among them.
+    _leave_sample(prepared, trainer, built.progress.message)
     mesh.barrier()
     return summary
 
@@ -265,6 +269,26 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
     return [change for change in changes if not change.startswith(passing)]
 
 
+def _density_change(saved: Path, config: RunConfig, step: int) -> list[str]:
+    """Where the schedule has another density at `step` than when the run was last started: what happens to it.
+
+    A longer run puts the step at an earlier part of the schedule: a finished one, dense again, becomes sparse.
+    """
+    try:
+        before = load_config([saved]) if step and saved.is_file() else config
+    except ConfigError:
+        # Said already, with the other changes.
+        return []
+    old, new = (build_density_schedule(run.sparsity).density(step / run.train.steps) for run in (before, config))
+    if abs(new - old) < DENSITY_DIFFERENCE:
+        return []
+    happens = "weights are dropped until it is reached" if new < old else "weights come back until it is reached"
+    return [
+        f"warning: density: {old:.4f} at step {step} of {before.train.steps} before, {new:.4f} at step {step} of "
+        f"{config.train.steps} now: {happens}"
+    ]
+
+
 def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:
     """Where the run goes on, and what to tell the user about it.
 
@@ -303,8 +327,16 @@ def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
     write_json(folder / "plan.json", plan)
 
 
-def _sample(config: RunConfig, model: GPT, tokenizer: Tokenizer | None) -> str | None:
-    if tokenizer is None or not config.train.sample_tokens:
-        return None
+def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], None]) -> None:
+    """Write ``sample.txt``. The run has ended well: what goes wrong here is said, and changes nothing of that."""
+    config, tokenizer = trainer.config, prepared.tokenizer
     train = config.train
-    return sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
+    if tokenizer is None or not train.sample_tokens:
+        return
+    model: GPT = trainer.engine.model
+    try:
+        text = sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
+        if trainer.mesh.is_first:
+            write_at_once(prepared.folder / "sample.txt", text)
+    except Exception as error:
+        note(f"warning: no sample was left: {error}")

@@ -97,6 +97,14 @@ def test_a_token_file_counts_the_decoded_documents(tmp_path: Path) -> None:
     assert "bytes" not in without.results(constant_scores(without, 1.0))
 
 
+def test_ids_that_only_the_model_has_stand_for_no_text(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "x", "uint16") as writer:
+        writer.add_document([97, 300, 98])
+    task = token_file_perplexity(IndexedDataset(tmp_path / "x"), BYTES, 8, 4)
+    results = task.results(constant_scores(task, 1.0))
+    assert results["bytes"] == 2 and results["tokens_scored"] == 2
+
+
 def test_a_part_of_a_text_has_no_bytes_and_words() -> None:
     task = text_perplexity("one two three four", BYTES, 8, 4, limit=2)
     results = task.results(constant_scores(task, 1.0))

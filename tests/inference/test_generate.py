@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.generation import LastLogits, generate
+from megasparse.inference.sampling import sample_text
 from megasparse.layers import LayerFactory
 from megasparse.models import GPT
 
@@ -50,7 +54,7 @@ class Fixed(nn.Module):
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
         self.config, self.token_multiple = ModelConfig(seq_length=T), 1
-        self.logits = torch.tensor(probabilities).log()
+        self.logits = nn.Parameter(torch.tensor(probabilities).log())
 
     def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
         return self.logits.expand(*tokens.shape, -1)
@@ -151,12 +155,41 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 def test_stops_after_the_end_token() -> None:
     drawn = sample([0.5, 0.5], 100).tolist()
     first = drawn.index(1)
-    assert sample([0.5, 0.5], 100, end_token=1).tolist() == drawn[: first + 1]
+    assert sample([0.5, 0.5], 100, end_tokens={1}).tolist() == drawn[: first + 1]
+
+
+def test_any_of_several_end_tokens_ends_a_text() -> None:
+    drawn = sample([0.4, 0.3, 0.3], 100).tolist()
+    first = min(drawn.index(1), drawn.index(2))
+    assert sample([0.4, 0.3, 0.3], 100, end_tokens=[2, 1]).tolist() == drawn[: first + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_ids_that_there_are_are_drawn(temperature) -> None:
+    """The two last entries, which the tokenizer does not have, are the likeliest."""
+    drawn = sample([0.1, 0.2, 0.3, 0.4], num_ids=2, temperature=temperature)
+    assert set(drawn.tolist()) == ({0, 1} if temperature else {1})
+
+
+def test_a_text_of_a_model_of_more_entries_than_its_tokenizer() -> None:
+    tokenizer = load_tokenizer("bytes")
+    # Of 512 entries the 257 of the tokenizer are unlikely; the last one of a text is the end of a document.
+    text = sample_text(Fixed([1e-3] * 257 + [1.0] * 255), tokenizer, "a", 60, seed=0, top_k=None)
+    assert text.startswith("a") and len(text) > 1
+    # An own end and beginning, of which the tokenizer has no entry either, are no part of the text.
+    certain = Fixed([0.0] * 98 + [1.0] + [0.0] * 413)
+    assert sample_text(certain, tokenizer, "a", 5, seed=0, end_tokens=[98, 500]) == "a"
+    assert sample_text(certain, tokenizer, "", 5, seed=0, begin_token=500) == "bbbbb"
+
+
+def test_the_smallest_temperatures_are_greedy() -> None:
+    for temperature in (1e-29, 1e-31, 1e-320):
+        assert set(sample([0.4, 0.6], 20, temperature=temperature).tolist()) == {1}
 
 
 def test_rows_that_end_wait_for_the_others() -> None:
     prompt = torch.zeros(6, 1, dtype=torch.int64)
-    rows = generate(Fixed([0.7, 0.3]), prompt, 100, generator=seeded(3), end_token=1)[:, 1:]
+    rows = generate(Fixed([0.7, 0.3]), prompt, 100, generator=seeded(3), end_tokens={1})[:, 1:]
     firsts = [row.index(1) for row in rows.tolist()]
     assert len(set(firsts)) > 1 and rows.shape[1] == max(firsts) + 1
     assert all(row[first:].eq(1).all() for row, first in zip(rows, firsts, strict=True))
@@ -168,7 +201,11 @@ def test_rows_that_end_wait_for_the_others() -> None:
         ([1, 2], {}, r"prompt: shape \(2,\)"),
         ([[]], {}, r"prompt: shape \(1, 0\)"),
         ([[1]], {"temperature": -0.1}, "temperature: -0.1"),
-        ([[1]], {"top_k": 0}, "top_k: 0"),
+        ([[1]], {"temperature": math.nan}, "temperature: nan; must be 0 .greedy. or more, and finite"),
+        ([[1]], {"temperature": math.inf}, "temperature: inf; must be"),
+        ([[1]], {"top_k": 0}, "top_k: 0; must be unset"),
+        ([[1]], {"top_k": 2.5}, "top_k: 2.5; must be unset"),
+        ([[1]], {"top_p": math.nan}, "top_p: nan; must be unset"),
         ([[1]], {"top_p": 0.0}, "top_p: 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p: 1.1"),
     ],

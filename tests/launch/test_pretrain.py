@@ -147,11 +147,26 @@ def test_a_resumed_run_names_what_was_changed(corpus: Path, straight: Path, tmp_
     shutil.copytree(straight, tmp_path / "straight")
     longer = command(corpus, tmp_path, "run.name=straight", "train.resume=auto", "train.steps=26", "optimizer.lr=4e-3")
     output = run(longer).stdout
+    assert "density: 1.0000 at step 24 of 24 before, 0." in output and "weights are dropped" in output
     assert "train.steps: 24 -> 26" in output and "optimizer.lr: 0.005 -> 0.004" in output
     assert "train.resume" not in output.split("changed since")[1].splitlines()[0]
     assert metrics(tmp_path / "straight")[-1]["step"] == 26
     shorter = command(corpus, tmp_path, "run.name=straight", "train.resume=auto", "train.steps=20")
     assert "past the end of the run: train.steps is 20" in run(shorter, expect=2).stdout
+
+
+def test_the_closing_sample_never_decides_how_a_run_ends(corpus: Path, tmp_path: Path) -> None:
+    """Also of a vocabulary of more entries than the tokenizer has, which an untrained model draws from alike."""
+    settings = ["run.name=wide", "model.vocab_size=512", "train.steps=2", "train.sample_tokens=200"]
+    arguments = command(corpus, tmp_path, *settings, "train.resume=auto", ranks=1)
+    run(arguments)
+    left = tmp_path / "wide" / "sample.txt"
+    assert len(left.read_text()) > 1
+    left.unlink()
+    (tmp_path / "wide" / "summary.json").unlink()
+    left.mkdir()
+    assert "warning: no sample was left" in run(arguments).stdout
+    assert (tmp_path / "wide" / "summary.json").is_file() and (tmp_path / "wide" / "report.html").is_file()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
