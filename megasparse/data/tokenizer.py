@@ -184,6 +184,9 @@ class HuggingFaceTokenizer:
         # The library raises a bare Exception for a file it cannot read.
         except Exception as error:
             raise ValueError(f"{fspath(path)}: not a tokenizer.json of the tokenizers library ({error})") from error
+        # Stored for the batches of a model that reads 512 tokens, say: they would drop text, or add tokens to it.
+        self._model.no_truncation()
+        self._model.no_padding()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         # Ids may have gaps, so the largest one counts, not their number.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
