@@ -35,6 +35,7 @@ from typing import IO, NamedTuple
 
 from megasparse.data.index_format import DatasetError
 from megasparse.data.packed_files import READ_ERRORS, is_json_lines, is_parquet, parquet_texts, unpacked
+from megasparse.data.text_files import BYTE_ORDER_MARK, decode, decoded, split_lines
 
 DOCUMENT_RULES = ("file", "line", "blank-line", "wikitext", "separator")
 # SentencePiece slows down on longer texts: 6.0 MB/s at 64 Ki characters, 2.9 MB/s at 1 Mi.
@@ -137,12 +138,12 @@ class CorpusReader:
         # Decoded as a whole before anything is yielded, so that a bad file leaves no half document behind.
         try:
             with open(path, "rb") as raw, unpacked(raw, path) as file:
-                content = file.read().decode("utf-8")
-        except (*READ_ERRORS, UnicodeDecodeError):
+                content = decode(file.read(), path)
+        except (*READ_ERRORS, DatasetError):
             self.skipped_files += 1
             return
         if is_json_lines(path):
-            yield from self._jsonl(_lines(content), path)
+            yield from self._jsonl(split_lines(content), path)
         else:
             yield from _cut_documents([content, None])
 
@@ -161,28 +162,10 @@ class CorpusReader:
             yield from _cut_documents([text, None])
 
     def _decoded(self, file: IO[bytes], raw: IO[bytes], path: Path, done: int) -> Iterator[str]:
-        """Lines with their line ends, or, where lines do not matter, large pieces of text."""
         by_line = self.options.document_rule != "file" or is_json_lines(path)
-        rest, position = b"", 0
-        while True:
-            block = file.read(READ_CHARACTERS)
+        for text in decoded(file, path, by_line=by_line, read_characters=READ_CHARACTERS):
             self.bytes_read = done + raw.tell()
-            content = rest + block
-            # A block may end inside a line, or inside a character; the last line end is a safe place to stop at.
-            end = content.rfind(b"\n") + 1 if block else len(content)
-            if end == 0 and block and not by_line:
-                end = _last_character_end(content)
-            try:
-                text = content[:end].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DatasetError(
-                    f"{path}: not UTF-8 text; byte 0x{content[error.start]:02x} at offset {position + error.start}"
-                ) from error
-            rest, position = content[end:], position + end
-            if text:
-                yield from _lines(text) if by_line else (text,)
-            if not block:
-                return
+            yield text
 
     def _marked(self, lines: Iterator[str]) -> Iterator[str | None]:
         """The text of documents, with None where one ends."""
@@ -207,6 +190,8 @@ class CorpusReader:
 
     def _jsonl(self, lines, path: Path) -> Iterator[Segment]:
         for number, line in enumerate(lines, start=1):
+            # Joined files bring their byte-order marks with them.
+            line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
                 yield from _cut_documents([_json_text(line, self.options.jsonl_key, f"{path}, line {number}"), None])
 
@@ -225,25 +210,6 @@ def _json_text(line: str, key: str, where: str) -> str:
         except UnicodeEncodeError as error:
             raise DatasetError(f"{where}: the text is not valid Unicode ({error.reason})") from error
     return text
-
-
-def _last_character_end(content: bytes) -> int:
-    """Where the last complete UTF-8 character of `content` ends; at most 3 bytes are left over."""
-    for back in range(1, min(4, len(content)) + 1):
-        byte = content[-back]
-        if byte < 0x80:
-            return len(content) - back + 1
-        if byte >= 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(content) if back >= length else len(content) - back
-    return len(content)
-
-
-def _lines(text: str) -> list[str]:
-    # str.splitlines also splits at form feeds, U+2028 and others, which are ordinary characters of a text.
-    lines = text.split("\n")
-    last = lines.pop()
-    return [line + "\n" for line in lines] + ([last] if last else [])
 
 
 def _cut_documents(texts) -> Iterator[Segment]:

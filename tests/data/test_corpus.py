@@ -162,6 +162,33 @@ def test_named_files_that_cannot_be_read(tmp_path):
             documents(tmp_path / name)
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("read_characters", [1, 2**20])
+@pytest.mark.parametrize("rule", ["file", "line", "wikitext"])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, rule, read_characters):
+    monkeypatch.setattr(corpus_module, "READ_CHARACTERS", read_characters)
+    (tmp_path / "a.txt").write_bytes(MARK + b"one \xef\xbb\xbfword")
+    (tmp_path / "b.txt").write_bytes(MARK)
+    # Inside a text the character is an ordinary one.
+    assert documents(tmp_path / "a.txt", rule) == documents(tmp_path) == ["one \ufeffword"]
+    rows = b'{"text": "one"}\n' + MARK + b"\n" + MARK + b'{"text": "\xef\xbb\xbftwo"}\n'
+    (tmp_path / "joined.jsonl").write_bytes(MARK + rows)
+    assert documents(tmp_path / "joined.jsonl", rule) == ["one", "\ufefftwo"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+    content = ("" if encoding in ("utf-16", "utf-32") else "\ufeff") + '{"text": "one"}\n'
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    expected = encoding[:6].upper()
+    with pytest.raises(DatasetError, match=rf"{name}: {expected} text, by its byte-order mark; must be UTF-8"):
+        documents(tmp_path / name)
+
+
 @pytest.mark.parametrize("options", [("page",), ("separator",), ("file", "---")])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="document_rule is"):
