@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -187,6 +188,21 @@ def test_other_encodings_are_named(tmp_path, encoding, name):
     expected = encoding[:6].upper()
     with pytest.raises(DatasetError, match=rf"{name}: {expected} text, by its byte-order mark; must be UTF-8"):
         documents(tmp_path / name)
+
+
+def test_the_time_of_one_huge_line_is_linear(tmp_path, monkeypatch):
+    # As many blocks as 1 GB has at the usual size. Joining at each of them took 16 times as long for 4 times the line.
+    monkeypatch.setattr(corpus_module, "READ_CHARACTERS", 2**13)
+    seconds = []
+    for size in (2**21, 2**23):
+        write(tmp_path / "set.jsonl", json.dumps({"text": "plain words " * (size // 12)}) + "\n")
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            assert len(documents(tmp_path / "set.jsonl")) == 1
+            best = min(best, time.perf_counter() - began)
+        seconds.append(best)
+    assert seconds[1] < 8 * seconds[0], seconds
 
 
 @pytest.mark.parametrize("options", [("page",), ("separator",), ("file", "---")])
