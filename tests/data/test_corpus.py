@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from megasparse.data import CorpusOptions, CorpusReader, DatasetError
 from megasparse.data import corpus as corpus_module
-from megasparse.data.corpus import SEGMENT_CHARACTERS
+from megasparse.data import segments as segments_module
+from megasparse.data.segments import SEGMENT_CHARACTERS
 from megasparse.data.text_files import decoded
 
 
@@ -67,7 +68,7 @@ def test_wikitext_2_articles(wikitext_valid):
 def test_segments_are_short_and_add_up(tmp_path_factory, text, limit, read_characters):
     path = write(tmp_path_factory.mktemp("corpus") / "file.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "SEGMENT_CHARACTERS", limit)
+        patch.setattr(segments_module, "SEGMENT_CHARACTERS", limit)
         patch.setattr(corpus_module, "READ_CHARACTERS", read_characters)
         segments = list(CorpusReader([path]).segments())
         patch.setattr(corpus_module, "READ_CHARACTERS", 2**20)
