@@ -84,7 +84,7 @@ class _Document:
         self._waiting: list[str] = []
         self._context = ""
         # Lengths that are tried one after the other; the number of the one that comes next.
-        self._lengths = (SEGMENT_CHARACTERS,)
+        self._lengths: tuple[int, ...] = (SEGMENT_CHARACTERS,)
         self._margin = 0
         if may_cut is not None:
             self._lengths = (SEGMENT_CHARACTERS, 8 * SEGMENT_CHARACTERS, max(LONGEST_SEGMENT, 8 * SEGMENT_CHARACTERS))
