@@ -13,35 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from megasparse.data.huggingface_tokenizer import HuggingFaceTokenizer
+from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, Tokenizer, check_ids
+
 TOKENIZER_KINDS = ("sentencepiece", "huggingface", "bytes")
-# Names under which published vocabularies keep their end-of-document token, in the order they are looked for.
-END_OF_DOCUMENT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "[EOS]")
 # SentencePiece writes a space as this character (U+2581), so the character itself needs care.
 SPACE_MARK = "\u2581"
-
-
-class Tokenizer(Protocol):
-    """What the rest of the product asks of a tokenizer.
-
-    `vocab_size`: ids are 0 to vocab_size - 1. `end_of_document_id` is appended to each document and decodes to no
-    text. `decode` raises ValueError for an id outside the vocabulary.
-    """
-
-    name: str
-    vocab_size: int
-    end_of_document_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
-        """The ids of each text, as integer arrays; the fast way for much text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def load_tokenizer(
@@ -66,14 +46,6 @@ def load_tokenizer(
     return loader(path, end_of_document)
 
 
-def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    checked = [int(token) for token in ids]
-    for token in checked:
-        if not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(f"{tokenizer.name}: token id {token}; ids must be 0 to {tokenizer.vocab_size - 1}")
-    return checked
-
-
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; id 256 ends a document. Bytes that are no UTF-8 decode to U+FFFD."""
 
@@ -88,7 +60,7 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        content = bytes(token for token in _check_ids(ids, self) if token != self.end_of_document_id)
+        content = bytes(token for token in check_ids(ids, self) if token != self.end_of_document_id)
         return content.decode("utf-8", errors="replace")
 
 
@@ -161,49 +133,5 @@ class SentencePieceTokenizer:
         return [np.asarray(row, np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in _check_ids(ids, self) if token != self.end_of_document_id]
+        kept = [token for token in check_ids(ids, self) if token != self.end_of_document_id]
         return self._model.decode(kept)
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer.json, through the library `tokenizers` (extra `hf`). No special tokens are added to a text.
-
-    The library decides about threads itself (RAYON_NUM_THREADS); `num_threads` of `encode_batch` has no effect.
-    """
-
-    def __init__(self, path: str | PathLike[str], end_of_document: str | None = None):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ValueError(
-                "the huggingface tokenizer needs the library `tokenizers`: pip install 'megasparse[hf]'"
-            ) from error
-        self.name = f"huggingface:{Path(path).name}"
-        try:
-            self._model = tokenizers.Tokenizer.from_file(fspath(path))
-        # The library raises a bare Exception for a file it cannot read.
-        except Exception as error:
-            raise ValueError(f"{fspath(path)}: not a tokenizer.json of the tokenizers library ({error})") from error
-        # Stored for the batches of a model that reads 512 tokens, say: they would drop text, or add tokens to it.
-        self._model.no_truncation()
-        self._model.no_padding()
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        # Ids may have gaps, so the largest one counts, not their number.
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        wanted = END_OF_DOCUMENT_PIECES if end_of_document is None else (end_of_document,)
-        found = [vocabulary[piece] for piece in wanted if piece in vocabulary]
-        if not found:
-            raise ValueError(f"{fspath(path)}: no end-of-document token; looked for {', '.join(wanted)}")
-        self.end_of_document_id = found[0]
-        self.end_of_document = self._model.id_to_token(found[0])
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
-        rows = self._model.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array(row.ids, np.int32) for row in rows]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in _check_ids(ids, self) if token != self.end_of_document_id]
-        return self._model.decode(kept, skip_special_tokens=False)
