@@ -9,6 +9,15 @@ from contextlib import contextmanager
 
 from megasparse.data.corpus import DOCUMENT_RULES, CorpusOptions, CorpusReader
 
+# The argument of each option of CorpusOptions, and the input that it is for.
+ARGUMENTS = {
+    "document_rule": ("document_rule", "text file, named by itself"),
+    "separator": ("document_separator", "text file, named by itself"),
+    "jsonl_key": ("jsonl_key", "JSON lines (.jsonl, .ndjson, .json) and no .parquet"),
+    "glob": ("glob", "folder"),
+    "exclude": ("exclude", "folder"),
+}
+
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the input paths and the options of `CorpusOptions`."""
@@ -28,24 +37,30 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--document-separator", metavar="LINE", help="a line equal to LINE ends a document")
     group.add_argument(
         "--jsonl-key",
-        default="text",
         metavar="KEY",
         help="key of the text in JSON lines, column in Parquet (default: text)",
     )
-    group.add_argument(
-        "--glob", default="*.txt", help="files to take below a folder, one document each (default: *.txt)"
-    )
-    group.add_argument(
-        "--exclude", nargs="+", default=[], metavar="NAME", help="folders and files below a folder to pass over"
-    )
+    group.add_argument("--glob", help="files to take below a folder, one document each (default: *.txt)")
+    group.add_argument("--exclude", nargs="+", metavar="NAME", help="folders and files below a folder to pass over")
 
 
 def reader_from_arguments(arguments: argparse.Namespace) -> CorpusReader:
     """The reader that `add_corpus_arguments` describes. ValueError for what does not fit together."""
     rule = arguments.document_rule or ("file" if arguments.document_separator is None else "separator")
-    exclude = tuple(arguments.exclude)
-    options = CorpusOptions(rule, arguments.document_separator, arguments.jsonl_key, arguments.glob, exclude)
-    return CorpusReader(arguments.input, options)
+    options = CorpusOptions(
+        rule,
+        arguments.document_separator,
+        "text" if arguments.jsonl_key is None else arguments.jsonl_key,
+        "*.txt" if arguments.glob is None else arguments.glob,
+        tuple(arguments.exclude or ()),
+    )
+    reader = CorpusReader(arguments.input, options)
+    for name in reader.unused_options():
+        argument, uses = ARGUMENTS[name]
+        value = getattr(arguments, argument)
+        if value is not None:
+            raise ValueError(f"--{argument.replace('_', '-')}: {value}; must be left out: --input has no {uses}")
+    return reader
 
 
 def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:

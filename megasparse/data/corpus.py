@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO
 
 from megasparse.data.index_format import DatasetError
-from megasparse.data.packed_files import READ_ERRORS, is_json_lines, is_parquet, parquet_texts, unpacked
+from megasparse.data.packed_files import READ_ERRORS, check_format, is_json_lines, is_parquet, parquet_texts, unpacked
 from megasparse.data.segments import CutCheck, Segment, cut_documents
 from megasparse.data.text_files import BYTE_ORDER_MARK, decode, decoded, split_lines
 
@@ -85,6 +85,7 @@ class CorpusReader:
     def _expand(self, path: Path) -> list[tuple[Path, bool]]:
         """The files of one input path, each with: was it found in a folder?"""
         if path.is_file():
+            check_format(path)
             return [(path, False)]
         if not path.is_dir():
             raise DatasetError(f"{path}: no such file or folder")
@@ -98,6 +99,18 @@ class CorpusReader:
         """Whether the name of the file, or of a folder between `folder` and it, matches a pattern of `exclude`."""
         parts = file.relative_to(folder).parts
         return any(fnmatchcase(part, pattern) for part in parts for pattern in self.options.exclude)
+
+    def unused_options(self) -> list[str]:
+        """Names of the options of `CorpusOptions` that play no part for these files."""
+        named = [path for path, in_folder in self._files if not in_folder]
+        unused = []
+        if all(is_parquet(path) or is_json_lines(path) for path in named):
+            unused += ["document_rule", "separator"]
+        if not any(is_parquet(path) or is_json_lines(path) for path, _ in self._files):
+            unused.append("jsonl_key")
+        if len(named) == len(self._files):
+            unused += ["glob", "exclude"]
+        return unused
 
     def documents(self) -> Iterator[str]:
         """Whole documents, for callers that know them to be small."""
@@ -132,6 +145,7 @@ class CorpusReader:
     def _file_in_folder(self, path: Path) -> Iterator[str | None]:
         # Decoded as a whole before anything is yielded, so that a bad file leaves no half document behind.
         try:
+            check_format(path)
             with open(path, "rb") as raw, unpacked(raw, path) as file:
                 content = decode(file.read(), path)
         except (*READ_ERRORS, DatasetError):
@@ -196,7 +210,7 @@ def _json_text(line: str, key: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where}: not JSON ({error})") from error
+        raise DatasetError(f"{where}: not JSON ({error}); must be one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         raise DatasetError(f"{where}: no text under the key {key!r}; each line is an object with a string there")
     text = record[key]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from megasparse.data.index_format import DatasetError
+from megasparse.data.packed_files import KNOWN_FORMATS
 
 BYTE_ORDER_MARK = "\ufeff"
 # The longer marks come first: that of UTF-16 begins that of UTF-32.
@@ -20,6 +21,17 @@ FOREIGN_MARKS = {
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
+}
+
+# What a file may begin with whose name does not say so.
+FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PAR1": "Parquet",
+    b"PK\x03\x04": "zip",
+    b"%PDF": "PDF",
 }
 
 
@@ -54,6 +66,11 @@ def decode(content: bytes, path: Path, position: int = 0) -> str:
         for mark, name in FOREIGN_MARKS.items():
             if position == 0 and content.startswith(mark):
                 raise DatasetError(f"{path}: {name} text, by its byte-order mark; must be UTF-8") from error
+        for mark, name in FORMATS.items():
+            if position == 0 and content.startswith(mark):
+                raise DatasetError(
+                    f"{path}: {name} data, which its name does not say; must be one of {KNOWN_FORMATS}"
+                ) from error
         raise DatasetError(
             f"{path}: not UTF-8 text; byte 0x{content[error.start]:02x} at offset {position + error.start}"
         ) from error

@@ -159,12 +159,18 @@ def test_memory_does_not_grow_with_the_input(tmp_path, run_tool):
         (["--input", "a.txt", "--tokenizer", "bytes", "--document-rule", "separator"], "needs a separator"),
         (["--input", "a.txt", "--tokenizer", "bytes", "--limit-documents", "0"], "must be at least 1"),
         (["--input", "a.txt", "--tokenizer", "word"], "invalid choice"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--jsonl-key", "text"], "--jsonl-key: text; must be left out"),
+        (["--input", "a.jsonl", "--tokenizer", "bytes", "--document-rule", "line"], "--document-rule: line; must be"),
+        (["--input", "a.jsonl", "--tokenizer", "bytes", "--document-separator", "-"], "must be left out"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--glob", "*.py"], "--glob: *.py; must be left out"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--exclude", "b"], "--input has no folder"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(tmp_path, run_tool, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     done = run_tool("preprocess_data", *arguments, "--output-prefix", "out")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
