@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
+from megasparse.data.facts import DataFacts, facts_path
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
 from megasparse.data.tokenizer import TOKENIZER_KINDS, load_tokenizer
@@ -36,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, choices=TOKENIZER_KINDS, help="kind of tokenizer")
     parser.add_argument("--tokenizer-path", metavar="FILE", help="the .model or tokenizer.json file")
     parser.add_argument("--end-of-document", metavar="PIECE", help="piece that ends documents, if not a usual one")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--limit-documents", type=int, metavar="N", help="stop after N documents")
     parser.add_argument(
@@ -51,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace, communicator) -> None:
-    existing = [str(path) for path in dataset_paths(arguments.output_prefix) if path.exists()]
+    paths = [*dataset_paths(arguments.output_prefix), facts_path(arguments.output_prefix)]
+    existing = [str(path) for path in paths if path.exists()]
     # Rank 0 decides alone: a later rank could otherwise see what an earlier one has begun to write.
     if communicator is not None:
         existing = communicator.bcast(existing)
@@ -80,6 +84,7 @@ def main(arguments: argparse.Namespace, communicator) -> None:
         )
     if first:
         print(f"{arguments.output_prefix}: {report}")
+        print(f"{arguments.output_prefix}: documents end with {DataFacts.of(tokenizer).end_of_document}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Token data: indexed files, packing, shuffling, blending, loading. See README.md in this folder."""
 
-from megasparse.data.build import build_datasets
+from megasparse.data.build import build_datasets, end_of_document, open_tokenizer
 from megasparse.data.corpus import CorpusOptions, CorpusReader
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
+from megasparse.data.facts import DataFacts, EndOfDocument, read_facts
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megasparse.data.sampler import (
@@ -24,7 +25,9 @@ __all__ = [
     "ConcatenatedDataset",
     "CorpusOptions",
     "CorpusReader",
+    "DataFacts",
     "DatasetError",
+    "EndOfDocument",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "PackedDataset",
@@ -35,9 +38,12 @@ __all__ = [
     "build_datasets",
     "dataset_paths",
     "derive_seed",
+    "end_of_document",
     "load_tokenizer",
+    "open_tokenizer",
     "permuted_index",
     "permuted_indices",
+    "read_facts",
     "smallest_dtype",
     "split_documents",
     "split_samples",

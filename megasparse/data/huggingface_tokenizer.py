@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, check_ids
+from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, check_ids, declared_end_tokens, file_sha256
 
 
 class HuggingFaceTokenizer:
@@ -41,14 +41,11 @@ class HuggingFaceTokenizer:
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         # Ids may have gaps, so the largest one counts, not their number.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        wanted = END_OF_DOCUMENT_PIECES if end_of_document is None else (end_of_document,)
-        found = [vocabulary[piece] for piece in wanted if piece in vocabulary]
-        if not found:
-            raise ValueError(f"{fspath(path)}: no end-of-document token; looked for {', '.join(wanted)}")
-        self.end_of_document_id = found[0]
-        self.end_of_document = self._model.id_to_token(found[0])
+        self.file_sha256: str | None = file_sha256(path)
         added = {token["content"]: token["special"] for token in values.get("added_tokens", [])}
         reserved = {content for content, special in added.items() if special}
+        self.end_of_document = self._find_end_of_document(path, end_of_document, vocabulary, reserved)
+        self.end_of_document_id = vocabulary[self.end_of_document]
         # An ordinary piece that the user has chosen is one that texts are made of.
         if end_of_document is None or end_of_document in added:
             reserved.add(self.end_of_document)
@@ -59,6 +56,20 @@ class HuggingFaceTokenizer:
         # Stored for the batches of a model that reads 512 tokens, say: they would drop text, or add tokens to it.
         self._encoder.no_truncation()
         self._encoder.no_padding()
+
+    def _find_end_of_document(self, path, wanted: str | None, vocabulary: dict[str, int], special: set[str]) -> str:
+        if wanted is not None:
+            names = [wanted]
+        else:
+            declared = declared_end_tokens(path, self.vocab_size)
+            known = [self._model.id_to_token(token) if isinstance(token, int) else token for token in declared]
+            # Special ones first: `</s>` is an ordinary token, of HTML, where `<eos>` ends texts.
+            guesses = sorted(END_OF_DOCUMENT_PIECES, key=lambda name: name not in special)
+            names = [*(name for name in known if name is not None), *guesses]
+        for name in names:
+            if name in vocabulary:
+                return name
+        raise ValueError(f"{fspath(path)}: no end-of-document token; looked for {', '.join(names)}")
 
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(text, add_special_tokens=False).ids

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megasparse.data.facts import DataFacts, facts_path, write_facts
 from megasparse.data.index_format import (
     HEADER,
     MAGIC,
@@ -161,7 +162,8 @@ class IndexedDatasetWriter:
     """Writes one dataset; a context manager that finalizes on success and leaves nothing behind on an exception.
 
     `vocab_size`, where given, bounds the ids that are accepted; the dtype always does. Only `finalize` makes the
-    dataset appear under `prefix`, replacing one that is there. The folder is made where missing.
+    dataset appear under `prefix`, replacing one that is there. The folder is made where missing. `facts`, where given,
+    are recorded beside the data, see ``facts``; those of a dataset that is replaced go with it.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class IndexedDatasetWriter:
         *,
         vocab_size: int | None = None,
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        facts: DataFacts | None = None,
     ):
         self.code = dtype_code(dtype)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -179,6 +182,7 @@ class IndexedDatasetWriter:
         if not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(f"max_sequence_length is {max_sequence_length}; must be 1 to {MAX_SEQUENCE_LENGTH}")
         self.max_sequence_length = max_sequence_length
+        self.facts = facts
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path = dataset_paths(prefix)
         self._lengths = array("i")
@@ -265,8 +269,11 @@ class IndexedDatasetWriter:
                 sync_and_close(file)
             # Without this an old .idx could pair with the new .bin if the machine stops between the two renames.
             self.idx_path.unlink(missing_ok=True)
+            facts_path(self.prefix).unlink(missing_ok=True)
             os.replace(self._bin_temporary, self.bin_path)
             os.replace(idx_temporary, self.idx_path)
+            if self.facts is not None:
+                write_facts(self.prefix, self.facts, documents=self.num_documents, tokens=self.num_tokens)
         except BaseException:
             if idx_temporary is not None:
                 idx_temporary.unlink(missing_ok=True)

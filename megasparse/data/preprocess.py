@@ -24,6 +24,7 @@ from typing import IO
 import numpy as np
 
 from megasparse.data.corpus import CorpusReader
+from megasparse.data.facts import DataFacts
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDatasetWriter
 from megasparse.data.segments import Segment, cut_check
@@ -90,7 +91,7 @@ def preprocess(
     limit_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PreprocessReport:
-    """Writes `<prefix>.bin` and `.idx`, replacing them where they exist; each document ends with the end token.
+    """Writes `<prefix>.bin`, `.idx` and `.meta.json`, replacing them; each document ends with the end token.
 
     Called by every rank of `communicator`, it raises on all ranks if one fails. `progress` gets the input bytes read
     so far. `limit_documents` stops after that many documents. DatasetError if there are no documents.
@@ -214,7 +215,8 @@ def encode_block(block: list[Segment], tokenizer: Tokenizer, num_threads: int = 
 
 
 def _writer(prefix, tokenizer: Tokenizer) -> IndexedDatasetWriter:
-    return IndexedDatasetWriter(prefix, smallest_dtype(tokenizer.vocab_size), vocab_size=tokenizer.vocab_size)
+    dtype, facts = smallest_dtype(tokenizer.vocab_size), DataFacts.of(tokenizer)
+    return IndexedDatasetWriter(prefix, dtype, vocab_size=tokenizer.vocab_size, facts=facts)
 
 
 def _require_documents(writer: IndexedDatasetWriter) -> None:

@@ -17,7 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from megasparse.data.huggingface_tokenizer import HuggingFaceTokenizer
-from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, Tokenizer, check_ids
+from megasparse.data.vocabulary import (
+    END_OF_DOCUMENT_PIECES,
+    Tokenizer,
+    check_ids,
+    declared_end_tokens,
+    file_sha256,
+)
 
 TOKENIZER_KINDS = ("sentencepiece", "huggingface", "bytes")
 # SentencePiece writes a space as this character (U+2581), so the character itself needs care.
@@ -52,6 +58,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_of_document_id = 256
+    end_of_document: str | None = None
+    file_sha256: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -82,19 +90,31 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{fspath(path)}: not a SentencePiece model") from error
         self.vocab_size = int(self._model.vocab_size())
+        self.file_sha256: str | None = file_sha256(path)
         self.end_of_document_id = self._find_end_of_document(fspath(path), end_of_document)
+        self.end_of_document: str | None = self._model.id_to_piece(self.end_of_document_id)
         self._return_type = self._probe_return_type()
         self._space_mark_ids = self._find_space_mark_ids()
 
     def _find_end_of_document(self, path: str, end_of_document: str | None) -> int:
         if end_of_document is None and self._model.eos_id() >= 0:
             return int(self._model.eos_id())
-        wanted = END_OF_DOCUMENT_PIECES if end_of_document is None else (end_of_document,)
+        if end_of_document is not None:
+            wanted = [end_of_document]
+        else:
+            # Control pieces first: texts do not hold them, while `</s>` may be an ordinary piece, of HTML.
+            guesses = sorted(END_OF_DOCUMENT_PIECES, key=lambda piece: not self._is_control(piece))
+            declared = declared_end_tokens(path, self.vocab_size)
+            names = (self._model.id_to_piece(token) if isinstance(token, int) else token for token in declared)
+            wanted = [*names, *guesses]
         for piece in wanted:
             identifier = int(self._model.piece_to_id(piece))
             if identifier != self._model.unk_id():
                 return identifier
         raise ValueError(f"{path}: no end-of-document piece; looked for {', '.join(wanted)}")
+
+    def _is_control(self, piece: str) -> bool:
+        return bool(self._model.is_control(self._model.piece_to_id(piece)))
 
     def _probe_return_type(self):
         # Newer releases hand out arrays, older ones only lists of Python integers.

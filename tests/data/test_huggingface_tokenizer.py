@@ -78,13 +78,13 @@ def test_a_text_that_spells_a_special_token_stays_text(tmp_path, kind):
     if kind == "byte level":
         model = byte_level("<|endoftext|>", "</s>", "<unk>")
     elif kind == "added later":
-        model = byte_level("</s>", "<unk>")
+        model = byte_level("<unk>")
         # Not marked as special, as some published vocabularies have it.
         model.add_tokens([tokenizers.AddedToken("<|endoftext|>", special=False)])
     else:
         model = other_model(kind)
     tokenizer = load(model, tmp_path)
-    special = {model.token_to_id(name) for name in ("<|endoftext|>", "</s>")}
+    special = {model.token_to_id(name) for name in ("<|endoftext|>", "</s>")} - {None}
     assert tokenizer.end_of_document_id == model.token_to_id("<|endoftext|>")
     for text, row in zip(SPELLED, tokenizer.encode_batch(SPELLED), strict=True):
         assert row.tolist() == tokenizer.encode(text)

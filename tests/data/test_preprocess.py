@@ -84,7 +84,8 @@ def test_mpi_result_is_byte_identical(tmp_path, mixed_corpus, run_tool, ranks):
     assert many.returncode == 0, many.stderr
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert f"on {ranks} process(es)" in many.stdout and many.stdout.count("MB/s") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["input", "many.bin", "many.idx", "one.bin", "one.idx"]
+    written = [f"{name}.{ending}" for name in ("many", "one") for ending in ("bin", "idx", "meta.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input", *written]
     # More than two blocks, or nothing was shared.
     assert one.stdout and IndexedDataset(tmp_path / "one").num_tokens > 2 * preprocess_module.BLOCK_CHARACTERS
 
