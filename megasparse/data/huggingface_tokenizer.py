@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, check_ids, declared_end_tokens, file_sha256
+from megasparse.data.vocabulary import END_OF_DOCUMENT_PIECES, declared_end_tokens, file_sha256, text_ids
 
 
 class HuggingFaceTokenizer:
@@ -44,11 +44,12 @@ class HuggingFaceTokenizer:
         self.file_sha256: str | None = file_sha256(path)
         added = {token["content"]: token["special"] for token in values.get("added_tokens", [])}
         reserved = {content for content, special in added.items() if special}
-        self.end_of_document = self._find_end_of_document(path, end_of_document, vocabulary, reserved)
-        self.end_of_document_id = vocabulary[self.end_of_document]
+        end = self._find_end_of_document(path, end_of_document, vocabulary, reserved)
+        self.end_of_document: str | None = end
+        self.end_of_document_id = vocabulary[end]
         # An ordinary piece that the user has chosen is one that texts are made of.
         if end_of_document is None or end_of_document in added:
-            reserved.add(self.end_of_document)
+            reserved.add(end)
         self._encoder = self._model
         if _can_spell(values, reserved) or any(not added.get(name, True) for name in reserved):
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_renamed(values, reserved)))
@@ -79,8 +80,7 @@ class HuggingFaceTokenizer:
         return [np.array(row.ids, np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in check_ids(ids, self) if token != self.end_of_document_id]
-        return self._model.decode(kept, skip_special_tokens=False)
+        return self._model.decode(text_ids(ids, self), skip_special_tokens=False)
 
 
 def _can_spell(values: dict[str, Any], reserved: set[str]) -> bool:

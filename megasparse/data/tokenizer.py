@@ -20,9 +20,9 @@ from megasparse.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megasparse.data.vocabulary import (
     END_OF_DOCUMENT_PIECES,
     Tokenizer,
-    check_ids,
     declared_end_tokens,
     file_sha256,
+    text_ids,
 )
 
 TOKENIZER_KINDS = ("sentencepiece", "huggingface", "bytes")
@@ -68,8 +68,7 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        content = bytes(token for token in check_ids(ids, self) if token != self.end_of_document_id)
-        return content.decode("utf-8", errors="replace")
+        return bytes(text_ids(ids, self)).decode("utf-8", errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -153,5 +152,4 @@ class SentencePieceTokenizer:
         return [np.asarray(row, np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in check_ids(ids, self) if token != self.end_of_document_id]
-        return self._model.decode(kept)
+        return self._model.decode(text_ids(ids, self))

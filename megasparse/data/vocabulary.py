@@ -25,8 +25,8 @@ class Tokenizer(Protocol):
     """What the rest of the product asks of a tokenizer.
 
     `vocab_size`: ids are 0 to vocab_size - 1. `end_of_document_id` is appended to each document and decodes to no
-    text; `end_of_document` is its name, where ids have names. `file_sha256` tells its file from others. `decode` raises
-    ValueError for an id outside the vocabulary.
+    text; `end_of_document` is its name, where ids have names. `file_sha256` tells its file from others. `decode` passes
+    over ids beyond the vocabulary, and raises ValueError for a negative one.
     """
 
     name: str
@@ -44,12 +44,17 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Those of the ids that stand for text: neither the end of a document nor beyond the vocabulary.
+
+    A model may have more rows than its tokenizer has entries, 50,304 for 50,257 say, and can draw each of them.
+    Raises ValueError for a negative id.
+    """
     checked = [int(token) for token in ids]
     for token in checked:
-        if not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(f"{tokenizer.name}: token id {token}; ids must be 0 to {tokenizer.vocab_size - 1}")
-    return checked
+        if token < 0:
+            raise ValueError(f"{tokenizer.name}: token id {token}; ids must be 0 or more")
+    return [token for token in checked if token < tokenizer.vocab_size and token != tokenizer.end_of_document_id]
 
 
 def file_sha256(path: str | PathLike[str]) -> str:

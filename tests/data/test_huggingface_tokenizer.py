@@ -106,3 +106,9 @@ def test_tokens_of_the_text_beside_the_special_ones_are_still_found(tmp_path):
 def test_a_piece_chosen_by_hand_may_also_be_text(tmp_path):
     tokenizer = load(byte_level("<|endoftext|>"), tmp_path, end_of_document="a")
     assert tokenizer.encode("a") == [tokenizer.end_of_document_id]
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(tmp_path):
+    tokenizer = load(byte_level("<|endoftext|>"), tmp_path)
+    first, *rest = tokenizer.encode("a text")
+    assert tokenizer.decode([first, tokenizer.vocab_size, *rest, 10**6]) == "a text"
