@@ -55,6 +55,9 @@ class IndexedDataset:
                 raise DatasetError(f"{path}: no such file; a dataset prefix names a pair of .bin and .idx files")
         self.dtype, lengths, pointers, document_indices = _read_index(self.idx_path)
         self.num_tokens = _check_sequences(self.idx_path, lengths, pointers, self.dtype.itemsize)
+        if len(lengths) and len(document_indices) == 1 and document_indices[0] == 0:
+            # GPT-NeoX merges data sets without their document indices; each sequence is a document there.
+            document_indices = np.arange(len(lengths) + 1)
         _check_documents(self.idx_path, document_indices, len(lengths))
         expected, found = self.num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
         if found != expected:
