@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
-from megasparse.data.facts import DataFacts, facts_path
+from megasparse.data.facts import DataFacts, check_output_prefix, facts_path
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
 from megasparse.data.tokenizer import TOKENIZER_KINDS, load_tokenizer
@@ -54,6 +54,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace, communicator) -> None:
+    failure: Exception | None = None
+    if communicator is None or communicator.Get_rank() == 0:
+        try:
+            check_output_prefix(arguments.output_prefix)
+        except ValueError as error:
+            failure = error
+    raise_together(communicator, failure)
     paths = [*dataset_paths(arguments.output_prefix), facts_path(arguments.output_prefix)]
     existing = [str(path) for path in paths if path.exists()]
     # Rank 0 decides alone: a later rank could otherwise see what an earlier one has begun to write.
@@ -61,7 +68,7 @@ def main(arguments: argparse.Namespace, communicator) -> None:
         existing = communicator.bcast(existing)
     if existing and not arguments.overwrite:
         raise ValueError(f"{existing[0]} exists; --overwrite replaces it")
-    tokenizer, reader, failure = None, None, None
+    tokenizer, reader = None, None
     try:
         tokenizer = load_tokenizer(
             arguments.tokenizer, arguments.tokenizer_path, end_of_document=arguments.end_of_document

@@ -10,13 +10,14 @@ that sample, evaluate or export later use the one recorded here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from megasparse.data.index_format import DatasetError
+from megasparse.data.index_format import DatasetError, dataset_paths
 from megasparse.data.vocabulary import Tokenizer
 from megasparse.utils.files import write_json
 
@@ -51,6 +52,27 @@ class DataFacts:
 
 def facts_path(prefix: str | PathLike[str]) -> Path:
     return Path(fspath(prefix) + ".meta.json")
+
+
+def check_output_prefix(prefix: str) -> None:
+    """Raises ValueError for a prefix that data cannot be written under, before hours of work end in that."""
+    folder, name = os.path.split(prefix)
+    if name in ("", ".", "..") or os.path.isdir(prefix):
+        raise ValueError(
+            f"--output-prefix: {prefix} is a folder; must be a folder and the beginning of a name, such as "
+            f"{os.path.join(prefix, 'tokens')}"
+        )
+    for path in (*dataset_paths(prefix), facts_path(prefix)):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--output-prefix: {path} is there and no file; must be a prefix of new files")
+        # A file that is mounted by itself, as containers do it, cannot be replaced.
+        if path.exists() and os.path.ismount(path):
+            raise ValueError(f"--output-prefix: {path} is a mount point; must be a prefix of files in a mounted folder")
+    parent = Path(folder or ".").absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"--output-prefix: {prefix}: {parent} is no folder that can be written; must be one")
 
 
 def write_facts(prefix: str | PathLike[str], facts: DataFacts, *, documents: int, tokens: int) -> None:
