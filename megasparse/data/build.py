@@ -141,8 +141,8 @@ def build_data(config: RunConfig, vocab_size: int):
     valid = config.data.valid
     if valid is not None and not valid:
         raise ConfigError(
-            "data.valid: []; must be a list of {path: <prefix of .bin and .idx>}, or unset: data.valid_fraction of each "
-            "training set is kept then"
+            "data.valid: []; must be a list of {path: <prefix of .bin and .idx>}, or unset: data.valid_fraction of "
+            "each training set is kept then"
         )
     return build_datasets(
         train_sources=[(source.path, source.weight) for source in config.data.train],
