@@ -4,6 +4,7 @@ from megasparse.data.build import build_datasets, end_of_document, open_tokenize
 from megasparse.data.corpus import CorpusOptions, CorpusReader
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, TokenRange, split_documents
 from megasparse.data.facts import DataFacts, EndOfDocument, read_facts
+from megasparse.data.fingerprints import fingerprint, run_fingerprint
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megasparse.data.sampler import (
@@ -39,11 +40,13 @@ __all__ = [
     "dataset_paths",
     "derive_seed",
     "end_of_document",
+    "fingerprint",
     "load_tokenizer",
     "open_tokenizer",
     "permuted_index",
     "permuted_indices",
     "read_facts",
+    "run_fingerprint",
     "smallest_dtype",
     "split_documents",
     "split_samples",
