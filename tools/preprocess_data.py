@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool
+from megasparse.data.arguments import add_corpus_arguments, progress_bar, reader_from_arguments, run_tool, utf8_argument
 from megasparse.data.facts import DataFacts, check_output_prefix, facts_path
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, choices=TOKENIZER_KINDS, help="kind of tokenizer")
     parser.add_argument("--tokenizer-path", metavar="FILE", help="the .model or tokenizer.json file")
-    parser.add_argument("--end-of-document", metavar="PIECE", help="piece that ends documents, if not a usual one")
+    parser.add_argument(
+        "--end-of-document", type=utf8_argument, metavar="PIECE", help="what ends documents, if not a usual piece"
+    )
     parser.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,6 +19,14 @@ ARGUMENTS = {
     "glob": ("glob", "folder"),
     "exclude": ("exclude", "folder"),
 }
+
+
+def utf8_argument(value: str) -> str:
+    """Text of the command line that is compared with text of files; Python decodes it by the locale."""
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError:
+        return value
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +44,12 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DOCUMENT_RULES,
         help="what a document is in a text file (default: the whole file)",
     )
-    group.add_argument("--document-separator", metavar="LINE", help="a line equal to LINE ends a document")
+    group.add_argument(
+        "--document-separator", type=utf8_argument, metavar="LINE", help="a line equal to LINE ends a document"
+    )
     group.add_argument(
         "--jsonl-key",
+        type=utf8_argument,
         metavar="KEY",
         help="key of the text in JSON lines, column in Parquet (default: text)",
     )
@@ -65,6 +78,9 @@ def reader_from_arguments(arguments: argparse.Namespace) -> CorpusReader:
 
 def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:
     """Runs `main`; user errors become one line on standard error and exit status 2."""
+    # A terminal that cannot show a character of a token or a path must not decide about the work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:

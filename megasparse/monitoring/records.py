@@ -36,8 +36,8 @@ class RunRecords:
         self.folder = folder
         for name in ("metrics.jsonl", "topology.jsonl"):
             _drop_lines_after(folder / name, resume_step)
-        self._metrics = (folder / "metrics.jsonl").open("a")
-        self._topology = (folder / "topology.jsonl").open("a")
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._topology = (folder / "topology.jsonl").open("a", encoding="utf-8")
         self._scalars = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
 
     def metrics(self, values: Mapping[str, Any]) -> None:
@@ -76,10 +76,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
     if not path.is_file():
         return
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
     temporary = path.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 

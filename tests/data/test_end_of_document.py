@@ -192,3 +192,27 @@ def test_the_tool_says_how_documents_end(tmp_path, run_tool, tokenizer_file):
     done = run_tool("preprocess_data", *arguments, *own)
     assert done.returncode == 0 and "documents end with id 0 (" in done.stdout, done.stderr
     assert read_facts(tmp_path / "out").end_of_document.piece == OWN
+
+
+def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path, run_tool, tokenizer_file, monkeypatch):
+    path = tokenizer_file(OWN)
+    (tmp_path / "é.jsonl").write_text('{"中": "漢字 é"}', encoding="utf-8")
+    arguments = (
+        "--input",
+        tmp_path / "é.jsonl",
+        "--jsonl-key",
+        "中",
+        "--tokenizer",
+        "huggingface",
+        "--tokenizer-path",
+        path,
+    )
+    arguments = (*arguments, "--end-of-document", OWN, "--output-prefix")
+    assert run_tool("preprocess_data", *arguments, tmp_path / "usual").returncode == 0
+    # The C locale stands for all that are not UTF-8; the other two switch Python's own remedies off.
+    for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = run_tool("preprocess_data", *arguments, tmp_path / "other")
+    assert done.returncode == 0 and "documents end with id 0 (<?end?of" in done.stdout, done.stderr
+    for ending in (".bin", ".idx", ".meta.json"):
+        assert (tmp_path / f"other{ending}").read_bytes() == (tmp_path / f"usual{ending}").read_bytes()

@@ -166,7 +166,7 @@ def _sizes(paths: list[Path]) -> dict[str, tuple[int, str]]:
 
 def _format(path: Path) -> str | None:
     try:
-        values = json.loads((path / MANIFEST).read_text())
+        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values.get("format") if isinstance(values, dict) else None
