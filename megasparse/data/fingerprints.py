@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config.schema import RunConfig
-from megasparse.data.facts import read_facts
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.vocabulary import file_sha256
 
@@ -25,14 +24,13 @@ READ_BYTES = 2**20
 
 def fingerprint(dataset: IndexedDataset) -> dict[str, Any]:
     """Sizes and hashes of a data set, and the hash of the tokenizer's file where it is recorded beside the data."""
-    facts = read_facts(dataset.prefix, documents=dataset.num_documents, tokens=dataset.num_tokens)
     return {
         "documents": dataset.num_documents,
         "tokens": dataset.num_tokens,
         "dtype": dataset.dtype.name,
         "index_sha256": _whole(dataset.idx_path),
         "samples_sha256": _samples(dataset.bin_path),
-        "tokenizer_sha256": None if facts is None else facts.tokenizer_sha256,
+        "tokenizer_sha256": None if dataset.facts is None else dataset.facts.tokenizer_sha256,
     }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megasparse.data.facts import DataFacts, facts_path, write_facts
+from megasparse.data.facts import DataFacts, facts_path, read_facts, write_facts
 from megasparse.data.index_format import (
     HEADER,
     MAGIC,
@@ -43,8 +43,8 @@ CHUNK = 2**20
 class IndexedDataset:
     """Memory-mapped reader of one dataset. Opening validates the pair of files; violations raise `DatasetError`.
 
-    Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, and `document_offsets`: int64
-    [num_documents + 1], the token offset of each document and the total at the end.
+    Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, `document_offsets`: int64 [num_documents + 1], the
+    token offset of each document and the total at the end, and `facts`: how the data was made, None where unknown.
     """
 
     def __init__(self, prefix: str | PathLike[str]):
@@ -68,6 +68,7 @@ class IndexedDataset:
         self.num_documents = len(document_indices) - 1
         ends = np.append(pointers, expected) // self.dtype.itemsize
         self.document_offsets: np.ndarray = ends[document_indices]
+        self.facts = read_facts(prefix, documents=self.num_documents, tokens=self.num_tokens)
         # An empty file cannot be memory-mapped.
         self._tokens = np.memmap(self.bin_path, self.dtype, "r") if found else np.empty(0, self.dtype)
 

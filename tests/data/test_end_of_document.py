@@ -118,9 +118,14 @@ def test_facts_go_with_the_data_they_belong_to(tmp_path):
     assert read_facts(prefix, documents=1, tokens=2101)
     with pytest.raises(DatasetError, match=r"data\.meta\.json: 2101 tokens, the data has 5; must be of the same data"):
         read_facts(prefix, tokens=5)
+    facts = (tmp_path / "data.meta.json").read_bytes()
     with IndexedDatasetWriter(prefix, "uint16") as writer:
         writer.add_document([1, 2, 3])
-    assert read_facts(prefix) is None
+    assert read_facts(prefix) is None and IndexedDataset(prefix).facts is None
+    # As another program would leave them.
+    (tmp_path / "data.meta.json").write_bytes(facts)
+    with pytest.raises(DatasetError, match=r"data\.meta\.json: 2101 tokens, the data has 3; must be of the same data"):
+        IndexedDataset(prefix)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}'])
