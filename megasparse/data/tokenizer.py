@@ -94,6 +94,7 @@ class SentencePieceTokenizer:
         self.end_of_document: str | None = self._model.id_to_piece(self.end_of_document_id)
         self._return_type = self._probe_return_type()
         self._space_mark_ids = self._find_space_mark_ids()
+        self._spelled_end = self._find_spelled_end()
 
     def _find_end_of_document(self, path: str, end_of_document: str | None) -> int:
         if end_of_document is None and self._model.eos_id() >= 0:
@@ -129,6 +130,19 @@ class SentencePieceTokenizer:
         has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         return ids if has_bytes and not has_dummy_prefix else None
 
+    def _find_spelled_end(self) -> np.ndarray | None:
+        """The letters of the end piece as ids, where a text can give that piece: it is a symbol of the user then."""
+        piece = self.end_of_document or ""
+        if len(piece) < 2 or self.end_of_document_id not in self._model.encode(piece):
+            return None
+        ids = []
+        for letter in piece:
+            names = [letter]
+            if self._model.piece_to_id(letter) == self._model.unk_id():
+                names = [f"<0x{byte:02X}>" for byte in letter.encode("utf-8")]
+            ids += [int(self._model.piece_to_id(name)) for name in names]
+        return None if self._model.unk_id() in ids else np.array(ids, np.int32)
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
@@ -149,7 +163,14 @@ class SentencePieceTokenizer:
 
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
         rows = self._model.encode(texts, out_type=self._return_type, num_threads=num_threads)
-        return [np.asarray(row, np.int32) for row in rows]
+        return [self._without_end(np.asarray(row, np.int32)) for row in rows]
+
+    def _without_end(self, row: np.ndarray) -> np.ndarray:
+        """The tokens with the letters of the end piece in place of it: the text spelled it, and ends nothing."""
+        if self._spelled_end is None:
+            return row
+        before, *behind = np.split(row, np.flatnonzero(row == self.end_of_document_id))
+        return np.concatenate([before, *(part for rest in behind for part in (self._spelled_end, rest[1:]))])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(text_ids(ids, self))

@@ -188,6 +188,33 @@ def test_the_end_piece_of_a_sentencepiece_model(tmp_path, python_sources):
     assert load_tokenizer("sentencepiece", prefix + ".model").end_of_document == "<end>"
 
 
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_a_text_that_spells_the_end_piece_of_a_sentencepiece_model(tmp_path, python_sources, dummy_prefix):
+    import sentencepiece
+
+    lines = (python_sources / "corpus.py").read_text(encoding="utf-8").split("\n")
+    prefix = str(tmp_path / "m")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=prefix,
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=dummy_prefix,
+        eos_id=-1,
+        # Texts give these pieces, unlike those of `control_symbols`.
+        user_defined_symbols=["<|endoftext|>"],
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer("sentencepiece", prefix + ".model")
+    assert tokenizer.end_of_document == "<|endoftext|>"
+    for text in ("<|endoftext|>", "a<|endoftext|><|endoftext|> page", "no <|end", "about <|endoftext|>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.end_of_document_id not in ids
+        assert tokenizer.decode([*ids, tokenizer.end_of_document_id]) == text
+
+
 def test_the_tool_says_how_documents_end(tmp_path, run_tool, tokenizer_file):
     (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     arguments = ("--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "out", "--tokenizer")
