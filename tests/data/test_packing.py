@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
 from megasparse.data import (
     BatchLoader,
     BlendedDataset,
@@ -21,6 +23,7 @@ from megasparse.data import (
     split_documents,
     split_samples,
 )
+from megasparse.data.build import build_data
 
 
 def write(prefix, lengths, start=0, dtype=np.int32):
@@ -226,6 +229,14 @@ def test_bad_settings_are_named(tmp_path, changes, message):
     write(tmp_path / "set", [2] * 50)
     with pytest.raises(ValueError, match=message):
         build(tmp_path, **changes)
+
+
+def test_an_empty_list_of_validation_data_names_its_setting(tmp_path):
+    write(tmp_path / "set", [10] * 50)
+    data = {"train": [{"path": str(tmp_path / "set")}], "valid": []}
+    config = RunConfig.model_validate({"run": {"name": "x"}, "model": {"seq_length": 4}, "data": data})
+    with pytest.raises(ConfigError, match=r"^data\.valid: \[\]; must be a list .* or unset: data\.valid_fraction"):
+        build_data(config, 100)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
