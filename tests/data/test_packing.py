@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasparse.config.loader import ConfigError
-from megasparse.config.schema import RunConfig
+from megasparse.config.loader import ConfigError, load_config
 from megasparse.data import (
     BatchLoader,
     BlendedDataset,
@@ -23,7 +22,6 @@ from megasparse.data import (
     split_documents,
     split_samples,
 )
-from megasparse.data.build import build_data
 
 
 def write(prefix, lengths, start=0, dtype=np.int32):
@@ -232,11 +230,8 @@ def test_bad_settings_are_named(tmp_path, changes, message):
 
 
 def test_an_empty_list_of_validation_data_names_its_setting(tmp_path):
-    write(tmp_path / "set", [10] * 50)
-    data = {"train": [{"path": str(tmp_path / "set")}], "valid": []}
-    config = RunConfig.model_validate({"run": {"name": "x"}, "model": {"seq_length": 4}, "data": data})
-    with pytest.raises(ConfigError, match=r"^data\.valid: \[\]; must be a list .* or unset: data\.valid_fraction"):
-        build_data(config, 100)
+    with pytest.raises(ConfigError, match=r"data\.valid"):
+        load_config([], [f"data.train=[{{path: {tmp_path / 'set'}}}]", "data.valid=[]"])
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
