@@ -65,7 +65,7 @@ def write_random(folder: Path, num_layers: int) -> int:
     """A folder of transformers with random weights; returns the number of parameters."""
     values = {**SHAPE, "num_hidden_layers": num_layers}
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     expected = model_tensors(check_config(read_settings(values)[1]))
     shapes = {
         name: shape

@@ -105,7 +105,7 @@ def run_ranks(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
             timeout=LIMIT_SECONDS,
             env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         )
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             found = measure_steps(trainer, loader, arguments.steps)
         found["memory"] = peak_bytes() - before
         if mesh.rank == 0:
-            arguments.output.write_text(json.dumps(found))
+            arguments.output.write_text(json.dumps(found), encoding="utf-8")
 
 
 def measure_steps(trainer, loader, steps: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, (loss, density, cost) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
     draw_losses(loss, lines)
     density.plot(steps(lines), [100 * line["density"] for line in lines], color="black")

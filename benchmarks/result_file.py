@@ -34,5 +34,5 @@ def write_result(benchmark: str, numbers: dict[str, Any], *, suffix: str, folder
     short = re.sub(r"[^a-z0-9]+", "-", hardware.split(",")[0].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}_{suffix}_{short}_{date}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path

@@ -69,7 +69,7 @@ def train(arguments: argparse.Namespace, name: str, words: list[str], folder: Pa
     environment.setdefault("OMP_NUM_THREADS", "1")
     print(f"{name}: {' '.join(words)}", flush=True)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=arguments.timeout)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def validated(curve: list[dict]) -> list[dict]:

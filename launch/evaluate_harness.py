@@ -32,7 +32,7 @@ def main() -> int:
         from lm_eval.__main__ import cli_evaluate
 
         if rank > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         with exit_after_lost_peer(rank, "start the evaluation again"):
             cli_evaluate()
             exit_now(0)

@@ -16,7 +16,9 @@ from megasparse.data.arguments import (
     reader_from_arguments,
     run_tool,
     tool_parser,
+    utf8_argument,
 )
+from megasparse.data.facts import DataFacts, check_output_prefix, facts_path
 from megasparse.data.index_format import dataset_paths
 from megasparse.data.preprocess import mpi_communicator, preprocess, raise_together
 from megasparse.data.tokenizer import TOKENIZER_KINDS, load_tokenizer
@@ -40,8 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, choices=TOKENIZER_KINDS, help="kind of tokenizer")
     parser.add_argument("--tokenizer-path", metavar="FILE", help="the .model or tokenizer.json file")
-    parser.add_argument("--end-of-document", metavar="PIECE", help="piece that ends documents, if not a usual one")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--end-of-document", type=utf8_argument, metavar="PIECE", help="what ends documents, if not a usual piece"
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--limit-documents", type=positive, metavar="N", help="stop after N documents")
     parser.add_argument(
@@ -55,13 +61,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace, communicator) -> None:
-    existing = [str(path) for path in dataset_paths(arguments.output_prefix) if path.exists()]
+    failure: Exception | None = None
+    if communicator is None or communicator.Get_rank() == 0:
+        try:
+            check_output_prefix(arguments.output_prefix)
+        except ValueError as error:
+            failure = error
+    raise_together(communicator, failure)
+    paths = [*dataset_paths(arguments.output_prefix), facts_path(arguments.output_prefix)]
+    existing = [str(path) for path in paths if path.exists()]
     # Rank 0 decides alone: a later rank could otherwise see what an earlier one has begun to write.
     if communicator is not None:
         existing = communicator.bcast(existing)
     if existing and not arguments.overwrite:
         raise ValueError(f"{existing[0]} exists; --overwrite replaces it")
-    tokenizer, reader, failure = None, None, None
+    tokenizer, reader = None, None
     try:
         tokenizer = load_tokenizer(
             arguments.tokenizer, arguments.tokenizer_path, end_of_document=arguments.end_of_document
@@ -84,6 +98,7 @@ def main(arguments: argparse.Namespace, communicator) -> None:
         )
     if first:
         print(f"{arguments.output_prefix}: {report}")
+        print(f"{arguments.output_prefix}: documents end with {DataFacts.of(tokenizer).end_of_document}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def write_layout(layout: Layout, folder: Path) -> None:
 def read_layout(folder: Path) -> Layout:
     """Raises CheckpointError where the file is missing or not of this kind."""
     try:
-        values: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
+        values: dict[str, Any] = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         partitions = {_file_name(name): _partition(fields) for name, fields in values.pop("parameters").items()}
         return Layout(parameters=partitions, **values)
     except OSError:

@@ -142,7 +142,7 @@ def _is_good(folder: Path) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder. Raises CheckpointError naming what is missing, cut off or altered."""
     try:
-        values = json.loads((folder / MANIFEST).read_text())
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(**values)
     except OSError:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is missing, so it was never finished") from None

@@ -194,7 +194,7 @@ class UniversalReader:
 
     def _read_manifest(self) -> UniversalManifest:
         try:
-            manifest = UniversalManifest(**json.loads((self.folder / MANIFEST).read_text()))
+            manifest = UniversalManifest(**json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")))
             for name, (size, checksum) in manifest.files.items():
                 assert isinstance(name, str) and isinstance(size, int) and isinstance(checksum, str), name
         except OSError:

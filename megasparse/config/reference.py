@@ -1,6 +1,6 @@
 """The reference of all settings as Markdown, made from the schema itself.
 
-    text = replace_reference(Path("configs/README.md").read_text(), render_reference())
+    text = replace_reference(Path("configs/README.md").read_text(encoding="utf-8"), render_reference())
 
 ``tools/write_config_reference.py`` writes it between two marker comments of configs/README.md; a test keeps it current.
 """

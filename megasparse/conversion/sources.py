@@ -282,7 +282,7 @@ def _facts(run_folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
         "algorithm": config.sparsity.algorithm,
     }
     lines = run_folder / "metrics.jsonl"
-    for line in lines.read_text().splitlines() if lines.is_file() else []:
+    for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:

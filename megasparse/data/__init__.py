@@ -1,8 +1,10 @@
 """Token data: indexed files, packing, shuffling, blending, loading. See README.md in this folder."""
 
-from megasparse.data.build import build_datasets
+from megasparse.data.build import build_datasets, end_of_document, open_tokenizer
 from megasparse.data.corpus import CorpusOptions, CorpusReader
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
+from megasparse.data.facts import DataFacts, EndOfDocument, read_facts
+from megasparse.data.fingerprints import fingerprint, run_fingerprint
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megasparse.data.loader import Batch, BatchLoader, split_samples
@@ -16,7 +18,9 @@ __all__ = [
     "ConcatenatedDataset",
     "CorpusOptions",
     "CorpusReader",
+    "DataFacts",
     "DatasetError",
+    "EndOfDocument",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "PackedDataset",
@@ -26,8 +30,13 @@ __all__ = [
     "build_datasets",
     "dataset_paths",
     "derive_seed",
+    "end_of_document",
+    "fingerprint",
     "load_tokenizer",
+    "open_tokenizer",
     "permuted_index",
+    "read_facts",
+    "run_fingerprint",
     "smallest_dtype",
     "split_documents",
     "split_samples",

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
 from megasparse.data.corpus import DOCUMENT_RULES, CorpusOptions, CorpusReader
+
+# The argument of each option of CorpusOptions, and the input that it is for.
+ARGUMENTS = {
+    "document_rule": ("document_rule", "text file, named by itself"),
+    "separator": ("document_separator", "text file, named by itself"),
+    "jsonl_key": ("jsonl_key", "JSON lines (.jsonl, .ndjson, .json) and no .parquet"),
+    "glob": ("glob", "folder"),
+    "exclude": ("exclude", "folder"),
+}
+
+
+def utf8_argument(value: str) -> str:
+    """Text of the command line that is compared with text of files; Python decodes it by the locale."""
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError:
+        return value
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,27 +44,36 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DOCUMENT_RULES,
         help="what a document is in a text file (default: the whole file)",
     )
-    group.add_argument("--document-separator", metavar="LINE", help="a line equal to LINE ends a document")
+    group.add_argument(
+        "--document-separator", type=utf8_argument, metavar="LINE", help="a line equal to LINE ends a document"
+    )
     group.add_argument(
         "--jsonl-key",
-        default="text",
+        type=utf8_argument,
         metavar="KEY",
         help="key of the text in JSON lines, column in Parquet (default: text)",
     )
-    group.add_argument(
-        "--glob", default="*.txt", help="files to take below a folder, one document each (default: *.txt)"
-    )
-    group.add_argument(
-        "--exclude", nargs="+", default=[], metavar="NAME", help="folders and files below a folder to pass over"
-    )
+    group.add_argument("--glob", help="files to take below a folder, one document each (default: *.txt)")
+    group.add_argument("--exclude", nargs="+", metavar="NAME", help="folders and files below a folder to pass over")
 
 
 def reader_from_arguments(arguments: argparse.Namespace) -> CorpusReader:
     """The reader that `add_corpus_arguments` describes. ValueError for what does not fit together."""
     rule = arguments.document_rule or ("file" if arguments.document_separator is None else "separator")
-    exclude = tuple(arguments.exclude)
-    options = CorpusOptions(rule, arguments.document_separator, arguments.jsonl_key, arguments.glob, exclude)
-    return CorpusReader(arguments.input, options)
+    options = CorpusOptions(
+        rule,
+        arguments.document_separator,
+        "text" if arguments.jsonl_key is None else arguments.jsonl_key,
+        "*.txt" if arguments.glob is None else arguments.glob,
+        tuple(arguments.exclude or ()),
+    )
+    reader = CorpusReader(arguments.input, options)
+    for name in reader.unused_options():
+        argument, uses = ARGUMENTS[name]
+        value = getattr(arguments, argument)
+        if value is not None:
+            raise ValueError(f"--{argument.replace('_', '-')}: {value}; must be left out: --input has no {uses}")
+    return reader
 
 
 def tool_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
@@ -63,6 +91,9 @@ def positive(text: str) -> int:
 
 def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:
     """Runs `main`; user errors become one line on standard error and exit status 2."""
+    # A terminal that cannot show a character of a token or a path must not decide about the work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:

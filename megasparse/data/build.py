@@ -13,6 +13,7 @@ from typing import Any
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
+from megasparse.data.facts import EndOfDocument, recorded_end_of_document
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
@@ -67,11 +68,39 @@ def _packed(indexed: IndexedDataset, piece: range, name: str, settings: dict[str
         raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error
 
 
-def open_tokenizer(config: RunConfig) -> Tokenizer | None:
-    """The run's tokenizer, where one is named. Raises ValueError for a file that is none."""
+def open_tokenizer(config: RunConfig, recorded: EndOfDocument | None = None) -> Tokenizer | None:
+    """The run's tokenizer, where one is named, ending documents as the run's data does. ValueError for no tokenizer.
+
+    recorded: what a run or a model folder says of itself, as `end_of_document` gave it; it needs no data.
+    """
     if config.data.tokenizer is None:
         return None
-    return load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
+    chosen = recorded or _beside_the_data(config)
+    piece = None if chosen is None else chosen.piece
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.tokenizer_path, end_of_document=piece)
+    if chosen is not None and tokenizer.end_of_document_id != chosen.id:
+        named = config.data.tokenizer_path or config.data.tokenizer
+        raise ConfigError(
+            f"data.tokenizer: {named} ends documents with id {tokenizer.end_of_document_id}, the data with {chosen}; "
+            "must be the tokenizer that the data was made with"
+        )
+    return tokenizer
+
+
+def end_of_document(config: RunConfig, recorded: EndOfDocument | None = None) -> EndOfDocument | None:
+    """The token that ends documents: as recorded, else as the data of the run says, else the tokenizer's own.
+
+    None where there is no tokenizer and the data does not tell. To be kept with a run and with an export.
+    """
+    tokenizer = open_tokenizer(config, recorded)
+    if tokenizer is None:
+        return recorded or _beside_the_data(config)
+    return EndOfDocument(tokenizer.end_of_document_id, tokenizer.end_of_document)
+
+
+def _beside_the_data(config: RunConfig) -> EndOfDocument | None:
+    sources = [*(config.data.train or ()), *(config.data.valid or ())]
+    return recorded_end_of_document(source.path for source in sources)
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
@@ -93,6 +122,11 @@ def build_data(config: RunConfig, vocab_size: int):
     if config.data.train is None:
         raise ConfigError("data.train: unset; a list of {path: <prefix of .bin and .idx>, weight: <share>}")
     valid = config.data.valid
+    if valid is not None and not valid:
+        raise ConfigError(
+            "data.valid: []; must be a list of {path: <prefix of .bin and .idx>}, or unset: data.valid_fraction of "
+            "each training set is kept then"
+        )
     return build_datasets(
         train_sources=[(source.path, source.weight) for source in config.data.train],
         valid_sources=None if valid is None else [(source.path, source.weight) for source in valid],

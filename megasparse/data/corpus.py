@@ -17,8 +17,7 @@ Files found in a folder are always one document each (JSON lines and Parquet exc
 Those that cannot be read or decoded are skipped, counted and warned about; a file named directly, and any Parquet file,
 raises `DatasetError` instead.
 
-A document comes in segments of at most `SEGMENT_CHARACTERS`, cut by `_cut_point` where a tokenizer hardly notices.
-Where the cuts are depends on the document alone. Empty documents are dropped.
+A document comes in segments, cut where the tokenizer does not notice, see ``segments``. Empty documents are dropped.
 """
 
 from __future__ import annotations
@@ -31,23 +30,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from megasparse.data.index_format import DatasetError
-from megasparse.data.packed_files import READ_ERRORS, is_json_lines, is_parquet, parquet_texts, unpacked
+from megasparse.data.packed_files import READ_ERRORS, check_format, is_json_lines, is_parquet, parquet_texts, unpacked
+from megasparse.data.segments import CutCheck, Segment, cut_documents
+from megasparse.data.text_files import BYTE_ORDER_MARK, decode, decoded, split_lines
 
 DOCUMENT_RULES = ("file", "line", "blank-line", "wikitext", "separator")
-# SentencePiece slows down on longer texts: 6.0 MB/s at 64 Ki characters, 2.9 MB/s at 1 Mi.
-SEGMENT_CHARACTERS = 2**14
 READ_CHARACTERS = 2**20
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?")
-
-
-class Segment(NamedTuple):
-    """A piece of a document, and whether the document ends with it (the text may then be empty)."""
-
-    text: str
-    ends_document: bool
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,7 @@ class CorpusReader:
     def _expand(self, path: Path) -> list[tuple[Path, bool]]:
         """The files of one input path, each with: was it found in a folder?"""
         if path.is_file():
+            check_format(path)
             return [(path, False)]
         if not path.is_dir():
             raise DatasetError(f"{path}: no such file or folder")
@@ -107,6 +100,18 @@ class CorpusReader:
         parts = file.relative_to(folder).parts
         return any(fnmatchcase(part, pattern) for part in parts for pattern in self.options.exclude)
 
+    def unused_options(self) -> list[str]:
+        """Names of the options of `CorpusOptions` that play no part for these files."""
+        named = [path for path, in_folder in self._files if not in_folder]
+        unused = []
+        if all(is_parquet(path) or is_json_lines(path) for path in named):
+            unused += ["document_rule", "separator"]
+        if not any(is_parquet(path) or is_json_lines(path) for path, _ in self._files):
+            unused.append("jsonl_key")
+        if len(named) == len(self._files):
+            unused += ["glob", "exclude"]
+        return unused
+
     def documents(self) -> Iterator[str]:
         """Whole documents, for callers that know them to be small."""
         parts = []
@@ -116,8 +121,12 @@ class CorpusReader:
                 yield "".join(parts)
                 parts = []
 
-    def segments(self) -> Iterator[Segment]:
-        """All documents as segments; may be called again, and gives the same ones."""
+    def segments(self, may_cut: CutCheck | None = None) -> Iterator[Segment]:
+        """All documents as segments, cut where `may_cut` allows; may be called again, and gives the same ones."""
+        return cut_documents(self._texts(), may_cut)
+
+    def _texts(self) -> Iterator[str | None]:
+        """The text of all documents in pieces, with None where one ends."""
         self.bytes_read, self.skipped_files = 0, 0
         done = 0
         for path, in_folder in self._files:
@@ -133,56 +142,39 @@ class CorpusReader:
                 stacklevel=2,
             )
 
-    def _file_in_folder(self, path: Path) -> Iterator[Segment]:
+    def _file_in_folder(self, path: Path) -> Iterator[str | None]:
         # Decoded as a whole before anything is yielded, so that a bad file leaves no half document behind.
         try:
+            check_format(path)
             with open(path, "rb") as raw, unpacked(raw, path) as file:
-                content = file.read().decode("utf-8")
-        except (*READ_ERRORS, UnicodeDecodeError):
+                content = decode(file.read(), path)
+        except (*READ_ERRORS, DatasetError):
             self.skipped_files += 1
             return
         if is_json_lines(path):
-            yield from self._jsonl(_lines(content), path)
+            yield from self._jsonl(split_lines(content), path)
         else:
-            yield from _cut_documents([content, None])
+            yield from (content, None)
 
-    def _named_file(self, path: Path, done: int) -> Iterator[Segment]:
+    def _named_file(self, path: Path, done: int) -> Iterator[str | None]:
         try:
             with open(path, "rb") as raw, unpacked(raw, path) as file:
                 lines = self._decoded(file, raw, path, done)
-                yield from self._jsonl(lines, path) if is_json_lines(path) else _cut_documents(self._marked(lines))
+                yield from self._jsonl(lines, path) if is_json_lines(path) else self._marked(lines)
         except READ_ERRORS as error:
             raise DatasetError(f"{path}: cannot be read ({error})") from error
 
-    def _parquet(self, path: Path, done: int) -> Iterator[Segment]:
+    def _parquet(self, path: Path, done: int) -> Iterator[str | None]:
         size = path.stat().st_size
         for text, share in parquet_texts(path, self.options.jsonl_key):
             self.bytes_read = done + round(share * size)
-            yield from _cut_documents([text, None])
+            yield from (text, None)
 
     def _decoded(self, file: IO[bytes], raw: IO[bytes], path: Path, done: int) -> Iterator[str]:
-        """Lines with their line ends, or, where lines do not matter, large pieces of text."""
         by_line = self.options.document_rule != "file" or is_json_lines(path)
-        rest, position = b"", 0
-        while True:
-            block = file.read(READ_CHARACTERS)
+        for text in decoded(file, path, by_line=by_line, read_characters=READ_CHARACTERS):
             self.bytes_read = done + raw.tell()
-            content = rest + block
-            # A block may end inside a line, or inside a character; the last line end is a safe place to stop at.
-            end = content.rfind(b"\n") + 1 if block else len(content)
-            if end == 0 and block and not by_line:
-                end = _last_character_end(content)
-            try:
-                text = content[:end].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DatasetError(
-                    f"{path}: not UTF-8 text; byte 0x{content[error.start]:02x} at offset {position + error.start}"
-                ) from error
-            rest, position = content[end:], position + end
-            if text:
-                yield from _lines(text) if by_line else (text,)
-            if not block:
-                return
+            yield text
 
     def _marked(self, lines: Iterator[str]) -> Iterator[str | None]:
         """The text of documents, with None where one ends."""
@@ -205,17 +197,20 @@ class CorpusReader:
                 yield line
         yield None
 
-    def _jsonl(self, lines, path: Path) -> Iterator[Segment]:
+    def _jsonl(self, lines, path: Path) -> Iterator[str | None]:
         for number, line in enumerate(lines, start=1):
+            # Joined files bring their byte-order marks with them.
+            line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
-                yield from _cut_documents([_json_text(line, self.options.jsonl_key, f"{path}, line {number}"), None])
+                yield _json_text(line, self.options.jsonl_key, f"{path}, line {number}")
+                yield None
 
 
 def _json_text(line: str, key: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where}: not JSON ({error})") from error
+        raise DatasetError(f"{where}: not JSON ({error}); must be one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         raise DatasetError(f"{where}: no text under the key {key!r}; each line is an object with a string there")
     text = record[key]
@@ -225,61 +220,3 @@ def _json_text(line: str, key: str, where: str) -> str:
         except UnicodeEncodeError as error:
             raise DatasetError(f"{where}: the text is not valid Unicode ({error.reason})") from error
     return text
-
-
-def _last_character_end(content: bytes) -> int:
-    """Where the last complete UTF-8 character of `content` ends; at most 3 bytes are left over."""
-    for back in range(1, min(4, len(content)) + 1):
-        byte = content[-back]
-        if byte < 0x80:
-            return len(content) - back + 1
-        if byte >= 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(content) if back >= length else len(content) - back
-    return len(content)
-
-
-def _lines(text: str) -> list[str]:
-    # str.splitlines also splits at form feeds, U+2028 and others, which are ordinary characters of a text.
-    lines = text.split("\n")
-    last = lines.pop()
-    return [line + "\n" for line in lines] + ([last] if last else [])
-
-
-def _cut_documents(texts) -> Iterator[Segment]:
-    """Turns pieces of text, with None where a document ends, into segments."""
-    waiting: list[str] = []
-    size, started = 0, False
-    for text in texts:
-        if text is not None:
-            waiting.append(text)
-            size += len(text)
-            if size <= SEGMENT_CHARACTERS:
-                continue
-            content, position = "".join(waiting), 0
-            while len(content) - position > SEGMENT_CHARACTERS:
-                cut = _cut_point(content, position)
-                yield Segment(content[position:cut], False)
-                position = cut
-            waiting, size, started = [content[position:]], len(content) - position, True
-        elif size or started:
-            yield Segment("".join(waiting), True)
-            waiting, size, started = [], 0, False
-
-
-def _cut_point(content: str, start: int) -> int:
-    """Where to cut, at most SEGMENT_CHARACTERS after `start`; there is text beyond.
-
-    After the last line end between two characters that are no white space; else after the last line end; else before
-    the last space, as tokenizers join a space to the word behind it; else anywhere.
-    """
-    stop = start + SEGMENT_CHARACTERS
-    newest = newline = content.rfind("\n", start + 1, stop)
-    while newline > start:
-        if not content[newline - 1].isspace() and not content[newline + 1].isspace():
-            return newline + 1
-        newline = content.rfind("\n", start + 1, newline)
-    if newest > start:
-        return newest + 1
-    space = content.rfind(" ", start + 1, stop)
-    return space if space > start else stop

@@ -14,7 +14,8 @@ A dataset is two files with one prefix. `<prefix>.bin` holds the token ids, one 
     8 E          int64   first sequence of each document, and S at the end
     S, optional  int8    modes, written by Megatron-LM for multimodal data; tolerated and ignored here
 
-A document is a run of sequences. The layout is the one that NVIDIA/Megatron-LM
+A document is a run of sequences. GPT-NeoX's tool for merging leaves the document indices out, so that E is 1 and the
+only index 0: each sequence is a document there. The layout is the one that NVIDIA/Megatron-LM
 (megatron/core/datasets/indexed_dataset.py) and EleutherAI/gpt-neox (megatron/data/indexed_dataset.py) write.
 """
 

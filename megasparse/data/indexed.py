@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megasparse.data.facts import DataFacts, facts_path, read_facts, write_facts
 from megasparse.data.index_format import (
     HEADER,
     MAGIC,
@@ -39,8 +40,8 @@ CHUNK = 2**20
 class IndexedDataset:
     """Memory-mapped reader of one dataset. Opening validates the pair of files; violations raise `DatasetError`.
 
-    Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, and `document_offsets`: int64
-    [num_documents + 1], the token offset of each document and the total at the end.
+    Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, `document_offsets`: int64 [num_documents + 1], the
+    token offset of each document and the total at the end, and `facts`: how the data was made, None where unknown.
     """
 
     def __init__(self, prefix: str | PathLike[str]):
@@ -51,6 +52,9 @@ class IndexedDataset:
                 raise DatasetError(f"{path}: no such file; a dataset prefix names a pair of .bin and .idx files")
         self.dtype, lengths, pointers, document_indices = _read_index(self.idx_path)
         self.num_tokens = _check_sequences(self.idx_path, lengths, pointers, self.dtype.itemsize)
+        if len(lengths) and len(document_indices) == 1 and document_indices[0] == 0:
+            # GPT-NeoX merges data sets without their document indices; each sequence is a document there.
+            document_indices = np.arange(len(lengths) + 1)
         _check_documents(self.idx_path, document_indices, len(lengths))
         expected, found = self.num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
         if found != expected:
@@ -61,6 +65,7 @@ class IndexedDataset:
         self.num_documents = len(document_indices) - 1
         ends = np.append(pointers, expected) // self.dtype.itemsize
         self.document_offsets: np.ndarray = ends[document_indices]
+        self.facts = read_facts(prefix, documents=self.num_documents, tokens=self.num_tokens)
         # An empty file cannot be memory-mapped.
         self._tokens = np.memmap(self.bin_path, self.dtype, "r") if found else np.empty(0, self.dtype)
 
@@ -158,7 +163,8 @@ class IndexedDatasetWriter:
     """Writes one dataset; a context manager that finalizes on success and leaves nothing behind on an exception.
 
     `vocab_size`, where given, bounds the ids that are accepted; the dtype always does. Only `finalize` makes the
-    dataset appear under `prefix`, replacing one that is there. The folder is made where missing.
+    dataset appear under `prefix`, replacing one that is there. The folder is made where missing. `facts`, where given,
+    are recorded beside the data, see ``facts``; those of a dataset that is replaced go with it.
     """
 
     def __init__(
@@ -168,6 +174,7 @@ class IndexedDatasetWriter:
         *,
         vocab_size: int | None = None,
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        facts: DataFacts | None = None,
     ):
         self.code = dtype_code(dtype)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -176,6 +183,7 @@ class IndexedDatasetWriter:
         if not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(f"max_sequence_length is {max_sequence_length}; must be 1 to {MAX_SEQUENCE_LENGTH}")
         self.max_sequence_length = max_sequence_length
+        self.facts = facts
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path = dataset_paths(prefix)
         self._lengths = array("i")
@@ -245,8 +253,11 @@ class IndexedDatasetWriter:
                 sync_and_close(file)
             # Without this an old .idx could pair with the new .bin if the machine stops between the two renames.
             self.idx_path.unlink(missing_ok=True)
+            facts_path(self.prefix).unlink(missing_ok=True)
             os.replace(self._bin_temporary, self.bin_path)
             os.replace(idx_temporary, self.idx_path)
+            if self.facts is not None:
+                write_facts(self.prefix, self.facts, documents=self.num_documents, tokens=self.num_tokens)
         except BaseException:
             if idx_temporary is not None:
                 idx_temporary.unlink(missing_ok=True)

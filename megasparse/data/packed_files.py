@@ -24,13 +24,49 @@ from megasparse.data.index_format import DatasetError
 
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+KNOWN_FORMATS = f"text and {', '.join(JSON_LINES)}, each also with {', '.join(COMPRESSIONS)}; .parquet"
+# Archives, other compressions, other tables and documents: some of them even decode as text.
+OTHER_FORMATS = (
+    *(
+        ".tar",
+        ".tgz",
+        ".tbz",
+        ".tbz2",
+        ".txz",
+        ".zip",
+        ".7z",
+        ".rar",
+        ".lz4",
+        ".lzma",
+        ".lz",
+        ".lzo",
+        ".br",
+        ".sz",
+        ".z",
+    ),
+    *(".arrow", ".feather", ".avro", ".orc", ".ipc", ".npy", ".npz", ".h5", ".hdf5", ".tfrecord", ".mds", ".warc"),
+    *(".bin", ".idx", ".pdf", ".docx", ".xlsx", ".epub"),
+)
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 ZSTD_BYTES = 2**17
 
 
 def is_json_lines(path: Path) -> bool:
+    return _ending(path) in JSON_LINES
+
+
+def check_format(path: Path) -> None:
+    """Raises DatasetError for a file whose name says that it is nothing that can be read here."""
+    ending = _ending(path)
+    packed_table = ending == ".parquet" and not is_parquet(path)
+    if packed_table or ending in OTHER_FORMATS:
+        raise DatasetError(f"{path}: unknown format; must be one of {KNOWN_FORMATS}")
+
+
+def _ending(path: Path) -> str:
+    """The ending of the name before that of a compression, in small letters."""
     name = Path(path.name.lower())
-    return (name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix in JSON_LINES
+    return (name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix
 
 
 def is_parquet(path: Path) -> bool:

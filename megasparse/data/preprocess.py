@@ -23,9 +23,11 @@ from typing import IO
 
 import numpy as np
 
-from megasparse.data.corpus import CorpusReader, Segment
+from megasparse.data.corpus import CorpusReader
+from megasparse.data.facts import DataFacts
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDatasetWriter
+from megasparse.data.segments import Segment, cut_check
 from megasparse.data.tokenizer import Tokenizer
 
 BLOCK_CHARACTERS = 2**21
@@ -89,13 +91,13 @@ def preprocess(
     limit_documents: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PreprocessReport:
-    """Writes `<prefix>.bin` and `.idx`, replacing them where they exist; each document ends with the end token.
+    """Writes `<prefix>.bin`, `.idx` and `.meta.json`, replacing them; each document ends with the end token.
 
     Called by every rank of `communicator`, it raises on all ranks if one fails. `progress` gets the input bytes read
     so far. `limit_documents` stops after that many documents. DatasetError if there are no documents.
     """
     began = time.monotonic()
-    blocks = _blocks(reader.segments(), limit_documents)
+    blocks = _blocks(reader.segments(cut_check(tokenizer)), limit_documents)
     if communicator is None:
         documents, tokens, input_bytes = _write_alone(blocks, reader, tokenizer, prefix, num_threads, progress)
         ranks, skipped, peak = 1, reader.skipped_files, peak_memory_bytes()
@@ -194,7 +196,9 @@ def _blocks(segments: Iterator[Segment], limit_documents: int | None) -> Iterato
 
 def encode_block(block: list[Segment], tokenizer: Tokenizer, num_threads: int = 1) -> EncodedBlock:
     """Encodes segments, with the end-of-document token after each one that ends a document."""
-    rows = tokenizer.encode_batch([segment.text for segment in block], num_threads)
+    rows = tokenizer.encode_batch([segment.context + segment.text for segment in block], num_threads)
+    skipped = {context: len(tokenizer.encode(context)) for context in {segment.context for segment in block}}
+    rows = [row[skipped[segment.context] :] for row, segment in zip(rows, block, strict=True)]
     end = np.array([tokenizer.end_of_document_id], np.int32)
     pieces = []
     for row, segment in zip(rows, block, strict=True):
@@ -211,7 +215,8 @@ def encode_block(block: list[Segment], tokenizer: Tokenizer, num_threads: int = 
 
 
 def _writer(prefix, tokenizer: Tokenizer) -> IndexedDatasetWriter:
-    return IndexedDatasetWriter(prefix, smallest_dtype(tokenizer.vocab_size), vocab_size=tokenizer.vocab_size)
+    dtype, facts = smallest_dtype(tokenizer.vocab_size), DataFacts.of(tokenizer)
+    return IndexedDatasetWriter(prefix, dtype, vocab_size=tokenizer.vocab_size, facts=facts)
 
 
 def _require_documents(writer: IndexedDatasetWriter) -> None:
@@ -259,7 +264,7 @@ def _join_shards(prefix, tokenizer: Tokenizer, folder: Path, num_blocks: int, si
 
 
 def _text_bytes(block: list[Segment]) -> int:
-    return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text, _ in block)
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text, *_ in block)
 
 
 def peak_memory_bytes() -> int:

@@ -13,35 +13,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from megasparse.data.huggingface_tokenizer import HuggingFaceTokenizer
+from megasparse.data.vocabulary import (
+    END_OF_DOCUMENT_PIECES,
+    Tokenizer,
+    declared_end_tokens,
+    file_sha256,
+    text_ids,
+)
+
 TOKENIZER_KINDS = ("sentencepiece", "huggingface", "bytes")
-# Names under which published vocabularies keep their end-of-document token, in the order they are looked for.
-END_OF_DOCUMENT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "<|eod|>", "</s>", "<eos>", "[EOS]")
 # SentencePiece writes a space as this character (U+2581), so the character itself needs care.
 SPACE_MARK = "\u2581"
-
-
-class Tokenizer(Protocol):
-    """What the rest of the product asks of a tokenizer.
-
-    `vocab_size`: ids are 0 to vocab_size - 1. `end_of_document_id` is appended to each document and decodes to no
-    text. `decode` raises ValueError for an id outside the vocabulary.
-    """
-
-    name: str
-    vocab_size: int
-    end_of_document_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
-        """The ids of each text, as integer arrays; the fast way for much text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def load_tokenizer(
@@ -66,20 +52,14 @@ def load_tokenizer(
     return loader(path, end_of_document)
 
 
-def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    checked = [int(token) for token in ids]
-    for token in checked:
-        if not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(f"{tokenizer.name}: token id {token}; ids must be 0 to {tokenizer.vocab_size - 1}")
-    return checked
-
-
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; id 256 ends a document. Bytes that are no UTF-8 decode to U+FFFD."""
 
     name = "bytes"
     vocab_size = 257
     end_of_document_id = 256
+    end_of_document: str | None = None
+    file_sha256: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -88,8 +68,7 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        content = bytes(token for token in _check_ids(ids, self) if token != self.end_of_document_id)
-        return content.decode("utf-8", errors="replace")
+        return bytes(text_ids(ids, self)).decode("utf-8", errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -110,19 +89,32 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{fspath(path)}: not a SentencePiece model") from error
         self.vocab_size = int(self._model.vocab_size())
+        self.file_sha256: str | None = file_sha256(path)
         self.end_of_document_id = self._find_end_of_document(fspath(path), end_of_document)
+        self.end_of_document: str | None = self._model.id_to_piece(self.end_of_document_id)
         self._return_type = self._probe_return_type()
         self._space_mark_ids = self._find_space_mark_ids()
+        self._spelled_end = self._find_spelled_end()
 
     def _find_end_of_document(self, path: str, end_of_document: str | None) -> int:
         if end_of_document is None and self._model.eos_id() >= 0:
             return int(self._model.eos_id())
-        wanted = END_OF_DOCUMENT_PIECES if end_of_document is None else (end_of_document,)
+        if end_of_document is not None:
+            wanted = [end_of_document]
+        else:
+            # Control pieces first: texts do not hold them, while `</s>` may be an ordinary piece, of HTML.
+            guesses = sorted(END_OF_DOCUMENT_PIECES, key=lambda piece: not self._is_control(piece))
+            declared = declared_end_tokens(path, self.vocab_size)
+            names = (self._model.id_to_piece(token) if isinstance(token, int) else token for token in declared)
+            wanted = [*names, *guesses]
         for piece in wanted:
             identifier = int(self._model.piece_to_id(piece))
             if identifier != self._model.unk_id():
                 return identifier
         raise ValueError(f"{path}: no end-of-document piece; looked for {', '.join(wanted)}")
+
+    def _is_control(self, piece: str) -> bool:
+        return bool(self._model.is_control(self._model.piece_to_id(piece)))
 
     def _probe_return_type(self):
         # Newer releases hand out arrays, older ones only lists of Python integers.
@@ -137,6 +129,19 @@ class SentencePieceTokenizer:
         has_bytes = all(self._model.is_byte(identifier) for identifier in ids)
         has_dummy_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         return ids if has_bytes and not has_dummy_prefix else None
+
+    def _find_spelled_end(self) -> np.ndarray | None:
+        """The letters of the end piece as ids, where a text can give that piece: it is a symbol of the user then."""
+        piece = self.end_of_document or ""
+        if len(piece) < 2 or self.end_of_document_id not in self._model.encode(piece):
+            return None
+        ids = []
+        for letter in piece:
+            names = [letter]
+            if self._model.piece_to_id(letter) == self._model.unk_id():
+                names = [f"<0x{byte:02X}>" for byte in letter.encode("utf-8")]
+            ids += [int(self._model.piece_to_id(name)) for name in names]
+        return None if self._model.unk_id() in ids else np.array(ids, np.int32)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -158,49 +163,14 @@ class SentencePieceTokenizer:
 
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
         rows = self._model.encode(texts, out_type=self._return_type, num_threads=num_threads)
-        return [np.asarray(row, np.int32) for row in rows]
+        return [self._without_end(np.asarray(row, np.int32)) for row in rows]
+
+    def _without_end(self, row: np.ndarray) -> np.ndarray:
+        """The tokens with the letters of the end piece in place of it: the text spelled it, and ends nothing."""
+        if self._spelled_end is None:
+            return row
+        before, *behind = np.split(row, np.flatnonzero(row == self.end_of_document_id))
+        return np.concatenate([before, *(part for rest in behind for part in (self._spelled_end, rest[1:]))])
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in _check_ids(ids, self) if token != self.end_of_document_id]
-        return self._model.decode(kept)
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer.json, through the library `tokenizers` (extra `hf`). No special tokens are added to a text.
-
-    The library decides about threads itself (RAYON_NUM_THREADS); `num_threads` of `encode_batch` has no effect.
-    """
-
-    def __init__(self, path: str | PathLike[str], end_of_document: str | None = None):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ValueError(
-                "the huggingface tokenizer needs the library `tokenizers`: pip install 'megasparse[hf]'"
-            ) from error
-        self.name = f"huggingface:{Path(path).name}"
-        try:
-            self._model = tokenizers.Tokenizer.from_file(fspath(path))
-        # The library raises a bare Exception for a file it cannot read.
-        except Exception as error:
-            raise ValueError(f"{fspath(path)}: not a tokenizer.json of the tokenizers library ({error})") from error
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        # Ids may have gaps, so the largest one counts, not their number.
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        wanted = END_OF_DOCUMENT_PIECES if end_of_document is None else (end_of_document,)
-        found = [vocabulary[piece] for piece in wanted if piece in vocabulary]
-        if not found:
-            raise ValueError(f"{fspath(path)}: no end-of-document token; looked for {', '.join(wanted)}")
-        self.end_of_document_id = found[0]
-        self.end_of_document = self._model.id_to_token(found[0])
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
-        rows = self._model.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array(row.ids, np.int32) for row in rows]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        kept = [token for token in _check_ids(ids, self) if token != self.end_of_document_id]
-        return self._model.decode(kept, skip_special_tokens=False)
+        return self._model.decode(text_ids(ids, self))

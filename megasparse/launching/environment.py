@@ -296,7 +296,9 @@ def _import_mpi():
 def _own_address() -> str:
     """The first address of this host that is not its loopback."""
     try:
-        answer = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True, timeout=10).stdout
+        answer = subprocess.run(
+            ["hostname", "-I"], capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        ).stdout
         return answer.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise ValueError(

@@ -142,7 +142,13 @@ def submit(folder: Path, variables: Mapping[str, str]) -> str:
     command = submit_command(folder)
     try:
         done = subprocess.run(
-            command, env=dict(variables), capture_output=True, text=True, timeout=SUBMIT_SECONDS, check=False
+            command,
+            env=dict(variables),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SUBMIT_SECONDS,
+            check=False,
         )
     except FileNotFoundError:
         raise ConfigError(f"sbatch: not found on this machine; {folder} is written, not submitted") from None
@@ -182,7 +188,12 @@ def _git(folder: Path, *words: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=SUBMIT_SECONDS, check=False
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SUBMIT_SECONDS,
+            check=False,
         )
     except FileNotFoundError:
         return None

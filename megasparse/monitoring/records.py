@@ -49,7 +49,7 @@ class RunRecords:
         self._trackers = start_trackers(trackers, TrackedRun(folder, resume_step, parameters or {}), warn)
         for path in folder.glob("*.jsonl"):
             _drop_lines_after(path, resume_step)
-        self._files = {name: (folder / f"{name}.jsonl").open("a") for name in ("metrics", "topology")}
+        self._files = {name: (folder / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "topology")}
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +68,7 @@ class RunRecords:
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it."""
         if name not in self._files:
-            self._files[name] = (self.folder / f"{name}.jsonl").open("a")
+            self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
         _write_line(self._files[name], values)
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
@@ -95,10 +95,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
     if not path.is_file():
         return
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
     temporary = path.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -180,9 +180,9 @@ class MlflowTracker:
 
 @dataclass(frozen=True)
 class TrackerKind:
-    """open: makes the tracker. packages: what it imports. extra: of setup.py, which installs them."""
+    """start: makes the tracker. packages: what it imports. extra: of setup.py, which installs them."""
 
-    open: Callable[[TrackedRun], Tracker]
+    start: Callable[[TrackedRun], Tracker]
     packages: tuple[str, ...] = ()
     extra: str | None = None
 
@@ -245,7 +245,7 @@ class BackgroundTracker:
 
     def _work(self) -> None:
         try:
-            tracker = TRACKERS[self._name].open(self._tracked)
+            tracker = TRACKERS[self._name].start(self._tracked)
         except Exception as error:
             self._warn_once(f"does not start, and is off: {_first_line(error)}")
             return

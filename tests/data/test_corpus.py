@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 from megasparse.data import CorpusOptions, CorpusReader, DatasetError
 from megasparse.data import corpus as corpus_module
-from megasparse.data.corpus import SEGMENT_CHARACTERS
+from megasparse.data import segments as segments_module
+from megasparse.data.segments import SEGMENT_CHARACTERS
+from megasparse.data.text_files import decoded
 
 
 def documents(path, *options, **settings):
@@ -64,7 +68,7 @@ def test_wikitext_2_articles(wikitext_valid):
 def test_segments_are_short_and_add_up(tmp_path_factory, text, limit, read_characters):
     path = write(tmp_path_factory.mktemp("corpus") / "file.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "SEGMENT_CHARACTERS", limit)
+        patch.setattr(segments_module, "SEGMENT_CHARACTERS", limit)
         patch.setattr(corpus_module, "READ_CHARACTERS", read_characters)
         segments = list(CorpusReader([path]).segments())
         patch.setattr(corpus_module, "READ_CHARACTERS", 2**20)
@@ -160,6 +164,48 @@ def test_named_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DatasetError, match=rf"{name}: cannot be read"):
             documents(tmp_path / name)
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("read_characters", [1, 2**20])
+@pytest.mark.parametrize("rule", ["file", "line", "wikitext"])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, rule, read_characters):
+    monkeypatch.setattr(corpus_module, "READ_CHARACTERS", read_characters)
+    (tmp_path / "a.txt").write_bytes(MARK + b"one \xef\xbb\xbfword")
+    (tmp_path / "b.txt").write_bytes(MARK)
+    # Inside a text the character is an ordinary one.
+    assert documents(tmp_path / "a.txt", rule) == documents(tmp_path) == ["one \ufeffword"]
+    rows = b'{"text": "one"}\n' + MARK + b"\n" + MARK + b'{"text": "\xef\xbb\xbftwo"}\n'
+    (tmp_path / "joined.jsonl").write_bytes(MARK + rows)
+    assert documents(tmp_path / "joined.jsonl", rule) == ["one", "\ufefftwo"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+    content = ("" if encoding in ("utf-16", "utf-32") else "\ufeff") + '{"text": "one"}\n'
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    expected = encoding[:6].upper()
+    with pytest.raises(DatasetError, match=rf"{name}: {expected} text, by its byte-order mark; must be UTF-8"):
+        documents(tmp_path / name)
+
+
+def test_the_time_of_one_huge_line_is_linear(tmp_path):
+    # 512 and 2,048 blocks. Joining at each of them took 20 times as long for the longer line.
+    seconds = []
+    for blocks in (2**9, 2**11):
+        content, best = b"x" * (blocks * 2**13), float("inf")
+        for _ in range(5):
+            # Of this process alone, as other work on the machine would disturb the ratio.
+            began = time.process_time()
+            (line,) = decoded(io.BytesIO(content), tmp_path, by_line=True, read_characters=2**13)
+            best = min(best, time.process_time() - began)
+        assert len(line) == len(content)
+        seconds.append(best)
+    assert seconds[1] < 10 * seconds[0], seconds
 
 
 @pytest.mark.parametrize("options", [("page",), ("separator",), ("file", "---")])

@@ -85,6 +85,23 @@ def test_reads_several_sequences_per_document_and_modes(tmp_path, code, letter, 
     assert [dataset.document_at(k) for k in range(7)] == [0, 0, 0, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("modes", [False, True])
+def test_reads_what_gpt_neox_has_merged(tmp_path, modes):
+    documents = [[[1, 2, 3]], [[4]], [[]], [[5, 6]]]
+    write_plainly(tmp_path / "set", documents, 8, "H", modes)
+    content = (tmp_path / "set.idx").read_bytes()
+    # Its builder takes over the sequences of the files it merges, and of the document indices the first, 0.
+    end = 34 + 12 * 4
+    content = content[:26] + struct.pack("<Q", 1) + content[34 : end + 8] + content[end + 8 * 5 :]
+    (tmp_path / "set.idx").write_bytes(content)
+    dataset = IndexedDataset(tmp_path / "set")
+    assert [dataset.document(i).tolist() for i in range(len(dataset))] == [[1, 2, 3], [4], [], [5, 6]]
+    assert [dataset.document_at(token) for token in range(6)] == [0, 0, 0, 1, 3, 3]
+    (tmp_path / "set.idx").write_bytes(content[:end] + struct.pack("<Q", 2) + content[end + 8 :])
+    with pytest.raises(DatasetError, match="documents run from sequence 2 to 2; they must run from 0 to 4"):
+        IndexedDataset(tmp_path / "set")
+
+
 def test_long_documents_become_several_sequences(tmp_path):
     with IndexedDatasetWriter(tmp_path / "set", np.uint16, max_sequence_length=4) as writer:
         writer.add_document(range(11))

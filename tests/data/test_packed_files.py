@@ -73,3 +73,25 @@ def test_unusable_parquet_is_named(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(DatasetError, match="part.parquet: not readable as Parquet"):
         documents(path, jsonl_key="content")
+
+
+OTHER = ["a.zip", "a.tar.gz", "a.TGZ", "a.jsonl.lz4", "a.arrow", "a.parquet.zst", "a.tar"]
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_formats_are_refused_and_those_known_are_named(tmp_path, name) -> None:
+    # Content that is text shows that the name decides: an archive of text files decodes.
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(DatasetError, match=rf"{name}: unknown format; must be one of .*\.jsonl.*\.zst; \.parquet"):
+        documents(tmp_path / name)
+    (tmp_path / "b.txt").write_bytes(b"text")
+    with pytest.warns(UserWarning, match="1 of 2 files could not be read"):
+        assert documents(tmp_path, glob="*") == ["text"]
+
+
+@pytest.mark.parametrize("ending, kind", [(".gz", "gzip"), (".xz", "xz"), (".bz2", "bzip2"), (".zst", "Zstandard")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a"])
+def test_a_compressed_file_without_its_ending_is_named(tmp_path, name, ending, kind) -> None:
+    (tmp_path / name).write_bytes(PACK[ending](LINES))
+    with pytest.raises(DatasetError, match=rf"{name}: {kind} data, which its name does not say; must be one of text"):
+        documents(tmp_path / name)

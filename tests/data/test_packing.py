@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megasparse.config.loader import ConfigError, load_config
 from megasparse.data import (
     BatchLoader,
     BlendedDataset,
@@ -226,6 +227,11 @@ def test_bad_settings_are_named(tmp_path, changes, message):
     write(tmp_path / "set", [2] * 50)
     with pytest.raises(ValueError, match=message):
         build(tmp_path, **changes)
+
+
+def test_an_empty_list_of_validation_data_names_its_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.valid"):
+        load_config([], [f"data.train=[{{path: {tmp_path / 'set'}}}]", "data.valid=[]"])
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])

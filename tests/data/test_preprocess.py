@@ -16,6 +16,7 @@ import pytest
 
 from megasparse.data import CorpusOptions, CorpusReader, DatasetError, IndexedDataset, load_tokenizer
 from megasparse.data import preprocess as preprocess_module
+from megasparse.data.facts import check_output_prefix
 from megasparse.data.preprocess import mpi_communicator, preprocess
 
 
@@ -92,7 +93,8 @@ def test_mpi_result_is_byte_identical(tmp_path, mixed_corpus, run_tool, ranks):
     assert many.returncode == 0, many.stderr
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert f"on {ranks} process(es)" in many.stdout and many.stdout.count("MB/s") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["input", "many.bin", "many.idx", "one.bin", "one.idx"]
+    written = [f"{name}.{ending}" for name in ("many", "one") for ending in ("bin", "idx", "meta.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input", *written]
     # More than two blocks, or nothing was shared.
     assert one.stdout and IndexedDataset(tmp_path / "one").num_tokens > 2 * preprocess_module.BLOCK_CHARACTERS
 
@@ -165,16 +167,56 @@ def test_memory_does_not_grow_with_the_input(tmp_path, run_tool):
         (["--input", "a.txt", "--tokenizer", "bytes", "--document-rule", "separator"], "needs a separator"),
         (["--input", "a.txt", "--tokenizer", "bytes", "--limit-documents", "0"], "must be at least 1"),
         (["--input", "a.txt", "--tokenizer", "word"], "invalid choice"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--jsonl-key", "text"], "--jsonl-key: text; must be left out"),
+        (["--input", "a.jsonl", "--tokenizer", "bytes", "--document-rule", "line"], "--document-rule: line; must be"),
+        (["--input", "a.jsonl", "--tokenizer", "bytes", "--document-separator", "-"], "must be left out"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--glob", "*.py"], "--glob: *.py; must be left out"),
+        (["--input", "a.txt", "--tokenizer", "bytes", "--exclude", "b"], "--input has no folder"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(tmp_path, run_tool, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     done = run_tool("preprocess_data", *arguments, "--output-prefix", "out")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    "prefix, message",
+    [
+        (".", "--output-prefix: . is a folder; must be a folder and the beginning of a name, such as ./tokens"),
+        ("", "--output-prefix:  is a folder; must be"),
+        ("/", "--output-prefix: / is a folder"),
+        ("folder", "--output-prefix: folder is a folder; must be .* such as folder/tokens"),
+        ("folder/", "--output-prefix: folder/ is a folder"),
+        ("new/", "--output-prefix: new/ is a folder"),
+        ("new/..", "--output-prefix: new/.. is a folder"),
+        ("taken", "--output-prefix: taken.bin is there and no file; must be"),
+        ("a.txt/x", "a.txt is no folder that can be written; must be one"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, run_tool, monkeypatch, prefix, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.bin").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    # The input is not there: had the work begun, that would be said.
+    arguments = ("--input", "missing.txt", "--tokenizer", "bytes", "--overwrite", "--output-prefix", prefix)
+    done = run_tool("preprocess_data", *arguments)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_file_that_is_a_mount_point_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.bin").write_bytes(b"")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("x.bin"))
+    with pytest.raises(ValueError, match=r"x\.bin is a mount point; must be a prefix of files in a mounted folder"):
+        check_output_prefix(str(tmp_path / "x"))
 
 
 def test_existing_output_is_kept_without_overwrite(tmp_path, run_tool):

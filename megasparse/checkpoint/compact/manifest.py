@@ -144,7 +144,7 @@ def size_report(manifest: CompactManifest) -> list[ParameterSize]:
 
 def _read_values(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / MANIFEST).read_text())
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise CheckpointError(f"compact folder {folder}: {MANIFEST} is missing") from None
     except ValueError as error:

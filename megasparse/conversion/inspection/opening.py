@@ -126,7 +126,7 @@ def _open_hugging_face(path: Path) -> Opened:
 
 def _format(path: Path) -> str | None:
     try:
-        values = json.loads((path / MANIFEST).read_text())
+        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values.get("format") if isinstance(values, dict) else None

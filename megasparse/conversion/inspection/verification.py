@@ -135,7 +135,7 @@ def _unreadable(file: Path) -> str | None:
         elif file.suffix == ".pt":
             load_data(file, mmap=True)
         elif file.suffix == ".json":
-            json.loads(file.read_text())
+            json.loads(file.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, OSError) as error:
         return f"is not readable: {str(error).splitlines()[0]}"
     return None

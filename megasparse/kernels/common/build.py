@@ -119,7 +119,7 @@ def _build(source: Path, compiler: str, flags: list[str], runtime: list[str], pa
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=BUILD_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from None
     if done.returncode:
@@ -131,7 +131,9 @@ def _digest(source: Path, compiler: str, commands: list[list[str]]) -> str:
     state = hashlib.sha256()
     for path in (*sorted(source.parent.glob("*.h")), source):
         state.update(path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    ).stdout
     for text in (compiler, version, repr(commands), platform.machine(), _processor()):
         state.update(text.encode())
     return state.hexdigest()[:16]
@@ -140,7 +142,7 @@ def _digest(source: Path, compiler: str, commands: list[list[str]]) -> str:
 def _processor() -> str:
     """Model and instruction sets: what `native` stands for on this machine."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
