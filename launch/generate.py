@@ -22,10 +22,12 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megasparse.inference.generation import check_sampling
     from megasparse.inference.sampling import sample_text
     from megasparse.inference.trained import open_trained
 
     try:
+        check_sampling(arguments.temperature, arguments.top_k or None, arguments.top_p)
         trained = open_trained(arguments.run, arguments.step, arguments.device)
         for reason in trained.passed_over:
             print(f"warning: passed over: {reason}", file=sys.stderr)
@@ -43,6 +45,8 @@ def main() -> int:
                 temperature=arguments.temperature,
                 top_k=arguments.top_k or None,
                 top_p=arguments.top_p,
+                end_tokens=trained.end_tokens,
+                begin_token=trained.begin_token,
             )
             print(text)
     except ValueError as error:

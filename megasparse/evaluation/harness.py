@@ -69,6 +69,8 @@ class MegaSparseLM(TemplateLM):
         self._ranks, self._device = self._groups.enter_context(sharing_ranks(environment, device))
         self._model = place(trained.model, self._device, precision)
         self._tokens: Tokenizer = trained.tokenizer
+        self._ends = trained.end_tokens or (trained.tokenizer.end_of_document_id,)
+        self._begin = trained.begin_token
         # `auto`, also as `auto:4`, leaves the choice to the scorer.
         size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(self._model, batch_size=size, ranks=self._ranks)
@@ -77,6 +79,11 @@ class MegaSparseLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return self._tokens.end_of_document_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the begin token, as in the harness's own model, or the end."""
+        return self.eot_token_id if self._begin is None else self._begin
 
     @property
     def max_length(self) -> int:
@@ -156,14 +163,15 @@ class MegaSparseLM(TemplateLM):
                 top_k=options.get("top_k") or None,
                 top_p=options.get("top_p"),
                 generator=generator,
-                end_tokens=(self.eot_token_id,),
+                end_tokens=self._ends,
                 num_ids=self._tokens.vocab_size,
             )[0].tolist()
-            text = self._tokens.decode(tokens[len(prompt) :])
+            ended = tokens[-1] in self._ends
+            text = self._tokens.decode(tokens[len(prompt) : len(tokens) - ended])
             found = [position for position in (text.find(end) for end in until) if position >= 0]
             if found:
                 return text[: min(found)]
-            if tokens[-1] == self.eot_token_id:
+            if ended:
                 break
         return text
 

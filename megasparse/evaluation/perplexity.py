@@ -117,9 +117,8 @@ def token_file_perplexity(
     def size() -> TextSize | None:
         if tokenizer is None:
             return None
-        documents = (dataset.document(index) for index in range(len(dataset)))
-        known = (tokens[tokens < tokenizer.vocab_size].tolist() for tokens in documents)
-        return sum((TextSize.of(tokenizer.decode(tokens)) for tokens in known), TextSize(0, 0, 0))
+        documents = (dataset.document(index).tolist() for index in range(len(dataset)))
+        return sum((TextSize.of(tokenizer.decode(tokens)) for tokens in documents), TextSize(0, 0, 0))
 
     return _perplexity(dataset.tokens(0, dataset.num_tokens), size, seq_length, stride, limit, {})
 

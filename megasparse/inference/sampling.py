@@ -46,5 +46,4 @@ def sample_text(
     )
     tokens = out[0].tolist()
     shown = tokens[:-1] if len(tokens) > len(prompt_ids) and tokens[-1] in ends else tokens
-    # An end or beginning of the model's own may be no entry of the tokenizer.
-    return tokenizer.decode([token for token in shown if token < tokenizer.vocab_size])
+    return tokenizer.decode(shown)

@@ -1,12 +1,12 @@
 """A model that a run has trained, as it stood at one of its checkpoints, or that of a model folder, ready to be asked.
 
 trained = open_trained(Path("runs/quickstart-mst"))
-text = sample_text(trained.model, trained.tokenizer, "def ", 200, seed=0)
+text = sample_text(trained.model, trained.tokenizer, "def ", 200, seed=0, end_tokens=trained.end_tokens)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
+from megasparse.inference.own_tokens import begin_token, end_tokens
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
@@ -34,6 +35,10 @@ class TrainedModel:
     pattern: Pattern
     passed_over: list[str]
     """Why checkpoints newer than this one were not used."""
+    end_tokens: tuple[int, ...] | None = None
+    """Those that end a text, where the model names its own; None: the tokenizer's end of a document."""
+    begin_token: int | None = None
+    """What stands before a text, likewise."""
 
 
 def open_trained(run_folder: Path, step: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
@@ -67,7 +72,12 @@ def _open_model_folder(path: Path, step: int | None, device: torch.device | str)
     trained = _untrained(folder.config, path, folder.facts.get("step", 0), [])
     load_weights(trained.model, folder)
     trained.model.to(device)
-    return trained
+    tokenizer, vocab_size = trained.tokenizer, trained.model.vocab_size
+    return replace(
+        trained,
+        end_tokens=end_tokens(path, tokenizer, vocab_size),
+        begin_token=begin_token(path, tokenizer, vocab_size),
+    )
 
 
 def _untrained(config: RunConfig, folder: Path, step: int, passed_over: list[str]) -> TrainedModel:

@@ -117,9 +117,9 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
 
 
 def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
-    """Density of the folder's topology; None where it has none, or one of other layers or units."""
+    """Density of the folder's topology; None where it has none, or one of other layers or units: a dense run's too."""
     state, topologies = folder.topology(), controller.topologies
-    if set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
+    if not topologies or set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
         return None
     active = 0
     for name, topology in topologies.items():

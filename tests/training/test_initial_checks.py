@@ -53,6 +53,14 @@ def test_a_start_that_fits_has_no_warnings(tmp_path) -> None:
     assert make_plan(config, 2, "cpu")["parallel"]["tensor_parallel_size"] == 2
 
 
+def test_a_dense_run_starts_from_any_folder_of_its_model(tmp_path) -> None:
+    """It has no topologies, and so no density to compare."""
+    dense = "sparsity.algorithm=dense"
+    assert warnings(write(tmp_path / "plain", dense), dense) == []
+    (message,) = warnings(write(tmp_path / "sparse", *STATIC, topology=True), dense)
+    assert "the topology of train.init_from is not used" in message
+
+
 def test_what_becomes_of_topologies_is_said(tmp_path) -> None:
     dense, sparse = write(tmp_path / "dense"), write(tmp_path / "sparse", *STATIC, topology=True)
     (message,) = warnings(dense, *STATIC)

@@ -22,13 +22,14 @@ from megasparse.conversion.huggingface.card import model_card
 from megasparse.conversion.huggingface.settings_out import choose_architecture, write_settings
 from megasparse.conversion.huggingface.tensors import Exporter
 from megasparse.conversion.sources import TOKENIZER_NAMES, Source
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.build import open_tokenizer
+from megasparse.inference.own_tokens import GENERATION, own_ids
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.folders import new_folder
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-GENERATION = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_huggingface(
@@ -64,10 +65,11 @@ def export_huggingface(
         for name, path in source.files.items():
             shutil.copyfile(path, partial / name)
         generation = _generation(source)
+        ids = {name: generation.get(name) for name in TOKEN_IDS}
         main_dtype = specs[next(iter(specs))].dtype
-        values = {**write_settings(chosen, config), **generation, "torch_dtype": DTYPE_NAMES[main_dtype]}
+        values = {**write_settings(chosen, config), **ids, "torch_dtype": DTYPE_NAMES[main_dtype]}
         write_json(partial / "config.json", values, indent=2)
-        if GENERATION not in source.files:
+        if GENERATION not in source.files or generation != read_json(source.files[GENERATION]):
             write_json(partial / GENERATION, generation, indent=2)
         _describe_tokenizer(source, partial)
         numbers = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
@@ -105,21 +107,31 @@ def _notes(config: RunConfig, facts: dict[str, Any]) -> list[str]:
 
 
 def _generation(source: Source) -> dict[str, Any]:
-    """Token ids that say where texts begin and end; null where nothing is known, or transformers would guess."""
-    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    """generation_config.json: where texts begin and end, in the ids that sampling here uses.
+
+    The model's own ids are kept, one or several; where it names no end, the tokenizer's. Null where nothing is known,
+    or transformers would guess.
+    """
+    vocab_size = source.config.model.vocab_size
+    assert vocab_size is not None, "a source has a whole configuration"
+    values: dict[str, Any] = {name: None for name in TOKEN_IDS}
     if GENERATION in source.files:
-        return ids | {name: value for name, value in read_json(source.files[GENERATION]).items() if name in ids}
-    if source.config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(source.config.data.tokenizer, source.config.data.tokenizer_path)
-        ids |= {"eos_token_id": tokenizer.end_of_document_id, "pad_token_id": tokenizer.end_of_document_id}
-    return ids
+        values = read_json(source.files[GENERATION])
+        if own_ids(source.files[GENERATION], "eos_token_id", vocab_size):
+            return values
+    tokenizer = open_tokenizer(source.config)
+    if tokenizer is None:
+        return values
+    end = tokenizer.end_of_document_id
+    return {**values, "eos_token_id": end, "pad_token_id": end}
 
 
 def _describe_tokenizer(source: Source, partial: Path) -> None:
     """transformers needs to be told what a lone tokenizer.json is."""
-    if TOKENIZER_NAMES["huggingface"] in source.files and "tokenizer_config.json" not in source.files:
-        path = source.files[TOKENIZER_NAMES["huggingface"]]
-        tokenizer: Any = load_tokenizer("huggingface", path)
+    if TOKENIZER_NAMES["huggingface"] not in source.files or "tokenizer_config.json" in source.files:
+        return
+    tokenizer = open_tokenizer(source.config)
+    if tokenizer is not None:
         values = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": tokenizer.end_of_document,

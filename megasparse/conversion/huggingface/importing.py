@@ -6,6 +6,8 @@ notes = import_huggingface(Path("gpt2"), Path("models/gpt2"))
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ import torch
 from megasparse.checkpoint.model_folder import FACTS_KEY, model_tensors, tokenizer_files
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles, read_json
-from megasparse.config.loader import check_config
+from megasparse.config.loader import ConfigError, check_config
 from megasparse.config.schema import RunConfig
 from megasparse.conversion.huggingface.architectures import NANOGPT, Architecture
 from megasparse.conversion.huggingface.settings import read_settings
-from megasparse.conversion.huggingface.tensors import Importer
+from megasparse.conversion.huggingface.tensors import Importer, has_own_head
 from megasparse.conversion.sources import (
     TOKENIZER_NAMES,
     Tensors,
@@ -29,10 +31,10 @@ from megasparse.conversion.sources import (
     write_weights,
 )
 from megasparse.data.tokenizer import load_tokenizer
+from megasparse.inference.own_tokens import GENERATION, token_ids
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION = "generation_config.json"
 NANOGPT_FIELDS = {
     "n_layer": "num_layers",
     "n_embd": "hidden_size",
@@ -53,13 +55,12 @@ def import_huggingface(folder: Path, output: Path, *, dtype: torch.dtype | None 
     architecture, sections = read_settings(values)
     source = open_weights(folder)
     companions = tokenizer_files(folder)
-    notes: list[str] = []
-    sections["data"] = _tokenizer_section(companions, sections["model"]["vocab_size"], notes)
+    notes = _untie(sections["model"], source, architecture)
+    texts = _generation(values, companions)
+    if texts:
+        companions.pop(GENERATION, None)
+    sections["data"] = _tokenizer_section(companions, texts, sections["model"]["vocab_size"], notes)
     facts = json.loads(source.metadata.get(FACTS_KEY, "{}")) if isinstance(source, TensorFiles) else {}
-    texts = {}
-    if GENERATION not in companions:
-        ids = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
-        texts = {GENERATION: json.dumps(ids, indent=1) + "\n"} if ids else {}
     _write(
         output,
         sections,
@@ -97,20 +98,35 @@ def import_nanogpt(
     # torch.compile puts a prefix before every name; the head is the table of the tokens.
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
     model = {ours: arguments.get(theirs, True) for theirs, ours in NANOGPT_FIELDS.items()}
-    facts = {"architecture": NANOGPT.name}
+    source, facts = TorchSource(path, tensors), {"architecture": NANOGPT.name}
+    notes = _untie(model, source, NANOGPT)
     if isinstance(content.get("iter_num"), int):
         facts["step"] = content["iter_num"]
     _write(
         output,
         {"model": {**model, "activation": activation}},
-        TorchSource(path, tensors),
+        source,
         NANOGPT,
         facts=facts,
         dtype=dtype,
         files={},
         **options,
     )
-    return ["nanoGPT keeps no tokenizer in its checkpoint: set data.tokenizer in config.yaml before sampling text"]
+    return [
+        *notes,
+        "nanoGPT keeps no tokenizer in its checkpoint: set data.tokenizer in config.yaml before sampling text",
+    ]
+
+
+def _untie(model: dict[str, Any], source: Tensors, architecture: Architecture) -> list[str]:
+    """Give a model that its configuration calls tied the head of its own that its file holds; a note says so."""
+    if not model.get("tie_embeddings", True) or not has_own_head(source, architecture):
+        return []
+    model["tie_embeddings"] = False
+    return [
+        "the configuration says that head and embedding are one (tie_word_embeddings), the file holds another head: "
+        "imported untied, with that head"
+    ]
 
 
 def _write(
@@ -140,13 +156,39 @@ def _run_config(sections: Mapping[str, Any], precision: str) -> RunConfig:
     )
 
 
-def _tokenizer_section(companions: Mapping[str, Path], vocab_size: int, notes: list[str]) -> dict[str, Any]:
+def _generation(values: Mapping[str, Any], companions: Mapping[str, Path]) -> dict[str, str]:
+    """generation_config.json as text, where config.json names token ids that the file does not; else nothing."""
+    kept = read_json(companions[GENERATION]) if GENERATION in companions else {}
+    for place, found in (("config.json", values), (GENERATION, kept)):
+        for name in ("bos_token_id", "eos_token_id"):
+            token_ids(found.get(name), f"{place}: {name}")
+    missing = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None and kept.get(name) is None}
+    return {GENERATION: json.dumps({**kept, **missing}, indent=1) + "\n"} if missing else {}
+
+
+def _vocabulary_beside(companions: Mapping[str, Path], texts: Mapping[str, str], kind: str) -> int:
+    """Entries of the tokenizer as it will lie in the model folder: files beside it say what ends a document."""
+    name = TOKENIZER_NAMES[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        for beside, path in companions.items():
+            shutil.copyfile(path, Path(folder, beside))
+        for beside, text in texts.items():
+            Path(folder, beside).write_text(text, encoding="utf-8")
+        try:
+            return load_tokenizer(kind, Path(folder, name)).vocab_size
+        except ValueError as error:
+            raise ConfigError(str(error).replace(str(Path(folder)), str(companions[name].parent))) from None
+
+
+def _tokenizer_section(
+    companions: Mapping[str, Path], texts: Mapping[str, str], vocab_size: int, notes: list[str]
+) -> dict[str, Any]:
     """Section `data` for a tokenizer that ours reads; without one, a note says why."""
     for kind, name in TOKENIZER_NAMES.items():
         if name not in companions:
             continue
         try:
-            size = load_tokenizer(kind, companions[name]).vocab_size
+            size = _vocabulary_beside(companions, texts, kind)
         except ValueError as error:
             notes.append(f"the tokenizer is copied and not used: {error}")
             return {}

@@ -95,6 +95,8 @@ def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
         "n_head": model.num_attention_heads,
         "n_inner": model.ffn_hidden_size,
         "n_positions": model.seq_length,
+        # The same by its older name, which programs besides transformers read.
+        "n_ctx": model.seq_length,
         "layer_norm_epsilon": model.normalization_epsilon,
         "activation_function": ACTIVATIONS[model.activation].transformers_names[0],
         **{name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},

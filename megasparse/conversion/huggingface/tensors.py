@@ -13,6 +13,9 @@ from megasparse.conversion.huggingface.architectures import IGNORED, Architectur
 from megasparse.conversion.sources import Tensors
 from megasparse.parallel.shard_spec import ShardSpec
 
+ROWS_AT_ONCE = 4096
+"""Of a table of the vocabulary: 64 MiB in float32 at a hidden size of 4,096."""
+
 
 class Importer:
     """Tensors of theirs as ours.
@@ -50,6 +53,23 @@ class Importer:
             found = self._source.shape(self._found[their])
             if tuple(found) != shape:
                 raise CheckpointError(f"{their} has shape {list(found)}, config.json asks for {list(shape)}")
+
+
+def has_own_head(source: Tensors, architecture: Architecture) -> bool:
+    """Whether the tensors hold a head that is not the table of the tokens.
+
+    A configuration may say that both are one, and files that were saved under it hold the head once more, or none; one
+    with other values is what transformers computes with.
+    """
+    (table,), (head,) = architecture.modules["embedding.tokens"], architecture.modules["head"]
+    found = _names_with_prefix(source.names, architecture.prefix)
+    table, head = f"{table}.weight", f"{head}.weight"
+    if head not in found or table not in found:
+        return False
+    a, b = source.tensor(found[table]), source.tensor(found[head])
+    # Both are mapped from their files: rows at a time, neither needs to be in memory whole.
+    pairs = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=False)
+    return a.shape != b.shape or not all(torch.equal(x.float(), y.float()) for x, y in pairs)
 
 
 class Exporter:
