@@ -1,6 +1,6 @@
 """Tokens by which a model folder's own files say where its texts begin and end.
 
-    ends = end_tokens(folder, tokenizer, model.vocab_size)        # one or several, whatever generation_config.json names
+    ends = end_tokens(folder, tokenizer, model.vocab_size)        # one or several, as generation_config.json says
     begin = begin_token(folder, tokenizer, model.vocab_size)
 
 A run has no such files: its documents end with the tokenizer's end of a document, which also stands before the next
