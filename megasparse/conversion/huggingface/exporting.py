@@ -21,7 +21,8 @@ from megasparse.conversion.huggingface.architectures import ARCHITECTURES, Archi
 from megasparse.conversion.huggingface.card import model_card
 from megasparse.conversion.huggingface.settings_out import choose_architecture, write_settings
 from megasparse.conversion.huggingface.tensors import Exporter
-from megasparse.conversion.sources import TOKENIZER_NAMES, Source
+from megasparse.conversion.huggingface.tokenizer_out import SETTINGS, tokenizer_out
+from megasparse.conversion.sources import Source
 from megasparse.data.build import open_tokenizer
 from megasparse.inference.own_tokens import GENERATION, own_ids
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
@@ -49,7 +50,8 @@ def export_huggingface(
     config = source.config
     chosen = _choose(config, architecture, source.facts)
     exporter = Exporter(source, chosen, model_tensors(_as_exported(config, chosen)), dtype)
-    specs, notes = exporter.specs, _notes(config, source.facts)
+    files, tokenizer_settings, tokenizer_notes = tokenizer_out(source)
+    specs, notes = exporter.specs, [*_notes(config, source.facts), *tokenizer_notes]
     facts = {**source.facts, "architecture": chosen.name}
     metadata = {"format": "pt", FACTS_KEY: json.dumps(facts)}
     with new_folder(output, replace=replace) as partial:
@@ -62,7 +64,7 @@ def export_huggingface(
             writer.close()
         finally:
             writer.abandon()
-        for name, path in source.files.items():
+        for name, path in files.items():
             shutil.copyfile(path, partial / name)
         generation = _generation(source)
         ids = {name: generation.get(name) for name in TOKEN_IDS}
@@ -71,7 +73,8 @@ def export_huggingface(
         write_json(partial / "config.json", values, indent=2)
         if GENERATION not in source.files or generation != read_json(source.files[GENERATION]):
             write_json(partial / GENERATION, generation, indent=2)
-        _describe_tokenizer(source, partial)
+        if tokenizer_settings is not None:
+            write_json(partial / SETTINGS, tokenizer_settings, indent=2)
         numbers = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
         write_at_once(partial / "README.md", model_card(config, facts, DTYPE_NAMES[main_dtype], numbers, zeros, notes))
     return notes
@@ -124,17 +127,3 @@ def _generation(source: Source) -> dict[str, Any]:
         return values
     end = tokenizer.end_of_document_id
     return {**values, "eos_token_id": end, "pad_token_id": end}
-
-
-def _describe_tokenizer(source: Source, partial: Path) -> None:
-    """transformers needs to be told what a lone tokenizer.json is."""
-    if TOKENIZER_NAMES["huggingface"] not in source.files or "tokenizer_config.json" in source.files:
-        return
-    tokenizer = open_tokenizer(source.config)
-    if tokenizer is not None:
-        values = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.end_of_document,
-            "model_max_length": source.config.model.seq_length,
-        }
-        write_json(partial / "tokenizer_config.json", values, indent=2)
