@@ -27,12 +27,17 @@ Records = Iterable[tuple[str, dict[str, Any]]]
 """(place in the input, JSON object)."""
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of context and continuation; the context has at least one."""
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, begin: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Ids of context and continuation; the context has at least one.
+
+    begin: what an empty context is, where a model has a token of its own for it; None: the end of a document.
+    """
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
     if not context:
-        return [tokenizer.end_of_document_id], tokenizer.encode(continuation)
+        return [tokenizer.end_of_document_id if begin is None else begin], tokenizer.encode(continuation)
     context_ids = tokenizer.encode(context)
     return context_ids, tokenizer.encode(context + continuation)[len(context_ids) :]
 
@@ -92,10 +97,13 @@ def last_word_task(records: Records, tokenizer: Tokenizer, seq_length: int) -> L
     return LastWord(_not_empty(windows))
 
 
-def multiple_choice_task(records: Records, tokenizer: Tokenizer, seq_length: int) -> MultipleChoice:
+def multiple_choice_task(
+    records: Records, tokenizer: Tokenizer, seq_length: int, begin: int | None = None
+) -> MultipleChoice:
     """Records: {"context": text, "choices": [text, ...], "label": index of the right one}; other keys are ignored.
 
-    A space is put before a choice, unless there is white space already or the context is empty.
+    A space is put before a choice, unless there is white space already or the context is empty. begin: see
+    ``encode_pair``.
     """
     windows: list[Window] = []
     choices, labels = [], []
@@ -107,7 +115,7 @@ def multiple_choice_task(records: Records, tokenizer: Tokenizer, seq_length: int
         for number, text in enumerate(texts):
             needs_space = context and not context[-1].isspace() and not text[0].isspace()
             continuation = f" {text}" if needs_space else text
-            windows.append(_window(tokenizer, context, continuation, seq_length, f"{where}: choices[{number}]"))
+            windows.append(_window(tokenizer, context, continuation, seq_length, f"{where}: choices[{number}]", begin))
         choices.append(texts)
         labels.append(label)
     return MultipleChoice(_not_empty(windows), choices, labels)
@@ -122,8 +130,10 @@ def _choices(record: dict[str, Any], where: str) -> list[str]:
     return [check_unicode(text, f"{where}: choices[{number}]") for number, text in enumerate(texts)]
 
 
-def _window(tokenizer: Tokenizer, context: str, continuation: str, seq_length: int, where: str) -> Window:
-    context_ids, continuation_ids = encode_pair(tokenizer, context, continuation)
+def _window(
+    tokenizer: Tokenizer, context: str, continuation: str, seq_length: int, where: str, begin: int | None = None
+) -> Window:
+    context_ids, continuation_ids = encode_pair(tokenizer, context, continuation, begin)
     if not 1 <= len(continuation_ids) <= seq_length:
         raise ConfigError(
             f"{where}: {continuation.strip()[:60]!r} has {len(continuation_ids)} tokens of its own; must be "

@@ -70,7 +70,7 @@ class MegaSparseLM(TemplateLM):
         self._model = place(trained.model, self._device, precision)
         self._tokens: Tokenizer = trained.tokenizer
         self._ends = trained.end_tokens or (trained.tokenizer.end_of_document_id,)
-        self._begin = trained.begin_token
+        self._begin, self._leading = trained.begin_token, list(trained.leading_tokens)
         # `auto`, also as `auto:4`, leaves the choice to the scorer.
         size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(self._model, batch_size=size, ranks=self._ranks)
@@ -94,8 +94,11 @@ class MegaSparseLM(TemplateLM):
         return self._tokens.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Nothing special is ever added; the harness puts `prefix_token_id` before what has no context."""
-        return self._tokens.encode(string)
+        """With what the tokenizer puts before every text in the harness's own model, unless it must not.
+
+        The harness puts `prefix_token_id` before what has no context besides.
+        """
+        return [*([] if add_special_tokens is False else self._leading), *self._tokens.encode(string)]
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts that the harness writes beside its results."""

@@ -124,8 +124,10 @@ def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity
     if settings.task == "perplexity":
         text = read_text(settings.input)
         return text_perplexity(text, tokenizer, length, settings.stride, settings.detokenizer, settings.limit)
-    make = last_word_task if settings.task == "last-word" else multiple_choice_task
-    return make(read_jsonl(settings.input, settings.limit), tokenizer, length)
+    records = read_jsonl(settings.input, settings.limit)
+    if settings.task == "last-word":
+        return last_word_task(records, tokenizer, length)
+    return multiple_choice_task(records, tokenizer, length, trained.begin_token)
 
 
 @contextlib.contextmanager

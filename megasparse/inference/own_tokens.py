@@ -9,6 +9,7 @@ one, so that a text begins after it.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def begin_token(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> int:
                 return known[0]
     own = own_ids(folder / GENERATION, "bos_token_id", vocab_size)
     return own[0] if own else tokenizer.end_of_document_id
+
+
+def leading_tokens(folder: Path, begin: int, vocab_size: int) -> tuple[int, ...]:
+    """What transformers' tokenizer of the folder puts before every text, unless it is told not to; `begin` or nothing
+    where its settings say so."""
+    wanted = _values(folder / "tokenizer_config.json").get("add_bos_token")
+    if wanted is not None:
+        return (begin,) if wanted else ()
+    post_processor = _values(folder / "tokenizer.json").get("post_processor") or {}
+    for part in post_processor.get("processors", [post_processor]):
+        if part.get("type") != "TemplateProcessing":
+            continue
+        pieces = itertools.takewhile(lambda piece: "SpecialToken" in piece, part.get("single", []))
+        names = [piece["SpecialToken"]["id"] for piece in pieces]
+        ids = [token for name in names for token in part["special_tokens"][name]["ids"]]
+        return tuple(token for token in ids if token < vocab_size)
+    return ()
 
 
 def own_ids(path: Path, field: str, vocab_size: int) -> tuple[int, ...]:

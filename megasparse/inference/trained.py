@@ -18,7 +18,7 @@ from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
-from megasparse.inference.own_tokens import begin_token, end_tokens
+from megasparse.inference.own_tokens import begin_token, end_tokens, leading_tokens
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
@@ -39,6 +39,8 @@ class TrainedModel:
     """Those that end a text, where the model names its own; None: the tokenizer's end of a document."""
     begin_token: int | None = None
     """What stands before a text, likewise."""
+    leading_tokens: tuple[int, ...] = ()
+    """What transformers' tokenizer of the same files puts before every text; ours adds nothing."""
 
 
 def open_trained(run_folder: Path, step: int | None = None, device: torch.device | str = "cpu") -> TrainedModel:
@@ -73,10 +75,12 @@ def _open_model_folder(path: Path, step: int | None, device: torch.device | str)
     load_weights(trained.model, folder)
     trained.model.to(device)
     tokenizer, vocab_size = trained.tokenizer, trained.model.vocab_size
+    begin = begin_token(path, tokenizer, vocab_size)
     return replace(
         trained,
         end_tokens=end_tokens(path, tokenizer, vocab_size),
-        begin_token=begin_token(path, tokenizer, vocab_size),
+        begin_token=begin,
+        leading_tokens=leading_tokens(path, begin, vocab_size),
     )
 
 

@@ -112,6 +112,24 @@ def test_texts_begin_with_the_tokenizers_begin_token_or_else_its_end(tmp_path, s
     assert open_trained(tmp_path / "ours").begin_token == begin
 
 
+@pytest.mark.parametrize(
+    ("settings", "adds", "leading"), [({}, True, (0,)), ({}, False, ()), ({"add_bos_token": False}, True, ())]
+)
+def test_what_transformers_puts_before_every_text_is_known(tmp_path, settings, adds, leading) -> None:
+    """The adapter of lm-evaluation-harness begins texts with it, as the harness's own model does."""
+    save("llama2", tmp_path / "theirs")
+    write_tokenizer(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    if adds:
+        template = tokenizers.processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
+        tokenizer.post_processor = tokenizers.processors.Sequence([template])
+    tokenizer.save(str(path))
+    edit(tmp_path / "theirs" / "tokenizer_config.json", bos_token="<begin>", eos_token="<end>", **settings)
+    import_huggingface(tmp_path / "theirs", tmp_path / "ours")
+    assert open_trained(tmp_path / "ours").leading_tokens == leading
+
+
 @pytest.mark.parametrize("case", ["gpt2", "qwen2", "llama-tied-biases"])
 @pytest.mark.parametrize("change", [None, 0.0, 1.0])
 def test_a_tied_models_own_head_is_computed_with(tmp_path, case, change) -> None:

@@ -17,6 +17,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not install
 
 import megasparse.evaluation.harness as adapter  # noqa: E402
 from megasparse.config.loader import check_config  # noqa: E402
+from megasparse.conversion.huggingface.importing import import_huggingface  # noqa: E402
 from megasparse.data.tokenizer import load_tokenizer  # noqa: E402
 from megasparse.evaluation.continuations import last_word_task, multiple_choice_task  # noqa: E402
 from megasparse.evaluation.inputs import read_jsonl  # noqa: E402
@@ -96,6 +97,38 @@ def test_rolling_likelihoods_are_those_of_the_harness_own_model(ours, theirs) ->
     assert ours.loglikelihood_rolling(requests(("",), ("a",)))[0] == 0.0
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_model_with_a_begin_token_begins_as_the_harness_own_model(
+    reference, tokenizer_file: Path, tmp_path: Path, added: bool
+) -> None:
+    """Where the tokenizer has a begin token, it stands before texts; where it adds it by itself, once more."""
+    pytest.importorskip("accelerate", reason="the harness's own model needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    if added:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="A $A", special_tokens=[("A", 32)])
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A", eos_token="<|endoftext|>")
+    reference.save_pretrained(tmp_path / "theirs")
+    whole.save_pretrained(tmp_path / "theirs")
+    import_huggingface(tmp_path / "theirs", tmp_path / "ours")
+    ours = adapter.MegaSparseLM(str(tmp_path / "ours"), device="cpu", batch_size=2)
+    theirs = HFLM(
+        pretrained=reference, tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs"),
+        backend="causal", device="cpu", batch_size=2, max_length=T,
+    )  # fmt: skip
+    assert ours.prefix_token_id == theirs.prefix_token_id == whole.bos_token_id != ours.eot_token_id
+    counted = "".join(f"{n} and " for n in range(30))
+    asked = requests(*((text,) for text in ("a", "The river ran cold.", counted)))
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(
+        theirs.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-5
+    )
+    pairs = requests(*PAIRS)
+    assert [value for value, _ in ours.loglikelihood(pairs, disable_tqdm=True)] == pytest.approx(
+        [value for value, _ in theirs.loglikelihood(pairs, disable_tqdm=True)], rel=1e-5
+    )
+
+
 def test_greedy_texts_are_those_of_the_harness_own_model(ours, theirs) -> None:
     options = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     asked = requests(("The river", options), ("days", options), ("x" * 60, options))
@@ -150,7 +183,7 @@ def test_last_words_are_the_likelihoods_of_the_harness(ours) -> None:
 
 
 def test_wrong_arguments_are_refused(ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="precision: fp8; must be fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision: fp8; must be one of fp32, bf16, fp16"):
         adapter.MegaSparseLM("x", precision="fp8", device="cpu")
     with pytest.raises(ValueError, match="has 33 tokens|33 tokens; must be 1 to 32"):
         ours.loglikelihood(requests(("a", "b" * 33)), disable_tqdm=True)
