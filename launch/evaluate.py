@@ -1,6 +1,6 @@
 """Evaluate a trained model.
 
-    python launch/evaluate.py --run runs/x --task perplexity --input test.txt [--stride 512] [--detokenizer wikitext]
+    python launch/evaluate.py --run runs/x --task perplexity --input test.txt [--window 1024] [--stride 512]
     python launch/evaluate.py --run runs/x --task last-word --input lambada.jsonl
     torchrun --standalone --nproc_per_node 8 launch/evaluate.py --model runs/x --task multiple-choice --input quiz.jsonl
 
@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     tasks = ("perplexity", "last-word", "multiple-choice")
     parser.add_argument("--task", required=True, choices=tasks)
     parser.add_argument("--input", required=True, metavar="FILE", help="text, JSONL, or prefix of an indexed data set")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens read at once; default: the model's seq_length")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half the window")
     parser.add_argument("--detokenizer", choices=("none", "wikitext", "ptb"), default="none", help="default: none")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N windows or examples")

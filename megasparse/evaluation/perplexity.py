@@ -85,12 +85,15 @@ def perplexity(nats: float, units: int) -> float | None:
 def text_perplexity(
     original: str,
     tokenizer: Tokenizer,
-    seq_length: int,
+    window: int,
     stride: int | None = None,
     detokenizer: str = "none",
     limit: int | None = None,
 ) -> Perplexity:
-    """Perplexity of one text, read from its first token to its last. stride: None takes half the window."""
+    """Perplexity of one text, read from its first token to its last.
+
+    window: tokens that the model reads at once; stride: tokens between windows, None takes half the window.
+    """
     text = detokenize(original, detokenizer)
     tokens = tokenizer.encode_batch([text])[0]
     if len(tokens) < 2:
@@ -98,13 +101,13 @@ def text_perplexity(
     settings: dict[str, Any] = {"detokenizer": detokenizer}
     if detokenizer != "none":
         settings["lines_made_equal_by_detokenizer"] = count_collisions(original, detokenizer)
-    return _perplexity(tokens, lambda: TextSize.of(original), seq_length, stride, limit, settings)
+    return _perplexity(tokens, lambda: TextSize.of(original), window, stride, limit, settings)
 
 
 def token_file_perplexity(
     dataset: IndexedDataset,
     tokenizer: Tokenizer | None,
-    seq_length: int,
+    window: int,
     stride: int | None = None,
     limit: int | None = None,
 ) -> Perplexity:
@@ -120,21 +123,21 @@ def token_file_perplexity(
         documents = (dataset.document(index).tolist() for index in range(len(dataset)))
         return sum((TextSize.of(tokenizer.decode(tokens)) for tokens in documents), TextSize(0, 0, 0))
 
-    return _perplexity(dataset.tokens(0, dataset.num_tokens), size, seq_length, stride, limit, {})
+    return _perplexity(dataset.tokens(0, dataset.num_tokens), size, window, stride, limit, {})
 
 
 def _perplexity(
     tokens: np.ndarray,
     size: Callable[[], TextSize | None],
-    seq_length: int,
+    window: int,
     stride: int | None,
     limit: int | None,
     settings: dict[str, Any],
 ) -> Perplexity:
-    stride = max(1, seq_length // 2) if stride is None else stride
-    if not 1 <= stride <= seq_length:
-        raise ConfigError(f"--stride: {stride}; must be 1 to {seq_length}, the sequence length of the model")
-    whole = len(SlidingWindows(tokens, seq_length, stride))
-    windows = SlidingWindows(tokens, seq_length, stride, limit)
-    settings = {"window": seq_length, "stride": stride, **settings}
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ConfigError(f"--stride: {stride}; must be 1 to {window}, the window")
+    whole = len(SlidingWindows(tokens, window, stride))
+    windows = SlidingWindows(tokens, window, stride, limit)
+    settings = {"window": window, "stride": stride, **settings}
     return Perplexity(windows, size if len(windows) == whole else lambda: None, settings)

@@ -46,6 +46,7 @@ class EvaluationSettings:
     task: str
     input: str
     step: int | None = None
+    window: int | None = None
     stride: int | None = None
     detokenizer: str = "none"
     precision: str = "fp32"
@@ -107,7 +108,11 @@ def check_settings(settings: EvaluationSettings) -> None:
     if settings.output is not None and settings.output.is_dir():
         raise ConfigError(f"--output: {settings.output} is a folder; must be the name of a file")
     if settings.task != "perplexity":
-        for name, given in (("stride", settings.stride is not None), ("detokenizer", settings.detokenizer != "none")):
+        for name, given in (
+            ("window", settings.window is not None),
+            ("stride", settings.stride is not None),
+            ("detokenizer", settings.detokenizer != "none"),
+        ):
             if given:
                 raise ConfigError(f"--{name}: only used with --task perplexity")
 
@@ -115,15 +120,18 @@ def check_settings(settings: EvaluationSettings) -> None:
 def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity | LastWord | MultipleChoice:
     """Read and encode the input."""
     length = trained.config.model.seq_length
+    window = length if settings.window is None else settings.window
+    if not min(2, length) <= window <= length:
+        raise ConfigError(f"--window: {window}; must be 2 to {length}, the sequence length of the model")
     if settings.task == "perplexity" and is_token_file(settings.input):
         if settings.detokenizer != "none":
             raise ConfigError(f"--detokenizer: {settings.detokenizer}; {settings.input} holds tokens, not text")
         dataset = open_tokens(settings.input, trained.model.vocab_size)
-        return token_file_perplexity(dataset, trained.tokenizer, length, settings.stride, settings.limit)
+        return token_file_perplexity(dataset, trained.tokenizer, window, settings.stride, settings.limit)
     tokenizer = _tokenizer(trained, settings)
     if settings.task == "perplexity":
         text = read_text(settings.input)
-        return text_perplexity(text, tokenizer, length, settings.stride, settings.detokenizer, settings.limit)
+        return text_perplexity(text, tokenizer, window, settings.stride, settings.detokenizer, settings.limit)
     records = read_jsonl(settings.input, settings.limit)
     if settings.task == "last-word":
         return last_word_task(records, tokenizer, length)

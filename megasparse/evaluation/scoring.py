@@ -22,6 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOGITS_OF_A_BATCH = 2**28
 """Elements of the logits of a batch, where no batch size is given: 1 GiB in float32."""
 LARGEST_BATCH = 32
+CHUNK_ELEMENTS = 2**26
+"""Elements of the logits that are there at once, of scored tokens alone: 256 MiB in float32."""
 
 
 class Scorer:
@@ -31,6 +33,7 @@ class Scorer:
         model: in evaluation mode, on its device and in its precision.
         batch_size: windows at once; None: as many as keep the logits small. Another batch size changes rounding.
         ranks: those that share the work; each holds the whole model. Its collectives must take CPU tensors.
+        chunk_elements: of the logits that are computed at once; the logits of a whole window never are there.
         advance: called with the number of batches that are done, after each of this rank, and their number.
     """
 
@@ -41,9 +44,10 @@ class Scorer:
         batch_size: int | None = None,
         ranks: CommunicationGroup | None = None,
         advance: Callable[[int, int], None] = lambda done, total: None,
+        chunk_elements: int = CHUNK_ELEMENTS,
     ) -> None:
         self.model, self.ranks, self.advance = model, ranks or CommunicationGroup(), advance
-        self.seq_length = model.config.seq_length
+        self.seq_length, self.chunk_elements = model.config.seq_length, chunk_elements
         self.batch_size = batch_size or default_batch_size(self.seq_length, model.vocab_size)
         self.device = next(model.parameters()).device
 
@@ -74,14 +78,20 @@ class Scorer:
         tokens = np.zeros((len(windows), padded), np.int64)
         for row, window in zip(tokens, windows, strict=True):
             row[: len(window.tokens) - 1] = window.tokens[:-1]
-        logits_BTV = self.model(torch.from_numpy(tokens).to(self.device))
-        rows = [self._row(logits_TV, window) for logits_TV, window in zip(logits_BTV, windows, strict=True)]
-        return torch.stack(rows).cpu()
+        x_BTC = self.model.hidden_states(torch.from_numpy(tokens).to(self.device))
+        return torch.stack([self._row(x_TC, window) for x_TC, window in zip(x_BTC, windows, strict=True)]).cpu()
 
-    def _row(self, logits_TV: torch.Tensor, window: Window) -> torch.Tensor:
+    def _row(self, x_TC: torch.Tensor, window: Window) -> torch.Tensor:
         """Log-likelihood of the scored tokens, and whether each of them is the most likely one."""
-        logits_TV = logits_TV[window.first - 1 : len(window.tokens) - 1].float()
         targets_T = torch.from_numpy(window.tokens[window.first :].astype(np.int64)).to(self.device)
+        scored_TC = x_TC[window.first - 1 : len(window.tokens) - 1]
+        rows = max(1, self.chunk_elements // self.model.vocab_size)
+        chunks = zip(scored_TC.split(rows), targets_T.split(rows), strict=True)
+        found = torch.stack([self._chunk(*chunk) for chunk in chunks])
+        return torch.stack([found[:, 0].sum(), found[:, 1].amin()])
+
+    def _chunk(self, x_TC: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        logits_TV = self.model.logits(x_TC.unsqueeze(0))[0].float()
         picked_T = logits_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
         likelihood = (picked_T - logits_TV.logsumexp(1)).double().sum()
         return torch.stack([likelihood, (logits_TV.argmax(1) == targets_T).all().double()])

@@ -43,6 +43,7 @@ def settings(**changes) -> EvaluationSettings:
         ({"batch_size": 0}, "--batch-size: 0; must be 1 or more"),
         ({"limit": -3}, "--limit: -3; must be 1 or more"),
         ({"output": Path(".")}, "--output: . is a folder"),
+        ({"task": "last-word", "window": 8}, "--window: only used with --task perplexity"),
         ({"task": "last-word", "stride": 4}, "--stride: only used with --task perplexity"),
         ({"task": "multiple-choice", "detokenizer": "ptb"}, "--detokenizer: only used with"),
     ],
@@ -77,6 +78,22 @@ def test_the_input_decides_between_text_and_tokens(trained: TrainedModel, tmp_pa
         make_task(settings(input=str(tmp_path / "short")), trained)
     with pytest.raises(ValueError, match="no such file; must be a text file, or the prefix"):
         make_task(settings(input=str(tmp_path / "nothing")), trained)
+
+
+def test_a_window_can_be_shorter_than_the_model_reads(trained: TrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("some text of a few words")
+    with IndexedDatasetWriter(tmp_path / "tokens", "uint16") as writer:
+        writer.add_document(list(range(24)))
+    for name in ("text", "tokens"):
+        task = make_task(settings(input=str(tmp_path / name), window=8), trained)
+        assert isinstance(task, Perplexity) and (task.windows.window, task.windows.stride) == (8, 4)
+        assert task.settings["window"] == 8 and max(len(window.tokens) for window in task.windows) == 8
+        assert make_task(settings(input=str(tmp_path / name)), trained).settings["window"] == 16
+        for window in (0, 1, 17):
+            with pytest.raises(ValueError, match=f"--window: {window}; must be 2 to 16, the sequence length"):
+                make_task(settings(input=str(tmp_path / name), window=window), trained)
+        with pytest.raises(ValueError, match="--stride: 9; must be 1 to 8, the window"):
+            make_task(settings(input=str(tmp_path / name), window=8, stride=9), trained)
 
 
 def test_json_lines_become_tasks(trained: TrainedModel, tmp_path: Path) -> None:

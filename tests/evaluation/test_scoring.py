@@ -55,6 +55,17 @@ def test_likelihoods_are_those_of_the_logits() -> None:
     assert not scores[:, 1].all()
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_logits_are_there_in_chunks_only_and_results_stay(rows: int) -> None:
+    model, windows, most = small_model(), some_windows(), []
+    expected = Scorer(model).scores(windows)
+    model.head.register_forward_hook(lambda module, inputs, logits: most.append(logits.numel() // logits.shape[-1]))
+    found = Scorer(model, chunk_elements=rows * V + 3).scores(windows)
+    assert max(most) == rows and len(most) > len(windows)
+    # Rounding of sums of 61 exponentials in float32.
+    assert found[:, 0] == pytest.approx(expected[:, 0], rel=1e-6) and np.array_equal(found[:, 1], expected[:, 1])
+
+
 def test_greedy_continuations_are_recognised() -> None:
     model = small_model()
     tokens = torch.tensor([[3, 1, 4]])
