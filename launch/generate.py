@@ -64,11 +64,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0: all tokens; default: 50")
     parser.add_argument("--top-p", type=float, metavar="P", help="fewest tokens that reach probability P; default: all")
-    parser.add_argument("--seed", type=int, metavar="S", help="of the first sample; default: the run's")
+    parser.add_argument("--seed", type=_seed, metavar="S", help="of the first sample; default: the run's")
     parser.add_argument("--num-samples", type=positive, default=1, metavar="N", help="samples of seeds S, S + 1, ...")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
     return parser.parse_args()
+
+
+def _seed(text: str) -> int:
+    """A seed, with room for those of further samples."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}; must be 0 to 2^63 - 1")
+    return value
 
 
 if __name__ == "__main__":
