@@ -142,6 +142,11 @@ def test_texts_end_where_they_are_told(ours) -> None:
     stop = whole[3]
     (short,) = ours.generate_until(requests(("The river", {"max_gen_toks": 20, "until": [stop, "nowhere"]})))
     assert short == whole[: whole.index(stop)]
+    letter = next(letter for letter in whole if letter.isascii())
+    ours._ends = (ours.eot_token_id, *ours._tokens.encode(letter))
+    (ended,) = ours.generate_until(requests(("The river", {"max_gen_toks": 20})))
+    assert ended == whole[: whole.index(letter)]
+    ours._ends = (ours.eot_token_id,)
     (limited,) = ours.generate_until(requests(("The river", {"max_tokens": 2, "until": None})))
     assert whole.startswith(limited) and len(limited) <= 2
     sampled = {"max_gen_toks": 9, "do_sample": True, "temperature": 2.0, "top_k": 200}
