@@ -157,7 +157,7 @@ def test_a_resumed_run_names_what_was_changed(corpus: Path, straight: Path, tmp_
 
 def test_the_closing_sample_never_decides_how_a_run_ends(corpus: Path, tmp_path: Path) -> None:
     """Also of a vocabulary of more entries than the tokenizer has, which an untrained model draws from alike."""
-    settings = ["run.name=wide", "model.vocab_size=512", "train.steps=12", "train.sample_tokens=200"]
+    settings = ["run.name=wide", "model.vocab_size=512", "train.sample_tokens=200", "train.valid_interval=0"]
     arguments = command(corpus, tmp_path, *settings, "train.resume=auto", ranks=1)
     run(arguments)
     left = tmp_path / "wide" / "sample.txt"
