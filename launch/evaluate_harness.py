@@ -15,9 +15,11 @@ import sys
 from megasparse.launching import LaunchEnvironment
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     rank = 0
     # The deepspeed launcher adds it, the harness does not know it.
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
@@ -32,7 +34,7 @@ def main() -> int:
         from lm_eval.__main__ import cli_evaluate
 
         if rank > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         with exit_after_lost_peer(rank, "start the evaluation again"):
             cli_evaluate()
             exit_now(0)

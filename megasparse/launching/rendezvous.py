@@ -183,9 +183,11 @@ def _import_mpi():
 def _own_address() -> str:
     """The first address of this host that is not its loopback."""
     try:
-        answer = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True, timeout=10).stdout
+        answer = subprocess.run(
+            ["hostname", "-I"], capture_output=True, encoding="utf-8", check=True, timeout=10
+        ).stdout
         return answer.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, IndexError) as error:
         raise ValueError(
             f"`hostname -I` tells no address of the host of rank 0 ({error}); set MASTER_ADDR to one"
         ) from error

@@ -12,6 +12,7 @@ output. What is edited while the job waits, or between its restarts, does not re
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -152,7 +153,13 @@ def submit(folder: Path, variables: Mapping[str, str]) -> str:
     command = submit_command(folder)
     try:
         done = subprocess.run(
-            command, env=dict(variables), capture_output=True, text=True, timeout=SUBMIT_SECONDS, check=False
+            command,
+            env=dict(variables),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SUBMIT_SECONDS,
+            check=False,
         )
     except FileNotFoundError:
         raise ConfigError(f"sbatch: not found on this machine; {folder} is written, not submitted") from None
@@ -183,7 +190,7 @@ def freeze_code(source: Path, target: Path) -> None:
     # Commit, then the files that differ from it.
     commit = _git(source, "rev-parse", "HEAD") or "no commit\n"
     changes = _git(source, "status", "--short", "--untracked-files=all", "--", *CODE_PARTS) or ""
-    write_at_once(target / "REVISION", commit + changes)
+    write_at_once(target / "REVISION", os.fsencode(commit + changes))
 
 
 def _git(folder: Path, *words: str) -> str | None:
@@ -192,11 +199,12 @@ def _git(folder: Path, *words: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=SUBMIT_SECONDS, check=False
+            ["git", "-C", str(folder), *words], capture_output=True, timeout=SUBMIT_SECONDS, check=False
         )
     except FileNotFoundError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    # As Python names files, whatever the locale.
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None
 
 
 def _new_folder(run_folder: Path) -> Path:

@@ -116,7 +116,7 @@ class Watchdog:
             f"Checkpoints are as they were; {GO_ON}."
         )
         # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"{message}\n".encode())
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
         self._heartbeats.tell(place.name, idle, f"it made no progress for {idle:.0f} s at {place.name}")
         exit_now(LOST_PEER_STATUS)
 
@@ -150,7 +150,7 @@ class Watchdog:
         path = self._folder / f"rank-{self._rank:05d}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             return f"The stacks could not be written: {error}"
