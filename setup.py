@@ -29,6 +29,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.7",
         "filelock>=3.16",
+        "psutil>=5.9",
         "omegaconf>=2.3",
         "pyyaml>=6.0",
         "safetensors>=0.4",

@@ -23,9 +23,11 @@ import torch
 from megasparse.launching import LaunchEnvironment
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     arguments = vars(parse_arguments())
     # Also for DeepSpeed, which reads the checkpoints and would search for an accelerator.
     os.environ["DS_ACCELERATOR"] = arguments["device"]

@@ -15,9 +15,11 @@ import sys
 from megasparse.launching import LaunchEnvironment
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     rank = 0
     # The deepspeed launcher adds it, the harness does not know it.
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from megasparse.data.arguments import positive
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

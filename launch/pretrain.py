@@ -15,12 +15,15 @@ import os
 import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
+from megasparse.data.arguments import positive
 from megasparse.launching import LaunchEnvironment, choose_accelerator
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import GO_ON, exit_after_lost_peer, exit_now
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     arguments = parse_arguments()
     rank = 0
     try:
@@ -69,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for, with --dry-run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for, with --dry-run")
     parser.add_argument("--json", action="store_true", help="plan as JSON, with --dry-run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

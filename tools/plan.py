@@ -16,6 +16,7 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.data.arguments import positive, run_tool, tool_parser
+from megasparse.utils.streams import use_utf8
 
 EXAMPLES = """examples:
   # a preset on 64 H100 in nodes of 8
@@ -38,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
     parser.add_argument("--chip", metavar="NAME", help="see --chips; `here`: this machine's processor, measured")
-    parser.add_argument("--count", type=int, metavar="N", help="ranks: GPUs, or processes with --chip here")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: as the vendor's own system has")
+    parser.add_argument("--count", type=positive, metavar="N", help="ranks: GPUs, or processes with --chip here")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="default: as the vendor's own system has")
     parser.add_argument("--network", metavar="RATE", help="of each GPU to other nodes, one direction: 400Gb, 50GB")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file with these four; options win")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
@@ -90,5 +91,6 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     # Plans are made on the CPU, whatever this machine trains on.
     os.environ["DS_ACCELERATOR"] = "cpu"
+    use_utf8()
     options = parse_arguments()
     sys.exit(run_tool("plan", lambda: main(options)))

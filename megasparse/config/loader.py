@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +30,10 @@ from megasparse.utils.files import write_at_once
 # Where a field has several types, pydantic adds the one that it tried to the place of an error.
 CHOICE = re.compile(r"(list|literal|tuple|dict)\[.*\]$|constrained-")
 
+TOO_DEEP = "settings nested too deeply; must be sections of values and lists"
+REFERENCE = re.compile(r"\$\{\s*[\w.\[\]]+\s*\}")
+"""${section.field}: another setting."""
+
 
 class ConfigError(ValueError):
     """A setting that is unknown or impossible; the message names field, value and what it must be."""
@@ -37,27 +42,33 @@ class ConfigError(ValueError):
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and check. Raises ConfigError naming the field, its value and what it must be."""
     merged = OmegaConf.create({})
-    for path in paths:
-        merged = _merge(merged, _read_with_bases(Path(path), seen=()))
-    for word in overrides:
-        merged = _merge(merged, _parse_override(word))
     try:
+        for path in paths:
+            merged = _merge(merged, _read_with_bases(Path(path), seen=()))
+        for word in overrides:
+            merged = _merge(merged, _parse_override(word))
         # Values may name others: run.name: quickstart-${sparsity.algorithm}.
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False))
         plain = OmegaConf.to_container(merged, resolve=True)
+        assert isinstance(plain, dict)
+        return check_config({str(name): value for name, value in plain.items()})
     except OmegaConfBaseException as error:
         raise ConfigError(f"a value that names another: {error}") from None
-    assert isinstance(plain, dict)
-    return check_config({str(name): value for name, value in plain.items()})
+    except RecursionError:
+        raise ConfigError(TOO_DEEP) from None
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
     """A ``RunConfig`` from nested plain values, as found in YAML. Raises ConfigError."""
     try:
+        _refuse_control_characters(values)
         # JSON mode reads lists as tuples and whole numbers as floats, yet takes no string for a number.
         return RunConfig.model_validate_json(_to_json(values))
     except ValidationError as error:
         lines = [_describe(details) for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+    except RecursionError:
+        raise ConfigError(TOO_DEEP) from None
 
 
 def _to_json(values: dict[str, Any]) -> str:
@@ -107,10 +118,14 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"--config: no such file: {path}")
     try:
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        # A base may be any file, somebody's keys for instance: nothing of it is repeated.
+        reason = _place_in_file(error) if seen else str(error)
+        raise ConfigError(f"{path}: not readable as YAML: {reason}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: must hold sections such as `train:`, found a {type(content).__name__}")
+    if _is_bare_text(content):
+        raise ConfigError(f"{path}: must hold sections such as `train:`, found text")
     plain: Any = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)
     found = plain["base"]
     bases = [found] if isinstance(found, str) else found
@@ -120,6 +135,50 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     for base in bases:
         merged = _merge(merged, _read_with_bases(path.parent / base, (*seen, path)))
     return _merge(merged, content)
+
+
+def _place_in_file(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"{type(error).__name__}{f', line {mark.line + 1}' if mark else ''}"
+
+
+def _is_bare_text(content: DictConfig) -> bool:
+    """OmegaConf takes a text for the name of a setting without a value."""
+    plain = OmegaConf.to_container(content, resolve=False)
+    assert isinstance(plain, dict)
+    return list(plain.values()) == [None] and not plain.keys() & {"base", *RunConfig.model_fields}
+
+
+def _refuse_resolvers(plain: Any) -> None:
+    """A value may name another setting. OmegaConf could do more, such as read the environment, which may hold keys."""
+    for name, text in _texts(plain):
+        if "${" in REFERENCE.sub("", text):
+            raise ConfigError(f"{name}: {text!r}; a value may only name another setting, as ${{run.name}} does")
+
+
+def _refuse_control_characters(values: Any) -> None:
+    """Names and paths become lines of scripts and of consoles. What a model reads may be any text."""
+    for name, text in _texts(values):
+        if name != "train.sample_prompt" and (found := control_character(text)):
+            raise ConfigError(f"{name}: {text!r} holds the control character {found!r}; must be one line of plain text")
+
+
+def control_character(text: str) -> str | None:
+    """The first character that ends a line or steers a terminal."""
+    return next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")), None)
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested values, names of settings too, with the dotted name of its place."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield name or "settings", str(key)
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from _texts(value, f"{name}.{number}")
 
 
 def _parse_override(word: str) -> DictConfig:

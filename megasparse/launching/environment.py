@@ -1,7 +1,7 @@
 """Who this process is, from what its launcher put into the environment.
 
     environment = LaunchEnvironment.from_variables(os.environ)
-    store = open_store(environment, timeout)    # where the ranks meet; torch and DeepSpeed find their variables
+    environment.export(os.environ, "n1", 29500)      # for torch and DeepSpeed, once the ranks know where they meet
 
 Knows ``deepspeed`` and ``torchrun``, ``mpirun`` of Open MPI, MPICH and Intel MPI, and ``srun``, in this order: what the
 inner launcher says wins. A process that nobody launched is a run of one, also inside a SLURM allocation.
@@ -9,15 +9,11 @@ inner launcher says wins. A process that nobody launched is a run of one, also i
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 
@@ -75,6 +71,17 @@ class LaunchEnvironment:
                 _refuse_contradiction(variables, local_rank, world_size, outer)
         return cls(rank, local_rank, world_size, *_master(variables, launcher, world_size))
 
+    def export(self, variables: MutableMapping[str, str], address: str, port: int | None) -> None:
+        """Write the variables that torch and DeepSpeed read; address, port: where rank 0 is met."""
+        variables.update(
+            RANK=str(self.rank),
+            LOCAL_RANK=str(self.local_rank),
+            WORLD_SIZE=str(self.world_size),
+            MASTER_ADDR=address,
+        )
+        if port is not None:
+            variables["MASTER_PORT"] = str(port)
+
 
 def choose_accelerator(variables: MutableMapping[str, str]) -> str:
     """`cuda` or `cpu`, the choice of the user (DS_ACCELERATOR) before that of the machine.
@@ -83,29 +90,6 @@ def choose_accelerator(variables: MutableMapping[str, str]) -> str:
     """
     found = "cuda" if torch.cuda.is_available() else "cpu"
     return variables.setdefault("DS_ACCELERATOR", found)
-
-
-def open_store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
-    """The store where the ranks meet; None: torch opens it at the MASTER_ADDR and MASTER_PORT that somebody gave.
-
-    Writes the variables that torch and DeepSpeed read into os.environ. A process alone meets itself in memory, without
-    a port. Under mpirun the ranks learn the address of rank 0 through mpi4py, unless the user gave MASTER_ADDR and
-    MASTER_PORT; ValueError where they cannot.
-    """
-    address, port, store = environment.master_address, environment.master_port, None
-    if environment.world_size == 1:
-        address, store = address or LOOPBACK, dist.HashStore()
-    elif address is None or port is None:
-        address, port, store = _meet_by_mpi(environment, timeout)
-    os.environ.update(
-        RANK=str(environment.rank),
-        LOCAL_RANK=str(environment.local_rank),
-        WORLD_SIZE=str(environment.world_size),
-        MASTER_ADDR=address,
-    )
-    if port is not None:
-        os.environ["MASTER_PORT"] = str(port)
-    return store
 
 
 def _launchers(variables: Mapping[str, str]) -> list[Launcher]:
@@ -229,78 +213,3 @@ def _expand_entry(entry: str) -> list[str]:
         texts = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
         hosts += [start + text + tail for text in texts for tail in tails]
     return hosts
-
-
-def _meet_by_mpi(environment: LaunchEnvironment, timeout: timedelta) -> tuple[str, int, dist.Store]:
-    """Address, port and store of rank 0, known to all ranks; MPI is ended again, for nothing else here uses it."""
-    MPI = _import_mpi()
-    started_here = not MPI.Is_initialized()
-    if started_here:
-        MPI.Init()
-    world = MPI.COMM_WORLD
-    if (world.rank, world.size) != (environment.rank, environment.world_size):
-        raise ValueError(
-            f"mpi4py uses another MPI than the mpirun that started this process: it sees rank {world.rank} of "
-            f"{world.size}, the environment says {environment.rank} of {environment.world_size}; install mpi4py for "
-            "this MPI, or set MASTER_ADDR and MASTER_PORT"
-        )
-    same_host = world.Split_type(MPI.COMM_TYPE_SHARED).size == world.size
-    found = store = error = None
-    if world.rank == 0:
-        try:
-            address = environment.master_address or (LOOPBACK if same_host else _own_address())
-            store = _listen(address, environment.master_port, world.size, timeout)
-            found = (address, store.port)
-        except ValueError as raised:
-            error = str(raised)
-    # An error of rank 0 is sent as well: the others must not wait for it.
-    found, error = world.bcast((found, error))
-    if started_here:
-        # mpirun takes a process that leaves without this for a crashed one.
-        MPI.Finalize()
-    if error is not None:
-        raise ValueError(error)
-    if store is None:
-        store = dist.TCPStore(*found, environment.world_size, is_master=False, timeout=timeout)
-    return *found, store
-
-
-def _listen(address: str, port: int | None, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """The store of rank 0.
-
-    Without a port the system chooses a free one in the moment in which the store begins to listen: one that is looked
-    for first and opened later may be somebody else's by then.
-    """
-    try:
-        return dist.TCPStore(address, port or 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        given = f"MASTER_PORT: {port} in the environment; must be a free port" if port else f"no port at {address}"
-        raise ValueError(f"{given} ({str(error).splitlines()[0]})") from error
-
-
-def _import_mpi():
-    """mpi4py's MPI module, which starts MPI by itself only where it is told to."""
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library on this machine
-        raise ValueError(
-            f"started by mpirun, but mpi4py cannot be imported ({error}): pip install 'megasparse[mpi]', or set "
-            "MASTER_ADDR and MASTER_PORT to address and a free port of the host of rank 0"
-        ) from error
-    return MPI
-
-
-def _own_address() -> str:
-    """The first address of this host that is not its loopback."""
-    try:
-        answer = subprocess.run(
-            ["hostname", "-I"], capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
-        ).stdout
-        return answer.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ValueError(
-            f"`hostname -I` tells no address of the host of rank 0 ({error}); set MASTER_ADDR to one"
-        ) from error

@@ -15,18 +15,22 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import secrets
 import socket
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megasparse.launching.environment import LOOPBACK
 from megasparse.parallel.mesh import Mesh
 
 ADDRESS_BYTES = 128
-MAX_DATAGRAM_BYTES = 2048
+MAX_DATAGRAM_BYTES = 4096
+"""More than 600 characters need in JSON, six bytes each."""
 SILENT_INTERVALS = 3.0
 """A rank is silent when nothing came from it for so many intervals."""
 
@@ -52,24 +56,16 @@ class Heartbeats:
 
     def __init__(self, mesh: Mesh, interval: float) -> None:
         self.interval, self._rank = interval, mesh.rank
-        name = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        # Looked up once: later a name server that hangs must not hold up the heartbeats.
-        family, *_, address = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
-        master = str(address[0])
+        host, family = _own_host(mesh)
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        self._socket.bind(("", 0))
-        self._own_address = ("::1" if family == socket.AF_INET6 else "127.0.0.1", self._socket.getsockname()[1])
-        # A sum, as torch 2.13 warns of its own names when it gathers.
-        rows = torch.zeros((mesh.world_size, ADDRESS_BYTES), dtype=torch.uint8)
-        rows[mesh.rank] = _to_row([secrets.token_hex(8), _own_host(master, family), self._own_address[1]])
-        addresses = [_from_row(row) for row in mesh.control.sum_(rows)]
-        self._run = addresses[0][0]
-        self._peers = {}
-        for rank, (_, host, port) in enumerate(addresses):
-            if rank != mesh.rank:
-                # A rank that sees itself under a loopback address is on the host of the master.
-                host = master if ipaddress.ip_address(host).is_loopback else host
-                self._peers[rank] = Peer(rank, (host, port))
+        # Where the others send to, and nowhere else: a host has networks of strangers, too.
+        self._socket.bind((host, 0))
+        self._own_address = (host, self._socket.getsockname()[1])
+        rows = _all_rows(mesh, [secrets.token_hex(8), *self._own_address])
+        self._run = str(rows[0][0])
+        # What does not begin like this is not of this run, and is not even read: nesting can break a reader.
+        self._beginning = json.dumps([self._run])[:-1].encode()
+        self._peers = {rank: Peer(rank, (host, port)) for rank, (_, host, port) in enumerate(rows) if rank != mesh.rank}
 
     @property
     def peers(self) -> list[Peer]:
@@ -99,7 +95,8 @@ class Heartbeats:
 
     def wake(self) -> None:
         """End the ``exchange`` that another thread is in."""
-        self._socket.sendto(b"", self._own_address)
+        with contextlib.suppress(OSError):  # it then ends by itself, after its interval
+            self._socket.sendto(b"", self._own_address)
 
     def close(self) -> None:
         self._socket.close()
@@ -118,30 +115,47 @@ class Heartbeats:
 
     def _note(self, datagram: bytes) -> set[int]:
         """The rank that sent it, as a set; empty where it is not of this run."""
+        if not datagram.startswith(self._beginning):
+            return set()
         try:
-            run, rank, place, idle_seconds, left = json.loads(datagram)
-            if run != self._run:
-                return set()
+            _, rank, place, idle_seconds, left = json.loads(datagram)
             peer = self._peers[rank]
-        except (ValueError, TypeError, KeyError):
+            idle_seconds = float(idle_seconds)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return set()
+        if not isinstance(place, str) or not isinstance(left, str | None) or not math.isfinite(idle_seconds):
             return set()
         peer.place, peer.idle_seconds, peer.left = place, idle_seconds, left
         return {rank}
 
 
-def _own_host(master: str, family: int) -> str:
-    """The address under which this host talks to the master's."""
+def _own_host(mesh: Mesh) -> tuple[str, int]:
+    """The address under which the other ranks reach this one, and its family."""
+    name = os.environ.get("MASTER_ADDR", LOOPBACK) if mesh.world_size > 1 else LOOPBACK
+    # Looked up once: later a name server that hangs must not hold up the heartbeats.
+    family, *_, address = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0]
+    host = _host_towards(str(address[0]), family)
+    hosts = [str(host) for (host,) in _all_rows(mesh, [host])]
+    # A rank that sees itself under a loopback address is on the host of the master. Others may be elsewhere.
+    elsewhere = [other for other in hosts if not ipaddress.ip_address(other).is_loopback]
+    if elsewhere and ipaddress.ip_address(host).is_loopback:
+        family = socket.AF_INET6 if ":" in elsewhere[0] else socket.AF_INET
+        host = _host_towards(elsewhere[0], family)
+    return host, family
+
+
+def _host_towards(address: str, family: int) -> str:
+    """The address under which this host talks to another one."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing
+        probe.connect((address, 9))  # sends nothing
         return probe.getsockname()[0]
 
 
-def _to_row(values: list[str | int]) -> torch.Tensor:
+def _all_rows(mesh: Mesh, values: list[str | int]) -> list[list[Any]]:
+    """Those of every rank."""
+    # A sum, as torch 2.13 warns of its own names when it gathers.
+    rows = torch.zeros((mesh.world_size, ADDRESS_BYTES), dtype=torch.uint8)
     text = json.dumps(values).encode().ljust(ADDRESS_BYTES)
     assert len(text) == ADDRESS_BYTES, text
-    return torch.tensor(list(text), dtype=torch.uint8)
-
-
-def _from_row(row: torch.Tensor) -> tuple[str, str, int]:
-    run, host, port = json.loads(bytes(row.tolist()))
-    return run, host, port
+    rows[mesh.rank] = torch.tensor(list(text), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist())) for row in mesh.control.sum_(rows)]

@@ -15,20 +15,29 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megasparse.launching.environment import LaunchEnvironment, choose_accelerator, open_store
+from megasparse.launching.environment import LaunchEnvironment, choose_accelerator
+from megasparse.launching.rendezvous import START_SECONDS, open_store
 from megasparse.parallel.mesh import Mesh, make_mesh
 
 
 @contextlib.contextmanager
-def open_mesh(environment: LaunchEnvironment, timeout_seconds: int, tensor_parallel_size: int = 1) -> Iterator[Mesh]:
+def open_mesh(
+    environment: LaunchEnvironment,
+    timeout_seconds: int,
+    tensor_parallel_size: int = 1,
+    *,
+    start_seconds: float = START_SECONDS,
+) -> Iterator[Mesh]:
     """Start the process groups and hand out the mesh; the groups end with the block.
 
-    timeout_seconds: a collective that waits longer fails. tensor_parallel_size must divide the world size.
+    timeout_seconds: a collective that waits longer fails. start_seconds: how long the ranks wait for each other at
+    first. tensor_parallel_size must divide the world size.
     """
     assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
     timeout = timedelta(seconds=timeout_seconds)
-    store = open_store(environment, timeout)
+    store = open_store(environment, start_seconds)
+    store.set_timeout(timeout)
     rank, world_size = environment.rank, environment.world_size
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:

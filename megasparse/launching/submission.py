@@ -12,6 +12,7 @@ output. What is edited while the job waits, or between its restarts, does not re
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasparse.config.loader import ConfigError, save_config
+from megasparse.config.loader import ConfigError, control_character, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.utils.files import write_at_once
 
@@ -63,6 +64,8 @@ class SlurmJob:
     """Further options of sbatch, such as --constraint=a100."""
 
     def __post_init__(self) -> None:
+        for name in ("layout", "time", "partition", "account", "setup"):
+            _refuse_control_characters(f"--{name}", getattr(self, name))
         if self.layout not in TEMPLATES:
             raise ConfigError(f"--layout: {self.layout!r}; must be one of {', '.join(TEMPLATES)}")
         least = {"nodes": 1, "tasks_per_node": 1, "max_restarts": 0, "warning_seconds": 1}
@@ -77,7 +80,7 @@ class SlurmJob:
         if self.setup is not None and not self.setup.is_file():
             raise ConfigError(f"--setup: no such file: {self.setup}")
         for word in self.options:
-            if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]*)?", word):
+            if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", word) or control_character(word):
                 raise ConfigError(f"--sbatch-option: {word!r}; must be --name or --name=value, as of sbatch")
 
     @property
@@ -90,10 +93,16 @@ class SlurmJob:
         return "cuda" if self.gpus_per_node else None
 
 
+def _refuse_control_characters(name: str, value: str | Path | None) -> None:
+    """A line break would begin a line of the batch script."""
+    if found := control_character(str(value or "")):
+        raise ConfigError(f"{name}: {str(value)!r} holds the control character {found!r}; must be one line")
+
+
 def time_limit_seconds(text: str) -> int:
     """The length of a time limit as sbatch reads it."""
     for form in TIME_FORMS:
-        if match := re.fullmatch(form, text):
+        if match := re.fullmatch(form, text, re.ASCII):
             seconds = sum(int(value or 0) * TIME_UNITS[unit] for unit, value in match.groupdict().items())
             if seconds > 0:
                 return seconds
@@ -106,6 +115,8 @@ def time_limit_seconds(text: str) -> int:
 def write_job(config: RunConfig, job: SlurmJob, code: Path) -> Path:
     """Write the job folder of a run that has been checked at the job's size. code: the repository."""
     run_folder = (Path(config.run.folder) / config.run.name).absolute()
+    for name, path in (("run.folder", run_folder), ("working folder", Path.cwd()), ("folder of the code", code)):
+        _refuse_control_characters(name, path)
     # Every start of the job goes on from the newest checkpoint, the first one too where there is one.
     config = config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})})
     folder = _new_folder(run_folder)
@@ -179,7 +190,7 @@ def freeze_code(source: Path, target: Path) -> None:
     # Commit, then the files that differ from it.
     commit = _git(source, "rev-parse", "HEAD") or "no commit\n"
     changes = _git(source, "status", "--short", "--untracked-files=all", "--", *CODE_PARTS) or ""
-    write_at_once(target / "REVISION", commit + changes)
+    write_at_once(target / "REVISION", os.fsencode(commit + changes))
 
 
 def _git(folder: Path, *words: str) -> str | None:
@@ -188,16 +199,12 @@ def _git(folder: Path, *words: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=SUBMIT_SECONDS,
-            check=False,
+            ["git", "-C", str(folder), *words], capture_output=True, timeout=SUBMIT_SECONDS, check=False
         )
     except FileNotFoundError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    # As Python names files, whatever the locale.
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None
 
 
 def _new_folder(run_folder: Path) -> Path:

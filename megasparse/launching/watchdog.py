@@ -10,6 +10,7 @@ the thread writes the stacks of the process to `<folder>/rank-00000.txt`, names 
 another place, and ends the process with status 3. `slow_seconds` holds until the first ``beat`` and after a beat with
 ``slow``; `step_seconds` after the others. Time in which the whole process was stopped does not count. A main thread
 that hangs in native code and keeps the interpreter's lock silences this thread too: then the other ranks name it.
+Where the launcher has ended, the thread sends this process SIGTERM, for which it saves and leaves.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 from megasparse.launching.failures import GO_ON, LOST_PEER_STATUS, exit_now, is_lost_peer
 from megasparse.launching.heartbeats import SILENT_INTERVALS, Heartbeats, Peer
+from megasparse.launching.launcher import Launchers, find_launchers
 from megasparse.parallel.mesh import Mesh
 
 MAX_NAMED = 8
@@ -53,6 +55,7 @@ class Watchdog:
         interval = min(1.0 + mesh.world_size / 500, self._step_seconds / 4)
         self._place = Place("the start", slow=True)
         self._heartbeats = Heartbeats(mesh, interval)
+        self._launchers: Launchers | None = find_launchers()
         self._closed, self._leaving = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -85,6 +88,7 @@ class Watchdog:
         seen, idle, before = self._place, 0.0, time.monotonic()
         while not self._closed.is_set():
             self._heartbeats.exchange(seen.name, idle, left="" if self._leaving else None)
+            self._look_for_launchers()
             now = time.monotonic()
             # Longer than asked for means that this process was itself stopped, or starved, and the main thread too.
             elapsed, before = min(now - before, 2 * self._heartbeats.interval), now
@@ -92,6 +96,15 @@ class Watchdog:
             seen = self._place
             if idle > self._limit(seen) and not self._leaving and self._others_are_known(idle - self._limit(seen)):
                 self._end_run(seen, idle)
+
+    def _look_for_launchers(self) -> None:
+        """Once one has gone, stop as for SIGTERM: all ranks then save and leave."""
+        if self._launchers is not None and not self._leaving and (gone := self._launchers.gone()):
+            self._launchers = None
+            message = f"rank {self._rank}: its launcher {gone} has ended; stopping as for SIGTERM\n"
+            with contextlib.suppress(OSError):  # the launcher may have read what this process writes
+                os.write(2, message.encode(errors="backslashreplace"))
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _limit(self, place: Place) -> float:
         return self._slow_seconds if place.slow else self._step_seconds
@@ -116,7 +129,7 @@ class Watchdog:
             f"Checkpoints are as they were; {GO_ON}."
         )
         # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"{message}\n".encode())
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
         self._heartbeats.tell(place.name, idle, f"it made no progress for {idle:.0f} s at {place.name}")
         exit_now(LOST_PEER_STATUS)
 

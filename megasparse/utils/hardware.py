@@ -36,7 +36,7 @@ def hardware_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     fallback = platform.processor() or platform.machine()

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasparse.config.loader import ConfigError, check_config, describe_fields, load_config, save_config, to_yaml
+from megasparse.config.loader import (
+    ConfigError,
+    check_config,
+    control_character,
+    describe_fields,
+    load_config,
+    save_config,
+    to_yaml,
+)
 from megasparse.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +98,67 @@ def test_a_base_that_is_no_file_name_is_refused(tmp_path, content) -> None:
 def test_unreadable_files_are_named(tmp_path, content, message) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config([write(tmp_path / "main.yaml", content)])
+
+
+@pytest.mark.parametrize(
+    "content", ["hunter2\n", "a: [hunter2\n", "root:x:0:0:hunter2:/bin/sh\n", "%hunter2\n", "- hunter2\n"]
+)
+def test_nothing_of_a_base_that_is_no_configuration_is_repeated(tmp_path, content) -> None:
+    write(tmp_path / "keys", content)
+    with pytest.raises(ConfigError, match="keys") as refused:
+        load_config([write(tmp_path / "main.yaml", "base: keys\n")])
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:HOME}", "a-${oc.env:HOME,none}", "${oc.decode:${oc.env:HOME}}", "${${run.folder}:HOME}"]
+)
+def test_a_value_reads_nothing_but_other_settings(tmp_path, monkeypatch, value) -> None:
+    monkeypatch.setenv("HOME", "/hunter2")
+    path = write(tmp_path / "main.yaml", f"train: {{sample_prompt: '{value}'}}\nrun: {{folder: oc.env}}\n")
+    with pytest.raises(ConfigError, match=r"train.sample_prompt: .*may only name another setting") as refused:
+        load_config([path])
+    assert "hunter2" not in str(refused.value)
+    assert (
+        load_config(
+            [], ["run.name=a-${run.seed}-${ sparsity.block_size }", "run.seed=7", "sparsity.block_size=8"]
+        ).run.name
+        == "a-7-8"
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run": {"folder": "runs\n#SBATCH --wrap=id"}},
+        {"run": {"folder": "runs\u2028"}},
+        {"run": {"name": "run\n"}},
+        {"data": {"train": [{"path": "a\x1b[2J"}]}},
+        {"train": {"init_from": "a\r", "trackers": []}},
+        {"deepspeed": {"extra": {"a\nb": 1}}},
+    ],
+)
+def test_control_characters_are_refused_everywhere_but_in_what_a_model_reads(wrong) -> None:
+    with pytest.raises(ConfigError, match="holds the control character"):
+        check_config(wrong)
+    assert check_config({"train": {"sample_prompt": "Question:\n"}}).train.sample_prompt == "Question:\n"
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
+def test_deep_nesting_is_refused_in_a_sentence(tmp_path, opening) -> None:
+    closing = {"[": "]", "{a: ": "}", "- ": ""}[opening]
+    text = f"train: {{trackers: {20000 * opening}1{20000 * closing}}}" if closing else f"train:\n  {20000 * opening}1"
+    for paths, words in (
+        ([write(tmp_path / "deep.yaml", text)], []),
+        ([], [f"train.trackers={2000 * '['}{2000 * ']'}"]),
+    ):
+        with pytest.raises(ConfigError, match="nested too deeply|not readable as YAML"):
+            load_config(paths, words)
+    nested: list = []
+    for _ in range(20000):
+        nested = [nested]
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        check_config({"train": {"trackers": nested}})
 
 
 def test_missing_files_and_folders_are_refused(tmp_path) -> None:
@@ -238,7 +307,8 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path) -> None:
 
 @given(text=st.text(max_size=20).filter(lambda t: "$" not in t and t != "???"))
 def test_any_text_survives_saving(tmp_path_factory, text) -> None:
-    config = check_config({"train": {"sample_prompt": text}, "run": {"folder": f"x{text}"}})
+    one_line = "".join(character for character in text if not control_character(character))
+    config = check_config({"train": {"sample_prompt": text}, "run": {"folder": f"x{one_line}"}})
     path = tmp_path_factory.mktemp("text") / "saved.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config([path]) == config

@@ -14,6 +14,7 @@ from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
     causal,
+    cpu,
     fast_kernel,
     hybrid_attention,
     select_kernel,
@@ -53,6 +54,18 @@ def own(tmp_path, monkeypatch) -> Path:
 def inputs(seq_length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     shapes = [(2, heads, seq_length, 8) for heads in (4, 2, 2)]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_nothing_is_built_for_sequences_that_are_too_short_for_it(own, monkeypatch) -> None:
+    def build(source: Path) -> None:
+        raise AssertionError("it builds")
+
+    monkeypatch.setattr(cpu, "no_compiler", lambda: None)
+    monkeypatch.setattr(cpu, "build_failure", build)
+    write_table(own, [measurement(replace(ROW, kernel="cpu"))], FORMAT)
+    assert select_kernel("auto", "sparse", 255, 64) == "reference"
+    with pytest.raises(AssertionError, match="it builds"):
+        select_kernel("auto", "sparse", 256, 64)
 
 
 def test_the_shipped_table_is_whole_and_installed(repository) -> None:

@@ -116,12 +116,27 @@ def test_runs_that_cannot_start_are_refused_before_anything_is_written(corpus: P
         ({"setup": Path("nowhere.sh")}, "--setup: no such file: nowhere.sh"),
         ({"options": ("-N4",)}, "--sbatch-option: '-N4'"),
         ({"options": ("--comment=a\n#SBATCH --nodes=9",)}, "--sbatch-option"),
+        ({"options": ("--comment=a\r",)}, "--sbatch-option"),
+        ({"partition": "a\ntouch b"}, "--partition: 'a\\ntouch b' holds the control character '\\n'"),
+        ({"account": "a\x85b"}, "--account: 'a\\x85b'"),
+        ({"setup": Path("a\nb")}, "--setup: 'a\\nb'"),
+        ({"time": "\u0663"}, "--time: "),
     ],
 )
 def test_impossible_jobs_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         SlurmJob(**{"nodes": 2, "tasks_per_node": 2, "time": "04:00:00", **wrong})
     assert message in str(refused.value)
+
+
+def test_a_folder_with_a_line_break_reaches_no_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a\ntouch b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    job = SlurmJob(nodes=2, tasks_per_node=2, time="04:00:00")
+    with pytest.raises(ConfigError, match="run.folder: .* holds the control character"):
+        write_job(load_config([]), job, REPOSITORY)
+    assert not list(folder.iterdir())
 
 
 def test_time_limits_are_read_as_sbatch_does() -> None:

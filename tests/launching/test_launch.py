@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megasparse.launching import LaunchEnvironment, choose_accelerator
-from megasparse.launching.environment import expand_hosts, open_store
+from megasparse.launching.environment import expand_hosts
+from megasparse.launching.rendezvous import open_store
 
-TIMEOUT = timedelta(seconds=300)
 TORCH = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 MPICH = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "PMI_SIZE": "4"}
@@ -154,14 +153,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_torch_and_deepspeed_read_what_was_found(clean_environment: pytest.MonkeyPatch) -> None:
-    assert open_store(LaunchEnvironment.from_variables(SRUN), TIMEOUT) is None
+    environment = LaunchEnvironment.from_variables(SRUN)
+    environment.export(os.environ, environment.master_address or "", environment.master_port)
     found = {name: os.environ[name] for name in TORCH}
     expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n01", "MASTER_PORT": "21717"}
     assert found == expected
 
 
 def test_a_process_alone_meets_itself_without_a_port(clean_environment: pytest.MonkeyPatch) -> None:
-    store = open_store(LaunchEnvironment.from_variables({}), TIMEOUT)
+    store = open_store(LaunchEnvironment.from_variables({}))
     assert isinstance(store, torch.distributed.HashStore)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in os.environ
     assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "0"
@@ -170,10 +170,11 @@ def test_a_process_alone_meets_itself_without_a_port(clean_environment: pytest.M
 def test_under_mpirun_without_mpi4py_the_error_says_what_to_do(clean_environment: pytest.MonkeyPatch) -> None:
     clean_environment.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"mpi4py cannot be imported .*megasparse\[mpi\].* or set MASTER_ADDR"):
-        open_store(LaunchEnvironment.from_variables(OPEN_MPI), TIMEOUT)
-    told = OPEN_MPI | {"MASTER_ADDR": "n1", "MASTER_PORT": "4711"}
-    assert open_store(LaunchEnvironment.from_variables(told), TIMEOUT) is None
-    assert (os.environ["MASTER_ADDR"], os.environ["RANK"]) == ("n1", "3")
+        open_store(LaunchEnvironment.from_variables(OPEN_MPI))
+    told = OPEN_MPI | {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "4711"}
+    with pytest.raises(ValueError, match="cannot reach nowhere.invalid:4711: .*MASTER_ADDR must be"):
+        open_store(LaunchEnvironment.from_variables(told))
+    assert (os.environ["MASTER_ADDR"], os.environ["RANK"]) == ("nowhere.invalid", "3")
 
 
 def test_the_user_chooses_the_accelerator_before_the_machine() -> None:

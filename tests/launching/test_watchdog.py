@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -173,7 +174,22 @@ def listen(mesh: Mesh) -> dict:
         heartbeats.tell("step 7", 3.0, None)
     else:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-            for datagram in (b"\xff", b"{}", b"[1, 2]", b'["other run", 0, "x", 1, null]', b'["", [], "x", 1, null]'):
+            own = json.dumps([heartbeats._run])[:-1].encode()
+            of_this_run = (
+                b"]",
+                b", " + 2000 * b"[",
+                b', [], "x", 1, null]',
+                b", 0, 7, 1, null]",
+                b', 0, "x", NaN, null]',
+            )
+            for datagram in (
+                b"\xff",
+                b"{}",
+                b"[1, 2]",
+                2000 * b"[",
+                b'["other run", 0, "x", 1, null]',
+                *(own + rest for rest in of_this_run),
+            ):
                 stranger.sendto(datagram, peer.address)
     mesh.barrier()
     expected = "step 7" if mesh.rank == 0 else "step 8"
@@ -190,11 +206,13 @@ def listen(mesh: Mesh) -> dict:
         heartbeats.exchange("step 9", 0.0) if mesh.rank == 1 else None
     quiet.append(heartbeats.is_silent(peer))
     mesh.barrier()
-    return {"place": peer.place, "idle": peer.idle_seconds, "quiet": quiet}
+    bound = heartbeats._socket.getsockname()[0]
+    return {"place": peer.place, "idle": peer.idle_seconds, "quiet": quiet, "bound": bound}
 
 
 def test_strangers_are_not_heard_and_silence_takes_three_intervals() -> None:
     first, second = run_distributed(listen, 2)
     assert (first["place"], first["idle"]) == ("step 7", 3.0)
     assert second["place"] == "step 8"
+    assert first["bound"] == second["bound"] == "127.0.0.1"
     assert not second["quiet"][0] and second["quiet"][2] and second["quiet"][3]

@@ -77,9 +77,9 @@ def load(file: Path) -> dict[str, Tile]:
     """The tiles of a file by problem; none, with a warning, where it is not a file of ours."""
     try:
         return {key: Tile(**tile) for key, tile in read_format(file, FORMAT)["tiles"].items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         warnings.warn(f"{file}: ignored, default tiles are used: {error}", stacklevel=2)
         return {}
 

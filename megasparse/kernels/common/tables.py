@@ -62,17 +62,24 @@ def _own_table(name: str, *variables: str | None) -> Path:
 
 def read_format(path: Path, form: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError where it is none, or not of the format."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") != form:
         raise ValueError(f"its format is not {form}")
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_table(path: Path, form: str, parse_row: ParseRow) -> tuple[Measurement, ...]:
     """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
     try:
         return tuple(_measurement(entry, parse_row) for entry in read_format(path, form)["measurements"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: no table of break-even measurements: {detail}") from None
 
@@ -80,8 +87,11 @@ def read_table(path: Path, form: str, parse_row: ParseRow) -> tuple[Measurement,
 @cache
 def read_once(path: Path, form: str, parse_row: ParseRow) -> tuple[tuple[Measurement, ...], str | None]:
     """The measurements, and what is wrong with the file; a file that is not there holds none."""
-    if not path.exists():
-        return (), None
+    try:
+        if not path.exists():
+            return (), None
+    except OSError as error:
+        return (), f"{path}: {error}"
     try:
         return read_table(path, form, parse_row), None
     except ValueError as error:

@@ -183,6 +183,11 @@ def select_kernel(
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
             return "causal"
+        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=True)
+        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+        if pattern != "full" and seq_length < limit:
+            # Nothing is compiled, in the midst of a step perhaps, that would not be used.
+            return "reference"
         fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=planned)
         if pattern == "full":
             # On GPUs documents cannot be cut apart without waiting for the device.
