@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 from result_file import write_result
-from safetensors.torch import save_file
 
-from megasparse.checkpoint.layout import Layout, write_layout
 from megasparse.checkpoint.model_folder import ModelFolder, model_tensors
-from megasparse.checkpoint.store import TOPOLOGY, CheckpointStore, Manifest
+from megasparse.checkpoint.saved_state import RunFacts
 from megasparse.checkpoint.tensor_files import TensorFiles, TensorFileWriter, TensorSpec
+from megasparse.checkpoint.writing import write_checkpoint
 from megasparse.config.loader import check_config, save_config
 from megasparse.conversion.huggingface.architectures import LLAMA, entries
 from megasparse.conversion.huggingface.settings import read_settings
@@ -82,18 +81,34 @@ def write_random(folder: Path, num_layers: int) -> int:
 
 
 def write_run(run_folder: Path, model_folder: Path) -> None:
-    """A run's folder with a checkpoint of ZeRO stage 0, before the first step, of the weights of a model folder."""
+    """A run's folder with a checkpoint, before the first step, of the weights of a model folder."""
     source = ModelFolder(model_folder)
     run_folder.mkdir()
     save_config(source.config, run_folder / "config.yaml")
-    partitions = model_tensors(source.config)
-    store = CheckpointStore(run_folder / "checkpoints", keep=1)
-    partial = store.folder / store.begin(0)
-    weights = {name: source.tensor(name) for name in partitions}
-    torch.save({"module": weights, "optimizer": {"state": {}}}, partial / "mp_rank_00_model_states.pt")
-    save_file({}, partial / TOPOLOGY)
-    write_layout(Layout(0, 1, 1, partitions, {"head.weight": "embedding.tokens.weight"}, [list(partitions)]), partial)
-    store.commit(Manifest(step=0, world_size=1, zero_stage=0, model=source.config.model.model_dump(mode="json")))
+    write_checkpoint(_Weights(source), run_folder)
+
+
+class _Weights:
+    """A model folder as the state of a run."""
+
+    step = 0
+
+    def __init__(self, source: ModelFolder) -> None:
+        self._source = source
+        self.shapes = {name: source.shape(name) for name in source.names}
+        self.facts = RunFacts(0, source.config.model.model_dump(mode="json"), {}, [])
+
+    def kinds(self, name: str) -> list[str]:
+        return ["fp32"]
+
+    def tensor(self, name: str, kind: str) -> torch.Tensor:
+        return self._source.tensor(name)
+
+    def topology(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def loss_scaler(self) -> dict[str, float]:
+        return {}
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,60 +1,49 @@
-"""Checkpoint folders as DeepSpeed's stage 0 writes them, without a run: two parameters, one of them under two names."""
+"""Checkpoint folders without a run: two parameters, one of them under two names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megasparse.checkpoint.layout import Layout, write_layout
-from megasparse.checkpoint.store import TOPOLOGY, CheckpointStore, Manifest
-from megasparse.parallel.shard_spec import ShardSpec
+from megasparse.checkpoint.saved_state import RunFacts
+from megasparse.checkpoint.writing import write_checkpoint
 
-MODEL_STATES = "mp_rank_00_model_states.pt"
-MODEL = {"hidden_size": 4}
+FILE = "rank-00000.safetensors"
+MODEL = {"hidden_size": 4, "tie_embeddings": True}
+TABLE, NORM = "embedding.tokens.weight", "norm.weight"
 
 
 def parameters(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"table.weight": torch.randn(6, 4, generator=generator), "norm.weight": torch.randn(4, generator=generator)}
+    return {TABLE: torch.randn(6, 4, generator=generator), NORM: torch.randn(4, generator=generator)}
 
 
-def content(weights: dict[str, Tensor], steps: int = 3) -> dict[str, Any]:
-    """Of the model states file; moments are the weights times 2 and 3, per-weight steps are kept of the first one."""
-    state = {
-        number: {"step": torch.tensor(float(steps)), "exp_avg": 2 * weight, "exp_avg_sq": 3 * weight}
-        for number, weight in enumerate(weights.values())
-    }
-    if steps:
-        state[0]["weight_steps"] = torch.full_like(weights["table.weight"], 7, dtype=torch.int16)
-    return {
-        "module": {**weights, "head.weight": weights["table.weight"]},
-        "optimizer": {"state": state if steps else {}},
-        "train_state": {"step": steps},
-        "window_losses": [0.1, 0.3],
-    }
+class SmallState:
+    """A ``SavedState``; moments are the weights times 2 and 3, per-weight steps are kept of the table."""
+
+    def __init__(self, step: int, seed: int = 0) -> None:
+        self.step, self.weights = step, parameters(seed)
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        self.facts = RunFacts(step, MODEL, {"step": step}, [0.1, 0.3])
+
+    def kinds(self, name: str) -> list[str]:
+        moments = ["exp_avg", "exp_avg_sq", *(["weight_steps"] if name == TABLE else [])]
+        return ["fp32", *(moments if self.step else [])]
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        if kind == "weight_steps":
+            return torch.full_like(self.weights[name], 7, dtype=torch.int16)
+        return {"fp32": 1, "exp_avg": 2, "exp_avg_sq": 3}[kind] * self.weights[name]
+
+    def topology(self) -> dict[str, Tensor]:
+        return {"active/head": torch.tensor([self.step % 256], dtype=torch.uint8)}
+
+    def loss_scaler(self) -> dict[str, float]:
+        return {"cur_scale": 8.0}
 
 
-def layout(**changes: Any) -> Layout:
-    partitions = {"table.weight": ShardSpec((6, 4), 0), "norm.weight": ShardSpec((4,))}
-    aliases, groups = {"head.weight": "table.weight"}, [["table.weight"], ["norm.weight"]]
-    values = {"zero_stage": 0, "data_parallel_size": 2, "tensor_parallel_size": 1, "parameters": partitions}
-    return Layout(**{**values, "aliases": aliases, "groups": groups, **changes})
-
-
-def write(run_folder: Path, step: int, files: dict[str, Any], saved_layout: Layout | None = None) -> Path:
-    """A checkpoint of step `step` with the given content by file name."""
-    store = CheckpointStore(run_folder / "checkpoints", keep=9)
-    partial = store.folder / store.begin(step)
-    for name, value in files.items():
-        torch.save(value, partial / name)
-    save_file({"active/table": torch.tensor([step % 256], dtype=torch.uint8)}, partial / TOPOLOGY)
-    write_layout(saved_layout or layout(), partial)
-    return store.commit(Manifest(step=step, world_size=2, zero_stage=0, model=MODEL))
-
-
-def write_good(run_folder: Path, step: int = 3, seed: int = 0) -> Path:
-    return write(run_folder, step, {MODEL_STATES: content(parameters(seed), step)})
+def write_good(run_folder: Path, step: int = 3, seed: int = 0, keep: int = 9) -> Path:
+    """A checkpoint of step `step`."""
+    return write_checkpoint(SmallState(step, seed), run_folder, keep=keep)

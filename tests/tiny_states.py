@@ -8,7 +8,7 @@ import torch
 
 from megasparse.checkpoint.model_folder import ModelFolderWriter
 from megasparse.checkpoint.saved_state import RunFacts
-from megasparse.checkpoint.universal import write_universal_only
+from megasparse.checkpoint.writing import write_checkpoint
 from megasparse.config.loader import check_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.models.build import build_model
@@ -57,15 +57,12 @@ class TinyState:
     def loss_scaler(self) -> dict[str, float]:
         return {}
 
-    def division(self, name: str) -> dict:
-        return {}
-
 
 def write_run(folder: Path, saved, config: RunConfig) -> Path:
-    """A run folder whose one checkpoint has the universal form only."""
+    """A run folder with one checkpoint."""
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
-    write_universal_only(saved, folder)
+    write_checkpoint(saved, folder)
     return folder
 
 

@@ -17,8 +17,8 @@ from megasparse.checkpoint.compact.encoding import parse_pattern
 from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
 from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
 from megasparse.checkpoint.compact.writer import pack
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.saved_state import weight_bytes
-from megasparse.checkpoint.universal import open_checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 
   # elsewhere: a run folder, and the run goes on
   python tools/compact_checkpoint.py unpack --input small --output runs/again
-  python launch/pretrain.py --config runs/again/config.yaml train.resume=auto train.universal=true
+  python launch/pretrain.py --config runs/again/config.yaml train.resume=auto
 
   # weights and masks alone; unpacked, they are a model folder
   python tools/compact_checkpoint.py pack --run runs/quickstart-mst --step 400 --weights-only --output small
@@ -66,7 +66,7 @@ def main_pack(arguments: argparse.Namespace) -> None:
         saved, config, companions = WeightsState(source), source.config, source.files
     else:
         checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
-        saved, config, companions = open_checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
+        saved, config, companions = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
     with progress_bar("packing", weight_bytes(saved)) as progress:
         manifest = pack(
             saved,
@@ -90,7 +90,7 @@ def main_unpack(arguments: argparse.Namespace) -> None:
             print(f"{arguments.output}: a model folder; a run starts from it with train.init_from={arguments.output}")
             return
         checkpoint = unpack_run(saved, arguments.output, progress)
-    command = f"launch/pretrain.py --config {arguments.output / 'config.yaml'} train.resume=auto train.universal=true"
+    command = f"launch/pretrain.py --config {arguments.output / 'config.yaml'} train.resume=auto"
     print(f"{checkpoint}: written; to go on: python {command}")
 
 

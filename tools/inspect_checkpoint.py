@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Shows what is in a checkpoint, how two differ, or what of one is damaged. Nothing is executed from any file.
 
-Takes run folders, checkpoints in them, universal forms, compact folders, model folders and Hugging Face folders. Ends
+Takes run folders, checkpoints in them, compact folders, model folders and Hugging Face folders. Ends
 with 0; --verify with 1 where something is damaged; 2 where the folder is none of these or cannot be opened.
 """
 

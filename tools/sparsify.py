@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.saved_state import SavedState, moved, weight_bytes
-from megasparse.checkpoint.universal import open_checkpoint, write_universal_only
 from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.checkpoint.writing import write_checkpoint
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
@@ -28,7 +29,7 @@ from megasparse.utils.folders import new_folder
 EXAMPLES = """examples:
   # a dense run goes on at a tenth of the weights, the largest ones, with its moments
   python tools/sparsify.py --run runs/dense --density 0.1 --block-size 16 --output runs/sparse
-  python launch/pretrain.py --config runs/sparse/config.yaml train.resume=auto train.universal=true
+  python launch/pretrain.py --config runs/sparse/config.yaml train.resume=auto
 
   # a converted model: single weights at random, Erdos-Renyi, the first block dense; then topologies evolve by RigL
   python tools/sparsify.py --model models/gpt2 --method random --density 0.2 --block-size 1 --distribution
@@ -88,12 +89,12 @@ def main(arguments: argparse.Namespace) -> None:
     run, output = arguments.run, arguments.output
     config_file = (run or arguments.model) / "config.yaml"
     if run is not None and not arguments.weights_only:
-        saved: SavedState = open_checkpoint(find_checkpoint(run, arguments.step)[0])
+        saved: SavedState = Checkpoint(find_checkpoint(run, arguments.step)[0])
         changed, config = changed_state(arguments, saved, load_config([config_file]), config_file, saved.facts.step)
         with new_folder(output) as folder, progress_bar("writing", weight_bytes(saved)) as progress:
             save_config(moved(config, output), folder / "config.yaml")
-            write_universal_only(changed, folder, progress)
-        words = f"--config {output / 'config.yaml'} train.resume=auto train.universal=true"
+            write_checkpoint(changed, folder, progress)
+        words = f"--config {output / 'config.yaml'} train.resume=auto"
     else:
         source = open_source(run or arguments.model, arguments.step)
         saved = WeightsState(source)

@@ -2,7 +2,7 @@
 
     FOLDER/config.yaml              a run configuration; paths of the tokenizer are relative to the folder
     FOLDER/model.safetensors        or model-00001-of-0000N.safetensors and model.safetensors.index.json
-    FOLDER/topology.safetensors     optional: which units are active, in the form that a run's checkpoints use
+    FOLDER/topology.safetensors     optional: which units are active, packed bits of every layer
     FOLDER/checksums.json           size and SHA-256 of these files
     FOLDER/tokenizer.json, ...      whatever belongs to the tokenizer
 
@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megasparse.checkpoint.store import TOPOLOGY, CheckpointError, sha256
+from megasparse.checkpoint.store import CheckpointError, sha256
 from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFiles, TensorFileWriter, TensorSpec, read_json
 from megasparse.config.loader import ConfigError, load_config, save_config
 from megasparse.config.schema import RunConfig
@@ -45,7 +45,7 @@ from megasparse.utils.folders import new_folder
 
 FORMAT = 1
 FORMAT_KEY, FACTS_KEY = "megasparse_model_folder", "megasparse_facts"
-CONFIG, CHECKSUMS = "config.yaml", "checksums.json"
+CONFIG, CHECKSUMS, TOPOLOGY = "config.yaml", "checksums.json", "topology.safetensors"
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",

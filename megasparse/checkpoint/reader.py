@@ -1,212 +1,186 @@
-"""Whole float32 tensors from a checkpoint's DeepSpeed files, whatever ZeRO stage and number of ranks wrote them.
+"""A checkpoint as a saved state: whole tensors, or the fragments that a rank of any layout needs.
 
-    reader = CheckpointReader(folder)
-    for name in reader.names:
-        weight = reader.tensor(name, "fp32")
-        moments = {kind: reader.tensor(name, kind) for kind in reader.kinds(name) if kind != "fp32"}
+    saved = Checkpoint(folder)
+    weight = saved.tensor("layers.0.mlp.up.weight", "fp32")
+    mine = saved.fragment("layers.0.mlp.up.weight", "exp_avg", shard_spec, tensor_parallel_rank, start, numel)
 
-No process group and no engine is needed. Files are mapped, not read: memory holds one tensor at a time. Each file keeps
-a parameter as a piece of something flat, in a place that depends on the stage:
-
-- stage 0: everything in ``mp_rank_TT_model_states.pt``, weights by name, moments by number;
-- stages 1 and 2: ``*zero_pp_rank_D_mp_rank_TT_optim_states.pt`` holds a slice of each flat parameter group and, by
-  name, where in it which part of a parameter lies; the parts of the ranks follow each other;
-- stage 3: the same file holds, for each group, an equal share of every parameter, one after another in the order of
-  ``param_shapes`` of the model states; the last share is padded.
+Only what is asked for is read, and everything that is read is compared with its checksum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from deepspeed.checkpoint.universal_checkpoint import SubparamShape
-from safetensors.torch import load_file
 from torch import Tensor
 
-from megasparse.checkpoint.layout import read_layout
-from megasparse.checkpoint.saved_state import MOMENTS, WEIGHT, RunFacts
-from megasparse.checkpoint.store import TOPOLOGY, CheckpointError, read_manifest
-from megasparse.engine.safe_checkpoint import load_data
+from megasparse.checkpoint.index import read_index
+from megasparse.checkpoint.order import FragmentOrder, Run
+from megasparse.checkpoint.rank_file import RankFile
+from megasparse.checkpoint.saved_state import KINDS, RunFacts
+from megasparse.checkpoint.store import CheckpointError
+from megasparse.parallel import ShardSpec
+
+METHOD, RANDOM = "method", "random"
+"""Beginnings of the names of tensors that belong to no parameter: `method/<name>/<key>`, `random/cpu`."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Entries [start, start + numel) of something flat in a file; a part of one parameter."""
+class _Place(NamedTuple):
+    """Entries [start, end) of a parameter lie in a file from `offset` on."""
 
-    weights: Tensor
-    state: Mapping[str, Any]
-    """Optimizer state of the flat thing: `step` and moments; empty before the first optimizer step."""
     start: int
-    numel: int
-
-    def read(self, kind: str) -> Tensor:
-        flat = self.weights if kind == WEIGHT else self.state[kind]
-        return flat.view(-1).narrow(0, self.start, self.numel)
+    end: int
+    file: str
+    offset: int
 
 
-class CheckpointReader:
-    """One checkpoint folder. Raises CheckpointError where files are missing, damaged or of another kind."""
+class Checkpoint:
+    """One folder. Raises CheckpointError where it is no whole checkpoint, and on reading where bytes were changed.
+
+    Attributes:
+        shapes: of the whole parameters by name, in the order of the model.
+        step: updates of the optimizer; 0: there are no moments.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        if self.manifest.is_universal_only:
-            raise CheckpointError(f"checkpoint {folder}: it holds only its universal form")
-        self.layout = read_layout(folder)
-        try:
-            self._shards = [self._index(rank) for rank in range(self.layout.tensor_parallel_size)]
-            self._check_complete()
-            self.step = self._common_step()
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {folder}: its files are of another kind: {error!r}") from error
+        self.folder, self.index = folder, read_index(folder)
+        self.step = self.index.optimizer_step
+        self.shapes = {name: parameter.shape for name, parameter in self.index.parameters.items()}
+        self._files: dict[str, RankFile] = {}
+        self._places: dict[str, list[_Place]] = {}
+        for file, saved in self.index.files.items():
+            for key, runs in saved.runs.items():
+                offset = 0
+                for run in runs:
+                    self._places.setdefault(key, []).append(_Place(run.start, run.end, file, offset))
+                    offset += run.numel
+        for places in self._places.values():
+            places.sort()
+        self._check_complete()
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: partition.shape for name, partition in self.layout.parameters.items()}
+    def __enter__(self) -> Checkpoint:
+        return self
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the parameters in the order of the model."""
-        return list(self.layout.parameters)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def kinds(self, name: str) -> list[str]:
-        """`fp32`, the master weight, and the moments that are kept: `exp_avg`, `exp_avg_sq`, `weight_steps`."""
-        state = self._shards[0][name][0].state
-        return [WEIGHT, *(kind for kind in MOMENTS if kind in state)]
-
-    def tensor(self, name: str, kind: str) -> Tensor:
-        """A whole parameter or moment in memory of its own: float32, per-weight steps int16."""
-        partition = self.layout.parameters[name]
-        # Of a replicated parameter the first rank's copy is as good as any.
-        shards = [self._shard(pieces[name], kind, partition.local_shape) for pieces in self._shards[: partition.size]]
-        whole = partition.merge(shards)
-        return whole if whole.dtype == torch.int16 else whole.to(torch.float32)
-
-    def copies_differ(self, name: str, kind: str) -> bool:
-        """Whether tensor-parallel ranks hold different values of a parameter that all of them should hold alike."""
-        shape = self.layout.parameters[name].local_shape
-        first, *others = (self._shard(pieces[name], kind, shape) for pieces in self._shards)
-        return not self.layout.parameters[name].is_divided and any(not torch.equal(first, other) for other in others)
-
-    def client_state(self) -> dict[str, Any]:
-        """What the run saved besides tensors, on its first rank."""
-        return self._model_states(0)
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     @property
     def facts(self) -> RunFacts:
-        client = self.client_state()
-        try:
-            return RunFacts(self.manifest.step, self.manifest.model, client["train_state"], client["window_losses"])
-        except KeyError as error:
-            raise CheckpointError(f"checkpoint {self.folder}: its files lack {error}") from None
+        index = self.index
+        return RunFacts(index.step, index.model, index.train_state, index.window_losses)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the data of tensors, so far, since it was opened."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    def kinds(self, name: str) -> list[str]:
+        """`fp32` and the moments that are kept of a parameter."""
+        return [kind for kind in KINDS if f"{kind}/{name}" in self._places]
+
+    def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
+        """Entries [start, start + numel) of the shard of a tensor-parallel rank, flattened: float32, per-weight steps
+        int16."""
+        parameter = self.index.parameters[name]
+        assert spec.shape == parameter.shape, f"{name}: {spec.shape} is not {parameter.shape}"
+        order = FragmentOrder(spec, rank, start, numel, parameter.bands)
+        return order.assemble([self._run(f"{kind}/{name}", run) for run in order.runs])
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """A whole parameter or moment."""
+        parameter = self.index.parameters[name]
+        spec = ShardSpec(parameter.shape, 1 if parameter.bands > 1 else None)
+        return self.fragment(name, kind, spec, 0, 0, prod(parameter.shape)).view(parameter.shape)
 
     def topology(self) -> dict[str, Tensor]:
-        try:
-            return load_file(self.folder / TOPOLOGY)
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {self.folder}: {TOPOLOGY} is not readable: {error}") from None
+        return self.method_state("topology")
 
-    def division(self, name: str) -> dict[str, Any]:
-        """How DeepSpeed's own loader is to divide a parameter; ours asks the model instead."""
-        partition = self.layout.parameters[name]
-        if partition.dim is None:
-            return {}
-        if len(set(partition.divided_parts)) == 1:
-            return {"cat_dim": partition.dim, "param_n_sub_params": len(partition.divided_parts)}
-        shape = tuple(partition.divided_parts if at == partition.dim else n for at, n in enumerate(partition.shape))
-        return {"sub_param_shape": SubparamShape(patterns=[name], shape=shape, partition_dim=partition.dim)}
+    def method_state(self, method: str) -> dict[str, Tensor]:
+        """What a training method saved; empty where it saved nothing."""
+        prefix = f"{METHOD}/{method}/"
+        found = {}
+        for file in self.index.files:
+            opened = self._open(file)
+            for name, spec in opened.specs.items():
+                if name.startswith(prefix):
+                    found[name.removeprefix(prefix)] = opened.read(name).view(spec.shape)
+            if found:
+                break
+        return found
+
+    def random_state(self, rank: int) -> Tensor | None:
+        """That of torch on the host, of a rank of the run that was saved; None: there was no such rank."""
+        file = f"rank-{rank:05d}.safetensors"
+        if file not in self.index.files or f"{RANDOM}/cpu" not in self._open(file).specs:
+            return None
+        return self._open(file).read(f"{RANDOM}/cpu")
 
     def loss_scaler(self) -> dict[str, float]:
-        """Numbers of the loss scaler (float16 training); empty for stage 0, which has none."""
-        if self.layout.zero_stage == 0:
-            return {}
-        scaler = self._optimizer_states(0, 0)["loss_scaler"]
-        return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float)}
+        return self.index.loss_scaler
 
-    def _shard(self, pieces: list[Piece], kind: str, shape: tuple[int, ...]) -> Tensor:
-        try:
-            return torch.cat([piece.read(kind) for piece in pieces]).view(shape)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {self.folder}: a piece of {kind} is not there: {error}") from error
+    def check_all(self) -> None:
+        """Read everything. Raises CheckpointError at the first byte that was changed."""
+        for file in self.index.files:
+            self.check_file(file)
 
-    def _index(self, tensor_rank: int) -> dict[str, list[Piece]]:
-        """Where the shard of a tensor-parallel rank lies: the pieces of each parameter in their order."""
-        pieces: dict[str, list[Piece]] = {name: [] for name in self.layout.parameters}
-        if self.layout.zero_stage == 0:
-            found = self._whole_pieces(tensor_rank)
-        elif self.layout.zero_stage in (1, 2):
-            found = self._sliced_pieces(tensor_rank)
-        else:
-            found = self._shared_pieces(tensor_rank)
-        for name, piece in found:
-            pieces[name].append(piece)
-        return pieces
+    def check_file(self, file: str) -> None:
+        """Read all of one file. Raises CheckpointError at the first byte that was changed."""
+        opened = self._open(file)
+        for name in opened.specs:
+            opened.read(name)
 
-    def _whole_pieces(self, tensor_rank: int) -> Iterator[tuple[str, Piece]]:
-        content = self._model_states(tensor_rank)
-        state = content["optimizer"]["state"]
-        for number, name in enumerate(name for group in self.layout.groups for name in group):
-            weight = content["module"][name]
-            yield name, Piece(weight, state.get(number, {}), 0, weight.numel())
+    def _run(self, key: str, run: Run) -> Tensor:
+        places = self._places[key]
+        at = bisect_right(places, run.start, key=lambda place: place.start) - 1
+        found, start = [], run.start
+        while start < run.end:
+            place = places[at]
+            end = min(run.end, place.end)
+            found.append(self._open(place.file).read(key, place.offset + start - place.start, end - start))
+            start, at = end, at + 1
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
-    def _sliced_pieces(self, tensor_rank: int) -> Iterator[tuple[str, Piece]]:
-        for data_rank in range(self.layout.data_parallel_size):
-            content = self._optimizer_states(data_rank, tensor_rank)
-            state = content["base_optimizer_state"]["state"]
-            for group, addresses in enumerate(content["param_slice_mappings"]):
-                weights = content["single_partition_of_fp32_groups"][group]
-                for name, address in addresses.items():
-                    yield name, Piece(weights, state.get(group, {}), address.start, address.numel)
-
-    def _shared_pieces(self, tensor_rank: int) -> Iterator[tuple[str, Piece]]:
-        shapes = self._model_states(tensor_rank)["param_shapes"]
-        for data_rank in range(self.layout.data_parallel_size):
-            content = self._optimizer_states(data_rank, tensor_rank)
-            state = content["optimizer_state_dict"]["state"]
-            for group, weights in enumerate(content["fp32_flat_groups"]):
-                start = 0
-                for name, shape in shapes[group].items():
-                    share = -(-prod(shape) // self.layout.data_parallel_size)
-                    numel = min(share, prod(shape) - data_rank * share)
-                    if numel > 0:
-                        yield name, Piece(weights, state.get(group, {}), start, numel)
-                    start += share
+    def _open(self, file: str) -> RankFile:
+        if file not in self._files:
+            self._files[file] = RankFile(self.folder / file, self.index.files[file].part)
+        return self._files[file]
 
     def _check_complete(self) -> None:
-        for rank, pieces in enumerate(self._shards):
-            for name, partition in self.layout.parameters.items():
-                found, expected = sum(piece.numel for piece in pieces[name]), prod(partition.local_shape)
-                if found != expected:
-                    raise CheckpointError(
-                        f"checkpoint {self.folder}: the files of tensor-parallel rank {rank} hold {found} of "
-                        f"{expected} entries of {name}"
-                    )
+        """Every entry of every kind is there exactly once."""
+        for key, places in self._places.items():
+            name = key.partition("/")[2]
+            if name not in self.shapes:
+                raise CheckpointError(f"checkpoint {self.folder}: its index lists {key}, which is no parameter")
+            edges = [0, *(place.end for place in places)]
+            starts = [*(place.start for place in places), prod(self.shapes[name])]
+            if edges != starts:
+                raise CheckpointError(f"checkpoint {self.folder}: its files do not hold every entry of {key} once")
+        absent = [name for name in self.shapes if prod(self.shapes[name]) and not self.kinds(name)]
+        if absent:
+            raise CheckpointError(f"checkpoint {self.folder}: its files hold nothing of {absent[0]}")
 
-    def _common_step(self) -> int:
-        """Number of optimizer steps done; 0 where there are no moments yet."""
-        every = (piece for shard in self._shards for pieces in shard.values() for piece in pieces)
-        steps = {int(piece.state.get("step", 0)) for piece in every}
-        if len(steps) != 1:
-            raise CheckpointError(f"checkpoint {self.folder}: its optimizer steps differ: {sorted(steps)}")
-        return steps.pop()
 
-    def _model_states(self, tensor_rank: int) -> dict[str, Any]:
-        prefix = "zero_pp_rank_0_" if self.layout.zero_stage == 3 else ""
-        return self._load(f"{prefix}mp_rank_{tensor_rank:02d}_model_states.pt")
+def is_good(folder: Path) -> bool:
+    """Whether index and sizes of files are those of a whole checkpoint."""
+    try:
+        read_index(folder)
+    except CheckpointError:
+        return False
+    return True
 
-    def _optimizer_states(self, data_rank: int, tensor_rank: int) -> dict[str, Any]:
-        ending = f"zero_pp_rank_{data_rank}_mp_rank_{tensor_rank:02d}_optim_states.pt"
-        # Runs in bfloat16 put that word in front.
-        name = next((name for name in self.manifest.files if name in (ending, f"bf16_{ending}")), ending)
-        return self._load(name)["optimizer_state_dict"]
 
-    def _load(self, name: str) -> Any:
-        try:
-            return load_data(self.folder / name, mmap=True)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+def damage(folder: Path) -> str | None:
+    """Why a folder is no whole checkpoint, as far as index and sizes of files tell; None: it is one."""
+    try:
+        read_index(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None

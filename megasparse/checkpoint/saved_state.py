@@ -1,10 +1,10 @@
 """One view of what is saved of a run, whatever form it has on disk: whole tensors, topology, position.
 
-    saved = open_checkpoint(folder)                     # DeepSpeed's files, or the universal form alone
+    saved = Checkpoint(folder)
     for name, shape in saved.shapes.items():
         weight = saved.tensor(name, "fp32")
 
-``CheckpointReader``, ``UniversalReader`` and ``CompactReader`` are such views, and so are states that are made while
+``Checkpoint`` and ``CompactReader`` are such views, and so are states that are made while
 they are read, such as a dense state seen through masks. Tools that write one form from another need no more than this.
 """
 
@@ -72,10 +72,6 @@ class SavedState(Protocol):
         ...
 
     def loss_scaler(self) -> Mapping[str, float]: ...
-
-    def division(self, name: str) -> dict[str, Any]:
-        """How DeepSpeed's own loader of universal checkpoints is to divide a parameter."""
-        ...
 
 
 def weight_bytes(saved: SavedState) -> int:

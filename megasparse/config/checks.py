@@ -174,8 +174,6 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "parallel.sequence_parallel is used with parallel.tensor_parallel_size above 1 only"
     if config.parallel.tensor_parallel_size == 1 and config.sparsity.balance_shards:
         yield "sparsity.balance_shards is used with parallel.tensor_parallel_size above 1 only"
-    if config.train.resume == "never" and config.train.universal:
-        yield "train.universal is used with train.resume auto only"
     if config.train.resume == "auto" and config.data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
 

@@ -327,9 +327,6 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     resume: Literal["auto", "never"] = "never"
     """auto: go on from the newest good checkpoint of the run folder where there is one."""
-    universal: bool = False
-    """Where that checkpoint is of another number of ranks, tensor-parallel size or ZeRO stage: go on from its universal
-    form, which tools/universal_checkpoint.py makes."""
     init_from: str | None = None
     """Model folder (tools/convert_checkpoint.py) whose weights the run starts from, with a fresh optimizer, at step 0;
     unset: random weights."""

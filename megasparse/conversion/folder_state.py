@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.checkpoint.model_folder import load_topology
 from megasparse.checkpoint.saved_state import WEIGHT, RunFacts, SavedState
 from megasparse.config.schema import RunConfig
 from megasparse.conversion.sources import Source, Tensors, portable_config, write_weights
@@ -50,11 +49,11 @@ class WeightsState(PlainTensors):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        known, self._topology_file = dict(source.facts), source.topology_file
+        known, self._source = dict(source.facts), source
         self.facts = RunFacts(int(known.get("step", 0)), source.config.model.model_dump(mode="json"), known, [])
 
     def topology(self) -> dict[str, Tensor]:
-        return {} if self._topology_file is None else load_topology(self._topology_file)
+        return self._source.topology()
 
 
 class _StateWeights:

@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from megasparse.checkpoint.model_folder import (
+    TOPOLOGY,
     VOCABULARY_TENSORS,
     ModelFolder,
     ModelFolderWriter,
     is_model_folder,
+    load_topology,
     model_tensors,
     tokenizer_files,
 )
-from megasparse.checkpoint.store import TOPOLOGY, CheckpointError
+from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.data.tokenizer import load_tokenizer
 
-REOPEN_BYTES = 256 * 2**20
-"""Pages of mapped files stay in memory while the mapping lasts: after so many bytes the files are mapped anew."""
 PICKLED = "pytorch_model.bin"
 TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
@@ -55,7 +55,8 @@ class Source(Tensors, Protocol):
     facts: dict[str, Any]
     files: dict[str, Path]
     """Of the tokenizer and of generation, by the names that they have in a model folder."""
-    topology_file: Path | None
+
+    def topology(self) -> dict[str, Tensor]: ...
 
 
 def open_source(folder: Path, step: int | None = None) -> Source:
@@ -75,7 +76,6 @@ class FolderSource(ModelFolder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.files = tokenizer_files(folder)
-        self.topology_file = folder / TOPOLOGY if self.has_topology else None
 
 
 class _MasterWeights:
@@ -116,28 +116,25 @@ class RunSource(_MasterWeights):
     """A checkpoint of a run, whatever its layout."""
 
     def __init__(self, run_folder: Path, step: int | None = None) -> None:
-        # Imports DeepSpeed, for the kinds of objects in its files.
-        from megasparse.checkpoint.universal import open_checkpoint
+        # Imports DeepSpeed, which takes seconds.
+        from megasparse.checkpoint.reader import Checkpoint
         from megasparse.checkpoint.weights import find_checkpoint
 
-        self.folder, self.manifest = find_checkpoint(run_folder, step)
-        self._open = lambda: open_checkpoint(self.folder)
-        self._reader, self._bytes_read = self._open(), 0
-        super().__init__(self.folder, load_config([run_folder / "config.yaml"]), self._reader.shapes)
-        self.facts = _facts(run_folder, self.config, self.manifest.step)
-        self.topology_file: Path | None = self.folder / TOPOLOGY
+        self.folder, index = find_checkpoint(run_folder, step)
+        self._checkpoint = Checkpoint(self.folder)
+        super().__init__(self.folder, load_config([run_folder / "config.yaml"]), self._checkpoint.shapes)
+        self.facts = _facts(run_folder, self.config, index.step)
         kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
         self.files = {TOKENIZER_NAMES[kind]: Path(path)} if path and kind in TOKENIZER_NAMES else {}
         for file in self.files.values():
             if not file.is_file():
                 raise ConfigError(f"data.tokenizer_path: {file}: no such file, seen from this folder")
 
+    def topology(self) -> dict[str, Tensor]:
+        return self._checkpoint.topology()
+
     def _read(self, name: str) -> Tensor:
-        if self._bytes_read > REOPEN_BYTES:
-            self._reader, self._bytes_read = self._open(), 0
-        whole = self._reader.tensor(name, "fp32")
-        self._bytes_read += whole.nbytes
-        return whole
+        return self._checkpoint.tensor(name, "fp32")
 
 
 @dataclass(frozen=True)
@@ -171,16 +168,22 @@ class UniversalSource(_MasterWeights):
         super().__init__(self._folder, config, [path.name for path in self._folder.iterdir() if path.is_dir()])
         self.facts: dict[str, Any] = {}
         self.files: dict[str, Path] = {}
-        self.topology_file = folder / TOPOLOGY if (folder / TOPOLOGY).is_file() else None
+
+    def topology(self) -> dict[str, Tensor]:
+        path = self._folder.parent / TOPOLOGY
+        return load_topology(path) if path.is_file() else {}
 
     def _read(self, name: str) -> Tensor:
-        from megasparse.engine.safe_checkpoint import load_data
+        # Imports DeepSpeed, for the record of how fused parts are divided.
+        from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 
         path = self._folder / name / "fp32.pt"
         try:
-            content = load_data(path, mmap=True)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+            with torch.serialization.safe_globals([SubparamShape]):
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if isinstance(error, OSError) else "it holds more than data"
+            raise CheckpointError(f"{path}: not readable: {reason}") from None
         whole = content.get("param") if isinstance(content, dict) else None
         if not isinstance(whole, Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`")
@@ -209,7 +212,7 @@ def write_weights(
 ) -> None:
     """Write a model folder, one tensor in memory at a time; nothing is left of it after an error.
 
-    files, texts: what lies beside the weights, by name. topology: packed bits; or a file of `files`. dtype: None keeps
+    files, texts: what lies beside the weights, by name. topology: packed bits. dtype: None keeps
     the dtypes. progress: called with the weights done, 4 bytes each. options: of ``ModelFolderWriter``.
     """
     dtypes, done = {name: dtype or weights.dtype(name) for name in model_tensors(config)}, 0
@@ -229,9 +232,8 @@ def write_weights(
 
 def write_source(source: Source, output: Path, **options: Any) -> None:
     """Write a model folder. options: `dtype`, and those of ``ModelFolderWriter``."""
-    masks = {} if source.topology_file is None else {TOPOLOGY: source.topology_file}
-    config = portable_config(source.config, source.files)
-    write_weights(source, config, output, facts=source.facts, files={**source.files, **masks}, **options)
+    config, topology = portable_config(source.config, source.files), source.topology()
+    write_weights(source, config, output, facts=source.facts, files=source.files, topology=topology, **options)
 
 
 def open_weights(folder: Path) -> Tensors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +105,6 @@ class DenseState:
 
     def loss_scaler(self) -> Mapping[str, float]:
         return self.saved.loss_scaler()
-
-    def division(self, name: str) -> dict[str, Any]:
-        return self.saved.division(name)
 
 
 class MaskedState(DenseState):

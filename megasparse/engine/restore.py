@@ -1,69 +1,122 @@
-"""Puts whole tensors into an engine of any layout: its ZeRO stage, its ranks, its tensor-parallel size.
+"""Puts saved state into an engine of any layout: its ZeRO stage, its ranks, its tensor-parallel size.
 
-    restore_state(engine, UniversalReader(folder))
+    staged = read_state(engine, Checkpoint(folder))       # reads what this rank needs; changes nothing
+    apply_state(engine, staged)                           # every rank, once all of them have read
 
-Every rank takes its shard of each parameter, writes it into the weights that the model computes with, and the part that
-it owns into master weight and moments. Nothing is sent between ranks: each reads what it needs.
-DeepSpeed's own loader of its universal format is not used: it unpickles whatever the files hold, and needs to be told
-in its own terms how each parameter is divided.
+Every rank reads the pieces of master weights and moments that it owns. The weights that the model computes with are put
+together from the ranks' pieces. DeepSpeed's own loaders are not used: they unpickle whatever the files hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megasparse.engine.fragments import state_access
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel.shard_spec import shard_spec_of
+from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
+from megasparse.sparsity.state import Ranks, StateFragment
 
 WEIGHT = "fp32"
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class StateSource(Protocol):
-    """Whole tensors by parameter name and kind."""
+    """Saved tensors by parameter name and kind."""
 
     step: int
     """Optimizer steps done; 0: there are no moments."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of the whole parameters, by name."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole parameters, by name."""
+        ...
 
     def kinds(self, name: str) -> list[str]:
         """`fp32` and the moments that are kept of a parameter."""
         ...
 
-    def tensor(self, name: str, kind: str) -> Tensor: ...
+    def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
+        """Entries [start, start + numel) of the shard of a tensor-parallel rank, flattened. All ranks ask for all
+        parameters in the same order."""
+        ...
 
     def loss_scaler(self) -> Mapping[str, float]:
         """Numbers of the loss scaler of float16 training."""
         ...
 
 
-@torch.no_grad()
-def restore_state(engine: TrainingEngine, source: StateSource) -> None:
-    """Take weights, moments, step count and loss scale from `source`; every rank calls it.
+@dataclass(frozen=True)
+class StagedState:
+    """What a rank has read."""
 
-    Raises ValueError, before anything is changed, where the source is of another model or lacks moments or
-    per-weight steps that the optimizer needs.
+    step: int
+    tensors: Mapping[tuple[str, str], Tensor]
+    """This rank's entries by parameter and kind; a parameter of which it owns none has none."""
+    loss_scaler: Mapping[str, float]
+
+
+def read_state(engine: TrainingEngine, source: StateSource) -> StagedState:
+    """Read this rank's pieces of weights and moments to the host; every rank calls it.
+
+    Raises ValueError where the source is of another model or lacks moments or per-weight steps that the optimizer
+    needs.
     """
     parameters = dict(engine.model.named_parameters())
     _check_fits(engine, parameters, source)
-    if source.step > 0:
+    rank = engine.mesh.tensor_parallel.rank
+    counted = _counted(engine, parameters) if engine.optimizer.keeps_weight_steps else set()
+    tensors = {}
+    for name, parameter in parameters.items():
+        kinds = [WEIGHT]
+        if source.step > 0:
+            kinds += ["exp_avg", "exp_avg_sq", *(["weight_steps"] if name in counted else [])]
+        fragment = engine.access({name: parameter}).fragments().get(name)
+        start, numel = (0, 0) if fragment is None else (fragment.start, fragment.numel)
+        for kind in kinds:
+            entries = source.fragment(name, kind, shard_spec_of(parameter), rank, start, numel)
+            if numel:
+                tensors[name, kind] = entries
+    return StagedState(source.step, tensors, dict(source.loss_scaler()))
+
+
+@torch.no_grad()
+def apply_state(engine: TrainingEngine, staged: StagedState) -> None:
+    """Take over weights, moments, step count and loss scale; every rank calls it, with what it has read."""
+    parameters = dict(engine.model.named_parameters())
+    if staged.step > 0:
         for flat, group in _optimized(engine):
-            _create_moments(engine, flat, group, source.step)
+            _create_moments(engine, flat, group, staged.step)
     persistent = _persistent_parameters(engine)
     if persistent:
         # Whole copies of small parameters, which would keep their old values.
         persistent[0].partition(persistent)
     for name, parameter in parameters.items():
-        _restore_parameter(engine, name, parameter, source)
+        access = engine.access({name: parameter})
+        fragment = access.fragments().get(name)
+        for kind in (WEIGHT, *(fragment.moments if fragment is not None and staged.step > 0 else ())):
+            if fragment is not None and (name, kind) in staged.tensors:
+                (fragment.master if kind == WEIGHT else fragment.moments[kind]).copy_(staged.tensors[name, kind])
+        _set_model_weight(parameter, fragment, access.shard)
     if persistent:
         persistent[0].all_gather(persistent)
-    restore_loss_scale(getattr(_zero_optimizer(engine), "loss_scaler", None), source.loss_scaler())
+    restore_loss_scale(getattr(_zero_optimizer(engine), "loss_scaler", None), staged.loss_scaler)
+
+
+def optimizer_step(engine: TrainingEngine) -> int:
+    """Updates that the optimizer has made."""
+    states = (engine.optimizer.state.get(flat, {}) for flat, _ in _optimized(engine))
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def loss_scaler_state(engine: TrainingEngine) -> dict[str, float]:
+    """Numbers of the loss scaler (float16 training); empty where there is none."""
+    scaler = getattr(_zero_optimizer(engine), "loss_scaler", None)
+    values = vars(scaler) if hasattr(scaler, "__dict__") else {}
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def restore_loss_scale(scaler: Any, saved: Mapping[str, float]) -> None:
@@ -84,9 +137,7 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
         missing = {"exp_avg", "exp_avg_sq"} - set(source.kinds(name))
         if source.step > 0 and missing:
             raise ValueError(f"saved parameter {name} lacks {', '.join(sorted(missing))}")
-    # A tied head goes by the name of the embedding.
-    sparse = {id(layer.weight) for layer in engine.model.sparse_layers().values()}
-    counted = [name for name, parameter in parameters.items() if id(parameter) in sparse]
+    counted = _counted(engine, parameters)
     needs_weight_steps = engine.optimizer.keeps_weight_steps and source.step > 0
     if needs_weight_steps and any("weight_steps" not in source.kinds(name) for name in counted):
         raise ValueError(
@@ -95,29 +146,27 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
         )
 
 
-def _restore_parameter(engine: TrainingEngine, name: str, parameter: nn.Parameter, source: StateSource) -> None:
-    access = state_access(engine._engine, engine.optimizer, {name: parameter}, engine.mesh)
-    fragment = access.fragments().get(name)
-    moments = fragment.moments if fragment is not None and source.step > 0 else ()
-    for kind in (WEIGHT, *moments):
-        whole = source.tensor(name, kind)
-        shard = shard_spec_of(parameter).shard(whole, engine.mesh.tensor_parallel.rank).reshape(-1)
-        if kind == WEIGHT:
-            _set_model_weight(parameter, shard, engine.mesh.data_parallel.rank)
+def _counted(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Parameters whose weights may count steps of their own. A tied head goes by the name of the embedding."""
+    sparse = {id(layer.weight) for layer in engine.model.sparse_layers().values()}
+    return {name for name, parameter in parameters.items() if id(parameter) in sparse}
+
+
+def _set_model_weight(parameter: Any, fragment: StateFragment | None, owners: Ranks) -> None:
+    """Write the weights that the forward pass uses, in whatever precision they are.
+
+    owners: the ranks whose fragments make up the shard.
+    """
+    if hasattr(parameter, "ds_tensor"):  # ZeRO stage 3 keeps a rank's piece, padded
         if fragment is not None:
-            target = fragment.master if kind == WEIGHT else fragment.moments[kind]
-            target.copy_(shard[fragment.start : fragment.start + fragment.numel])
-
-
-def _set_model_weight(parameter: Any, shard: Tensor, data_rank: int) -> None:
-    """Write the weights that the forward pass uses, in whatever precision they are."""
-    if not hasattr(parameter, "ds_tensor"):
-        parameter.data.copy_(shard.view(parameter.shape))
+            parameter.ds_tensor.data.view(-1)[: fragment.numel].copy_(fragment.master)
         return
-    # ZeRO-3: equal shares, the last one padded.
-    share = parameter.ds_tensor.numel()
-    mine = shard[data_rank * share : (data_rank + 1) * share]
-    parameter.ds_tensor.data.view(-1)[: mine.numel()].copy_(mine)
+    shard = torch.zeros(parameter.numel(), device=parameter.device)
+    if fragment is not None:
+        shard[fragment.start : fragment.start + fragment.numel] = fragment.master
+    # As integers, so that adding keeps every bit, that of -0.0 too.
+    owners.sum_(shard.view(torch.int32))
+    parameter.data.copy_(shard.view(parameter.shape))
 
 
 def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, Any], step: int) -> None:

@@ -14,8 +14,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -30,7 +28,6 @@ from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.fragments import state_access
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
-from megasparse.engine.safe_checkpoint import SafeCheckpointEngine
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.controller import OpenWeight
@@ -97,7 +94,6 @@ class TrainingEngine:
         if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32" and mesh.data_parallel.size == 1:
             # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
             self._engine.enable_backward_allreduce = False
-        self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine.checkpoint_engine)
         self.state = self.access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
 
     def access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess:
@@ -152,20 +148,6 @@ class TrainingEngine:
         loss, _ = self._with_objective(inputs, targets, documents)
         self.model.train()
         return loss
-
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write weights and optimizer state into `folder/tag`; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Read what ``save`` wrote; returns the client state. Raises ValueError where files do not fit the model."""
-        try:
-            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=True)
-        except (RuntimeError, KeyError, AssertionError) as error:
-            raise ValueError(f"checkpoint {folder / tag} does not fit this model or layout: {error}") from error
-        if path is None:
-            raise ValueError(f"checkpoint {folder / tag}: not found or incomplete")
-        return client_state
 
 
 def check_precision(config: RunConfig, device: torch.device) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, load_weights
-from megasparse.checkpoint.store import CheckpointError, CheckpointStore
-from megasparse.checkpoint.weights import CHECKPOINTS, find_checkpoint, load_model_weights
+from megasparse.checkpoint.store import CheckpointError
+from megasparse.checkpoint.weights import find_checkpoint, load_model_weights, passed_over
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.build import open_tokenizer, vocabulary_size
@@ -56,9 +56,8 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
             f"{run_folder}: no run there; must be a run folder or a model folder, which hold a config.yaml"
         )
     config = load_config([run_folder / "config.yaml"])
-    folder, manifest = find_checkpoint(run_folder, step)
-    passed_over = CheckpointStore(run_folder / CHECKPOINTS, keep=1).damaged() if step is None else []
-    trained = _untrained(config, run_folder, manifest.step, passed_over)
+    folder, index = find_checkpoint(run_folder, step)
+    trained = _untrained(config, run_folder, index.step, passed_over(run_folder) if step is None else [])
     try:
         trained.model.load_state_dict(load_model_weights(folder))
     except RuntimeError as error:

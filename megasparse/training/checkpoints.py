@@ -1,35 +1,46 @@
-"""Saving and restoring a run: engine, training methods, position and random states, as one checkpoint.
+"""Saving and restoring a run: weights and moments, training methods, position and random states, as one checkpoint.
+
+    checkpointer = Checkpointer(folder, config, mesh, engine, methods)
+    found = checkpointer.restore()             # the newest good one, whatever layout wrote it
+    checkpointer.save(state)                   # copies the state to the host; a thread writes it
+    checkpointer.finish()                      # waits for the thread
 
 ``Checkpointing`` is the callback that saves where it is due.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megasparse.checkpoint.layout import describe_layout, write_layout
-from megasparse.checkpoint.store import (
-    RANDOM,
-    TOPOLOGY,
-    CheckpointError,
-    CheckpointStore,
-    Manifest,
-    check_model,
-    layout_differences,
-)
-from megasparse.checkpoint.universal import UniversalReader, tool_command
+from megasparse.checkpoint.index import Index
+from megasparse.checkpoint.reader import METHOD, RANDOM, Checkpoint, damage
+from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, check_model
+from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_part
 from megasparse.config.schema import RunConfig
-from megasparse.engine.restore import restore_state
+from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
+
+MESSAGE_BYTES = 1000
+"""Of a message that ranks tell each other, at most."""
+
+
+@dataclass
+class Restored:
+    """Where a run goes on. state: None where there is no checkpoint."""
+
+    state: TrainState | None = None
+    passed_over: list[str] = field(default_factory=list)
+    """What is wrong with newer ones."""
 
 
 class Checkpointer:
@@ -40,110 +51,204 @@ class Checkpointer:
     ) -> None:
         self.store = CheckpointStore(folder, config.train.keep_checkpoints)
         self._config, self._mesh, self._engine, self._methods = config, mesh, engine, methods
+        self._copy = HostCopy(engine)
+        self._thread: Thread | None = None
+        self._failure: Exception | None = None
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of the finished step; every rank calls it. Returns its folder.
+    def save(self, state: TrainState) -> None:
+        """Begin a checkpoint of the finished step; every rank calls it. Training may go on when it returns: a thread
+        writes the copy. Waits for the checkpoint before, whose failure stays to be told.
 
         Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
         """
-        parts = {method.name: method.state() for method in self._methods}
+        self._join()
+        others = {
+            f"{METHOD}/{method.name}/{key}": tensor
+            for method in self._methods
+            for key, tensor in method.state().items()
+        }
+        others = others if self._mesh.is_first else {}
+        others[f"{RANDOM}/cpu"] = torch.get_rng_state()
+        failure: Exception | None = None
         if self._mesh.is_first:
-            self.store.begin(state.step)
-        self._mesh.barrier()
-        name = self.store.partial_name(state.step)
-        # The sum of losses since the last logged step is each rank's own; all else in the state is common.
+            try:
+                self.store.begin(state.step)
+            except OSError as error:
+                failure = error
+        # The sum of losses since the last line of metrics is each rank's own; all else in the state is common.
         losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
-        self._engine.save(self.store.folder, name, {"train_state": state.to_dict(), "window_losses": losses})
-        random_states = self._mesh.gather_rows(torch.get_rng_state())
-        if self._mesh.is_first:
-            partial = self.store.folder / name
-            for method, part in parts.items():
-                save_file({key: tensor.contiguous() for key, tensor in part.items()}, partial / _file_of(method))
-            save_file({"cpu": random_states}, partial / RANDOM)
-            zero_stage = self._config.deepspeed.zero_stage
-            write_layout(describe_layout(self._engine.model, self._engine.optimizer, self._mesh, zero_stage), partial)
-        # Every rank's files must be there before the manifest counts them.
-        self._mesh.barrier()
-        if self._mesh.is_first:
-            self.store.commit(self._manifest(state))
-        self._mesh.barrier()
-        return self.store.folder / self.store.name(state.step)
-
-    def restore(self) -> TrainState | None:
-        """Go on from the newest good checkpoint, or None where there is none; every rank calls it.
-
-        Raises CheckpointError where it is of another model, or of another layout and `train.universal` is not set or
-        there is no universal form of it; RuntimeError where weights contradict masks.
-        """
-        found = self.store.newest_good()
-        if found is None:
-            return None
-        folder, manifest = found
-        check_model(folder, manifest.model, self._config.model.model_dump(mode="json"))
-        differences = layout_differences(
-            manifest, self._mesh.world_size, self._mesh.tensor_parallel.size, self._config.deepspeed.zero_stage
-        )
-        if not differences:
-            state = self._restore_same_layout(folder)
-        elif self._config.train.universal:
-            state = self._restore_universal(folder)
-        else:
-            first = "" if manifest.is_universal_only else f"{tool_command(folder)}, and then "
-            raise CheckpointError(
-                f"checkpoint {folder} is of another layout: {'; '.join(differences)}. To go on with this one: "
-                f"{first}train.universal=true"
-            )
-        if state.step > self._config.train.steps:
-            raise CheckpointError(
-                f"checkpoint {folder} is past the end of the run: train.steps is {self._config.train.steps}; "
-                f"must be at least {state.step}"
-            )
-        return state
-
-    def _restore_same_layout(self, folder: Path) -> TrainState:
-        """Bit for bit, from DeepSpeed's own files."""
-        client_state = self._engine.load(folder.parent, folder.name)
-        self._load_methods(folder, lambda name: _load(folder / _file_of(name)))
-        # A copy: torch 2.13 reads a row of a larger tensor from the start of its storage, or crashes.
-        torch.set_rng_state(_load(folder / RANDOM)["cpu"][self._mesh.rank].clone())
-        return _train_state(client_state["train_state"], client_state["window_losses"][self._mesh.rank])
-
-    def _restore_universal(self, folder: Path) -> TrainState:
-        """To rounding, from whole tensors. Random states are not taken over: each belongs to a rank that was."""
-        failure = None
-        try:
-            universal = UniversalReader(folder)
-            # The ranks share the reading; what one of them finds stops all.
-            universal.check_files(self._mesh.rank, self._mesh.world_size)
-        except CheckpointError as error:
-            failure = error
+        # A copy: it must hold still while training goes on.
+        index = self._index(TrainState.from_dict(state.to_dict()), losses)
+        content = self._copy.take({name: tensor.clone() for name, tensor in others.items()})
         if self._mesh.agree_any(failure is not None):
-            raise failure or CheckpointError(f"checkpoint {folder}: another rank finds its universal form damaged")
-        try:
-            restore_state(self._engine, universal)
-        except ValueError as error:
-            raise CheckpointError(f"{universal.folder}: {error}") from error
-        # The tool keeps what it knows: other methods begin anew.
-        self._load_methods(universal.folder, lambda name: universal.topology() if _file_of(name) == TOPOLOGY else {})
-        losses = universal.manifest.window_losses
-        # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
-        return _train_state(universal.manifest.train_state, sum(losses) / len(losses))
+            self._failure = failure or CheckpointError("rank 0 could not begin a checkpoint")
+            return
+        self._thread = Thread(target=self._write, args=(content, index), name="checkpoint", daemon=True)
+        self._thread.start()
 
-    def _load_methods(self, folder: Path, part: Callable[[str], dict[str, Tensor]]) -> None:
+    def failure(self) -> Exception | None:
+        """Why the last save failed, as far as this rank knows; told once."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._join()
+        failure, self._failure = self._failure, None
+        return failure
+
+    def finish(self) -> Path | None:
+        """Wait until the last save has ended on all ranks; its folder where it is a checkpoint now.
+
+        Every rank calls it. Raises CheckpointError on all where it failed on one.
+        """
+        self._join()
+        self._raise_first(self.failure())
+        folders = self.store.folders()
+        return folders[0] if folders else None
+
+    def restore(self) -> Restored:
+        """Go on from the newest good checkpoint, which rank 0 chooses; every rank calls it.
+
+        Raises CheckpointError where it is of another model or past the end of the run, or where there are checkpoints
+        and none is good; RuntimeError where weights contradict masks.
+        """
+        found = Restored()
+        candidates = self._numbers([int(folder.name.removeprefix(PREFIX)) for folder in self.store.folders()])
+        for step in candidates:
+            folder = self.store.folder / self.store.name(step)
+            # Rank 0 looks at all files first: the others may hold a view of a shared folder that is older.
+            reason = self._first_message(damage(folder) if self._mesh.is_first else None)
+            if reason is None:
+                checkpoint, failure, is_final = self._open(folder)
+                staged = None
+                if checkpoint is not None and failure is None:
+                    staged, failure, is_final = self._read(checkpoint)
+                reason = self._first_message(failure)
+                if self._mesh.agree_any(is_final):
+                    raise CheckpointError(reason)
+            if reason is not None:
+                found.passed_over.append(reason)
+                continue
+            assert checkpoint is not None and staged is not None
+            with checkpoint:
+                found.state = self._apply(checkpoint, staged)
+            return found
+        if found.passed_over:
+            raise CheckpointError(
+                f"run.name: {self._config.run.name} has no good checkpoint to go on from; must be another run.name, or "
+                f"mend or remove them: {'; '.join(found.passed_over)}"
+            )
+        return found
+
+    def _open(self, folder: Path) -> tuple[Checkpoint | None, str | None, bool]:
+        """The checkpoint, or why it cannot be gone on from, and whether older ones are of no use either."""
+        try:
+            checkpoint = Checkpoint(folder)
+        except CheckpointError as error:
+            return None, str(error), False
+        index, steps = checkpoint.index, self._config.train.steps
+        try:
+            check_model(folder, index.model, self._config.model.model_dump(mode="json"))
+        except CheckpointError as error:
+            return checkpoint, str(error), True
+        if index.step > steps:
+            past = (
+                f"checkpoint {folder} is past the end of the run: train.steps is {steps}; must be at least {index.step}"
+            )
+            return checkpoint, past, True
+        return checkpoint, None, False
+
+    def _read(self, checkpoint: Checkpoint) -> tuple[StagedState | None, str | None, bool]:
+        """What this rank needs of it, or why it cannot be read, and whether older ones are of no use either."""
+        try:
+            staged = read_state(self._engine, checkpoint)
+            for method in self._methods:
+                checkpoint.method_state(method.name)
+        except CheckpointError as error:
+            return None, str(error), False
+        except ValueError as error:
+            return None, f"checkpoint {checkpoint.folder}: {error}", True
+        return staged, None, False
+
+    def _apply(self, checkpoint: Checkpoint, staged: StagedState) -> TrainState:
+        apply_state(self._engine, staged)
         try:
             for method in self._methods:
-                method.load_state(part(method.name))
+                method.load_state(checkpoint.method_state(method.name))
         except ValueError as error:
-            raise CheckpointError(f"checkpoint {folder}: {error}") from error
+            raise CheckpointError(f"checkpoint {checkpoint.folder}: {error}") from error
+        index, state = checkpoint.index, TrainState.from_dict(checkpoint.index.train_state)
+        losses = index.window_losses
+        if len(losses) == self._mesh.world_size and self._is_same_layout(index):
+            state.window.loss = losses[self._mesh.rank]
+            random = checkpoint.random_state(self._mesh.rank)
+            if random is not None:
+                torch.set_rng_state(random)
+        elif losses:
+            # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
+            state.window.loss = sum(losses) / len(losses)
+        return state
 
-    def _manifest(self, state: TrainState) -> Manifest:
-        return Manifest(
+    def _is_same_layout(self, index: Index) -> bool:
+        return index.layout == self._layout()
+
+    def _layout(self) -> dict[str, int]:
+        return {
+            "world_size": self._mesh.world_size,
+            "tensor_parallel_size": self._mesh.tensor_parallel.size,
+            "zero_stage": self._config.deepspeed.zero_stage,
+        }
+
+    def _index(self, state: TrainState, losses: list[float]) -> Index:
+        return Index(
             step=state.step,
-            world_size=self._mesh.world_size,
-            zero_stage=self._config.deepspeed.zero_stage,
-            tensor_parallel_size=self._mesh.tensor_parallel.size,
             model=self._config.model.model_dump(mode="json"),
+            optimizer_step=optimizer_step(self._engine),
+            train_state=state.to_dict(),
+            window_losses=losses,
+            loss_scaler=loss_scaler_state(self._engine),
+            layout=self._layout(),
+            parameters=self._copy.parameters(),
+            aliases=self._copy.aliases(),
         )
+
+    def _write(self, content: RankTensors, index: Index) -> None:
+        """In the thread."""
+        try:
+            write_part(self.store.partial(index.step), self._mesh.rank, content)
+            if self._mesh.is_first:
+                commit(self.store, index, self._mesh.world_size, self._config.train.distributed_timeout_seconds)
+        except Exception as error:
+            self._failure = error
+            if self._mesh.is_first:
+                self.store.abandon(index.step)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _raise_first(self, failure: Exception | None) -> None:
+        """Raise CheckpointError on all ranks with what the first failing one has to say."""
+        message = None if failure is None else _words(failure, self.store.folder)
+        if message := self._first_message(message):
+            raise CheckpointError(message)
+
+    def _first_message(self, message: str | None) -> str | None:
+        """That of the first rank that has one, on all ranks."""
+        content = (message or "").encode()[:MESSAGE_BYTES]
+        row = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else row[:0]
+        for rank, other in enumerate(self._mesh.gather_rows(row)):
+            text = bytes(other.tolist()).rstrip(b"\0").decode(errors="ignore")
+            if text:
+                return text if rank == 0 or self._mesh.world_size == 1 else f"rank {rank}: {text}"
+        return None
+
+    def _numbers(self, numbers: list[int]) -> list[int]:
+        """The list of rank 0, on all ranks."""
+        count = int(self._mesh.gather_rows(torch.tensor([len(numbers)]))[0])
+        row: Tensor = torch.zeros(max(count, 1), dtype=torch.int64)
+        if self._mesh.is_first:
+            row[:count] = torch.tensor(numbers, dtype=torch.int64)
+        return self._mesh.gather_rows(row)[0][:count].tolist()
 
 
 class Checkpointing(Callback):
@@ -159,32 +264,28 @@ class Checkpointing(Callback):
         self._note, self._beat, self._saved_step = note, beat, state.step
 
     def after_step(self, step: Step) -> None:
+        failure = self._checkpointer.failure()
+        if failure is not None:
+            reason = _words(failure, self._checkpointer.store.folder)
+            self._note(f"warning: the checkpoint of step {self._saved_step:,} was not saved: {reason}")
         if self._interval and step.number % self._interval == 0:
             self._save()
 
     def end_run(self, reason: str) -> None:
-        if self._saved_step != self._state.step:
-            self._note(f"checkpoint {self._save().name} saved")
+        save = self._saved_step != self._state.step
+        if save:
+            self._save()
+        folder = self._checkpointer.finish()
+        if save and folder is not None:
+            self._note(f"checkpoint {folder.name} saved")
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         self._beat(f"step {self._state.step}: checkpoint", slow=True)
-        folder = self._checkpointer.save(self._state)
+        self._checkpointer.save(self._state)
         self._saved_step = self._state.step
-        return folder
 
 
-def _file_of(method: str) -> str:
-    return f"{method}.safetensors"
-
-
-def _train_state(values: dict[str, Any], window_loss: float) -> TrainState:
-    state = TrainState.from_dict(values)
-    state.window.loss = window_loss
-    return state
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
+def _words(failure: Exception, folder: Path) -> str:
+    if isinstance(failure, OSError):
+        return f"{failure.filename or folder}: {os.strerror(failure.errno) if failure.errno else failure}"
+    return str(failure)

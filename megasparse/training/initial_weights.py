@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megasparse.checkpoint.model_folder import ModelFolder, fitted
 from megasparse.config.schema import RunConfig
-from megasparse.engine.restore import WEIGHT, restore_state
+from megasparse.engine.restore import WEIGHT, apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel import shard_spec_of
+from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.training.callback import TrainingMethod
 from megasparse.training.initial_checks import open_initial
 
@@ -28,11 +28,11 @@ def load_initial_weights(config: RunConfig, methods: Sequence[TrainingMethod], e
     folder = open_initial(config)
     for method in methods:
         method.start_from(folder)
-    restore_state(engine, _InitialState(folder, engine, methods))
+    apply_state(engine, read_state(engine, _InitialState(folder, engine, methods)))
 
 
 class _InitialState:
-    """The folder as what ``restore_state`` takes its tensors from."""
+    """The folder as what ``read_state`` takes its tensors from."""
 
     step = 0
 
@@ -43,11 +43,11 @@ class _InitialState:
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]
 
-    def tensor(self, name: str, kind: str) -> Tensor:
+    def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
         weight = fitted(name, self._folder.tensor(name), self.shapes[name]).to(torch.float32)
         for method in self._methods:
             weight = method.initial_weight(name, weight)
-        return weight
+        return spec.shard(weight, rank).reshape(-1)[start : start + numel].clone()
 
     def loss_scaler(self) -> Mapping[str, float]:
         return {}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.store import CheckpointError
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
@@ -265,7 +264,7 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
         changes = changed_settings(load_config([saved]), config)
     except ConfigError as error:
         return [f"the saved configuration is not readable: {error}"]
-    passing = ("train.resume:", "train.universal:", "train.stop_after:")
+    passing = ("train.resume:", "train.stop_after:")
     return [change for change in changes if not change.startswith(passing)]
 
 
@@ -290,24 +289,15 @@ def _density_change(saved: Path, config: RunConfig, step: int) -> list[str]:
 
 
 def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:
-    """Where the run goes on, and what to tell the user about it.
-
-    Raises CheckpointError where there are checkpoints and none is good: starting over would replace the run's records.
-    """
+    """Where the run goes on, and what to tell the user about it."""
     if config.train.resume != "auto":
         return TrainState(), []
-    damaged = checkpointer.store.damaged()
-    state = checkpointer.restore()
-    if state is None and damaged:
-        raise CheckpointError(
-            f"run.name: {config.run.name} has no good checkpoint to go on from; must be another run.name, or "
-            f"mend or remove them: {'; '.join(damaged)}"
-        )
-    if state is None:
+    found = checkpointer.restore()
+    if found.state is None:
         return TrainState(), []
-    notes = [f"warning: passed over: {reason}" for reason in damaged]
+    notes = [f"warning: passed over: {reason}" for reason in found.passed_over]
     notes += [f"warning: changed since the run was last started: {change}" for change in changes]
-    return state, [*notes, f"going on from step {state.step}"]
+    return found.state, [*notes, f"going on from step {found.state.step}"]
 
 
 def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note: Callable[[str], None]) -> RunRecords:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_files import MODEL_STATES, content, parameters, write, write_good
+from saved_files import FILE, write_good
 from tiny_states import STEP, TinyState, dense_config, write_model, write_run
 from tool_calls import call
 
-from megasparse.checkpoint.compact.manifest import tensor_file
+from megasparse.checkpoint.compact.manifest import MANIFEST, tensor_file
 from megasparse.checkpoint.compact.writer import pack
-from megasparse.checkpoint.store import MANIFEST, TOPOLOGY
-from megasparse.checkpoint.universal import write_universal
+from megasparse.checkpoint.index import INDEX
+from megasparse.checkpoint.model_folder import TOPOLOGY
 from megasparse.config.loader import load_config
 from megasparse.conversion.folder_state import write_model_folder
 from megasparse.conversion.sparsify import sparsify
@@ -59,8 +59,7 @@ def forms(made, tmp_path) -> Path:
 
 CHECKPOINT = "run/checkpoints/step-00000006"
 KINDS = {
-    "run": "run", CHECKPOINT: "checkpoint", f"{CHECKPOINT}/universal": "universal form", "small": "compact folder",
-    "model": "model folder",
+    "run": "run", CHECKPOINT: "checkpoint", "small": "compact folder", "model": "model folder",
 }  # fmt: skip
 
 
@@ -90,7 +89,7 @@ def test_every_form_tells_the_same(made, name) -> None:
 def test_tables_show_it_and_values_are_read_where_asked_for(made) -> None:
     status, printed = call("inspect_checkpoint", made / "run")
     assert status == 0
-    for part in ("step", "0.29", "universal form only", f"{UP}.weight", "128 x 32", "exp_avg, exp_avg_sq", TOPOLOGY):
+    for part in ("step", "0.29", f"{UP}.weight", "128 x 32", "exp_avg, exp_avg_sq", FILE):
         assert part in printed, printed
     found = json.loads(call("inspect_checkpoint", "--json", "--values", made / "huggingface")[1])
     assert found["kind"] == "Hugging Face folder" and found["density"] == 1.0 and found["step"] == 0
@@ -99,12 +98,8 @@ def test_tables_show_it_and_values_are_read_where_asked_for(made) -> None:
     assert rows["final_norm.weight"] == {"zeros": 0.0, "largest": pytest.approx(1.2, abs=0.3), "not_finite": 0}
 
 
-def test_a_checkpoint_of_deepspeeds_files_tells_its_layout(tmp_path) -> None:
-    folder = write_good(tmp_path)
-    found = json.loads(call("inspect_checkpoint", "--json", folder)[1])
-    assert found["layout"] == {
-        "ranks": 2, "data_parallel_size": 2, "tensor_parallel_size": 1, "zero_stage": 0, "universal_form": False,
-    }  # fmt: skip
+def test_a_checkpoint_alone_is_shown_too(tmp_path) -> None:
+    found = json.loads(call("inspect_checkpoint", "--json", write_good(tmp_path))[1])
     assert found["moments"] == ["exp_avg", "exp_avg_sq", "weight_steps"] and found["algorithm"] is None
 
 
@@ -156,12 +151,17 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip_in_the_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
 @pytest.mark.parametrize(
     ("folder", "damages"),
     [
-        ("run", {f"{CHECKPOINT}/{TOPOLOGY}": (flip, "does not have its checksum"),
-                 f"{CHECKPOINT}/universal/zero/{UP}.weight/fp32.pt": (flip, "does not have its checksum"),
-                 f"{CHECKPOINT}/universal/zero/{UP}.weight/exp_avg.pt": (Path.unlink, "is missing")}),
+        ("run", {f"{CHECKPOINT}/{FILE}": (flip_in_the_middle, "does not have its checksum")}),
+        (CHECKPOINT, {f"{CHECKPOINT}/{INDEX}": (cut, "index.json is not readable")}),
         ("small", {f"small/{tensor_file(UP + '.weight')}": (cut, "bytes instead of"),
                    "small/config.yaml": (flip, "does not have its checksum")}),
         ("small", {f"small/{MANIFEST}": (cut, "manifest.json is not readable")}),
@@ -220,16 +220,14 @@ def test_weights_that_active_where_the_mask_is_inactive_are_named(forms) -> None
 
 def test_nothing_is_executed_from_any_file(forms, tmp_path) -> None:
     trap = tmp_path / "broken-in"
-    bad = forms / CHECKPOINT / "universal" / "zero" / f"{UP}.weight" / "fp32.pt"
-    torch.save({"param": Intruder(trap)}, bad)
     hugging_face = forms / "huggingface"
     (hugging_face / "model.safetensors").unlink()
     torch.save({"weight": Intruder(trap)}, hugging_face / "pytorch_model.bin")
-    deepspeed = write(tmp_path / "intruded", 1, {MODEL_STATES: {"module": Intruder(trap)}})
+    bad = forms / CHECKPOINT / FILE
+    torch.save({"param": Intruder(trap)}, bad)
     for folder, file in (
         (forms / "run", bad),
         (hugging_face, hugging_face / "pytorch_model.bin"),
-        (deepspeed, deepspeed / MODEL_STATES),
     ):
         for words in (["--verify", folder], ["--values", folder], ["--diff", folder, forms / "model"]):
             status, printed = call("inspect_checkpoint", *words)
@@ -250,15 +248,15 @@ def test_tensors_in_a_plain_file_of_torch_are_shown(tmp_path) -> None:
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path) -> None:
     write_good(tmp_path, 3)
-    (write_good(tmp_path, 5) / MODEL_STATES).unlink()
+    (write_good(tmp_path, 5) / FILE).unlink()
     (tmp_path / "config.yaml").write_text("model: {num_layers: 1}\n")
     status, printed = call("inspect_checkpoint", tmp_path / "checkpoints" / "step-00000005")
-    assert status == 2 and f"{MODEL_STATES} is missing" in printed
+    assert status == 2 and f"{FILE} is missing" in printed
     (tmp_path / "config.yaml").unlink()
     status, printed = call("inspect_checkpoint", tmp_path)
-    assert status == 0 and "passed over: checkpoint" in printed and f"{MODEL_STATES} is missing" in printed
+    assert status == 0 and "passed over: checkpoint" in printed and f"{FILE} is missing" in printed
     status, printed = call("inspect_checkpoint", "--verify", tmp_path)
-    assert status == 1 and f"step-00000005/{MODEL_STATES}: is missing" in printed
+    assert status == 1 and f"{FILE} is missing" in printed
 
 
 @pytest.mark.parametrize(
@@ -276,13 +274,3 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path) -> None:
 def test_what_cannot_be_asked_is_refused(made, words, reason) -> None:
     status, printed = call("inspect_checkpoint", *(word.format(made=made) for word in words))
     assert status == 2 and reason in printed and "Traceback" not in printed, printed
-
-
-def test_the_universal_form_beside_deepspeeds_files_is_verified_too(tmp_path) -> None:
-    weights = parameters()
-    saved = content(weights)
-    folder = write(tmp_path, 3, {MODEL_STATES: saved})
-    write_universal(folder)
-    flip(folder / "universal" / "zero" / "norm.weight" / "fp32.pt")
-    status, printed = call("inspect_checkpoint", "--verify", folder)
-    assert status == 1 and "zero/norm.weight/fp32.pt: does not have its checksum" in printed

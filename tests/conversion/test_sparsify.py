@@ -11,7 +11,7 @@ from tiny_states import STEP, TinyState, content, dense_config, write_model, wri
 from tool_calls import call
 
 from megasparse.checkpoint.model_folder import ModelFolder
-from megasparse.checkpoint.universal import open_checkpoint
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.weights import find_checkpoint
 from megasparse.config.loader import load_config
 from megasparse.conversion.sparsify import densify, sparsify
@@ -142,8 +142,8 @@ def test_the_tool_makes_a_run_that_keeps_its_state_and_takes_it_back(folders) ->
     assert status == 0 and "layers.1.mlp.up" in printed and "layers.0" not in printed, printed
     config = load_config([folders / "sparse" / "config.yaml"])
     assert (config.sparsity.algorithm, config.sparsity.density, config.run.name) == ("static", 0.25, "sparse")
-    before = open_checkpoint(find_checkpoint(folders / "run")[0])
-    made = open_checkpoint(find_checkpoint(folders / "sparse")[0])
+    before = Checkpoint(find_checkpoint(folders / "run")[0])
+    made = Checkpoint(find_checkpoint(folders / "sparse")[0])
     assert made.facts == before.facts and made.step == STEP
     expected = sparsify(before, config, "magnitude", STEP)
     for name in made.shapes:
@@ -151,7 +151,7 @@ def test_the_tool_makes_a_run_that_keeps_its_state_and_takes_it_back(folders) ->
             assert torch.equal(made.tensor(name, kind), expected.tensor(name, kind)), name
     status, printed = call("sparsify", "--densify", "--run", folders / "sparse", "--output", folders / "again")
     assert status == 0, printed
-    again = open_checkpoint(find_checkpoint(folders / "again")[0])
+    again = Checkpoint(find_checkpoint(folders / "again")[0])
     assert again.topology() == {} and load_config([folders / "again" / "config.yaml"]).sparsity.algorithm == "dense"
     assert all(torch.equal(again.tensor(name, "fp32"), made.tensor(name, "fp32")) for name in made.shapes)
 

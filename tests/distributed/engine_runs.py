@@ -23,6 +23,8 @@ from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
 from megasparse.training.build_engine import build_engine
+from megasparse.training.checkpoints import Checkpointer
+from megasparse.training.state import TrainState
 
 GLOBAL_BATCH = 8
 
@@ -213,17 +215,19 @@ def run_interrupted(mesh: Mesh, config: RunConfig, folder: Path, stop: int) -> d
     """A run that saves after `stop` steps and goes on, and one that is built anew and goes on from the files."""
     engine, controller = build(mesh, config)
     advance(mesh, engine, controller, 0, stop)
-    engine.save(folder, "saved", {"step": stop})
-    topology = {name: bits.clone() for name, bits in controller.state().items()}
+    checkpointer = Checkpointer(folder, config, mesh, engine, engine.rules)
+    checkpointer.save(TrainState(step=stop))
+    # What is saved is the state of this step, although training goes on before it is written.
     outcome = {}
     for name in ("uninterrupted", "resumed"):
         if name == "resumed":
+            checkpointer.finish()
             # Another seed: everything that matters must come from the files.
             other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})})
             engine, controller = build(mesh, other)
             engine.config = controller.config = config
-            assert engine.load(folder, "saved")["step"] == stop
-            controller.load_state(topology)
+            found = Checkpointer(folder, config, mesh, engine, engine.rules).restore()
+            assert found.state.step == stop and not found.passed_over
             check_state(engine, controller)
         losses = advance(mesh, engine, controller, stop, config.train.steps)
         outcome[name] = {
@@ -246,40 +250,9 @@ def run_interruptions(mesh: Mesh, cases: list[tuple[str, list[str], Layout]], fo
     return results
 
 
-class TrapDoor:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.path,)
-
-
-def load_trapped_files(mesh: Mesh, folder: Path) -> dict[str, str]:
-    """Error message by file name: each file of a checkpoint in turn is exchanged for one with a trap door in it."""
-    config = run_config(["model.hidden_size=64", "sparsity.block_size=16"])
-    engine, controller = build(mesh, config)
-    advance(mesh, engine, controller, 0, 2)
-    engine.save(folder, "good", {})
-    messages = {}
-    for path in sorted((folder / "good").glob("*.pt")):
-        good = path.read_bytes()
-        content = torch.load(path, weights_only=True) if "model_states" in path.name else {}
-        torch.save({**content, "client": TrapDoor(str(folder / "sprung"))}, path)
-        try:
-            engine.load(folder, "good")
-        except ValueError as error:
-            messages[path.name] = str(error)
-        path.write_bytes(good)
-    engine.load(folder, "good")
-    return messages
-
-
 def run_all(mesh: Mesh, cases: list, interruptions: list, folder: Path) -> dict[str, dict]:
     """Everything that the tests of one world size want, in one set of processes."""
     return {
         "cases": run_cases(mesh, cases),
         "interruptions": run_interruptions(mesh, interruptions, folder),
-        "trapped": load_trapped_files(mesh, folder / "trapped") if mesh.world_size == 1 else {},
     }

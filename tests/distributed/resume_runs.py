@@ -15,6 +15,8 @@ from megasparse.sparsity.controller import Controller
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.state import TrainState
 
+FLIPS = 12
+"""Places in each file of a checkpoint at which a bit is turned over."""
 STOP = 10
 """Steps before the checkpoint: ultra-sparse, between two topology updates."""
 
@@ -53,23 +55,25 @@ def train_on(mesh: Mesh, engine: TrainingEngine, controller: Controller, first: 
 
 def save_and_go_on(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> dict:
     """Train, save, collect the whole state, and train on to the end."""
-    config, mesh = run_config([*overrides, "train.universal=true"], layout), divided(mesh, layout.tensor)
+    config, mesh = run_config(overrides, layout), divided(mesh, layout.tensor)
     engine, controller = build(mesh, config)
     train_on(mesh, engine, controller, 0, STOP)
     state = TrainState(step=STOP, consumed_samples=STOP * 8, last_loss=1 / 3)
     state.window.loss = 1.0 + mesh.data_parallel.rank
-    Checkpointer(folder, config, mesh, engine, engine.rules).save(state)
+    checkpointer = Checkpointer(folder, config, mesh, engine, engine.rules)
+    checkpointer.save(state)
+    checkpointer.finish()
     saved = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {"saved": saved, "rest": train_on(mesh, engine, controller, STOP, config.train.steps)}
 
 
 def resume(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> dict:
-    """Go on from the universal form. Another seed: everything that matters must come from the files."""
-    config, mesh = run_config([*overrides, "train.universal=true"], layout), divided(mesh, layout.tensor)
+    """Go on from the checkpoint. Another seed: everything that matters must come from the files."""
+    config, mesh = run_config(overrides, layout), divided(mesh, layout.tensor)
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})})
     engine, controller = build(mesh, other)
     engine.config = controller.config = config
-    state = Checkpointer(folder, config, mesh, engine, engine.rules).restore()
+    state = Checkpointer(folder, config, mesh, engine, engine.rules).restore().state
     check_state(engine, controller)
     restored = {**collected_state(mesh, engine), "weight_steps": collected_weight_steps(mesh, engine)}
     return {
@@ -86,42 +90,43 @@ def collected_weights(engine: TrainingEngine) -> Tensor:
 
 
 def refusals(mesh: Mesh, layout: Layout, overrides: list[str], folder: Path) -> dict[str, str]:
-    """Messages of the resumes that are refused; `folder` holds checkpoints, with universal forms, of another layout."""
-    config, mesh = run_config([*overrides, "train.universal=true"], layout), divided(mesh, layout.tensor)
+    """Messages of the resumes that are refused; `folder` holds one checkpoint, of another layout."""
+    config, mesh = run_config(overrides, layout), divided(mesh, layout.tensor)
     engine, controller = build(mesh, config)
     untouched = collected_weights(engine)
 
-    def attempt(**changes: object) -> str:
-        train = config.train.model_copy(update=changes)
+    def attempt() -> str:
         try:
-            Checkpointer(folder, config.model_copy(update={"train": train}), mesh, engine, engine.rules).restore()
+            Checkpointer(folder, config, mesh, engine, engine.rules).restore()
         except CheckpointError as error:
             assert torch.equal(untouched, collected_weights(engine)), "refused, and yet something was changed"
             return str(error)
         return "accepted"
 
-    messages = {"not asked for": attempt(universal=False)}
+    def attempt_with(path: Path, content: bytes) -> str:
+        good = path.read_bytes()
+        mesh.barrier()
+        if mesh.is_first:
+            path.write_bytes(content)
+        mesh.barrier()
+        message = attempt()
+        mesh.barrier()
+        if mesh.is_first:
+            path.write_bytes(good)
+        mesh.barrier()
+        return message
+
+    messages = {}
     engine.optimizer.per_weight_step_counts = True
     messages["no per-weight steps"] = attempt()
     engine.optimizer.per_weight_step_counts = False
-    if mesh.is_first:
-        universal = next(folder.glob("*/universal"))
-        # Files are divided among the ranks for checking: the first in order is the first rank's.
-        damaged = universal / "topology.safetensors"
-        content = damaged.read_bytes()
-        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    mesh.barrier()
-    messages["damaged"] = attempt()
-    mesh.barrier()
-    if mesh.is_first:
-        damaged.write_bytes(content)
-        universal.rename(universal.with_name("elsewhere"))
-    mesh.barrier()
-    messages["missing"] = attempt()
-    mesh.barrier()
-    if mesh.is_first:
-        universal.with_name("elsewhere").rename(universal)
-    mesh.barrier()
+    (checkpoint,) = folder.glob("step-*")
+    for path in sorted(checkpoint.iterdir()):
+        good = path.read_bytes()
+        for number, at in enumerate(range(17, len(good), len(good) // FLIPS)):
+            flipped = good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :]
+            messages[f"flipped/{path.name}/{number}"] = attempt_with(path, flipped)
+        messages[f"truncated/{path.name}"] = attempt_with(path, good[: len(good) // 2])
     messages["good again"] = attempt()
     return messages
 

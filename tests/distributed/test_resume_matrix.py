@@ -1,8 +1,8 @@
 """Runs that go on in another layout: other data-parallel and tensor-parallel sizes, other ZeRO stages.
 
-Each source trains to a checkpoint and on to the end; from the checkpoint's universal form other layouts go on, and must
-give the same topologies bit for bit and the same curve but for rounding. On the way the reader's tensors are compared
-with what the source's engine held.
+Each source trains to a checkpoint and on to the end; other layouts go on from the checkpoint, and must give the same
+topologies bit for bit and the same curve but for rounding. On the way the reader's tensors are compared with what the
+source's engine held.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from harness import run_distributed
 from plain_mst import PlainTraining
 from resume_runs import STOP, run_layouts
 
-from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.checkpoint.universal import UniversalReader, verify_universal, write_universal
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.weights import load_model_weights
 
 BLOCKS = ["model.hidden_size=64", "sparsity.block_size=16"]
@@ -121,22 +120,19 @@ def sources(folder, pytestconfig) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def universal(folder, sources) -> dict[str, Path]:
-    """Checkpoint folders with their universal forms, by source."""
-    found = {name: folder / name / "checkpoints" / f"step-{STOP:08d}" for name in sources}
-    for checkpoint in found.values():
-        assert write_universal(checkpoint)
-    return found
+def checkpoints(folder, sources) -> dict[str, Path]:
+    """Checkpoint folders by source."""
+    return {name: folder / name / "checkpoints" / f"step-{STOP:08d}" for name in sources}
 
 
 @pytest.fixture(scope="module")
-def resumed(universal, pytestconfig) -> dict[str, list[dict]]:
+def resumed(checkpoints, pytestconfig) -> dict[str, list[dict]]:
     """What every rank of every resumed run returns."""
     wanted = resumed_cases(pytestconfig.getoption("exhaustive"))
     found = {}
     for world_size in sorted({target.world_size for _, _, target in wanted}):
         cases = [
-            (case_name(*case), case[2], overrides(case[0]), universal[source_name(*case[:2])].parent)
+            (case_name(*case), case[2], overrides(case[0]), checkpoints[source_name(*case[:2])].parent)
             for case in wanted
             if case[2].world_size == world_size
         ]
@@ -146,31 +142,28 @@ def resumed(universal, pytestconfig) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize(("recipe", "source"), SOURCES, ids=str)
-def test_the_reader_gives_what_the_engine_held(sources, universal, recipe, source) -> None:
+def test_the_reader_gives_what_the_engine_held(sources, checkpoints, recipe, source) -> None:
     name = source_name(recipe, source)
     saved = sources[name][0]["saved"]
-    reader, whole = CheckpointReader(universal[name]), UniversalReader(universal[name])
-    assert reader.names == list(saved["weights"]) == list(whole.shapes)
-    assert reader.step == whole.step == STOP
+    reader = Checkpoint(checkpoints[name])
+    assert list(reader.shapes) == list(saved["weights"]) and reader.step == STOP
     for kind, key in (("fp32", "weights"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
         for parameter, expected in saved[key].items():
             found = reader.tensor(parameter, kind)
             assert found.dtype == torch.float32 and torch.equal(found, expected), f"{kind} of {parameter}"
-            assert torch.equal(whole.tensor(parameter, kind), expected), f"universal {kind} of {parameter}"
     assert any(tensor.any() for tensor in saved["exp_avg"].values())
     assert bool(saved["weight_steps"]) == (recipe == "per-weight steps")
     for layer, expected in saved["weight_steps"].items():
         found = reader.tensor(f"{layer}.weight", "weight_steps")
         assert found.dtype == torch.int16 and torch.equal(found.int(), expected), layer
-        assert torch.equal(whole.tensor(f"{layer}.weight", "weight_steps"), found)
         assert 0 < int(found.min()) < int(found.max()), "some weights were grown on the way"
-    verify_universal(universal[name])
+    reader.check_all()
 
 
 @pytest.mark.parametrize(("recipe", "source"), SOURCES, ids=str)
-def test_weights_of_any_layout_load_without_an_engine(sources, universal, recipe, source) -> None:
+def test_weights_of_any_layout_load_without_an_engine(sources, checkpoints, recipe, source) -> None:
     name = source_name(recipe, source)
-    weights, saved = load_model_weights(universal[name]), sources[name][0]["saved"]["weights"]
+    weights, saved = load_model_weights(checkpoints[name]), sources[name][0]["saved"]["weights"]
     assert all(torch.equal(weights[parameter], expected) for parameter, expected in saved.items())
     assert torch.equal(weights["head.weight"], weights["embedding.tokens.weight"]) == (recipe != "blocks")
 
@@ -205,34 +198,26 @@ def test_the_run_goes_on_as_if_nothing_had_happened(sources, resumed, recipe, so
 
 
 @pytest.fixture(scope="module")
-def refused(universal, tmp_path_factory) -> list[dict[str, str]]:
+def refused(checkpoints, tmp_path_factory) -> list[dict[str, str]]:
     """What two ranks say to the checkpoint of one, copied so that it may be damaged."""
     source = source_name("weights", Layout())
     folder = tmp_path_factory.mktemp("refused") / "checkpoints"
-    shutil.copytree(universal[source].parent, folder)
+    shutil.copytree(checkpoints[source].parent, folder)
     cases = [("refused", Layout(data=2), overrides("weights"), folder)]
     return [rank["refused"] for rank in run_distributed(run_layouts, 2, "refuse", cases)]
 
 
-@pytest.mark.parametrize(
-    ("case", "parts"),
-    [
-        (
-            "not asked for",
-            ["saved by 1 rank, this run has 2", "universal_checkpoint.py", "train.universal=true"],
-        ),
-        ("no per-weight steps", ["sparsity.per_weight_step_counts", "kept no per-weight steps", "must be false and 0"]),
-        ("missing", ["universal: it is not there", "tools/universal_checkpoint.py"]),
-        ("good again", ["accepted"]),
-    ],
-)
-def test_refusals_say_what_to_do_on_every_rank(refused, case, parts) -> None:
+def test_per_weight_steps_that_were_not_kept_are_asked_for_in_vain(refused) -> None:
     for messages in refused:
-        for part in parts:
-            assert part in messages[case]
+        for part in ("sparsity.per_weight_step_counts", "kept no per-weight steps", "must be false and 0"):
+            assert part in messages["no per-weight steps"]
 
 
-def test_damage_that_one_rank_finds_stops_all(refused) -> None:
-    first, second = (messages["damaged"] for messages in refused)
-    assert "topology.safetensors does not have the checksum" in first
-    assert "another rank finds its universal form damaged" in second
+def test_a_flipped_bit_anywhere_is_named_and_never_trained_on(refused) -> None:
+    flipped = [name for name in refused[0] if name.startswith(("flipped", "truncated"))]
+    assert len(flipped) >= 24
+    for name in flipped:
+        file = name.split("/")[1]
+        for messages in refused:
+            assert "no good checkpoint" in messages[name] and file in messages[name], messages[name]
+    assert all(messages["good again"] == "accepted" for messages in refused)

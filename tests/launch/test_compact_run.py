@@ -15,7 +15,7 @@ from tool_calls import call
 from megasparse.checkpoint.compact.manifest import read_manifest, size_report, tensor_file
 from megasparse.checkpoint.compact.reader import CompactReader
 from megasparse.checkpoint.model_folder import ModelFolder
-from megasparse.checkpoint.universal import open_checkpoint
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.weights import find_checkpoint, load_model_weights
 from megasparse.config.loader import load_config
 from megasparse.sparsity.topology import unpack_bits
@@ -50,7 +50,7 @@ def packed(stopped, tmp_path_factory) -> Path:
 
 def test_all_that_matters_comes_back_bit_for_bit(stopped, packed) -> None:
     checkpoint, _ = find_checkpoint(stopped)
-    saved, compact = open_checkpoint(checkpoint), CompactReader(packed)
+    saved, compact = Checkpoint(checkpoint), CompactReader(packed)
     assert (compact.facts, compact.step, compact.shapes) == (saved.facts, saved.step, saved.shapes)
     for name in saved.shapes:
         assert compact.kinds(name) == saved.kinds(name)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_elsewhere_with_the_same_curve(corpus, whole, stopped, pac
     status, printed = call("compact_checkpoint", "unpack", "--input", packed, "--output", again)
     assert status == 0 and f"to go on: python launch/pretrain.py --config {again}" in printed, printed
     entry = str(REPOSITORY / "launch" / "pretrain.py")
-    settings = ["--config", str(again / "config.yaml"), "train.resume=auto", "train.universal=true"]
+    settings = ["--config", str(again / "config.yaml"), "train.resume=auto"]
     resumed = run([sys.executable, entry, *settings]).stdout
     assert f"going on from step {STOP}" in resumed
     expected = curve(whole)
@@ -102,7 +102,7 @@ def test_weights_alone_become_a_model_folder_with_exact_zeros(stopped, tmp_path)
     assert status == 0 and f"train.init_from={model}" in printed, printed
     folder = ModelFolder(model)
     folder.check_files()
-    saved = open_checkpoint(find_checkpoint(stopped)[0])
+    saved = Checkpoint(find_checkpoint(stopped)[0])
     for name in folder.names:
         rows = folder.shape(name)[0]
         assert torch.equal(folder.tensor(name), saved.tensor(name, "fp32")[:rows]), name
@@ -116,13 +116,12 @@ def test_weights_alone_become_a_model_folder_with_exact_zeros(stopped, tmp_path)
     assert inactive.float().mean() > 0.7 and not weight.view(torch.int32)[inactive].any()
 
 
-def test_a_checkpoint_that_is_nothing_but_universal_serves_the_other_tools(stopped, packed, tmp_path) -> None:
+def test_what_was_unpacked_serves_the_other_tools(stopped, packed, tmp_path) -> None:
     again = tmp_path / "again"
     assert call("compact_checkpoint", "unpack", "--input", packed, "--output", again)[0] == 0
-    status, printed = call("universal_checkpoint", "--run", again, "--verify")
-    assert status == 0 and "every file has its checksum" in printed, printed
-    folder, manifest = find_checkpoint(again)
-    assert manifest.is_universal_only
+    status, printed = call("inspect_checkpoint", "--verify", again)
+    assert status == 0, printed
+    folder, _ = find_checkpoint(again)
     ours, theirs = load_model_weights(folder), load_model_weights(find_checkpoint(stopped)[0])
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     status, printed = call("convert_checkpoint", "from-run", "--input", again, "--output", tmp_path / "model")
@@ -140,7 +139,7 @@ def test_a_dense_run_made_sparse_goes_on_in_training(corpus, tmp_path) -> None:
     words = ["--density", "0.2", "--block-size", "16", "--algorithm", "rigl", "sparsity.update_interval=2"]
     status, printed = call("sparsify", "--run", tmp_path / "dense", *words, "--output", tmp_path / "sparse")
     assert status == 0, printed
-    entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "train.resume=auto", "train.universal=true"]
+    entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "train.resume=auto"]
     resumed = run([*entry, "--config", str(tmp_path / "sparse" / "config.yaml")]).stdout
     assert "going on from step 4" in resumed
     lines = curve(tmp_path / "sparse")

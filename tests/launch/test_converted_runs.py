@@ -11,6 +11,7 @@ from runs import REPOSITORY, command, metrics, run, write_corpus
 from safetensors.torch import load_file
 
 from megasparse.checkpoint.model_folder import ModelFolder
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.conversion.huggingface.exporting import export_huggingface
 from megasparse.conversion.sources import open_source, write_source
 from megasparse.inference.generation import generate
@@ -61,7 +62,7 @@ def test_an_ultra_sparse_checkpoint_keeps_its_zeros_and_its_topology(finished, t
     write_source(open_source(finished, step=8), tmp_path / "model")
     folder = ModelFolder(tmp_path / "model")
     folder.check_files()
-    saved = load_file(finished / "checkpoints" / "step-00000008" / "topology.safetensors")
+    saved = Checkpoint(finished / "checkpoints" / "step-00000008").topology()
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert folder.facts["step"] == 8 and folder.facts["algorithm"] == "mst"
     assert all(torch.equal(bits, saved[key]) for key, bits in folder.topology().items())

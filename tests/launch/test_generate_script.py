@@ -11,8 +11,8 @@ import processes
 import pytest
 import torch
 from runs import REPOSITORY, command, run, write_corpus
-from safetensors.torch import load_file
 
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.inference.sampling import sample_text
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.sparsity.topology import unpack_bits
@@ -57,7 +57,7 @@ def checkpoint(run_folder: Path, step: int) -> Path:
 
 
 def cut(run_folder: Path, step: int) -> None:
-    path = checkpoint(run_folder, step) / "mp_rank_00_model_states.pt"
+    path = checkpoint(run_folder, step) / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
 
 
@@ -91,7 +91,7 @@ def test_sampling_depends_on_step_seed_and_options_alone(trained: Path) -> None:
 
 def test_weights_of_dead_units_are_zero_so_that_masks_need_not_be_loaded(trained: Path) -> None:
     model = open_trained(trained, step=8).model
-    masks = load_file(checkpoint(trained, 8) / "topology.safetensors")
+    masks = Checkpoint(checkpoint(trained, 8)).topology()
     layers = model.sparse_layers()
     assert layers
     for name, layer in layers.items():
@@ -106,9 +106,9 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(copied: Path) -> None:
     cut(copied, 24)
     done = generate(copied)
     assert "step 16," in done.stderr and "passed over" in done.stderr
-    assert "mp_rank_00_model_states.pt has 1000 bytes" in done.stderr
+    assert "rank-00000.safetensors has 1000 bytes" in done.stderr
     refused = generate(copied, "--step", "24", expect=2)
-    assert "mp_rank_00_model_states.pt has 1000 bytes" in refused.stderr and refused.stdout == ""
+    assert "rank-00000.safetensors has 1000 bytes" in refused.stderr and refused.stdout == ""
     for step in (8, 16):
         cut(copied, step)
     with pytest.raises(ValueError, match="no good checkpoint: .*has 1000 bytes"):

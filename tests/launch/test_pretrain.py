@@ -25,12 +25,13 @@ from runs import (
     wait_for_steps,
     write_corpus,
 )
-from safetensors.torch import load_file
+
+from megasparse.checkpoint.reader import Checkpoint
+from megasparse.checkpoint.weights import load_model_weights
 
 
 def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
-    path = run_folder / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
-    return torch.load(path, weights_only=True)["module"]
+    return load_model_weights(run_folder / "checkpoints" / f"step-{step:08d}")
 
 
 def test_a_run_goes_through_all_phases_and_ends_dense_with_a_report(straight: Path) -> None:
@@ -105,8 +106,8 @@ def test_every_layout_makes_the_same_curve_and_topology(
     # float32 sums in another order: a few units in the last place over 14 steps.
     expected = [line[2] for line in curve(straight)[:14]]
     assert [line[2] for line in curve(tmp_path / "other")] == pytest.approx(expected, rel=1e-5)
-    folder = Path("checkpoints") / "step-00000014" / "topology.safetensors"
-    one, two = load_file(tmp_path / "other" / folder), load_file(double / folder)
+    folder = Path("checkpoints") / "step-00000014"
+    one, two = (Checkpoint(run_folder / folder).topology() for run_folder in (tmp_path / "other", double))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert (tmp_path / "other" / "sample.txt").read_text() == (double / "sample.txt").read_text()
 
@@ -122,7 +123,7 @@ def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: in
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0 and ("stopped by" in output), output
     stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
-    assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped_at:08d}" / "index.json").is_file()
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert not summary["finished"] and summary["steps"] == stopped_at < 100000
 
@@ -171,10 +172,10 @@ def test_the_closing_sample_never_decides_how_a_run_ends(corpus: Path, tmp_path:
 
 def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
     run(command(corpus, tmp_path, "run.name=straight", "train.stop_after=9", "train.save_interval=4"))
-    newest = tmp_path / "straight" / "checkpoints" / "step-00000009" / "mp_rank_00_model_states.pt"
+    newest = tmp_path / "straight" / "checkpoints" / "step-00000009" / "rank-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     resumed = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"))
-    assert "passed over" in resumed.stdout and "mp_rank_00_model_states.pt has 1000 bytes" in resumed.stdout
+    assert "passed over" in resumed.stdout and "rank-00000.safetensors has 1000 bytes" in resumed.stdout
     assert "going on from step 8" in resumed.stdout
     assert curve(tmp_path / "straight") == curve(straight)
 
@@ -235,7 +236,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path,
 
 def test_a_run_without_a_good_checkpoint_is_not_started_over(corpus: Path, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "straight")
-    for weights_file in (tmp_path / "straight" / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
+    for weights_file in (tmp_path / "straight" / "checkpoints").glob("step-*/rank-00000.safetensors"):
         weights_file.write_bytes(b"cut off")
     before = contents(tmp_path / "straight")
     refused = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto"), expect=2)

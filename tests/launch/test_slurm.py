@@ -88,7 +88,7 @@ def test_a_job_that_is_ended_by_hand_saves_and_stays_away(
     cluster.run("scancel", *options, str(number))
     job = cluster.wait_for_end(number)
     wait_until(lambda: message in job_output(folder), LIMIT_SECONDS, f"{message!r} in {job_output(folder)}")
-    last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}" / "manifest.json"
+    last = folder / "checkpoints" / f"step-{metrics(folder)[-1]['step']:08d}" / "index.json"
     assert (job["JobState"], job["Restarts"]) == (state, "0") and last.is_file(), job_output(folder)
 
 

@@ -17,10 +17,10 @@ import torch
 
 from megasparse.checkpoint.compact.encoding import stored_bytes
 from megasparse.checkpoint.saved_state import KINDS, SparseParameter
-from megasparse.checkpoint.store import MANIFEST, CheckpointError
+from megasparse.checkpoint.store import CheckpointError
 from megasparse.utils.files import write_json
 
-NAME, VERSION = "megasparse-compact", 1
+NAME, VERSION, MANIFEST = "megasparse-compact", 2, "manifest.json"
 CONFIG, COMPANIONS = "config.yaml", "companions"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -36,8 +36,6 @@ class Stored:
     kinds: dict[str, dict[str, Any]]
     """By kind: `dtype`, and `fill`, the bit pattern, as a signed integer, of all entries of inactive units; null:
     whole."""
-    division: dict[str, Any]
-    """How DeepSpeed's own loader of universal checkpoints is to divide it."""
     layer: str | None = None
     """Sparse layer whose weight it is; None: it is dense."""
     block_size: int = 1

@@ -1,7 +1,7 @@
 """Reads compact folders: a saved state like any other, and what was packed, unpacked again.
 
 saved = CompactReader(Path("small"))
-unpack_run(saved, Path("runs/again"))       # a run that goes on with train.resume=auto train.universal=true
+unpack_run(saved, Path("runs/again"))       # a run that goes on with train.resume=auto
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from deepspeed.checkpoint.universal_checkpoint import SubparamShape
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from megasparse.checkpoint.compact.manifest import COMPANIONS, CONFIG, Stored, r
 from megasparse.checkpoint.compact.writer import EVER_BITS, INDEX
 from megasparse.checkpoint.saved_state import EVER, KINDS, LIVE, RunFacts, moved
 from megasparse.checkpoint.store import CheckpointError, sha256, size_problem
-from megasparse.checkpoint.universal import write_universal_only
+from megasparse.checkpoint.writing import write_checkpoint
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.topology import pack_bits
@@ -92,14 +90,6 @@ class CompactReader:
     def loss_scaler(self) -> dict[str, float]:
         return self.manifest.loss_scaler
 
-    def division(self, name: str) -> dict[str, Any]:
-        division = self._parameters[name].division
-        if "sub_param_shape" not in division:
-            return division
-        fields = division["sub_param_shape"]
-        shape = tuple(tuple(size) if isinstance(size, list) else size for size in fields["shape"])
-        return {"sub_param_shape": SubparamShape(**{**fields, "shape": shape})}
-
     def check_files(self) -> None:
         """Raise CheckpointError unless every file has its checksum."""
         for name, (_, checksum) in sorted(self.manifest.files.items()):
@@ -140,5 +130,5 @@ def unpack_run(saved: CompactReader, output: Path, progress: Callable[[int], Non
     saved.check_files()
     with new_folder(output) as folder:
         save_config(moved(saved.config, output), folder / "config.yaml")
-        checkpoint = write_universal_only(saved, folder, progress).relative_to(folder)
+        checkpoint = write_checkpoint(saved, folder, progress).relative_to(folder)
     return output / checkpoint

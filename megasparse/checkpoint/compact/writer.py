@@ -99,7 +99,7 @@ class _ParameterWriter:
         tensors = {kind: self.saved.tensor(self.name, kind) for kind in self.kinds}
         self._save(folder, tensors)
         kinds = {kind: _kind(tensor, None) for kind, tensor in tensors.items()}
-        return Stored(list(self.saved.shapes[self.name]), kinds, self._division())
+        return Stored(list(self.saved.shapes[self.name]), kinds)
 
     def write_sparse(
         self, folder: Path, sparse: SparseParameter, active: Tensor, ever: Tensor | None, form: str | None
@@ -126,20 +126,11 @@ class _ParameterWriter:
             del matrix
         self._save(folder, tensors)
         shape = list(sparse.shape)
-        return Stored(shape, kinds, self._division(), sparse.layer, sparse.block_size, form, num_active)
+        return Stored(shape, kinds, sparse.layer, sparse.block_size, form, num_active)
 
     def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         # Mapped tensors may share one storage, which safetensors refuses: take what is asked for, and no more.
         save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
-
-    def _division(self) -> dict[str, Any]:
-        """As plain data; the record that DeepSpeed has for unequal parts becomes its fields."""
-        division = self.saved.division(self.name)
-        if "sub_param_shape" in division:
-            record = division["sub_param_shape"]
-            fields = {"patterns": record.patterns, "shape": record.shape, "partition_dim": record.partition_dim}
-            return {"sub_param_shape": fields}
-        return division
 
 
 def _kind(tensor: Tensor, fill: int | None) -> dict[str, Any]:

@@ -6,26 +6,24 @@ opened.kind, opened.saved.shapes, opened.config
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megasparse.checkpoint.compact.manifest import NAME as COMPACT
+from megasparse.checkpoint.compact.manifest import MANIFEST
 from megasparse.checkpoint.compact.reader import CompactReader
 from megasparse.checkpoint.model_folder import CHECKSUMS, is_model_folder
-from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.saved_state import SavedState
-from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, CheckpointError, CheckpointStore, read_manifest
+from megasparse.checkpoint.store import CHECKPOINTS, INDEX, OLD_MANIFEST, CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles, read_json
-from megasparse.checkpoint.universal import UNIVERSAL, UniversalReader, open_checkpoint
-from megasparse.checkpoint.weights import find_checkpoint
+from megasparse.checkpoint.weights import find_checkpoint, passed_over
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.conversion.folder_state import PlainTensors, WeightsState
 from megasparse.conversion.sources import PICKLED, FolderSource, open_weights
 
-RUN, CHECKPOINT, UNIVERSAL_FORM, COMPACT_FOLDER = "run", "checkpoint", "universal form", "compact folder"
+RUN, CHECKPOINT, COMPACT_FOLDER = "run", "checkpoint", "compact folder"
 MODEL_FOLDER, HUGGING_FACE = "model folder", "Hugging Face folder"
 
 
@@ -50,17 +48,17 @@ def kind_of(path: Path) -> str:
     """What a folder is, by the files that it has. Raises CheckpointError where it is nothing of ours."""
     if (path / CHECKPOINTS).is_dir():
         return RUN
-    if (path / MANIFEST).is_file():
-        if path.name == UNIVERSAL or (path / "zero").is_dir():
-            return UNIVERSAL_FORM
-        return COMPACT_FOLDER if (path / "tensors").is_dir() or _format(path) == COMPACT else CHECKPOINT
+    if (path / MANIFEST).is_file() and (path / "tensors").is_dir():
+        return COMPACT_FOLDER
+    if (path / INDEX).is_file() or (path / OLD_MANIFEST).is_file():
+        return CHECKPOINT
     if is_model_folder(path):
         return MODEL_FOLDER
     if (path / "config.json").is_file():
         return HUGGING_FACE
     raise CheckpointError(
         f"{path}: {'no such folder' if not path.is_dir() else 'nothing that is known'}; must be a run folder, a "
-        "checkpoint in it, a universal form, a compact folder, a model folder, a Hugging Face folder"
+        "checkpoint in it, a compact folder, a model folder, a Hugging Face folder"
     )
 
 
@@ -75,14 +73,10 @@ def open_any(path: Path, step: int | None = None) -> Opened:
     if kind == RUN:
         found, _ = find_checkpoint(path, step)
         opened = _open_checkpoint(found, kind)
-        damaged = CheckpointStore(path / CHECKPOINTS, keep=1).damaged() if step is None else []
+        damaged = passed_over(path) if step is None else []
         return Opened(**{**vars(opened), "notes": [f"passed over: {reason}" for reason in damaged]})
     if kind == CHECKPOINT:
         return _open_checkpoint(path, kind)
-    if kind == UNIVERSAL_FORM:
-        universal = UniversalReader(path.parent)
-        config = config_near(path.parent)
-        return Opened(kind, path, universal, config, files=universal.manifest.files)
     if kind == COMPACT_FOLDER:
         compact = CompactReader(path)
         return Opened(kind, path, compact, compact.config, files=compact.manifest.files)
@@ -100,21 +94,9 @@ def config_near(checkpoint: Path) -> RunConfig | None:
 
 
 def _open_checkpoint(folder: Path, kind: str) -> Opened:
-    manifest, saved = read_manifest(folder), open_checkpoint(folder)
-    layout: dict[str, Any] = {"form": "universal form only"}
-    if isinstance(saved, CheckpointReader):
-        layout = {
-            "ranks": manifest.world_size,
-            "data_parallel_size": saved.layout.data_parallel_size,
-            "tensor_parallel_size": manifest.tensor_parallel_size,
-            "zero_stage": manifest.zero_stage,
-            "universal_form": (folder / UNIVERSAL).is_dir(),
-        }
-    files = {name: (size, "") for name, size in manifest.files.items()}
-    files["topology.safetensors"] = (files["topology.safetensors"][0], manifest.topology_sha256)
-    if isinstance(saved, UniversalReader):
-        files |= {f"{UNIVERSAL}/{name}": (size, digest) for name, (size, digest) in saved.manifest.files.items()}
-    return Opened(kind, folder, saved, config_near(folder), layout, files)
+    saved = Checkpoint(folder)
+    files = {name: (file.part.bytes, "") for name, file in saved.index.files.items()}
+    return Opened(kind, folder, saved, config_near(folder), dict(saved.index.layout), files)
 
 
 def _open_hugging_face(path: Path) -> Opened:
@@ -122,11 +104,3 @@ def _open_hugging_face(path: Path) -> Opened:
     paths = weights.paths if isinstance(weights, TensorFiles) else [path / PICKLED]
     files = {file.name: (file.stat().st_size, "") for file in paths}
     return Opened(HUGGING_FACE, path, PlainTensors(weights), None, files=files)
-
-
-def _format(path: Path) -> str | None:
-    try:
-        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values.get("format") if isinstance(values, dict) else None

@@ -15,23 +15,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megasparse.checkpoint.compact.manifest import MANIFEST
 from megasparse.checkpoint.compact.manifest import read_manifest as read_compact_manifest
 from megasparse.checkpoint.model_folder import CHECKSUMS
-from megasparse.checkpoint.store import CHECKPOINTS, MANIFEST, PREFIX, TOPOLOGY, CheckpointError, sha256, size_problem
+from megasparse.checkpoint.reader import Checkpoint
+from megasparse.checkpoint.store import CHECKPOINTS, INDEX, CheckpointError, CheckpointStore, sha256, size_problem
 from megasparse.checkpoint.tensor_files import read_json
-from megasparse.checkpoint.universal import UNIVERSAL
 from megasparse.conversion.inspection.description import find_sparse
 from megasparse.conversion.inspection.opening import (
     CHECKPOINT,
     COMPACT_FOLDER,
     MODEL_FOLDER,
     RUN,
-    UNIVERSAL_FORM,
     Opened,
     kind_of,
     open_any,
 )
-from megasparse.engine.safe_checkpoint import load_data
 
 NOT_ZERO_OUTSIDE = ("fp32", "exp_avg", "exp_avg_sq")
 """Kinds that are 0 where units are inactive; per-weight steps count on."""
@@ -50,7 +49,7 @@ def verify(path: Path) -> list[Problem]:
     """
     kind = kind_of(path)
     if kind == RUN:
-        folders = sorted((path / CHECKPOINTS).glob(f"{PREFIX}*"))
+        folders = CheckpointStore(path / CHECKPOINTS, keep=1).folders()[::-1]
         if not folders:
             return [Problem(f"{path / CHECKPOINTS}", "there is no checkpoint")]
         return [problem for folder in folders for problem in _verify_one(folder, CHECKPOINT)]
@@ -58,9 +57,7 @@ def verify(path: Path) -> list[Problem]:
 
 
 def _verify_one(path: Path, kind: str) -> list[Problem]:
-    problems = list(_bad_files(path, kind))
-    if kind == CHECKPOINT and (path / UNIVERSAL).is_dir():
-        problems += _bad_files(path / UNIVERSAL, UNIVERSAL_FORM)
+    problems = list(_bad_checkpoint(path) if kind == CHECKPOINT else _bad_files(path, kind))
     if problems:
         # What they hold would only say the same again.
         return problems
@@ -69,6 +66,21 @@ def _verify_one(path: Path, kind: str) -> list[Problem]:
         return list(_bad_tensors(opened))
     except ValueError as error:
         return [Problem(str(path), str(error))]
+
+
+def _bad_checkpoint(path: Path) -> Iterator[Problem]:
+    """Everything is read once and compared with its checksums."""
+    try:
+        saved = Checkpoint(path)
+    except CheckpointError as error:
+        yield Problem(str(path / INDEX), str(error))
+        return
+    with saved:
+        for file in saved.index.files:
+            try:
+                saved.check_file(file)
+            except CheckpointError as error:
+                yield Problem(str(path / file), str(error).removeprefix(f"{path / file}: "))
 
 
 def _bad_files(path: Path, kind: str) -> Iterator[Problem]:
@@ -83,7 +95,7 @@ def _bad_files(path: Path, kind: str) -> Iterator[Problem]:
         reason = _bad(file, size, checksum)
         if reason is not None:
             yield Problem(str(file), reason)
-    if kind not in (CHECKPOINT, UNIVERSAL_FORM, COMPACT_FOLDER):
+    if kind != COMPACT_FOLDER:
         for file in sorted(path.glob("*.safetensors")):
             reason = None if file.name in expected else _unreadable(file)
             if reason is not None:
@@ -96,12 +108,6 @@ def _expected(path: Path, kind: str) -> dict[str, tuple[int | None, str]]:
         return dict(read_compact_manifest(path).files)
     if kind == MODEL_FOLDER:
         return {name: (size, checksum) for name, (size, checksum) in _files(read_json(path / CHECKSUMS))}
-    if kind in (CHECKPOINT, UNIVERSAL_FORM):
-        values = read_json(path / MANIFEST)
-        if kind == UNIVERSAL_FORM:
-            return {name: (size, checksum) for name, (size, checksum) in _files(values)}
-        files = {name: (size, "") for name, size in _files(values)}
-        return files | {TOPOLOGY: (files.get(TOPOLOGY, (None, ""))[0], str(values.get("topology_sha256", "")))}
     index = path / "model.safetensors.index.json"
     listed = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     return {str(name): (None, "") for name in listed}
@@ -132,8 +138,6 @@ def _unreadable(file: Path) -> str | None:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as content:
                 content.keys()
-        elif file.suffix == ".pt":
-            load_data(file, mmap=True)
         elif file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, OSError) as error:

@@ -15,7 +15,6 @@ from runs import REPOSITORY, command, curve, run, write_corpus
 STOP = 11
 PROMPT = "12 + "
 DIVIDED = ["parallel.tensor_parallel_size=2", "deepspeed.zero_stage=3"]
-TOOL = [sys.executable, str(REPOSITORY / "tools" / "universal_checkpoint.py")]
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +44,8 @@ def resume(corpus: Path, run_folder: Path, *overrides: str) -> list[str]:
     return command(corpus, run_folder.parent, *settings, ranks=1)
 
 
-def test_another_number_of_ranks_is_refused_until_it_is_asked_for_and_prepared(corpus, stopped) -> None:
-    tool = f"python tools/universal_checkpoint.py --run {stopped} --step {STOP}"
-    refused = run(resume(corpus, stopped), expect=2).stdout
-    for difference in ("saved by 2 ranks, this run has 1", "zero_stage is 3 there and 1 here"):
-        assert difference in refused
-    assert tool in refused and "train.universal=true" in refused
-    refused = run(resume(corpus, stopped, "train.universal=true"), expect=2).stdout
-    assert "universal: it is not there" in refused and tool in refused
-
-
 def test_another_number_of_ranks_goes_on_with_the_same_curve(corpus, stopped, tmp_path) -> None:
-    written = run([*TOOL, "--run", str(stopped), "--verify"]).stdout
-    assert f"step-{STOP:08d}/universal: written" in written and "every tensor equals the checkpoint's" in written
-    assert "there already" in run([*TOOL, "--run", str(stopped), "--step", str(STOP)]).stdout
-
-    resumed = run(resume(corpus, stopped, "train.universal=true")).stdout
+    resumed = run(resume(corpus, stopped)).stdout
     assert f"going on from step {STOP}" in resumed
     run(command(corpus, tmp_path, "run.name=whole", "train.log_interval=2", ranks=1))
     expected, found = curve(tmp_path / "whole"), curve(stopped)
@@ -71,25 +56,20 @@ def test_another_number_of_ranks_goes_on_with_the_same_curve(corpus, stopped, tm
         for a, b in zip(mine, theirs, strict=True):
             assert a == (pytest.approx(b, rel=1e-4) if isinstance(b, float) else b), f"step {theirs[0]}"
 
-    # Now the newest checkpoint is of this layout: nothing needs to be converted, though the flag is still set.
-    longer = ["train.universal=true", "train.steps=24"]
-    assert "going on from step 24" in run(resume(corpus, stopped, *longer)).stdout
 
-
-def test_a_damaged_universal_form_is_refused(corpus, stopped) -> None:
-    run([*TOOL, "--run", str(stopped)])
-    weight = next(stopped.glob("checkpoints/*/universal/zero/*/fp32.pt"))
-    content = bytearray(weight.read_bytes())
+def test_a_changed_byte_is_refused_and_nothing_else_is_changed(corpus, stopped) -> None:
+    (file,) = stopped.glob("checkpoints/*/rank-00001.safetensors")
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    weight.write_bytes(bytes(content))
+    file.write_bytes(bytes(content))
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    refused = run(resume(corpus, stopped, "train.universal=true"), expect=2).stdout
-    assert "does not have the checksum of the manifest" in refused and str(weight.parent.name) in refused
+    refused = run(resume(corpus, stopped), expect=2).stdout
+    assert "does not have its checksum" in refused and str(file) in refused and "no good checkpoint" in refused
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
 def test_another_model_is_refused(corpus, stopped) -> None:
-    refused = run(resume(corpus, stopped, "train.universal=true", "model.num_layers=3"), expect=2).stdout
+    refused = run(resume(corpus, stopped, "model.num_layers=3"), expect=2).stdout
     assert "model.num_layers is 2 there and 3 here" in refused
 
 
@@ -101,13 +81,3 @@ def test_one_process_samples_from_what_the_ranks_have_left(started) -> None:
     # Messages share the pipe; the script stops where a document ends, the run's sample goes on.
     text = output[output.index(PROMPT) :].removesuffix("\n")
     assert len(text) > len(PROMPT) and left.startswith(text)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [(["--run", "nowhere"], "nowhere has no good checkpoint"), (["--run", "{run}", "--step", "7"], "must be 11")],
-)
-def test_the_tool_refuses_what_is_not_there(stopped, arguments, reason) -> None:
-    filled = [argument.replace("{run}", str(stopped)) for argument in arguments]
-    output = run([*TOOL, *filled], expect=2).stdout
-    assert "universal_checkpoint: error: " in output and reason in output and "Traceback" not in output

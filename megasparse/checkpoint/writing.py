@@ -1,0 +1,196 @@
+"""Puts checkpoints on disk: each rank its own file, rank 0 the index.
+
+snapshot = HostCopy(engine)                              # once per run; keeps its memory
+tensors = snapshot.take({"method/topology/active/head": bits})
+write_part(partial, rank=3, tensors)                     # every rank, perhaps in a thread
+commit(store, index, world_size=4, timeout=1800)         # rank 0, when it has written its own part
+
+write_checkpoint(saved, run_folder)                      # from any saved state, by one process
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megasparse.checkpoint.index import Index, SavedFile, SavedParameter, file_entry, parse_file, write_index
+from megasparse.checkpoint.order import Run, band_count, split
+from megasparse.checkpoint.rank_file import write_rank_file
+from megasparse.checkpoint.reader import METHOD, is_good
+from megasparse.checkpoint.saved_state import ITEM_BYTES, WEIGHT, SavedState
+from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore
+from megasparse.checkpoint.tensor_files import TensorSpec, read_json
+from megasparse.engine.training_engine import TrainingEngine
+from megasparse.parallel import shard_spec_of
+from megasparse.utils.files import write_at_once, write_json
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class RankTensors:
+    """What a rank writes: tensors on the host by name, and the runs of those that belong to parameters."""
+
+    tensors: dict[str, Tensor]
+    runs: dict[str, list[Run]]
+
+
+class HostCopy:
+    """Copies a rank's part of the training state to the host, into memory that is kept for the next time."""
+
+    def __init__(self, engine: TrainingEngine) -> None:
+        self._engine = engine
+        self._memory: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, others: Mapping[str, Tensor]) -> RankTensors:
+        """The state as it is now, and `others` by name; every rank calls it. Nothing is sent between ranks."""
+        tensors, runs = {}, {}
+        for key, pieces in self._pieces():
+            total = sum(run.numel for run, _ in pieces)
+            memory = self._memory.get(key)
+            if memory is None or memory.numel() != total or memory.dtype != pieces[0][1].dtype:
+                memory = self._memory[key] = torch.empty(total, dtype=pieces[0][1].dtype)
+            at = 0
+            for run, entries in pieces:
+                memory[at : at + run.numel].copy_(entries)
+                at += run.numel
+            tensors[key], runs[key] = memory, [run for run, _ in pieces]
+        return RankTensors(tensors | {name: tensor.cpu() for name, tensor in others.items()}, runs)
+
+    def parameters(self) -> dict[str, SavedParameter]:
+        """For the index."""
+        specs = {name: shard_spec_of(parameter) for name, parameter in self._engine.model.named_parameters()}
+        return {name: SavedParameter(spec.shape, band_count(spec)) for name, spec in specs.items()}
+
+    def aliases(self) -> dict[str, str]:
+        """Further names of shared parameters, and those that they are saved by."""
+        names = {parameter: name for name, parameter in self._engine.model.named_parameters()}
+        every = self._engine.model.named_parameters(remove_duplicate=False)
+        return {alias: names[parameter] for alias, parameter in every if alias != names[parameter]}
+
+    def _pieces(self) -> Iterator[tuple[str, list[tuple[Run, Tensor]]]]:
+        """What this rank is the one to write, by `<kind>/<parameter>`."""
+        mesh = self._engine.mesh
+        for name, parameter in self._engine.model.named_parameters():
+            spec, access = shard_spec_of(parameter), self._engine.access({name: parameter})
+            fragment = access.fragments().get(name)
+            # Of what tensor-parallel ranks hold alike, the first one's is written.
+            if fragment is None or (not spec.is_divided and mesh.tensor_parallel.rank > 0):
+                continue
+            first, last = 0, fragment.numel
+            if access.shard.size < mesh.data_parallel.size:
+                # Each data-parallel rank holds everything: they share the writing.
+                rank, size = mesh.data_parallel.rank, mesh.data_parallel.size
+                first, last = fragment.numel * rank // size, fragment.numel * (rank + 1) // size
+            for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
+                own = flat.reshape(-1)[first:last]
+                pieces = split(spec, mesh.tensor_parallel.rank, fragment.start + first, own, band_count(spec))
+                if pieces:
+                    yield f"{kind}/{name}", pieces
+
+
+def write_part(partial: Path, rank: int, content: RankTensors) -> None:
+    """Write a rank's file and then its part of the index; or, where that fails, why, for rank 0. Raises the failure."""
+    try:
+        for key in content.runs:
+            if content.tensors[key].is_floating_point() and not bool(content.tensors[key].isfinite().all()):
+                raise CheckpointError(f"{key} holds a value that is not finite; no checkpoint is made of it")
+        specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in content.tensors.items()}
+        part = write_rank_file(partial / file_name(rank), specs, content.tensors.items())
+        write_json(partial / _part_name(rank), file_entry(part, content.runs))
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            write_at_once(partial / _failure_name(rank), str(error))
+        raise
+
+
+def commit(store: CheckpointStore, index: Index, world_size: int, timeout: float) -> Path:
+    """Wait for the parts of all ranks, write the index, and let the checkpoint appear; returns its folder.
+
+    Raises CheckpointError where a rank could not write, or did not within `timeout` seconds; OSError.
+    """
+    partial, files = store.partial(index.step), {}
+    until = time.monotonic() + timeout
+    for rank in range(world_size):
+        while not (partial / _part_name(rank)).is_file():
+            if (partial / _failure_name(rank)).is_file():
+                raise CheckpointError(f"rank {rank}: {(partial / _failure_name(rank)).read_text(encoding='utf-8')}")
+            if not partial.is_dir():
+                raise CheckpointError(f"{partial} has been deleted")
+            if time.monotonic() > until:
+                raise CheckpointError(f"{partial}: rank {rank} has written nothing within {timeout:g} seconds")
+            time.sleep(POLL_SECONDS)
+        files[file_name(rank)] = parse_file(read_json(partial / _part_name(rank)))
+    write_index(replace(index, files=files), partial)
+    for rank in range(world_size):
+        (partial / _part_name(rank)).unlink()
+    return store.commit(index.step, is_good)
+
+
+def write_checkpoint(
+    saved: SavedState, run_folder: Path, progress: Callable[[int], None] = lambda done: None, *, keep: int = 1
+) -> Path:
+    """Write any saved state as a checkpoint of the run in `run_folder`, one tensor in memory at a time.
+
+    progress: called after each parameter with the bytes of weights that are done. keep: newest checkpoints that stay.
+    Returns its folder.
+    """
+    facts, store = saved.facts, CheckpointStore(run_folder / CHECKPOINTS, keep)
+    partial = store.begin(facts.step)
+    topology = {f"{METHOD}/topology/{key}": bits.clone() for key, bits in saved.topology().items()}
+    specs = {
+        f"{kind}/{name}": TensorSpec((prod(shape),), torch.int16 if ITEM_BYTES.get(kind) == 2 else torch.float32)
+        for name, shape in saved.shapes.items()
+        for kind in saved.kinds(name)
+    }
+    runs = {key: [Run(0, spec.shape[0])] for key, spec in specs.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for name, shape in saved.shapes.items():
+            for kind in saved.kinds(name):
+                yield f"{kind}/{name}", saved.tensor(name, kind).reshape(-1).to(specs[f"{kind}/{name}"].dtype)
+            done += 4 * prod(shape)
+            progress(done)
+        yield from topology.items()
+
+    specs |= {key: TensorSpec(tuple(bits.shape), bits.dtype) for key, bits in topology.items()}
+    try:
+        part = write_rank_file(partial / file_name(0), specs, tensors())
+    except BaseException:
+        store.abandon(facts.step)
+        raise
+    index = Index(
+        step=facts.step,
+        model=facts.model,
+        optimizer_step=saved.step,
+        train_state=facts.train_state,
+        window_losses=facts.window_losses,
+        loss_scaler=dict(saved.loss_scaler()),
+        layout={},
+        parameters={name: SavedParameter(tuple(shape)) for name, shape in saved.shapes.items()},
+        aliases={"head.weight": "embedding.tokens.weight"} if facts.model.get("tie_embeddings") else {},
+        files={file_name(0): SavedFile(part, runs)},
+    )
+    write_index(index, partial)
+    return store.commit(index.step, is_good)
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _part_name(rank: int) -> str:
+    return f"rank-{rank:05d}.part.json"
+
+
+def _failure_name(rank: int) -> str:
+    return f"rank-{rank:05d}.failed"
