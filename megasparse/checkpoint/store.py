@@ -70,9 +70,13 @@ class CheckpointStore:
         sync_folder(self.folder)
         good = 0
         for folder in self.folders():
+            is_whole = is_good(folder)
             if good >= self.keep and folder != final:
-                shutil.rmtree(folder)
-            good += is_good(folder)
+                # Under another name first: one that is deleted by halves would look like a damaged checkpoint.
+                going = folder.with_name(f"partial-{folder.name}")
+                os.replace(folder, going)
+                shutil.rmtree(going)
+            good += is_whole
         return final
 
     def abandon(self, step: int) -> None:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megasparse.config.renamed import renamed_setting, renamed_value
+from megasparse.config.renamed import removed_setting, renamed_setting, renamed_value
 from megasparse.config.schema import RunConfig
 from megasparse.utils.files import write_at_once
 
@@ -206,6 +206,8 @@ def _describe(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden" and (new_name := renamed_setting(details["loc"])):
         return f"{location}: was renamed; must be given as {new_name}"
+    if kind == "extra_forbidden" and (reason := removed_setting(details["loc"])):
+        return f"{location}: was removed: {reason}; must be left out"
     if kind == "extra_forbidden":
         return f"{location}: unknown setting; {_suggest(details['loc'])}"
     if kind == "value_error":

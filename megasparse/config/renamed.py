@@ -10,6 +10,11 @@ RENAMED_SETTINGS = {
 }
 """Dotted name, list positions left out, in version 0.1 -> now."""
 
+REMOVED_SETTINGS = {
+    "train.universal": "any checkpoint goes on in any layout by itself",
+}
+"""Dotted name in version 0.1 -> why it is not needed any more."""
+
 RENAMED_VALUES = {
     ("kernels.hybrid_attention", "parts"): "tiled",
     ("sparsity.drop_score", "sensitivity"): "magnitude_over_gradient",
@@ -21,6 +26,11 @@ RENAMED_VALUES = {
 def renamed_setting(location: tuple[int | str, ...]) -> str | None:
     """The present name of a setting that pydantic does not know; None: it never was one."""
     return RENAMED_SETTINGS.get(_dotted(location))
+
+
+def removed_setting(location: tuple[int | str, ...]) -> str | None:
+    """Why a setting that pydantic does not know is gone; None: it never was one."""
+    return REMOVED_SETTINGS.get(_dotted(location))
 
 
 def renamed_value(location: tuple[int | str, ...], value: object) -> str | None:

@@ -243,6 +243,11 @@ def test_names_of_version_0_1_are_refused_with_the_new_ones(override, old, new) 
     assert str(caught.value).startswith(old) and str(caught.value).endswith(f"was renamed; must be given as {new}")
 
 
+def test_a_setting_that_is_not_needed_any_more_says_so() -> None:
+    with pytest.raises(ConfigError, match="train.universal: was removed: any checkpoint goes on .*must be left out"):
+        load_config([], ["train.universal=true"])
+
+
 OLD_QUICKSTART = """
 run: {name: quickstart}
 sparsity:

@@ -64,7 +64,7 @@ def train_run(mesh: Mesh, config: RunConfig, folder: Path) -> list[dict[str, Any
     methods, engine = build_engine(config, config.model.vocab_size, mesh)
     checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
     train_data, valid_data = build_data(config, config.model.vocab_size)
-    lines, state = Lines(), checkpointer.restore() or TrainState()
+    lines, state = Lines(), checkpointer.restore().state or TrainState()
     callbacks = [
         *([] if valid_data is None else [Validation(config, engine, valid_data, mesh, state)]),
         Metrics(config, mesh, state, lines, quiet()),
