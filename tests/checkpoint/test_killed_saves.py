@@ -54,6 +54,8 @@ def save_for_ever(folder: Path, first: int, told: Connection) -> None:
 @pytest.mark.timeout(600)
 def test_a_killed_saver_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     chance, context = random.Random(0), multiprocessing.get_context("forkserver")
+    # Imports take seconds: once is enough.
+    context.set_forkserver_preload(["megasparse.checkpoint.writing"])
     folder, newest = tmp_path / "checkpoints", 0
     for _ in range(TRIES):
         mine, its = context.Pipe(duplex=False)
