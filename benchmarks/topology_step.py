@@ -26,11 +26,11 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
-        results = [measure(arguments, block_size, mesh) for block_size in arguments.units]
+        results = [measure(arguments, block_size, mesh) for block_size in arguments.block_sizes]
     path = write_result("topology_step", {"results": results}, suffix=f"{arguments.model}-{arguments.precision}")
     for result in results:
         print(
-            f"unit {result['unit']}: ordinary step {result['ordinary_step_seconds']:.4f} s, topology update "
+            f"blocks of {result['block_size']}: ordinary step {result['ordinary_step_seconds']:.4f} s, topology update "
             f"{result['topology_step_seconds']:.4f} s, cost {result['cost_in_ordinary_steps']:.3f} ordinary steps"
         )
     print(path.name)

@@ -49,7 +49,9 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600, arguments.tensor_parallel_size) as mesh:
-        results = [measure(arguments, block_size, *size, mesh) for block_size in arguments.units for size in SIZES]
+        results = [
+            measure(arguments, block_size, *size, mesh) for block_size in arguments.block_sizes for size in SIZES
+        ]
         if mesh.is_first:
             report(arguments, results, mesh.world_size)
         mesh.barrier()
@@ -58,7 +60,7 @@ def main() -> None:
 def report(arguments: argparse.Namespace, results: list[dict], world_size: int) -> None:
     for result in results:
         print(
-            f"unit {result['unit']:3d}, {result['sparse_parameters'] / 1e6:5.1f} M in {result['layers']} layers: "
+            f"blocks of {result['block_size']}, {result['sparse_parameters'] / 1e6:.1f} M, {result['layers']} layers: "
             f"decision {result['decision_seconds']:.4f} s, {result['cost_in_ordinary_steps']:.3f} ordinary steps, sent "
             f"{result['bytes_sent'] / 1e6:.3f} MB ({result['bits_per_weight']:.2f} bits per weight)"
         )

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from next_token import next_token_loss
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,7 +60,7 @@ def test_matches_the_counter_of_torch(style, state, low_rank, monkeypatch) -> No
     # The plain products of the math back end: 2 forward, 4 backward; fused kernels recompute a fifth.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            loss = model(tokens, tokens)
+            loss = next_token_loss(model, tokens, tokens)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     # Dense products do the whole work at any density.
