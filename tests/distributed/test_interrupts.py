@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from processes import LIMIT_SECONDS, Process
 
+TESTS = Path(__file__).resolve().parents[1]
+
 # Test modules as people write them; they note the ids of their processes as files of that name.
 RANKS = """
 import os, pathlib, subprocess, time
@@ -56,7 +58,11 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path, text: str, number: int, option
     folder.mkdir()
     (tmp_path / "test_hanging.py").write_text(text.format(folder=str(folder)))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", *options]
-    with Process([*command, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path) as tests:
+    # Its modules are found as this suite finds them.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    with Process(
+        [*command, tmp_path], environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
+    ) as tests:
         deadline = time.monotonic() + LIMIT_SECONDS
         while len(list(folder.iterdir())) < number:
             assert tests.poll() is None and time.monotonic() < deadline, tests.communicate()[0]

@@ -21,10 +21,14 @@ def settings(corpus: Path, folder: Path, *overrides: str) -> list[str]:
 def submit(
     words: list[str], options: list[str], environment: dict[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
-    return processes.run(
-        [sys.executable, SCRIPTS / "submit.py", *words, *options],
+    # Not by ``processes``: a job outlives what submits it, with the environment of that.
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "submit.py"), *words, *options],
         env={**environment, "PYTHONPATH": str(REPOSITORY)},
         cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=processes.LIMIT_SECONDS,
     )
 
 

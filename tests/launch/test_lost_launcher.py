@@ -12,7 +12,7 @@ from runs import command, rank_process, start, wait_for_steps
 from megasparse.launching.launcher import find_launchers
 
 
-@pytest.mark.parametrize("how", ["kill", "terminate"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("terminate", marks=pytest.mark.exhaustive)])
 def test_ranks_save_and_leave_when_their_launcher_has_gone(corpus: Path, tmp_path: Path, how: str) -> None:
     words = command(corpus, tmp_path, "run.name=orphans", "train.steps=100000", "train.save_interval=0")
     with start(words) as process:

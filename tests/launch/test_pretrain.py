@@ -113,7 +113,13 @@ def test_every_layout_makes_the_same_curve_and_topology(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGUSR1)]
+    ("ranks", "number"),
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.exhaustive),
+        (1, signal.SIGINT),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.exhaustive),
+        (2, signal.SIGUSR1),
+    ],
 )
 def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
