@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import processes
@@ -326,8 +327,10 @@ def test_a_cancelled_job_stays_away_and_one_over_its_time_comes_back(
     job.wait_for_ranks()
     # SLURM sends it to the batch script and to the tasks.
     for process in [psutil.Process(job.process.pid), *psutil.Process(job.process.pid).children(recursive=True)]:
-        if process.name() != "srun":
-            process.send_signal(signal.SIGTERM)
+        # One that has ended by itself meanwhile needs no signal.
+        with suppress(psutil.NoSuchProcess):
+            if process.name() != "srun":
+                process.send_signal(signal.SIGTERM)
     _, requeued, output = job.end()
     assert requeued == requeues, output
 
