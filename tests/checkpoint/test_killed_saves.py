@@ -21,7 +21,6 @@ from megasparse.checkpoint.writing import RankTensors, commit, write_part
 from megasparse.parallel import ShardSpec
 
 SHAPE = (96, 480)
-TRIES = 50
 
 
 def content(rank: int, step: int) -> RankTensors:
@@ -52,12 +51,13 @@ def save_for_ever(folder: Path, first: int, told: Connection) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_saver_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tries", [10, pytest.param(50, marks=pytest.mark.exhaustive)])
+def test_a_killed_saver_loses_nothing_that_was_committed(tmp_path: Path, tries: int) -> None:
     chance, context = random.Random(0), multiprocessing.get_context("forkserver")
     # Imports take seconds: once is enough.
     context.set_forkserver_preload(["megasparse.checkpoint.writing"])
     folder, newest = tmp_path / "checkpoints", 0
-    for _ in range(TRIES):
+    for _ in range(tries):
         mine, its = context.Pipe(duplex=False)
         process = context.Process(target=save_for_ever, args=(folder, newest + 1, its), daemon=True)
         process.start()
