@@ -2,8 +2,9 @@
 
     checkpointer = Checkpointer(folder, config, mesh, engine, methods)
     found = checkpointer.restore()             # the newest good one, whatever layout wrote it
-    checkpointer.save(state)                   # copies the state to the host; a thread writes it
-    checkpointer.finish()                      # waits for the thread
+    with checkpointer:
+        checkpointer.save(state)               # copies the state to the host; a thread writes it
+        checkpointer.finish()                  # waits for the thread
 
 ``Checkpointing`` is the callback that saves where it is due.
 """
@@ -26,6 +27,7 @@ from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_p
 from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.launching.failures import ReplicaMismatchError
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
@@ -43,6 +45,17 @@ class Restored:
     """What is wrong with newer ones."""
 
 
+@dataclass(frozen=True)
+class FailedSave:
+    """A checkpoint that could not be written."""
+
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the checkpoint of step {self.step:,} was not saved: {self.reason}"
+
+
 class Checkpointer:
     """The checkpoints of one run, on every rank."""
 
@@ -53,15 +66,26 @@ class Checkpointer:
         self._config, self._mesh, self._engine, self._methods = config, mesh, engine, methods
         self._copy = HostCopy(engine)
         self._thread: Thread | None = None
-        self._failure: Exception | None = None
+        self._step = 0
+        self._failure: FailedSave | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """After an error that all ranks raise alike, the checkpoint that is being written is waited for. After others
+        it is not: a rank that has died would not write its part."""
+        if kind is not None and issubclass(kind, ArithmeticError | ReplicaMismatchError):
+            self._join()
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint of the finished step; every rank calls it. Training may go on when it returns: a thread
-        writes the copy. Waits for the checkpoint before, whose failure stays to be told.
+        writes the copy. Waits for the checkpoint before, whose failure is to be asked for first.
 
         Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
         """
         self._join()
+        self._step, self._failure = state.step, None
         others = {
             f"{METHOD}/{method.name}/{key}": tensor
             for method in self._methods
@@ -81,27 +105,30 @@ class Checkpointer:
         index = self._index(TrainState.from_dict(state.to_dict()), losses)
         content = self._copy.take({name: tensor.clone() for name, tensor in others.items()})
         if self._mesh.agree_any(failure is not None):
-            self._failure = failure or CheckpointError("rank 0 could not begin a checkpoint")
+            self._fail(failure or CheckpointError("rank 0 could not begin a checkpoint"))
             return
         self._thread = Thread(target=self._write, args=(content, index), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def failure(self) -> Exception | None:
-        """Why the last save failed, as far as this rank knows; told once."""
-        if self._thread is not None and not self._thread.is_alive():
+    def failure(self, *, wait: bool = False) -> FailedSave | None:
+        """The last save, where it has failed as far as this rank knows; told once. wait: until it has ended."""
+        if wait or (self._thread is not None and not self._thread.is_alive()):
             self._join()
         failure, self._failure = self._failure, None
         return failure
 
-    def finish(self) -> Path | None:
-        """Wait until the last save has ended on all ranks; its folder where it is a checkpoint now.
+    def finish(self) -> Path:
+        """Wait until the last save has ended on all ranks; its folder.
 
         Every rank calls it. Raises CheckpointError on all where it failed on one.
         """
-        self._join()
-        self._raise_first(self.failure())
-        folders = self.store.folders()
-        return folders[0] if folders else None
+        failure = self.failure(wait=True)
+        if message := self._first_message(None if failure is None else str(failure)):
+            if self._mesh.is_first:
+                # Again: a rank that was still writing may have put its file down after the first time.
+                self.store.abandon(self._step)
+            raise CheckpointError(message)
+        return self.store.folder / self.store.name(self._step)
 
     def restore(self) -> Restored:
         """Go on from the newest good checkpoint, which rank 0 chooses; every rank calls it.
@@ -121,6 +148,8 @@ class Checkpointer:
                 if checkpoint is not None and failure is None:
                     staged, failure, is_final = self._read(checkpoint)
                 reason = self._first_message(failure)
+                if checkpoint is not None and reason is not None:
+                    checkpoint.close()
                 if self._mesh.agree_any(is_final):
                     raise CheckpointError(reason)
             if reason is not None:
@@ -172,6 +201,7 @@ class Checkpointer:
         try:
             for method in self._methods:
                 method.load_state(checkpoint.method_state(method.name))
+                method.check_state()
         except ValueError as error:
             raise CheckpointError(f"checkpoint {checkpoint.folder}: {error}") from error
         index, state = checkpoint.index, TrainState.from_dict(checkpoint.index.train_state)
@@ -216,20 +246,20 @@ class Checkpointer:
             if self._mesh.is_first:
                 commit(self.store, index, self._mesh.world_size, self._config.train.distributed_timeout_seconds)
         except Exception as error:
-            self._failure = error
+            self._fail(error)
             if self._mesh.is_first:
                 self.store.abandon(index.step)
+
+    def _fail(self, error: Exception) -> None:
+        reason = str(error)
+        if isinstance(error, OSError) and error.errno:
+            reason = f"{error.filename or self.store.folder}: {os.strerror(error.errno)}"
+        self._failure = FailedSave(self._step, reason)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def _raise_first(self, failure: Exception | None) -> None:
-        """Raise CheckpointError on all ranks with what the first failing one has to say."""
-        message = None if failure is None else _words(failure, self.store.folder)
-        if message := self._first_message(message):
-            raise CheckpointError(message)
 
     def _first_message(self, message: str | None) -> str | None:
         """That of the first rank that has one, on all ranks."""
@@ -261,31 +291,30 @@ class Checkpointing(Callback):
         self, checkpointer: Checkpointer, interval: int, state: TrainState, note: Callable[[str], None], beat: Beat
     ) -> None:
         self._checkpointer, self._interval, self._state = checkpointer, interval, state
-        self._note, self._beat, self._saved_step = note, beat, state.step
+        self._note, self._beat, self._saved_step, self._saved = note, beat, state.step, False
 
     def after_step(self, step: Step) -> None:
-        failure = self._checkpointer.failure()
-        if failure is not None:
-            reason = _words(failure, self._checkpointer.store.folder)
-            self._note(f"warning: the checkpoint of step {self._saved_step:,} was not saved: {reason}")
+        self._tell(self._checkpointer.failure())
         if self._interval and step.number % self._interval == 0:
             self._save()
 
     def end_run(self, reason: str) -> None:
-        save = self._saved_step != self._state.step
-        if save:
+        unsaved = self._saved_step != self._state.step
+        if unsaved:
             self._save()
-        folder = self._checkpointer.finish()
-        if save and folder is not None:
-            self._note(f"checkpoint {folder.name} saved")
+        # A slow disk must not pass for a run that hangs.
+        self._beat(f"step {self._state.step}: checkpoint", slow=True)
+        if self._saved:
+            folder = self._checkpointer.finish()
+            if unsaved:
+                self._note(f"checkpoint {folder.name} saved")
 
     def _save(self) -> None:
         self._beat(f"step {self._state.step}: checkpoint", slow=True)
+        self._tell(self._checkpointer.failure(wait=True))
         self._checkpointer.save(self._state)
-        self._saved_step = self._state.step
+        self._saved_step, self._saved = self._state.step, True
 
-
-def _words(failure: Exception, folder: Path) -> str:
-    if isinstance(failure, OSError):
-        return f"{failure.filename or folder}: {os.strerror(failure.errno) if failure.errno else failure}"
-    return str(failure)
+    def _tell(self, failure: FailedSave | None) -> None:
+        if failure is not None:
+            self._note(f"warning: {failure}; training goes on")

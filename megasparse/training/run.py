@@ -170,7 +170,7 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
-    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
+    checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config, mesh, engine, methods))
     saved = folder / "config.yaml"
     state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
     notes += _density_change(saved, config, state.step)
