@@ -9,6 +9,7 @@ Whole tensors, the vocabulary not padded, a tied head stored once.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class FolderSource(ModelFolder):
         self.files = tokenizer_files(folder)
 
 
-class _MasterWeights:
+class _MasterWeights(ABC):
     """Float32 weights of a model with a configuration, from where the vocabulary may be padded."""
 
     def __init__(self, where: Path, config: RunConfig, found: Iterable[str]) -> None:
@@ -108,8 +109,9 @@ class _MasterWeights:
             )
         return whole
 
+    @abstractmethod
     def _read(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """The parameter as it lies there, its vocabulary padded or not."""
 
 
 class RunSource(_MasterWeights):

@@ -122,11 +122,6 @@ def build_data(config: RunConfig, vocab_size: int):
     if config.data.train is None:
         raise ConfigError("data.train: unset; a list of {path: <prefix of .bin and .idx>, weight: <share>}")
     valid = config.data.valid
-    if valid is not None and not valid:
-        raise ConfigError(
-            "data.valid: []; must be a list of {path: <prefix of .bin and .idx>}, or unset: data.valid_fraction of "
-            "each training set is kept then"
-        )
     return build_datasets(
         train_sources=[(source.path, source.weight) for source in config.data.train],
         valid_sources=None if valid is None else [(source.path, source.weight) for source in valid],

@@ -14,7 +14,6 @@ pictures; those who write it down (``metrics.Metrics``) stand last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from megasparse.cost.ledger import StepWork
 from megasparse.engine.optimizer import Multipliers, ParameterGroup
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
+from megasparse.sparsity.controller import OpenWeight
 from megasparse.sparsity.state import StateAccess
 
 
@@ -97,9 +97,6 @@ class Engine(Protocol):
     def access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess: ...
 
 
-OpenWeight = Callable[[nn.Parameter], AbstractContextManager]
-
-
 class TrainingMethod(Callback):
     """A way to train for less: what it does in a step, its parameter groups, its part of the plan and of checkpoints.
 
@@ -108,7 +105,7 @@ class TrainingMethod(Callback):
     """
 
     name = ""
-    """Names its file in checkpoints: letters, digits, `_` and `-`."""
+    """Names its part of a checkpoint: letters, digits, `_` and `-`."""
 
     def start(self, opened: OpenWeight) -> None:
         """Set first masks and weights, before the optimizer copies them. opened(weight): puts one together that ZeRO
@@ -151,6 +148,9 @@ class TrainingMethod(Callback):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave, once weights and moments are restored. Raises ValueError where it does not
         fit."""
+
+    def check_state(self) -> None:
+        """Raise RuntimeError where weights that were loaded contradict what it knows of them."""
 
 
 MethodFactory = Callable[[RunConfig, GPT, CommunicationGroup], TrainingMethod | None]

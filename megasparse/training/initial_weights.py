@@ -29,6 +29,8 @@ def load_initial_weights(config: RunConfig, methods: Sequence[TrainingMethod], e
     for method in methods:
         method.start_from(folder)
     apply_state(engine, read_state(engine, _InitialState(folder, engine, methods)))
+    for method in methods:
+        method.check_state()
 
 
 class _InitialState:

@@ -23,11 +23,11 @@ from megasparse.launching.failures import NonFiniteError
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.checks import check_invariant
-from megasparse.sparsity.controller import Controller, TopologyReport
+from megasparse.sparsity.controller import Controller, OpenWeight, TopologyReport
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.replicas import check_replicas, is_replica_check_due
 from megasparse.sparsity.schedule import is_update_due
-from megasparse.training.callback import Engine, OpenWeight, Step, TrainingMethod
+from megasparse.training.callback import Engine, Step, TrainingMethod
 from megasparse.training.initial_checks import is_used, start_density, topology_density
 
 PICTURES = 8
@@ -152,9 +152,12 @@ class MixedSparsityTraining(TrainingMethod):
         return self.controller.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError for a topology of another model, RuntimeError where weights contradict masks."""
-        assert self._engine is not None
+        """Raises ValueError for a topology of another model."""
         self.controller.load_state(state)
+
+    def check_state(self) -> None:
+        """Inactive entries of weights and moments are exactly 0."""
+        assert self._engine is not None
         check_invariant(list(self.controller.topologies.values()), self._engine.state)
 
     def _gradients_are_finite(self) -> bool:

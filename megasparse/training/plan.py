@@ -134,6 +134,7 @@ def walk_schedule(
             active = sum(work.densities.get(name, 1.0) * size for name, size in sizes.items())
             costs[kind] = counter.step(work), active / sum(sizes.values()) if sizes else 1.0
         alike = min((method.next_change(index, steps) for method in methods), default=steps) - index
+        assert alike > 0, "next_change must give a later step"
         cost, density = costs[kind]
         total.add(Flops(alike * cost.dense, alike * cost.algorithmic, alike * cost.executed))
         density_sum += alike * density

@@ -49,7 +49,7 @@ def save_all(mesh: Mesh, layouts: list[Layout], overrides: list[str], folder: Pa
 def resume_all(
     mesh: Mesh, layouts: list[Layout], sources: list[tuple[str, str]], overrides: list[str], folder: Path
 ) -> dict[str, list]:
-    """By `source phase target`: digest of what was restored, losses of the next steps, bytes read of what is kept."""
+    """By `source phase target`: digest of what was restored, losses of the next steps."""
     results = {}
     for layout in layouts:
         own, config = divided(mesh, layout.tensor), run_config(overrides, layout)
