@@ -119,6 +119,17 @@ def test_a_checkpoint_without_its_part_is_refused(tmp_path: Path) -> None:
         run_distributed(train, 1, [*words[:-1], "train.resume=auto"], with_mesh=False)
 
 
+def test_a_few_steps_are_profiled_on_every_rank(tmp_path: Path) -> None:
+    words = [*SETTINGS, *write_corpus(tmp_path), "run.name=run", "train.profile_steps=2"]
+    run_distributed(train_plainly, 2, words, with_mesh=False)
+    traces = sorted((tmp_path / "run" / "profile").iterdir())
+    assert [path.name for path in traces] == ["rank-00000.json", "rank-00001.json"]
+    for path in traces:
+        events = [event["name"] for event in json.loads(path.read_text())["traceEvents"] if "name" in event]
+        # Two micro-batches a rank and step are one with two ranks: the embedding is looked up once in each step.
+        assert events.count("aten::embedding") == 2 * 2, "two steps, and two tables"
+
+
 def test_it_multiplies_what_the_other_methods_ask_for(tmp_path: Path) -> None:
     """The last block's matrices belong to MST's groups too; without the method they learn faster."""
     words = [*SETTINGS, *write_corpus(tmp_path)]
