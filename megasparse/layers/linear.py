@@ -112,8 +112,8 @@ class SparseLinear(Linear):
         mask: bool, the grid of this rank's shard, True where the unit is active; a buffer outside of the state dict.
         grid: how the grid of the whole layer, [out / unit, in / unit], is divided.
         index: lists of the active units, for the kernels; None while all are active. Kept by `topology_changed`.
-        backend: name of the kernel that computes the layer, chosen at its first forward pass and again after each
-            change of the topology, for the input that it saw last; None before the first forward pass.
+        backend: name of the kernel that computes the layer, chosen once for each size of input and again after each
+            change of the topology; that for the last input. None before the first forward pass.
         collect_dense_gradient: while True the backward pass returns the gradient of inactive units too.
 
     Raises:
@@ -157,6 +157,7 @@ class SparseLinear(Linear):
         self.index: BlockIndex | None = None
         self.backend: str | None = None
         self._input: tuple[int, str, torch.dtype] | None = None
+        self._backends: dict[tuple[int, str, torch.dtype], str] = {}
         self.collect_dense_gradient = False
         self.grid = self.partition.blocks(block_size)
         self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
@@ -186,16 +187,20 @@ class SparseLinear(Linear):
             refresh_index(self.index)
         else:
             self.index = build_index(self.mask, self.block_size, num_active)
+        self._backends.clear()
         self._choose_backend()
 
     def _choose_backend(self) -> None:
         if self._input is None:
             return
+        if self._input not in self._backends:
+            self._backends[self._input] = self._fastest(*self._input)
+        self.backend = self._backends[self._input]
+
+    def _fastest(self, tokens: int, device: str, dtype: torch.dtype) -> str:
         if self.index is None:
-            self.backend = "dense"
-            return
-        tokens, device, dtype = self._input
-        self.backend = choose(
+            return "dense"
+        return choose(
             self.kernel,
             device,
             dtype,

@@ -34,6 +34,29 @@ def test_sparse_layer_starts_as_the_dense_one() -> None:
     assert (layer.weight.grad != 0).all()
 
 
+def test_the_kernel_is_chosen_once_per_topology_and_size_of_input(monkeypatch) -> None:
+    layer, asked = sparse(), []
+
+    def choose(kernel: str, device: str, dtype: torch.dtype, block_size: int, tokens: int, density: float, *_, **__):
+        asked.append((tokens, density))
+        return "reference" if density < 0.4 else "dense"
+
+    monkeypatch.setattr("megasparse.layers.linear.choose", choose)
+    layer(torch.randn(5, 16))
+    assert layer.backend == "dense" and not asked, "all units are active"
+    layer.mask[:, :2] = False
+    layer.topology_changed()
+    for tokens in (5, 7, 5, 7, 5):
+        layer(torch.randn(tokens, 16))
+    assert asked == [(5, 0.5), (7, 0.5)] and layer.backend == "dense"
+    layer.mask[:, :3] = False
+    layer.topology_changed()
+    # The ledger and the log know of the new kernel before the next forward pass.
+    assert asked[2:] == [(5, 0.25)] and layer.backend == "reference"
+    layer(torch.randn(5, 16))
+    assert len(asked) == 3
+
+
 def test_topology_changed_reads_the_mask_or_believes_the_caller() -> None:
     layer = sparse()
     layer.mask[0, 0] = False
