@@ -16,7 +16,6 @@ from megasparse.training.callback import Step, no_beat
 from megasparse.training.checkpoints import Checkpointer, Checkpointing
 from megasparse.training.state import TrainState
 
-
 FAILING_STEPS = (2, 4)
 
 
