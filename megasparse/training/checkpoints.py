@@ -27,7 +27,7 @@ from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_p
 from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.launching.failures import ReplicaMismatchError
+from megasparse.launching.failures import MaskError
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
@@ -75,14 +75,14 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         """After an error that all ranks raise alike, the checkpoint that is being written is waited for. After others
         it is not: a rank that has died would not write its part."""
-        if kind is not None and issubclass(kind, ArithmeticError | ReplicaMismatchError):
+        if kind is not None and issubclass(kind, ArithmeticError | MaskError):
             self._join()
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint of the finished step; every rank calls it. Training may go on when it returns: a thread
         writes the copy. Waits for the checkpoint before, whose failure is to be asked for first.
 
-        Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
+        Raises MaskError, before anything is written, where a rank's masks are wrong.
         """
         self._join()
         self._step, self._failure = state.step, None
