@@ -34,8 +34,8 @@ class SkippedStepsError(ArithmeticError):
 
     def __init__(self, step: int, count: int, reason: str) -> None:
         super().__init__(
-            f"step {step} is skipped, number {count} in a row (train.max_skipped_steps): {reason}. Weights are as after "
-            f"step {step - count}, checkpoints as they were; {GO_ON} and a lower optimizer.lr, a longer "
+            f"step {step} is skipped, number {count} in a row (train.max_skipped_steps): {reason}. Weights are as "
+            f"after step {step - count}, checkpoints as they were; {GO_ON} and a lower optimizer.lr, a longer "
             "optimizer.warmup_steps or a higher train.skip_step_sigma"
         )
 
