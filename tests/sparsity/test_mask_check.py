@@ -1,16 +1,20 @@
-"""Copies of a mask on several ranks: differences are found, and the layer and the ranks are named."""
+"""Masks that are not what they were, or differ between ranks: all are found, the layer and the ranks are named."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from fake_layers import BASE, FakeLayer, FakeState
 from harness import run_distributed
 
-from megasparse.config.loader import check_config
-from megasparse.launching.failures import ReplicaMismatchError
+from megasparse.config.loader import load_config
+from megasparse.launching.failures import MaskError
 from megasparse.parallel import CommunicationGroup, Mesh
-from megasparse.sparsity.replicas import check_replicas, describe_difference, is_replica_check_due, mask_digest
-from megasparse.sparsity.topology import Topology
+from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.mask_check import check_masks, describe_change, describe_difference, mask_digest
+from megasparse.sparsity.topology import Topology, pack_bits
 
 NAMES = ["layers.0.attention.qkv", "layers.0.mlp.up", "layers.1.mlp.up"]
 
@@ -45,51 +49,96 @@ def test_the_first_layer_and_the_minority_are_named(
     assert found is None if message is None else message in found
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([[0, 0, 0]], None),
+        ([[0, 1, 1]], "layer layers.0.mlp.up has changed in the memory of rank 0 since"),
+        ([[0, 0, 1], [0, 1, 0], [0, 1, 0]], "layer layers.0.mlp.up has changed in the memory of ranks 1, 2 since"),
+    ],
+)
+def test_the_rank_whose_memory_changed_is_named(changed: list[list[int]], message: str | None) -> None:
+    found = describe_change(NAMES, torch.tensor(changed).bool())
+    assert found is None if message is None else message in found
+
+
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_every_bit_of_a_mask_is_in_its_digest(block_size: int) -> None:
-    mask = torch.rand(5, 7) < 0.3
-    seen = {mask_digest(Topology("layer", mask, block_size))}
-    for index in range(mask.numel()):
-        flipped = mask.clone()
-        flipped.view(-1)[index] ^= True
-        seen.add(mask_digest(Topology("layer", flipped, block_size)))
-    assert len(seen) == mask.numel() + 1
-    assert mask_digest(Topology("layer", mask.clone(), block_size)) in seen
+    bits = torch.rand(2, 35) < 0.3
+    seen = set()
+    for index in (None, *range(70)):
+        flipped = bits.clone()
+        if index is not None:
+            flipped.view(-1)[index] ^= True
+        seen.add(mask_digest(Topology("layer", flipped[0].view(5, 7), block_size), pack_bits(flipped[1])))
+    assert len(seen) == 71
+    assert mask_digest(Topology("layer", bits[0].view(5, 7).clone(), block_size), pack_bits(bits[1])) in seen
 
 
-def test_masks_are_compared_at_every_kth_topology_step() -> None:
-    settings = {"train": {"replica_check_interval": 3}, "sparsity": {"update_interval": 5}}
-    config = check_config(settings)
-    assert [step for step in range(5, 60, 5) if is_replica_check_due(step, config)] == [15, 30, 45]
-    settings["train"]["replica_check_interval"] = 0
-    assert not any(is_replica_check_due(step, check_config(settings)) for step in range(5, 60, 5))
-
-
-def flip_one_bit(mesh: Mesh, tensor_parallel_size: int) -> list[str]:
-    """What each rank raises before and after one bit of the second layer is flipped on the last rank."""
+def flip_one_bit(mesh: Mesh, tensor_parallel_size: int, kind: str) -> list[str]:
+    """What each rank raises before and after one bit of the second layer is wrong on the last rank."""
     tensor_parallel = CommunicationGroup(mesh.rank % tensor_parallel_size, tensor_parallel_size)
     data_parallel = CommunicationGroup(mesh.rank // tensor_parallel_size, mesh.world_size // tensor_parallel_size)
     mesh = Mesh(mesh.device, mesh.world, data_parallel, tensor_parallel, mesh.control)
     torch.manual_seed(tensor_parallel.rank)
-    topologies = {name: Topology(name, torch.rand(8, 6) < 0.5, 4) for name in NAMES}
-    found = []
+    topologies = [Topology(name, torch.rand(8, 6) < 0.5, 4) for name in NAMES]
+
+    def digests() -> list[int]:
+        return [mask_digest(topology, pack_bits(topology.mask)) for topology in topologies]
+
+    kept, found = digests(), []
     for _ in range(2):
         try:
-            check_replicas(topologies, mesh)
+            check_masks(NAMES, digests(), kept, mesh)
             found.append("")
-        except ReplicaMismatchError as error:
+        except MaskError as error:
             found.append(str(error))
         if mesh.rank == mesh.world_size - 1:
-            topologies[NAMES[1]].mask[3, 5] ^= True
+            topologies[1].mask[3, 5] ^= True
+        if kind == "wrong from the beginning":
+            kept = digests()
     return found
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_all_ranks_raise_alike(tensor_parallel_size: int) -> None:
-    world_size = 3 if tensor_parallel_size == 1 else 4
-    results = run_distributed(flip_one_bit, world_size, tensor_parallel_size)
+@pytest.mark.parametrize(
+    ("world_size", "tensor_parallel_size", "kind", "message"),
+    [
+        (1, 1, "changed", "has changed in the memory of rank 0"),
+        (4, 2, "changed", "has changed in the memory of rank 3"),
+        (3, 1, "wrong from the beginning", "on rank 2 differs from the one that 2 of 3 replicas hold"),
+        (4, 2, "wrong from the beginning", "differs between ranks 1, 3, and which"),
+    ],
+)
+def test_all_ranks_raise_alike(world_size: int, tensor_parallel_size: int, kind: str, message: str) -> None:
+    results = run_distributed(flip_one_bit, world_size, tensor_parallel_size, kind)
     assert all(result == results[0] for result in results)
     before, after = results[0]
-    expected = "on rank 2 differs" if tensor_parallel_size == 1 else "differs between ranks 1, 3"
-    assert before == "" and f"the mask of layer {NAMES[1]} {expected}" in after
+    assert before == "" and f"the mask of layer {NAMES[1]} {message}" in after
     assert "train.resume=auto" in after
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("flipped", ["mask", "ever_active"])
+def test_any_flip_is_found_on_one_rank_and_good_masks_pass(block_size: int, flipped: str) -> None:
+    config = load_config([], [*BASE, f"sparsity.block_size={block_size}"])
+    alone = CommunicationGroup()
+    mesh, chance = Mesh(torch.device("cpu"), alone, alone, alone, alone), random.Random(block_size)
+    for number in range(30):
+        layers = {name: FakeLayer(32, 16, block_size, seed) for seed, name in enumerate(NAMES)}
+        controller, state = Controller(config, layers), FakeState(layers)
+        controller.start_topologies()
+        for step in range(4, 4 * chance.randint(1, 8), 4):
+            controller.check_masks(mesh)
+            if controller.begin_step(step).changes_topology:
+                controller.update_topology(state)
+        if number % 2:
+            controller.load_state(controller.state())
+        controller.check_masks(mesh)
+        name = chance.choice(NAMES)
+        if flipped == "mask":
+            layers[name].mask.view(-1)[chance.randrange(layers[name].mask.numel())] ^= True
+        else:
+            bits = controller.ever_active[name]
+            bits[chance.randrange(bits.numel())] ^= 1 << chance.randrange(8)
+        with pytest.raises(MaskError, match=f"the mask of layer {name} has changed in the memory of rank 0"):
+            controller.check_masks(mesh)
