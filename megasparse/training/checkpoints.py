@@ -292,10 +292,14 @@ class Checkpointing(Callback):
     ) -> None:
         self._checkpointer, self._interval, self._state = checkpointer, interval, state
         self._note, self._beat, self._saved_step, self._saved = note, beat, state.step, False
+        self._due = False
 
     def after_step(self, step: Step) -> None:
         self._tell(self._checkpointer.failure())
-        if self._interval and step.number % self._interval == 0:
+        self._due |= self._interval > 0 and step.number % self._interval == 0
+        # Not after a skipped step, but when the next is done: a run that skips on and on, whose weights may be bad, must
+        # not push good checkpoints out.
+        if self._due and not step.skipped:
             self._save()
 
     def end_run(self, reason: str) -> None:
@@ -313,7 +317,7 @@ class Checkpointing(Callback):
         self._beat(f"step {self._state.step}: checkpoint", slow=True)
         self._tell(self._checkpointer.failure(wait=True))
         self._checkpointer.save(self._state)
-        self._saved_step, self._saved = self._state.step, True
+        self._saved_step, self._saved, self._due = self._state.step, True, False
 
     def _tell(self, failure: FailedSave | None) -> None:
         if failure is not None:

@@ -115,8 +115,8 @@ class MixedSparsityTraining(TrainingMethod):
         if self._engine is None:
             self._expect()
         step.metrics["density"] = self.controller.density()
-        if step.skipped and self.controller.decision is not None and self.controller.decision.changes_topology:
-            step.notes.append(f"step {step.number:,}: the topology update is put off until a step that is not skipped")
+        if step.skipped and is_update_due(step.index, self.config.sparsity.update_interval):
+            step.notes.append(f"step {step.number:,}: its topology update is made in the next step that is not skipped")
         if self._report is not None:
             step.records["topology"] = [self._record(self._report, step)]
         if step.number in self._picture_steps or step.number == self.config.train.steps:

@@ -14,6 +14,7 @@ from trainer_runs import train_run
 
 from megasparse.data import Batch
 from megasparse.engine.restore import optimizer_step
+from megasparse.launching.failures import SkippedStepsError
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Callback, Step
@@ -122,4 +123,20 @@ def run_faulty(
                 raise RuntimeError(f"case {name}") from error
             for key in ("skipped", "updates", "norms"):
                 result[key] += getattr(watches[0], key)
+    return results
+
+
+def run_to_the_limit(mesh: Mesh, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """A run without faults; one that skips more steps than it may; and what comes of that when it goes on."""
+    config, results = run_config(overrides, Layout(2)), {}
+    results["straight"] = train_run(mesh, config, folder / "straight")
+    objective = Faulty(mesh.rank == 1, dict.fromkeys(range(14, 48), ("gradient", math.nan)))
+    try:
+        train_run(mesh, config, folder / "run", objective, lambda trainer: Watch(trainer, objective))
+    except SkippedStepsError as error:
+        results["error"] = str(error)
+    mesh.barrier()
+    results["saved"] = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    mesh.barrier()
+    results["resumed"] = train_run(mesh, config, folder / "run")
     return results

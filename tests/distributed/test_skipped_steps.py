@@ -80,3 +80,15 @@ def test_skipped_steps_change_nothing_on_any_rank(tmp_path: Path, ranks: int, ca
     check(resumed)
     for name, _, _ in chosen:
         assert repr(resumed[0][name]) == repr(results[0][name]), f"{name}: bit for bit"
+
+
+def test_too_many_in_a_row_end_the_run_and_spoil_nothing(tmp_path: Path) -> None:
+    data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
+    # A checkpoint would be due after the second skipped step, too.
+    limits = ["train.steps=24", "train.max_skipped_steps=4", "train.save_interval=4", "train.keep_checkpoints=1"]
+    first, second = run_distributed(run_to_the_limit, 2, [*SETTINGS, data, *limits], tmp_path)
+    assert first == second
+    assert first["error"].startswith("step 18 is skipped, number 4 in a row (train.max_skipped_steps): a loss or gra")
+    assert "as after step 14" in first["error"] and "train.resume=auto" in first["error"]
+    assert first["saved"] == ["step-00000012"]
+    assert first["resumed"] == first["straight"][12:]
