@@ -297,7 +297,7 @@ class Checkpointing(Callback):
     def after_step(self, step: Step) -> None:
         self._tell(self._checkpointer.failure())
         self._due |= self._interval > 0 and step.number % self._interval == 0
-        # Not after a skipped step, but when the next is done: a run that skips on and on, whose weights may be bad, must
+        # After a skipped step it waits for one that is not: a run that skips on and on, whose weights may be bad, must
         # not push good checkpoints out.
         if self._due and not step.skipped:
             self._save()

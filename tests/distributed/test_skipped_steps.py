@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engine_runs import Layout
 from harness import run_distributed
-from skip_runs import FAULTS, STEPS, run_faulty
+from skip_runs import FAULTS, STEPS, run_faulty, run_to_the_limit
 from trainer_runs import write_documents
 
 SETTINGS = [
@@ -30,13 +30,12 @@ TWO_RANKS = [
     ("zero 3, bf16", [BF16, WEIGHTS], Layout(2, zero=3)),
     ("tensor parallel", [WEIGHTS], Layout(1, 2, zero=1)),
 ]
-OTHERS = [
+FURTHER = [
     ("zero 0", [], Layout(2, zero=0)),
     ("zero 3, unclipped", [UNCLIPPED], Layout(2, zero=3, accumulation=2)),
     ("tensor parallel, zero 0", [], Layout(1, 2, zero=0)),
     ("offload", ["deepspeed.offload_optimizer=cpu"], Layout(2, zero=2)),
 ]
-FURTHER = pytest.param(2, OTHERS, marks=pytest.mark.exhaustive)
 RESUMED = ("one rank", "zero 3, bf16")
 SKIPPED = sorted(FAULTS)
 # Those of skipped steps are made in the first one that is not; the second of them makes the model dense again.
