@@ -142,8 +142,10 @@ class MixedSparsityTraining(TrainingMethod):
     def state(self) -> dict[str, Tensor]:
         """Raises MaskError where a rank's masks are wrong."""
         assert self._mesh is not None
+        state = self.controller.state()
+        # Afterwards: what flips from here on is not in it.
         self.controller.check_masks(self._mesh)
-        return self.controller.state()
+        return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError for a topology of another model."""
