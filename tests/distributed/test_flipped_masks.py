@@ -29,7 +29,7 @@ SETTINGS = [
     "data.valid_fraction=0",
 ]
 BLOCKS, WEIGHTS = ["sparsity.block_size=8"], ["sparsity.block_size=1"]
-TRIES = 8
+TRIES = 5
 
 
 @dataclass
