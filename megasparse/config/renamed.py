@@ -11,6 +11,7 @@ RENAMED_SETTINGS = {
 """Dotted name, list positions left out, in version 0.1 -> now."""
 
 REMOVED_SETTINGS = {
+    "train.replica_check_interval": "masks are checked before every topology update and checkpoint",
     "train.universal": "any checkpoint goes on in any layout by itself",
 }
 """Dotted name in version 0.1 -> why it is not needed any more."""

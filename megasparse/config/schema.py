@@ -345,8 +345,11 @@ class TrainConfig(Section):
     step, a validation, a checkpoint, or at the start or the end of the run, ends the run."""
     step_timeout_seconds: PositiveInt = 300
     """The same limit for all other steps: longer than any part of a step (forward, backward, ...) takes."""
-    replica_check_interval: NonNegativeInt = 10
-    """Topology updates between comparisons of the masks of data-parallel ranks; 0: only before checkpoints."""
+    skip_step_sigma: PositiveFloat | None = None
+    """Skip a step whose gradient norm is more than this many standard deviations above the mean of the last 128 applied
+    steps (6 is usual); unset: only those with a loss or gradient that is not finite."""
+    max_skipped_steps: PositiveInt = 10
+    """So many skipped steps in a row end the run."""
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of a rank in an optimizer step."""

@@ -4,6 +4,7 @@ engine = TrainingEngine(model, rules, config, mesh, objective)
 for inputs, targets in micro_batches:
     loss = engine.forward(inputs, targets)
     engine.backward(loss)
+norm = engine.gradient_norm()                           # not finite: the step is to be skipped
 ...                                                     # engine.state: weights, moments, gradients, to be edited here
 gradient_norm = engine.step(lr)
 """
@@ -27,9 +28,10 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.fragments import state_access
+from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
-from megasparse.parallel import Mesh, shard_spec_of
+from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import OpenWeight
 from megasparse.sparsity.state import StateAccess
 
@@ -79,6 +81,7 @@ class TrainingEngine:
         self._with_objective = ModelWithObjective(self.model, objective)
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
+        self._losses: Tensor | float = 0.0
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
@@ -107,6 +110,7 @@ class TrainingEngine:
     def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean loss of a micro-batch, float32 scalar with graph. All arguments: int64 [micro_batch_size, T]."""
         loss, self.parts = self._engine(inputs, targets, documents)
+        self._losses = self._losses + loss.detach()
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -115,31 +119,29 @@ class TrainingEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def gradients_are_finite(self) -> bool:
-        """Whether every rank's pieces of the sparse matrices have finite gradients (float16 may overflow)."""
-        wrong = sum(int((~fragment.gradient.isfinite()).sum()) for fragment in self.state.fragments().values())
-        return not self.mesh.agree_any(wrong > 0)
+    def gradient_norm(self) -> float:
+        """Global norm of the averaged gradients as the backward passes left them, before clipping; the same bits on
+        every rank, which all call it. Not finite where a gradient or a loss of any rank is not."""
+        losses, self._losses = self._losses, 0.0
+        access = self.access(dict(self.model.named_parameters()))
+        return global_gradient_norm(access, self.model, self.mesh, losses)
 
     def step(self, lr: float, *, skip_update: bool = False) -> float:
-        """One optimizer step at a base learning rate. Returns the global gradient norm before clipping.
+        """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
+        clipping.
 
         skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
+        Raises RuntimeError where DeepSpeed leaves out a step by itself.
         """
         set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
-        norm = self._gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
+        # At stage 0 DeepSpeed keeps it to itself.
+        norm = self.gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
         self.optimizer.skip_updates = False
+        if not (skip_update or self._engine.was_step_applied()):
+            raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
-
-    def _gradient_norm(self) -> float:
-        """Global norm at stage 0, where DeepSpeed keeps it to itself: shards add up, replicas count once."""
-        squares = torch.zeros(2, device=self.mesh.device)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                squares[int(shard_spec_of(parameter).is_divided)] += parameter.grad.norm().square()
-        self.mesh.tensor_parallel.sum_(squares[1:])
-        return float(squares.sum().sqrt())
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The last words of a run that cannot go on: one line for the user, and the exit status.
 
-Status 2: something to mend; 4: masks of replicas differ. The table is in launch/README.md.
+Status 2: something to mend; 4: a mask is wrong. The table is in launch/README.md.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import time
 from typing import NoReturn
 
 from megasparse.config.loader import ConfigError
-from megasparse.launching.failures import ReplicaMismatchError, exit_now
+from megasparse.launching.failures import MaskError, SkippedStepsError, exit_now
 
-EXPECTED = (ValueError, ArithmeticError, ReplicaMismatchError)
+EXPECTED = (ValueError, ArithmeticError, MaskError)
 """Errors whose message is for the user; all others come with their traceback."""
 SECONDS_FOR_RANK_0 = 15
 
 
 def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
     """Print the error where it is to be heard, and end this process."""
-    # Wrong settings and unequal masks are the same on all ranks, so one of them says so; data may be bad on one alone.
-    is_common = isinstance(error, ConfigError | ReplicaMismatchError)
+    # Wrong settings and masks and skipped steps are common to all ranks, so one says so; data may be bad on one alone.
+    is_common = isinstance(error, ConfigError | MaskError | SkippedStepsError)
     if rank == 0:
         print(f"error: {error}", file=sys.stderr)
     elif not is_common:
@@ -28,4 +28,4 @@ def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
     elif isinstance(error, ConfigError):
         # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
         time.sleep(SECONDS_FOR_RANK_0)
-    exit_now(4 if isinstance(error, ReplicaMismatchError) else 2)
+    exit_now(4 if isinstance(error, MaskError) else 2)

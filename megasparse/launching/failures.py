@@ -22,16 +22,21 @@ LOST_PEER_STATUS = 3
 SIGNS = ("connection closed by peer", "connection reset", "timed out", "socket timeout", "broken pipe", "gloo", "nccl")
 
 
-class ReplicaMismatchError(RuntimeError):
-    """Data-parallel ranks hold different masks; all ranks raise it at the same point."""
+class MaskError(RuntimeError):
+    """A mask is not what it was, or data-parallel ranks hold different ones; all ranks raise it at the same point."""
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient became NaN or infinite; all ranks raise it at the same step."""
+class SkippedStepsError(ArithmeticError):
+    """So many steps in a row were skipped that going on is of no use; all ranks raise it at the same step.
 
-    def __init__(self, what: str) -> None:
+    step: the last of them, counted from 1. reason: why it was skipped.
+    """
+
+    def __init__(self, step: int, count: int, reason: str) -> None:
         super().__init__(
-            f"{what}; go on from an older checkpoint with a lower optimizer.lr or a longer optimizer.warmup_steps"
+            f"step {step} is skipped, number {count} in a row (train.max_skipped_steps): {reason}. Weights are as "
+            f"after step {step - count}, checkpoints as they were; {GO_ON} and a lower optimizer.lr, a longer "
+            "optimizer.warmup_steps or a higher train.skip_step_sigma"
         )
 
 

@@ -210,6 +210,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     reason = f": {summary['reason']}" if summary["reason"] and not summary["finished"] else ""
     rows = [
         ("Outcome", f"{end} after {summary['steps']:,} steps{reason}"),
+        ("Skipped steps", f"{skipped:,}, for their gradients" if (skipped := summary.get("skipped_steps")) else ""),
         (
             "Loss",
             f"validation {format_decimal(summary['val_loss'], 4)}"

@@ -12,6 +12,7 @@ steps that will be done again are removed. The numbers of a line of metrics go t
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,10 +64,11 @@ class RunRecords:
         """values: `step` and the numbers of the line."""
         self.record("metrics", values)
         for tracker in self._trackers:
-            tracker.scalars(values["step"], scalars_of(values))
+            tracker.scalars(values["step"], scalars_of(_without_nan(values)))
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
-        """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it."""
+        """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it. Numbers that are not
+        finite, which JSON does not know, become null."""
         if name not in self._files:
             self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
         _write_line(self._files[name], values)
@@ -87,8 +89,17 @@ class RunRecords:
 
 
 def _write_line(file: Any, values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(values) + "\n")
+    file.write(json.dumps(_without_nan(values), allow_nan=False) + "\n")
     file.flush()
+
+
+def _without_nan(values: Any) -> Any:
+    """With None for each number that is not finite."""
+    if isinstance(values, Mapping):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

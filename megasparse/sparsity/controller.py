@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from megasparse.config.schema import Pattern, Phase, RunConfig
-from megasparse.parallel import CommunicationGroup, ShardSpec
+from megasparse.parallel import CommunicationGroup, Mesh, ShardSpec
 from megasparse.sparsity.checks import check_schedule
 from megasparse.sparsity.distribution import LayerShape, layer_densities, unit_target
 from megasparse.sparsity.evolution import StepCounts, random_topology, step_counts
 from megasparse.sparsity.groups import LayerSettings, layer_settings
+from megasparse.sparsity.mask_check import check_masks, mask_digest
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
 from megasparse.sparsity.scores import DROP_SCORES
 from megasparse.sparsity.state import Ranks, StateAccess
@@ -112,6 +113,7 @@ class Controller:
         }
         self.shard_active = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
         self.ever_active: dict[str, Tensor] = {}
+        self._kept_digests: list[int] = []
         self.decision: StepDecision | None = None
         check_schedule(config, self.schedule, self.topologies, self.densities_for(self.schedule.min_density))
 
@@ -135,6 +137,7 @@ class Controller:
                     inactive = ~topology.weights_slice(0, weight.numel())
                     weight.view(-1).masked_fill_(inactive.to(weight.device), 0)
         self._remember_active()
+        self._kept_digests = self._digests()
 
     def _random_topology(self, name: str, target: int) -> Tensor:
         """A random choice of `target` units of the whole layer, bool [num_units]; balanced between shards if asked."""
@@ -150,12 +153,18 @@ class Controller:
         row_length = topology.whole_grid.shape[1] if floor else None
         return random_topology(topology.num_units, target, stream_number(name), seed, row_length)
 
-    def begin_step(self, step: int) -> StepDecision:
-        """Decide on optimizer step `step` (0-based) and tell the layers whose dense gradient is wanted."""
+    def begin_step(self, step: int, skipped_before: int = 0) -> StepDecision:
+        """Decide on optimizer step `step` (0-based) and tell the layers whose dense gradient is wanted.
+
+        skipped_before: steps right before it that were skipped. A topology update that one of them would have made
+        is made now.
+        """
         progress = step / self.config.train.steps
         phase = self.schedule.phase(progress)
         pattern = self.pattern_schedule.pattern(progress, phase)
-        counts = self._counts(step) if is_update_due(step, self.config.sparsity.update_interval) else {}
+        interval = self.config.sparsity.update_interval
+        is_due = any(is_update_due(at, interval) for at in range(step - skipped_before, step + 1))
+        counts = self._counts(step) if is_due else {}
         dense_gradient = frozenset(name for name, shards in counts.items() if self._needs_gradient(name, shards))
         for name, layer in self.layers.items():
             layer.collect_dense_gradient = name in dense_gradient
@@ -189,6 +198,7 @@ class Controller:
         for name, counts in decision.counts.items():
             self._set_active(name, statistics[name].shard_active)
             assert self.num_active[name] == sum(count.target for count in counts), f"{name}: {self.shard_active[name]}"
+        self._kept_digests = self._digests()
         return self._report(decision, statistics, time.perf_counter() - started)
 
     def expect(self, name: str, counts: Sequence[StepCounts]) -> None:
@@ -267,6 +277,12 @@ class Controller:
                 raise ValueError(f"saved topology of layer {name}: {error}") from None
             self._adopt(name, active)
             self.ever_active[name] = pack_bits(topology.pick(ever))
+        self._kept_digests = self._digests()
+
+    def check_masks(self, mesh: Mesh) -> None:
+        """Raise MaskError, on all ranks alike, where the masks of this or another rank are not those of the last
+        topology update, or differ between replicas. Before a change or a save, which would hide it or make it last."""
+        check_masks(list(self.topologies), self._digests(), self._kept_digests, mesh)
 
     def whole_mask(self, name: str) -> Tensor:
         """The mask of a whole layer on its unit grid, bool on the CPU; all tensor-parallel ranks must call it."""
@@ -280,6 +296,9 @@ class Controller:
         if topology.num_shards == 1:
             return bits
         return self.tensor_parallel.sum_(bits.to(topology.mask.device)).cpu()
+
+    def _digests(self) -> list[int]:
+        return [mask_digest(topology, self.ever_active[name]) for name, topology in self.topologies.items()]
 
     def _shape(self, name: str) -> LayerShape:
         layer = self.layers[name]

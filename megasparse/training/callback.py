@@ -45,13 +45,18 @@ class Step:
 
     index: int
     """Of the step, from 0: steps that were finished before it."""
+    skipped_before: int = 0
+    """Steps right before it that were skipped, one after another."""
     work: StepWork = field(default_factory=StepWork)
     """What is computed; methods fill it in before the forward passes."""
+    skipped: str | None = None
+    """Why the step is skipped: its gradients change nothing, and ``after_backward`` is not called."""
     skip_update: bool = False
     """Leave weights and moments as they are; a method may set it after the backward passes."""
     lr: float = 0.0
     """Base learning rate."""
     gradient_norm: float = 0.0
+    """Over all ranks, before clipping; not finite where a gradient or a loss is not."""
     line_due: bool = False
     """A line of metrics is to be written after this step."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +86,8 @@ class Callback:
 
     def after_backward(self, step: Step) -> None:
         """After the last backward pass of the step; gradients are averaged over the ranks and not yet clipped. Methods
-        come after all other callbacks: until then nothing of the step before has changed."""
+        come after all other callbacks: until then nothing of the step before has changed. Not called for a step that is
+        skipped because of its gradients."""
 
     def after_step(self, step: Step) -> None:
         """After the optimizer step; the state of training counts it as finished."""

@@ -28,7 +28,7 @@ from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_p
 from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.launching.failures import ReplicaMismatchError
+from megasparse.launching.failures import MaskError
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
@@ -77,7 +77,7 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         """After an error that all ranks raise alike, the checkpoint that is being written is waited for. After others
         it is not: a rank that has died would not write its part."""
-        if kind is not None and issubclass(kind, ArithmeticError | ReplicaMismatchError):
+        if kind is not None and issubclass(kind, ArithmeticError | MaskError):
             self._join()
 
     def save(self, state: TrainState) -> None:
@@ -85,7 +85,7 @@ class Checkpointer:
         change weights after ``wait_for_copy``: a thread copies the state, during the forward and backward passes, and
         writes the copy. Waits for the checkpoint before, whose failure is to be asked for first.
 
-        Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
+        Raises MaskError, before anything is written, where a rank's masks are wrong.
         """
         self._join()
         self._step, self._failure = state.step, None
@@ -305,13 +305,17 @@ class Checkpointing(Callback):
     ) -> None:
         self._checkpointer, self._interval, self._state = checkpointer, interval, state
         self._note, self._beat, self._saved_step, self._saved = note, beat, state.step, False
+        self._due = False
 
     def after_backward(self, step: Step) -> None:
         self._checkpointer.wait_for_copy()
 
     def after_step(self, step: Step) -> None:
         self._tell(self._checkpointer.failure())
-        if self._interval and step.number % self._interval == 0:
+        self._due |= self._interval > 0 and step.number % self._interval == 0
+        # After a skipped step it waits for one that is not: a run that skips on and on, whose weights may be bad, must
+        # not push good checkpoints out.
+        if self._due and not step.skipped:
             self._save()
 
     def end_run(self, reason: str) -> None:
@@ -329,7 +333,7 @@ class Checkpointing(Callback):
         self._beat(f"step {self._state.step}: checkpoint", slow=True)
         self._tell(self._checkpointer.failure(wait=True))
         self._checkpointer.save(self._state)
-        self._saved_step, self._saved = self._state.step, True
+        self._saved_step, self._saved, self._due = self._state.step, True, False
 
     def _tell(self, failure: FailedSave | None) -> None:
         if failure is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
 from megasparse.data import BatchLoader, split_samples
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
@@ -45,7 +47,10 @@ class Trainer:
         self._first_step = self.state.step + 1
 
     def run(self, stop: StopSignal) -> str:
-        """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary."""
+        """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary.
+
+        Raises SkippedStepsError, on all ranks alike, where `train.max_skipped_steps` in a row were skipped.
+        """
         train = self.config.train
         hooks, reason = [*self.methods, *self.callbacks], "finished"
         start = Step(self.state.step - 1)
@@ -56,6 +61,8 @@ class Trainer:
                 step = self.train_step(loader)
                 for callback in self.callbacks:
                     callback.after_step(step)
+                if self.state.norms.skipped_in_a_row >= train.max_skipped_steps:
+                    raise SkippedStepsError(step.number, self.state.norms.skipped_in_a_row, step.skipped or "")
                 if stop.agreed():
                     reason = f"stopped by {stop.received or 'a signal to another rank'}"
                 elif self.state.step == train.stop_after and self.state.step < train.steps:
@@ -80,23 +87,26 @@ class Trainer:
     def train_step(self, loader: BatchLoader) -> Step:
         """One optimizer step over the global batch, as the methods have it; ``run`` tells the callbacks of it."""
         state, engine, seconds = self.state, self.engine, self.state.ledger.seconds
-        step = Step(state.step, beat=self._beat_of(state.step + 1))
+        step = Step(state.step, state.norms.skipped_in_a_row, beat=self._beat_of(state.step + 1))
         with seconds.step():
             for hook in (*self.methods, *self.callbacks):
                 hook.begin_step(step)
             losses = [self._micro_batch(loader, step) for _ in range(engine.accumulation_steps)]
             flops = self._flops.step(step.work, running_kernels(engine.model))
+            self._judge(step)
             step.beat("topology")
             with seconds.part("topology"):
-                for hook in (*self.callbacks, *self.methods):
+                for hook in () if step.skipped else (*self.callbacks, *self.methods):
                     hook.after_backward(step)
             step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer)
             step.beat("optimizer")
             with seconds.part("optimizer"):
-                step.gradient_norm = engine.step(step.lr, skip_update=step.skip_update)
+                norm = engine.step(step.lr, skip_update=step.skip_update)
         state.ledger.flops.add(flops)
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
-        state.advance(losses, loader.consumed_samples, tokens)
+        state.advance(losses if isfinite(step.gradient_norm) else (), loader.consumed_samples, tokens)
+        if not step.skipped:
+            step.gradient_norm = norm
         for method in self.methods:
             method.after_step(step)
         return step
@@ -114,6 +124,19 @@ class Trainer:
         with seconds.part("backward"):
             engine.backward(loss)
         return {"loss": loss.detach(), **engine.parts}
+
+    def _judge(self, step: Step) -> None:
+        """Skip the step where its gradients are not finite or too large; all ranks decide alike, before anything has
+        changed."""
+        norms = self.state.norms
+        step.beat("gradient norm")
+        with self.state.ledger.seconds.part("optimizer"):
+            step.gradient_norm = self.engine.gradient_norm()
+        step.skipped = norms.objection(step.gradient_norm, self.config.train.skip_step_sigma)
+        norms.count(step.gradient_norm, skipped=step.skipped is not None)
+        if step.skipped:
+            step.skip_update = True
+            step.notes.append(f"warning: step {step.number:,} is skipped: {step.skipped}")
 
     def _beat_of(self, number: int) -> Beat:
         """What tells the watchdog of step `number`. The first one of a start may be slow: it compiles kernels."""

@@ -5,13 +5,11 @@ It stands after all callbacks that have something to tell, and writes what they 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from megasparse.config.schema import RunConfig
-from megasparse.launching.failures import NonFiniteError
 from megasparse.monitoring.console import Progress, QuietProgress
 from megasparse.monitoring.records import RunRecords
 from megasparse.parallel import Mesh
@@ -59,17 +57,17 @@ class Metrics(Callback):
         state, ledger = self._state, self._state.ledger
         tokens_per_s = state.window.tokens / max(ledger.seconds.total - state.window.seconds, 1e-9)
         losses = self._mean_losses()
-        if not math.isfinite(losses["loss"]):
-            raise NonFiniteError(f"the loss is {losses['loss']} at step {step.number}")
-        state.last_loss = losses["loss"]
+        state.last_loss = losses.get("loss", state.last_loss)
         state.window = Window(seconds=ledger.seconds.total)
         line: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
+            "loss": None,
             **losses,
             **step.metrics,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,
+            "skipped_steps": state.norms.skipped,
             "tokens_per_s": tokens_per_s,
             "flops_dense": ledger.flops.dense,
             "flops_algorithmic": ledger.flops.algorithmic,
@@ -90,8 +88,10 @@ class Metrics(Callback):
         )
 
     def _mean_losses(self) -> dict[str, float]:
-        """`loss` and its parts, since the last line, over all ranks."""
+        """`loss` and its parts, since the last line, over all ranks; empty where no step had a finite loss."""
         window, ranks = self._state.window, self._mesh.data_parallel
+        if not window.steps:
+            return {}
         sums = torch.tensor([window.loss, *window.parts.values()], dtype=torch.float64, device=self._mesh.device)
         means = [total / (window.steps * ranks.size) for total in ranks.sum_(sums).tolist()]
         return dict(zip(["loss", *window.parts], means, strict=True))

@@ -19,13 +19,11 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import describe_changes, running_kernels
 from megasparse.cost.ledger import StepWork
 from megasparse.engine.optimizer import Multipliers, ParameterGroup
-from megasparse.launching.failures import NonFiniteError
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller, OpenWeight, TopologyReport
 from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.replicas import check_replicas, is_replica_check_due
 from megasparse.sparsity.schedule import is_update_due
 from megasparse.training.callback import Engine, Step, TrainingMethod
 from megasparse.training.initial_checks import is_used, start_density, topology_density
@@ -91,7 +89,8 @@ class MixedSparsityTraining(TrainingMethod):
         self._draw(step)
 
     def begin_step(self, step: Step) -> None:
-        decision = self.controller.begin_step(step.index)
+        self._report = None
+        decision = self.controller.begin_step(step.index, step.skipped_before)
         if self._engine is not None:
             self.model.set_attention_patterns(decision.patterns)
         step.work = StepWork(
@@ -105,24 +104,19 @@ class MixedSparsityTraining(TrainingMethod):
     def after_backward(self, step: Step) -> None:
         if self._kernels is None:
             self._kernels = running_kernels(self.model)
-        self._report, decision = None, self.controller.decision
+        decision = self.controller.decision
         assert decision is not None and self._engine is not None and self._mesh is not None
-        if not decision.changes_topology:
-            return
-        # Before the change, which takes the bits from other ranks and so hides a wrong one.
-        if is_replica_check_due(decision.step, self.config):
-            check_replicas(self.controller.topologies, self._mesh)
-        if self._gradients_are_finite():
+        if decision.changes_topology:
+            self.controller.check_masks(self._mesh)
             self._report = self.controller.update_topology(self._engine.state)
             step.skip_update |= self.config.sparsity.skip_optimizer_on_update
-        # A float16 gradient that overflowed ranks nothing, and its optimizer step will be skipped.
-        elif self.config.train.precision != "fp16":
-            raise NonFiniteError(f"a gradient is NaN or infinite at topology update {decision.step}")
 
     def after_step(self, step: Step) -> None:
         if self._engine is None:
             self._expect()
         step.metrics["density"] = self.controller.density()
+        if step.skipped and is_update_due(step.index, self.config.sparsity.update_interval):
+            step.notes.append(f"step {step.number:,}: its topology update is made in the next step that is not skipped")
         if self._report is not None:
             step.records["topology"] = [self._record(self._report, step)]
         if step.number in self._picture_steps or step.number == self.config.train.steps:
@@ -146,10 +140,12 @@ class MixedSparsityTraining(TrainingMethod):
         return {"final_density": self.controller.density()}
 
     def state(self) -> dict[str, Tensor]:
-        """Raises ReplicaMismatchError where ranks hold different masks."""
+        """Raises MaskError where a rank's masks are wrong."""
         assert self._mesh is not None
-        check_replicas(self.controller.topologies, self._mesh)
-        return self.controller.state()
+        state = self.controller.state()
+        # Afterwards: what flips from here on is not in it.
+        self.controller.check_masks(self._mesh)
+        return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError for a topology of another model."""
@@ -159,12 +155,6 @@ class MixedSparsityTraining(TrainingMethod):
         """Inactive entries of weights and moments are exactly 0."""
         assert self._engine is not None
         check_invariant(list(self.controller.topologies.values()), self._engine.state)
-
-    def _gradients_are_finite(self) -> bool:
-        """Whether every rank's pieces of the sparse matrices have finite gradients."""
-        assert self._engine is not None and self._mesh is not None
-        wrong = sum(int((~fragment.gradient.isfinite()).sum()) for fragment in self._engine.state.fragments().values())
-        return not self._mesh.agree_any(wrong > 0)
 
     def _record(self, report: TopologyReport, step: Step) -> dict[str, Any]:
         """The line of an update; the kernels of the layers have been chosen anew with it."""

@@ -1,15 +1,58 @@
-"""What a run remembers besides weights: position, totals, and the window since the last line of metrics."""
+"""What a run remembers besides weights: position, totals, gradient norms, the window since the last line of metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite, sqrt
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megasparse.cost.ledger import Ledger
+
+RECENT_NORMS = 128
+"""Applied steps whose gradient norms say what is usual."""
+FEWEST_NORMS = 32
+"""With fewer of them nothing counts as unusual: the first norms of a run fall steeply."""
+
+
+@dataclass
+class GradientNorms:
+    """Norms of the last applied steps, oldest first, and how many steps were skipped; the same on all ranks."""
+
+    recent: list[float] = field(default_factory=list)
+    skipped: int = 0
+    """Of the whole run."""
+    skipped_in_a_row: int = 0
+    """Up to the last step; 0 where that was applied."""
+
+    def objection(self, norm: float, sigma: float | None) -> str | None:
+        """Why a step of this norm must be skipped; None: it may be applied.
+
+        sigma: standard deviations above the mean of the recent norms at which one is too large; None: none is.
+        """
+        if not isfinite(norm):
+            return "a loss or gradient is not finite"
+        if sigma is None or len(self.recent) < FEWEST_NORMS:
+            return None
+        mean = fmean(self.recent)
+        deviation = sqrt(fmean((other - mean) ** 2 for other in self.recent))
+        if norm <= mean + sigma * deviation:
+            return None
+        return (
+            f"gradient norm {norm:.4g} is more than {sigma:g} standard deviations of {deviation:.4g} above "
+            f"{mean:.4g}, the mean of the last {len(self.recent)} steps (train.skip_step_sigma)"
+        )
+
+    def count(self, norm: float, *, skipped: bool) -> None:
+        """Remember the step."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            self.recent = [*self.recent, norm][-RECENT_NORMS:]
 
 
 @dataclass
@@ -20,6 +63,7 @@ class Window:
     parts: dict[str, float] = field(default_factory=dict)
     """Named parts of the loss. After a restart every rank goes on from those of rank 0."""
     steps: int = 0
+    """Whose losses are in the sums: all but those with one that is not finite."""
     tokens: int = 0
     seconds: float = 0.0
 
@@ -36,25 +80,30 @@ class TrainState:
     best_val_loss: float | None = None
     last_loss: float | None = None
     last_val_loss: float | None = None
+    norms: GradientNorms = field(default_factory=GradientNorms)
     window: Window = field(default_factory=Window)
     ledger: Ledger = field(default_factory=Ledger)
 
     def advance(self, losses: Sequence[Mapping[str, Tensor]], consumed_samples: int, tokens: int) -> None:
-        """Count a finished step. losses: `loss` and its named parts, of each micro-batch of this rank."""
+        """Count a finished step. losses: `loss` and its named parts, of each micro-batch of this rank; none for a step
+        that has a loss or gradient which is not finite."""
         self.step += 1
         self.consumed_samples = consumed_samples
         self.tokens += tokens
+        self.window.tokens += tokens
+        if not losses:
+            return
         means = {name: float(torch.stack([part[name] for part in losses]).double().mean()) for name in losses[0]}
         self.window.loss += means.pop("loss")
         for name, mean in means.items():
             self.window.parts[name] = self.window.parts.get(name, 0.0) + mean
         self.window.steps += 1
-        self.window.tokens += tokens
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        plain = {key: value for key, value in values.items() if key not in ("window", "ledger")}
-        return cls(**plain, window=Window(**values["window"]), ledger=Ledger.from_state(values["ledger"]))
+        kinds = {"norms": GradientNorms, "window": Window}
+        parts = {key: kind(**values.get(key, {})) for key, kind in kinds.items()}
+        return cls(**{**values, **parts, "ledger": Ledger.from_state(values["ledger"])})

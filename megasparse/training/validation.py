@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,11 @@ class Validation(Callback):
         step.beat("validation", slow=True)
         loss = validation_loss(self._engine, self._dataset, train.valid_samples, train.micro_batch_size, self._mesh)
         state, best = self._state, self._state.best_val_loss
-        state.last_val_loss, state.best_val_loss = loss, loss if best is None else min(best, loss)
+        if math.isfinite(loss):
+            state.last_val_loss, state.best_val_loss = loss, loss if best is None else min(best, loss)
+        else:
+            state.last_val_loss = None
+            step.notes.append(f"warning: step {step.number:,}: the validation loss is {loss}")
         step.metrics["val_loss"] = loss
         step.line_due = True
 

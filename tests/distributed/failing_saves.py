@@ -9,7 +9,7 @@ from typing import Any
 
 from engine_runs import Layout, advance, build, run_config
 
-from megasparse.launching.failures import NonFiniteError
+from megasparse.launching.failures import SkippedStepsError
 from megasparse.parallel import Mesh
 from megasparse.training import checkpoints
 from megasparse.training.callback import Step, no_beat
@@ -63,8 +63,8 @@ def saves(mesh: Mesh, folder: Path, failing_rank: int) -> dict[str, Any]:
     try:
         with checkpointer:
             finish_step(5)
-            raise NonFiniteError("the loss is nan")
-    except NonFiniteError:
+            raise SkippedStepsError(7, 3, "a loss is not finite")
+    except SkippedStepsError:
         mesh.barrier()
     return {
         "told": told,

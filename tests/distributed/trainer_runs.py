@@ -6,6 +6,7 @@ They are what the entry script starts, but for the plan, the records on disk and
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from megasparse.data.build import build_data
 from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.callback import no_beat
+from megasparse.training.callback import Callback, no_beat
 from megasparse.training.checkpoints import Checkpointer, Checkpointing
 from megasparse.training.loop import Trainer
 from megasparse.training.metrics import Metrics
+from megasparse.training.objectives import Objective
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
@@ -59,9 +61,15 @@ def write_documents(prefix: Path, lengths: tuple[int, int], total: int, vocab_si
     return prefix
 
 
-def train_run(mesh: Mesh, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+def train_run(
+    mesh: Mesh,
+    config: RunConfig,
+    folder: Path,
+    objective: Objective | None = None,
+    watch: Callable[[Trainer], Callback] | None = None,
+) -> list[dict[str, Any]]:
     """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
-    methods, engine = build_engine(config, config.model.vocab_size, mesh)
+    methods, engine = build_engine(config, config.model.vocab_size, mesh, objective)
     checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
     train_data, valid_data = build_data(config, config.model.vocab_size)
     lines, state = Lines(), checkpointer.restore().state or TrainState()
@@ -71,7 +79,9 @@ def train_run(mesh: Mesh, config: RunConfig, folder: Path) -> list[dict[str, Any
         Checkpointing(checkpointer, config.train.save_interval, state, print, no_beat),
     ]
     trainer = Trainer(config, mesh, engine, methods, train_data, state, callbacks)
-    with StopSignal(mesh) as stop:
+    if watch is not None:
+        trainer.callbacks = [watch(trainer), *callbacks]
+    with checkpointer, StopSignal(mesh) as stop:
         trainer.run(stop)
     return lines.metrics_lines
 

@@ -1,4 +1,4 @@
-"""Trains as launch/pretrain.py does, but after step 9 a mask bit of the second sparse layer flips on rank 1."""
+"""Trains as launch/pretrain.py does, but after step 9 a mask bit of the second sparse layer flips on the last rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FaultyMemory:
 
     def train_step(self, trainer: Trainer, *arguments: Any) -> Any:
         result = self._train_step(trainer, *arguments)
-        if trainer.mesh.rank == 1 and trainer.state.step == STEP:
+        if trainer.mesh.rank == trainer.mesh.world_size - 1 and trainer.state.step == STEP:
             (method,) = trainer.methods
             method.controller.topologies[list(method.controller.topologies)[1]].mask.view(-1)[2] ^= True
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,18 @@ def test_a_picture_shows_the_mask_and_large_masks_are_averaged(tmp_path: Path) -
     records.picture("head", large, 7)
     shrunk = np.asarray(Image.open(tmp_path / "topology" / "head" / "step-00000007.png"))
     assert shrunk.shape == (100, 65) and shrunk[:50].min() == 255 and shrunk[50:].max() == 0
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    records = RunRecords(tmp_path, resume_step=0)
+    records.metrics({"step": 1, "grad_norm": math.inf, "loss": math.nan, "lr": -math.inf, "phase": "dense", "count": 2})
+    records.record("topology", {"step": 1, "densities": {"head": math.nan, "up": 0.5}, "parts": [1.0, math.inf]})
+    records.close()
+    metrics, topology = (
+        json.loads((tmp_path / f"{name}.jsonl").read_text(), parse_constant=refuse) for name in ("metrics", "topology")
+    )
+    assert metrics == {"step": 1, "grad_norm": None, "loss": None, "lr": None, "phase": "dense", "count": 2}
+    assert topology == {"step": 1, "densities": {"head": None, "up": 0.5}, "parts": [1.0, None]}

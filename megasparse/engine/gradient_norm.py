@@ -1,0 +1,56 @@
+"""The global gradient norm of a step as all ranks know it, before anything has made use of a gradient.
+
+norm = global_gradient_norm(engine.access(parameters), engine.model, engine.mesh)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megasparse.models.gpt import GPT
+from megasparse.parallel import Mesh, shard_spec_of
+from megasparse.sparsity.state import StateAccess, StateFragment
+from megasparse.sparsity.topology import Topology
+
+
+@torch.no_grad()
+def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0) -> float:
+    """Norm over all parameters, the same bits on every rank, which all call it between ``backward`` and ``step``.
+
+    access: to all parameters by name. losses: a sum of this rank's losses. NaN or infinity where any gradient or loss
+    of any rank is. Gradients of inactive weights, which exist in steps that may grow them, do not count as long as they
+    are finite: otherwise the norms of those steps would stand out.
+    """
+    rank = mesh.tensor_parallel.rank
+    topologies = {
+        id(layer.weight): Topology(name, layer.mask, layer.block_size, layer.grid, rank)
+        for name, layer in model.sparse_layers().items()
+        if layer.collect_dense_gradient
+    }
+    parameters = dict(model.named_parameters())
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device) + 0 * losses
+    for name, fragment in access.fragments().items():
+        # What several ranks hold alike must count once.
+        holders = mesh.data_parallel.size // access.shard.size
+        if not shard_spec_of(parameters[name]).is_divided:
+            holders *= mesh.tensor_parallel.size
+        total += _square(fragment, topologies.get(id(parameters[name]))).to(mesh.device) / holders
+    return math.sqrt(float(mesh.world.sum_(total)))
+
+
+def _square(fragment: StateFragment, topology: Topology | None) -> Tensor:
+    """Square of the norm of a piece, float64. topology: counts only its active weights."""
+    gradient = fragment.gradient
+    square = _norm(gradient).square()
+    if topology is not None:
+        active = topology.weights_slice(fragment.start, fragment.numel).to(gradient.device)
+        # 0 times the whole is NaN where that is not finite.
+        square = 0 * square + _norm(gradient.masked_fill(~active, 0)).square()
+    return square / fragment.gradient_scale**2
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float32).double()
