@@ -36,13 +36,20 @@ def changes_since(folder: Path, record: dict[str, Any], *, allowed: bool) -> lis
     documents in another order, or another tokenizer are no continuation of a run.
     """
     before = _read(folder)
-    changed = [] if before is None else changes(before, record)
+    if before is None:
+        return [f"data: cannot be told, as {folder / RECORD} is missing"]
+    changed = changes(before, record)
     if changed and not allowed:
         raise ConfigError(
             f"data: not as {folder / RECORD} says: {'; '.join(changed)}; must be the data and the tokenizer that the "
             "run was started with, or data.allow_changed=true"
         )
     return changed
+
+
+def record_files(folder: Path) -> dict[str, Path]:
+    """The record of a run folder by its name, to go along where the run does."""
+    return {RECORD: folder / RECORD} if (folder / RECORD).is_file() else {}
 
 
 def recorded_end(folder: Path) -> EndOfDocument | None:
