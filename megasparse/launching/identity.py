@@ -61,7 +61,7 @@ def agree(
     refusal: of rank 0, why there can be no run at all; raised on all ranks.
     """
     store, rank = dist.PrefixStore("megasparse/identity", store), environment.rank
-    content = json.dumps(own, sort_keys=True)
+    content = json.dumps(own)
     digest = hashlib.sha256(content.encode()).hexdigest()
     if rank == 0:
         store.set("identity", content)
