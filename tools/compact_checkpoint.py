@@ -24,6 +24,7 @@ from megasparse.config.loader import load_config
 from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
 from megasparse.data.arguments import progress_bar, run_tool, tool_parser
+from megasparse.data.record import record_files
 
 EXAMPLES = """examples:
   # the newest good checkpoint with moments, per-weight steps and position: the run can go on from it
@@ -66,7 +67,8 @@ def main_pack(arguments: argparse.Namespace) -> None:
         saved, config, companions = WeightsState(source), source.config, source.files
     else:
         checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
-        saved, config, companions = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"]), {}
+        saved, config = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"])
+        companions = record_files(arguments.run)
     with progress_bar("packing", weight_bytes(saved)) as progress:
         manifest = pack(
             saved,

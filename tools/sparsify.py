@@ -9,6 +9,7 @@ its optimizer state, of active units; a model folder has none.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from megasparse.conversion.folder_state import WeightsState, write_model_folder
 from megasparse.conversion.sources import open_source
 from megasparse.conversion.sparsify import METHODS, check_only_sparsity, densify, sparsify
 from megasparse.data.arguments import progress_bar, run_tool, tool_parser
+from megasparse.data.record import record_files
 from megasparse.utils.folders import new_folder
 
 EXAMPLES = """examples:
@@ -93,6 +95,8 @@ def main(arguments: argparse.Namespace) -> None:
         changed, config = changed_state(arguments, saved, load_config([config_file]), config_file, saved.facts.step)
         with new_folder(output) as folder, progress_bar("writing", weight_bytes(saved)) as progress:
             save_config(moved(config, output), folder / "config.yaml")
+            for name, path in record_files(run).items():
+                shutil.copyfile(path, folder / name)
             write_checkpoint(changed, folder, progress)
         words = f"--config {output / 'config.yaml'} train.resume=auto"
     else:

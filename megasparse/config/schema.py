@@ -279,6 +279,8 @@ class DataConfig(Section):
     """Kind of the tokenizer (for samples and the vocabulary size)."""
     tokenizer_path: str | None = None
     """File of the tokenizer."""
+    allow_changed: bool = False
+    """Go on with other data or another tokenizer than when the run was last started; what changed is told."""
 
 
 class OptimizerConfig(Section):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -33,7 +33,10 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.build import open_tokenizer
+from megasparse.data.facts import EndOfDocument
+from megasparse.data.record import recorded_end
+from megasparse.data.tokenizer import Tokenizer
 
 PICKLED = "pytorch_model.bin"
 TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -82,8 +85,8 @@ class FolderSource(ModelFolder):
 class _MasterWeights(ABC):
     """Float32 weights of a model with a configuration, from where the vocabulary may be padded."""
 
-    def __init__(self, where: Path, config: RunConfig, found: Iterable[str]) -> None:
-        self._where, self.config = where, complete_config(config)
+    def __init__(self, where: Path, config: RunConfig, found: Iterable[str], end: EndOfDocument | None = None) -> None:
+        self._where, self.config = where, complete_config(config, end)
         self._expected = model_tensors(self.config)
         odd = sorted(set(self._expected) ^ set(found))
         if odd:
@@ -124,8 +127,11 @@ class RunSource(_MasterWeights):
 
         self.folder, index = find_checkpoint(run_folder, step)
         self._checkpoint = Checkpoint(self.folder)
-        super().__init__(self.folder, load_config([run_folder / "config.yaml"]), self._checkpoint.shapes)
+        config, end = load_config([run_folder / "config.yaml"]), recorded_end(run_folder)
+        super().__init__(self.folder, config, self._checkpoint.shapes, end)
         self.facts = _facts(run_folder, self.config, index.step)
+        if end is not None:
+            self.facts["end_of_document"] = asdict(end)
         kind, path = self.config.data.tokenizer, self.config.data.tokenizer_path
         self.files = {TOKENIZER_NAMES[kind]: Path(path)} if path and kind in TOKENIZER_NAMES else {}
         for file in self.files.values():
@@ -258,14 +264,19 @@ def open_torch_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable file of tensors and plain data: {reason}") from None
 
 
-def complete_config(config: RunConfig) -> RunConfig:
-    """With `model.vocab_size` from the tokenizer where it is unset."""
+def complete_config(config: RunConfig, end: EndOfDocument | None = None) -> RunConfig:
+    """With `model.vocab_size` from the tokenizer where it is unset. end: of its documents, where that is recorded."""
     if config.model.vocab_size is not None:
         return config
-    if config.data.tokenizer is None:
+    tokenizer = open_tokenizer(config, end)
+    if tokenizer is None:
         raise ConfigError("model.vocab_size: unset, and no data.tokenizer to take it from; set one of the two")
-    size = load_tokenizer(config.data.tokenizer, config.data.tokenizer_path).vocab_size
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})
+
+
+def source_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer that goes along, ending documents as is recorded with the source."""
+    return open_tokenizer(source.config, EndOfDocument.recorded_in(source.facts, "the facts of the model"))
 
 
 def portable_config(config: RunConfig, files: Mapping[str, Path]) -> RunConfig:

@@ -95,7 +95,7 @@ def end_of_document(config: RunConfig, recorded: EndOfDocument | None = None) ->
     tokenizer = open_tokenizer(config, recorded)
     if tokenizer is None:
         return recorded or _beside_the_data(config)
-    return EndOfDocument(tokenizer.end_of_document_id, tokenizer.end_of_document)
+    return EndOfDocument.of(tokenizer)
 
 
 def _beside_the_data(config: RunConfig) -> EndOfDocument | None:

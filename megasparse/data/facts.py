@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -31,6 +31,24 @@ class EndOfDocument:
     id: int
     piece: str | None
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> EndOfDocument:
+        return cls(tokenizer.end_of_document_id, tokenizer.end_of_document)
+
+    @classmethod
+    def recorded_in(cls, values: Mapping[str, Any], where: object) -> EndOfDocument | None:
+        """Under the key `end_of_document`, as ``asdict`` gives it; None where nothing is recorded.
+
+        DatasetError, with `where`, for what is no such record.
+        """
+        found = values.get("end_of_document")
+        if found is None:
+            return None
+        id, piece = (found.get(name) for name in ("id", "piece")) if isinstance(found, dict) else (None, None)
+        if not isinstance(id, int) or isinstance(id, bool) or not isinstance(piece, str | None):
+            raise DatasetError(f"{where}: end_of_document: {found!r}; must be an id and the name of a token or null")
+        return cls(id, piece)
+
     def __str__(self) -> str:
         return f"id {self.id}" if self.piece is None else f"id {self.id} ({self.piece})"
 
@@ -46,8 +64,7 @@ class DataFacts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> DataFacts:
-        end = EndOfDocument(tokenizer.end_of_document_id, tokenizer.end_of_document)
-        return cls(tokenizer.name, tokenizer.file_sha256, tokenizer.vocab_size, end)
+        return cls(tokenizer.name, tokenizer.file_sha256, tokenizer.vocab_size, EndOfDocument.of(tokenizer))
 
 
 def facts_path(prefix: str | PathLike[str]) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 from megasparse.config.schema import RunConfig
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.vocabulary import file_sha256
+from megasparse.utils.differences import differences, shown
 
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 2**16
@@ -49,16 +50,7 @@ def run_fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def changes(before: Any, now: Any, name: str = "data") -> list[str]:
     """What differs between two fingerprints, each as `name: old before, new now`; empty where nothing does."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*before, *now])
-        return [line for key in keys for line in changes(before.get(key), now.get(key), f"{name}.{key}")]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now, strict=True))
-        return [line for number, pair in pairs for line in changes(*pair, f"{name}[{number}]")]
-    if before == now:
-        return []
-    old, new = (f"{len(value)} data sets" if isinstance(value, list) else value for value in (before, now))
-    return [f"{name}: {old} before, {new} now"]
+    return [f"{place}: {shown(old)} before, {shown(new)} now" for place, old, new in differences(before, now, name)]
 
 
 def _whole(path: Path) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.data import IndexedDataset
-from megasparse.data.index_format import dataset_paths
+from megasparse.data.index_format import DatasetError, dataset_paths
 from megasparse.data.packed_files import READ_ERRORS, unpacked
+from megasparse.data.text_files import BYTE_ORDER_MARK, decode
 
 
 def is_token_file(path: str) -> bool:
@@ -41,20 +42,19 @@ def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file, compressed or not, see ``packed_files``; never empty. Line ends are kept."""
+    """A UTF-8 file, compressed or not, see ``packed_files``; never empty. Line ends are kept, a byte-order mark at its
+    beginning is not."""
     try:
         with open(path, "rb") as raw, unpacked(raw, Path(path)) as file:
-            text = file.read().decode("utf-8")
+            text = decode(file.read(), Path(path))
     except FileNotFoundError:
         raise ConfigError(
             f"--input: {path}: no such file; must be a text file, or the prefix of a .bin and .idx file"
         ) from None
     except READ_ERRORS as error:
         raise ConfigError(f"--input: {path}: cannot be read ({error})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--input: {path}: not UTF-8 text; byte 0x{error.object[error.start]:02x} at {error.start}"
-        ) from None
+    except DatasetError as error:
+        raise ConfigError(f"--input: {error}") from None
     if not text.strip():
         raise ConfigError(f"--input: {path}: no text in it; must be a file with text")
     return text
@@ -64,6 +64,8 @@ def read_jsonl(path: str, limit: int | None = None) -> Iterator[tuple[str, dict[
     """(`file, line N`, object) of each line that is not empty, the first `limit` of them; at least one."""
     found = 0
     for number, line in enumerate(read_text(path).split("\n"), 1):
+        # Joined files bring their byte-order marks with them.
+        line = line.removeprefix(BYTE_ORDER_MARK)
         if limit is not None and found >= limit:
             return
         if not line.strip():

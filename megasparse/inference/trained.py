@@ -17,6 +17,8 @@ from megasparse.checkpoint.weights import find_checkpoint, load_model_weights, p
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data.build import open_tokenizer, vocabulary_size
+from megasparse.data.facts import EndOfDocument
+from megasparse.data.record import recorded_end
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.own_tokens import begin_token, end_tokens, leading_tokens
 from megasparse.models.build import build_model
@@ -57,7 +59,8 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         )
     config = load_config([run_folder / "config.yaml"])
     folder, index = find_checkpoint(run_folder, step)
-    trained = _untrained(config, run_folder, index.step, passed_over(run_folder) if step is None else [])
+    newer = passed_over(run_folder) if step is None else []
+    trained = _untrained(config, run_folder, index.step, newer, recorded_end(run_folder))
     try:
         trained.model.load_state_dict(load_model_weights(folder))
     except RuntimeError as error:
@@ -70,7 +73,8 @@ def _open_model_folder(path: Path, step: int | None, device: torch.device | str)
     if step is not None:
         raise ConfigError(f"step: {step}; must be unset: {path} is a model folder")
     folder = ModelFolder(path)
-    trained = _untrained(folder.config, path, folder.facts.get("step", 0), [])
+    end = EndOfDocument.recorded_in(folder.facts, path)
+    trained = _untrained(folder.config, path, folder.facts.get("step", 0), [], end)
     load_weights(trained.model, folder)
     trained.model.to(device)
     tokenizer, vocab_size = trained.tokenizer, trained.model.vocab_size
@@ -83,9 +87,14 @@ def _open_model_folder(path: Path, step: int | None, device: torch.device | str)
     )
 
 
-def _untrained(config: RunConfig, folder: Path, step: int, passed_over: list[str]) -> TrainedModel:
-    """All but the weights. Masks are not needed: inactive weights are 0, and a product with zeros is exact."""
-    tokenizer = open_tokenizer(config)
+def _untrained(
+    config: RunConfig, folder: Path, step: int, passed_over: list[str], end: EndOfDocument | None
+) -> TrainedModel:
+    """All but the weights. Masks are not needed: inactive weights are 0, and a product with zeros is exact.
+
+    end: of documents, as is recorded with the model.
+    """
+    tokenizer = open_tokenizer(config, end)
     if tokenizer is None:
         raise ConfigError(f"data.tokenizer: unset in {folder / 'config.yaml'}, so text cannot become tokens")
     model = build_model(config, vocabulary_size(config, tokenizer)).eval()

@@ -26,6 +26,8 @@ def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
     elif not is_common:
         print(f"error on rank {rank}: {error}", file=sys.stderr)
     elif isinstance(error, ConfigError):
-        # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
+        # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard. Who is still here
+        # then may be the only one that is refused.
         time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
     exit_now(4 if isinstance(error, MaskError) else 2)

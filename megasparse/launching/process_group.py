@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -27,16 +27,19 @@ def open_mesh(
     tensor_parallel_size: int = 1,
     *,
     start_seconds: float = START_SECONDS,
+    agree: Callable[[dist.Store], None] = lambda store: None,
 ) -> Iterator[Mesh]:
     """Start the process groups and hand out the mesh; the groups end with the block.
 
     timeout_seconds: a collective that waits longer fails. start_seconds: how long the ranks wait for each other at
-    first. tensor_parallel_size must divide the world size.
+    first. tensor_parallel_size must divide the world size. agree: called on all ranks, with the store where they have
+    met, before they depend on each other in any other way; what it raises is raised.
     """
     assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     store = open_store(environment, start_seconds)
+    agree(store)
     store.set_timeout(timeout)
     rank, world_size = environment.rank, environment.world_size
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

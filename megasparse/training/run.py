@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
+from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import check_precision
 from megasparse.inference.sampling import sample_text
 from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching.identity import agree, check_steps, run_identity
+from megasparse.launching.run_lock import hold_folder, owner_of
 from megasparse.launching.watchdog import Watchdog
 from megasparse.models.gpt import GPT
 from megasparse.monitoring.console import (
@@ -79,6 +84,10 @@ class Prepared:
     vocab_size: int
     train_data: Any
     valid_data: Any
+    record: dict[str, Any]
+    """What the run keeps of its data, see ``data.record``."""
+    changed_data: list[str]
+    """What differs in it from the run that is gone on with, where that is allowed."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +116,41 @@ def pretrain(
     """
     extensions, console = Extensions(objective, methods, callbacks), make_console()
     prepared = prepare(config, environment.world_size, methods=methods)
-    if environment.rank == 0:
-        print_plan(prepared.plan, console)
-    known, prepared = prepared.plan["warnings"], build_kernels(prepared, environment.world_size, methods)
-    if environment.rank == 0:
-        print_warnings([warning for warning in prepared.plan["warnings"] if warning not in known], console)
-    with ExitStack() as stack:
-        built = build(prepared, environment, extensions, stack)
-        summary = train(prepared, built)
-    if environment.rank == 0:
-        # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
-        from megasparse.reporting.report import write_report
+    with ExitStack() as held:
+        refusal = None
+        if environment.rank == 0:
+            refusal = take_folder(prepared, held, lambda text: print_warnings([text], console))
+            print_plan(prepared.plan, console)
+        identity = run_identity(config, prepared.record, prepared.plan["kernels"]["device"])
+        known, prepared = prepared.plan["warnings"], build_kernels(prepared, environment.world_size, methods)
+        if environment.rank == 0:
+            print_warnings([warning for warning in prepared.plan["warnings"] if warning not in known], console)
+        with ExitStack() as stack:
+            built = build(
+                prepared, environment, extensions, stack, lambda store: agree(store, environment, identity, refusal)
+            )
+            summary = train(prepared, built)
+        if environment.rank == 0:
+            # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
+            from megasparse.reporting.report import write_report
 
-        page = write_report(prepared.folder)
-        print_summary(summary)
-        built.progress.message(f"report: {page}")
+            page = write_report(prepared.folder)
+            print_summary(summary)
+            built.progress.message(f"report: {page}")
     return summary
+
+
+def take_folder(prepared: Prepared, held: ExitStack, note: Callable[[str], None]) -> str | None:
+    """Keep other runs out of the run folder until `held` is closed; why that cannot be, for all ranks to raise."""
+    try:
+        held.enter_context(hold_folder(prepared.folder, note))
+        # Again: another run may have been here since.
+        check_folder(prepared.folder, prepared.config)
+    except ConfigError as error:
+        return str(error)
+    except OSError as error:
+        return f"run.folder: {error.filename}: {error.strerror}; must be a folder that can be written"
+    return None
 
 
 def prepare(
@@ -144,7 +172,10 @@ def prepare(
     train_data, valid_data = build_data(config, vocab_size)
     check_trackers(config.train.trackers)
     check_folder(folder, config)
-    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data)
+    record = make_record(config, tokenizer)
+    going_on = config.train.resume == "auto" and any((folder / CHECKPOINTS).glob(f"{PREFIX}*"))
+    changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
+    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed)
 
 
 def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodFactory] = ()) -> Prepared:
@@ -159,20 +190,27 @@ def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodF
     return replace(prepared, plan=plan)
 
 
-def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extensions, stack: ExitStack) -> Built:
+def build(
+    prepared: Prepared,
+    environment: LaunchEnvironment,
+    extensions: Extensions,
+    stack: ExitStack,
+    agree: Callable[[dist.Store], None],
+) -> Built:
     """Start the process groups, and put model, engine and callbacks together where the run goes on.
 
-    stack: holds what must be closed when the run ends.
+    stack: holds what must be closed when the run ends. agree: see ``open_mesh``.
     """
     config, folder = prepared.config, prepared.folder
     timeout = config.train.distributed_timeout_seconds
-    mesh = stack.enter_context(open_mesh(environment, timeout, config.parallel.tensor_parallel_size))
+    mesh = stack.enter_context(open_mesh(environment, timeout, config.parallel.tensor_parallel_size, agree=agree))
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
     checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config, mesh, engine, methods))
     saved = folder / "config.yaml"
-    state, notes = _restore(checkpointer, config, _changes_since_start(folder, config))
+    state, notes = _restore(checkpointer, config, [*_changes_since_start(folder, config), *prepared.changed_data])
+    check_steps(mesh, state.step)
     notes += _density_change(saved, config, state.step)
     if config.train.init_from is not None and state.step == 0:
         load_initial_weights(config, methods, engine)
@@ -180,7 +218,7 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
     mesh.barrier()
     if mesh.is_first:
-        _write_start(folder, config, prepared.plan)
+        _write_start(prepared, config)
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
     if mesh.is_first:
@@ -223,9 +261,10 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError where the run would overwrite another one."""
     traces = [folder / "metrics.jsonl", folder / "checkpoints"]
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
+        owner = owner_of(folder)
         raise ConfigError(
-            f"run.name: {folder.absolute()} holds a run already; must be another run.name, or train.resume=auto to go "
-            "on"
+            f"run.name: {folder.absolute()} holds a run already{f' ({owner})' if owner else ''}; must be another "
+            "run.name, or train.resume=auto to go on"
         )
 
 
@@ -265,7 +304,7 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
         changes = changed_settings(load_config([saved]), config)
     except ConfigError as error:
         return [f"the saved configuration is not readable: {error}"]
-    passing = ("train.resume:", "train.stop_after:")
+    passing = ("train.resume:", "train.stop_after:", "data.allow_changed:")
     return [change for change in changes if not change.startswith(passing)]
 
 
@@ -312,10 +351,13 @@ def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note:
     )
 
 
-def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
+def _write_start(prepared: Prepared, config: RunConfig) -> None:
+    """config: with what the ranks have agreed on."""
+    folder = prepared.folder
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
-    write_json(folder / "plan.json", plan)
+    write_json(folder / "plan.json", prepared.plan)
+    write_json(folder / RECORD, prepared.record)
 
 
 def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], None]) -> None:

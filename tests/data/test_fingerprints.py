@@ -76,6 +76,6 @@ def test_all_that_a_run_reads(tmp_path, bpe_model):
     (line,) = changes(before, run_fingerprint(config))
     assert line.startswith("data.train[1].samples_sha256: ")
     fewer = RunConfig.model_validate({**values, "data": {**values["data"], "train": data["train"][:1]}})
-    assert changes(before, run_fingerprint(fewer)) == ["data.train: 2 data sets before, 1 data sets now"]
+    assert changes(before, run_fingerprint(fewer)) == ["data.train: 2 of them before, 1 of them now"]
     (tmp_path / "t.model").write_bytes(b"another")
     assert changes(before, run_fingerprint(config))[0].startswith("data.tokenizer_sha256: ")

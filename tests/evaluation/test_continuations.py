@@ -146,7 +146,7 @@ def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             list(read_jsonl(str(path)))
     path.write_bytes(b"ab\xff")
-    with pytest.raises(ValueError, match="not UTF-8 text; byte 0xff at 2"):
+    with pytest.raises(ValueError, match="not UTF-8 text; byte 0xff at offset 2"):
         read_text(str(path))
     with pytest.raises(ValueError, match="no such file"):
         read_text(str(tmp_path / "nothing"))
@@ -155,6 +155,17 @@ def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_text("no archive")
     with pytest.raises(ValueError, match="cannot be read"):
         read_text(str(tmp_path / "x.gz"))
+
+
+def test_byte_order_marks_are_no_text_and_utf_16_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n', encoding="utf-8")
+    assert [record["text"] for _, record in read_jsonl(str(path))] == ["a", "b"]
+    path.write_text("\ufeffa text \ufeff\n", encoding="utf-8")
+    assert read_text(str(path)) == "a text \ufeff\n"
+    path.write_text("a text", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"--input: .*x.jsonl: UTF-16 text, by its byte-order mark; must be UTF-8"):
+        read_text(str(path))
 
 
 def test_json_escapes_survive(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ unpack_run(saved, Path("runs/again"))       # a run that goes on with train.resu
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -130,5 +131,7 @@ def unpack_run(saved: CompactReader, output: Path, progress: Callable[[int], Non
     saved.check_files()
     with new_folder(output) as folder:
         save_config(moved(saved.config, output), folder / "config.yaml")
+        for name, path in saved.companions.items():
+            shutil.copyfile(path, folder / name)
         checkpoint = write_checkpoint(saved, folder, progress).relative_to(folder)
     return output / checkpoint

@@ -22,8 +22,7 @@ from megasparse.conversion.huggingface.card import model_card
 from megasparse.conversion.huggingface.settings_out import choose_architecture, write_settings
 from megasparse.conversion.huggingface.tensors import Exporter
 from megasparse.conversion.huggingface.tokenizer_out import SETTINGS, tokenizer_out
-from megasparse.conversion.sources import Source
-from megasparse.data.build import open_tokenizer
+from megasparse.conversion.sources import Source, source_tokenizer
 from megasparse.inference.own_tokens import GENERATION, own_ids
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 from megasparse.utils.files import write_at_once, write_json
@@ -122,7 +121,7 @@ def _generation(source: Source) -> dict[str, Any]:
         values = read_json(source.files[GENERATION])
         if own_ids(source.files[GENERATION], "eos_token_id", vocab_size):
             return values
-    tokenizer = open_tokenizer(source.config)
+    tokenizer = source_tokenizer(source)
     if tokenizer is None:
         return values
     end = tokenizer.end_of_document_id

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from megasparse.conversion.sources import (
     open_weights,
     write_weights,
 )
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.build import open_tokenizer
+from megasparse.data.facts import EndOfDocument
+from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.own_tokens import GENERATION, token_ids
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -59,8 +62,10 @@ def import_huggingface(folder: Path, output: Path, *, dtype: torch.dtype | None 
     texts = _generation(values, companions)
     if texts:
         companions.pop(GENERATION, None)
-    sections["data"] = _tokenizer_section(companions, texts, sections["model"]["vocab_size"], notes)
     facts = json.loads(source.metadata.get(FACTS_KEY, "{}")) if isinstance(source, TensorFiles) else {}
+    recorded = EndOfDocument.recorded_in(facts, f"{folder}: facts of the model")
+    sections["data"], end = _tokenizer_section(companions, texts, sections["model"]["vocab_size"], recorded, notes)
+    facts["end_of_document"] = None if end is None else asdict(end)
     _write(
         output,
         sections,
@@ -166,8 +171,12 @@ def _generation(values: Mapping[str, Any], companions: Mapping[str, Path]) -> di
     return {GENERATION: json.dumps({**kept, **missing}, indent=1) + "\n"} if missing else {}
 
 
-def _vocabulary_beside(companions: Mapping[str, Path], texts: Mapping[str, str], kind: str) -> int:
-    """Entries of the tokenizer as it will lie in the model folder: files beside it say what ends a document."""
+def _tokenizer_beside(
+    companions: Mapping[str, Path], texts: Mapping[str, str], kind: str, recorded: EndOfDocument | None
+) -> Tokenizer:
+    """The tokenizer as it will lie in the model folder: files beside it say what ends a document, unless an export of
+    ours has recorded it."""
+    settings = {"data": {"tokenizer": kind}}
     name = TOKENIZER_NAMES[kind]
     with tempfile.TemporaryDirectory() as folder:
         for beside, path in companions.items():
@@ -175,27 +184,35 @@ def _vocabulary_beside(companions: Mapping[str, Path], texts: Mapping[str, str],
         for beside, text in texts.items():
             Path(folder, beside).write_text(text, encoding="utf-8")
         try:
-            return load_tokenizer(kind, Path(folder, name)).vocab_size
+            settings["data"]["tokenizer_path"] = str(Path(folder, name))
+            tokenizer = open_tokenizer(check_config(settings), recorded)
         except ValueError as error:
             raise ConfigError(str(error).replace(str(Path(folder)), str(companions[name].parent))) from None
+    assert tokenizer is not None, "one is named"
+    return tokenizer
 
 
 def _tokenizer_section(
-    companions: Mapping[str, Path], texts: Mapping[str, str], vocab_size: int, notes: list[str]
-) -> dict[str, Any]:
-    """Section `data` for a tokenizer that ours reads; without one, a note says why."""
+    companions: Mapping[str, Path],
+    texts: Mapping[str, str],
+    vocab_size: int,
+    recorded: EndOfDocument | None,
+    notes: list[str],
+) -> tuple[dict[str, Any], EndOfDocument | None]:
+    """Section `data` for a tokenizer that ours reads, and what ends its documents; without one, a note says why."""
     for kind, name in TOKENIZER_NAMES.items():
         if name not in companions:
             continue
         try:
-            size = _vocabulary_beside(companions, texts, kind)
+            tokenizer = _tokenizer_beside(companions, texts, kind, recorded)
         except ValueError as error:
             notes.append(f"the tokenizer is copied and not used: {error}")
-            return {}
+            return {}, None
+        size = tokenizer.vocab_size
         if size > vocab_size:
             notes.append(f"the tokenizer is copied and not used: it has {size} entries, the model {vocab_size}")
-            return {}
-        return {"tokenizer": kind, "tokenizer_path": name}
+            return {}, None
+        return {"tokenizer": kind, "tokenizer_path": name}, EndOfDocument.of(tokenizer)
     allowed = " or ".join(TOKENIZER_NAMES.values())
     notes.append(f"there is no {allowed}: set data.tokenizer in config.yaml before sampling text")
-    return {}
+    return {}, None

@@ -13,8 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megasparse.conversion.sources import TOKENIZER_NAMES, Source
-from megasparse.data.build import open_tokenizer
+from megasparse.conversion.sources import TOKENIZER_NAMES, Source, source_tokenizer
 from megasparse.data.tokenizer import SPACE_MARK
 
 SETTINGS = "tokenizer_config.json"
@@ -25,7 +24,7 @@ NORMALISED = "\ufb01\u2460 \u00e9e\u0301\uff21  x"
 def tokenizer_out(source: Source) -> tuple[dict[str, Path], dict[str, Any] | None, list[str]]:
     """Files to copy, the content of tokenizer_config.json where one must be written, and notes for the user."""
     files = dict(source.files)
-    tokenizer = open_tokenizer(source.config)
+    tokenizer = source_tokenizer(source)
     if SETTINGS in files or tokenizer is None:
         # Made by transformers, or a tokenizer that is copied and not used.
         return files, None, []
