@@ -65,8 +65,7 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
     return fill_in(
         "comparison.html",
         title=", ".join(run.label for run in runs),
-        runs=[_heading(run) for run in runs],
-        labels=[run.label for run in runs],
+        runs=[{**vars(run), "status": status(run.data), "verdict": verdict(run.data)} for run in runs],
         budgets=budget_rows(runs),
         ledger=ledger_groups(runs),
         settings=setting_rows(runs),
@@ -74,17 +73,6 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
         absent=absent,
         films=[{"label": run.label, "role": run.role, **_films(run.data)} for run in runs],
     )
-
-
-def _heading(run: ComparedRun) -> dict[str, Any]:
-    return {
-        "label": run.label,
-        "role": run.role,
-        "mark": run.mark,
-        "status": status(run.data),
-        "verdict": verdict(run.data),
-        "remarks": run.data.remarks,
-    }
 
 
 def _films(run: RunData) -> dict[str, Any]:
