@@ -29,12 +29,8 @@ from megasparse.utils.format import (
 
 def print_forecast(result: Mapping[str, Any], console: Console) -> None:
     """Everything that matters of ``forecast``'s result."""
-    _print_summary(result, console)
-    _print_phases(result, console)
-    _print_memory(result, console)
-    _print_layouts(result, console)
-    _print_cases(result, console)
-    _print_assumptions(result, console)
+    for part in (_print_summary, _print_phases, _print_memory, _print_layouts, _print_cases, _print_assumptions):
+        part(result, console)
     for note in result["notes"]:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
 
@@ -61,15 +57,19 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
     cluster, model, flops, time = (result[name] for name in ("cluster", "model", "flops", "time"))
     energy = result["energy"]
     whose = "the configuration's own layout" if result["layout"]["is_given"] else "the best layout that fits"
+    node, network = (cluster[name] / 1e9 for name in ("link_bandwidth", "network_bandwidth"))
+    links = f"{node:.3g} GB/s in a node, {network:.3g} GB/s a rank between nodes"
+    of_dense = {
+        kind: f"{format_flops(count)} ({format_share(count / flops['dense'])})" for kind, count in flops.items()
+    }
     rows = [
         ("Model", f"{format_count(model['parameters'])} parameters, {format_count(model['tokens'])} tokens"),
-        ("Cluster", f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {_links(cluster)}"),
+        ("Cluster", f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {links}"),
         ("Layout", f"{whose}: {result['layout']['words']}"),
         (
             "FLOPs",
-            f"dense {format_flops(flops['dense'])}, algorithmic {format_flops(flops['algorithmic'])} "
-            f"({format_share(flops['algorithmic'] / flops['dense'])}), expected executed "
-            f"{format_flops(flops['executed'])} ({format_share(flops['executed'] / flops['dense'])})",
+            f"dense {format_flops(flops['dense'])}, algorithmic {of_dense['algorithmic']}, expected executed "
+            f"{of_dense['executed']}",
         ),
         (
             "Time",
@@ -84,14 +84,9 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
         ),
     ]
     if energy is not None:
-        rows.append(
-            (
-                "Energy",
-                f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}",
-            )
-        )
-    sent = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in result["sent"].items())
-    rows.append(("Sent per rank", f"in a step: {sent}"))
+        words = f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}"
+        rows.append(("Energy", words))
+    rows.append(("Sent per rank", f"in a step: {_named_bytes(result['sent'])}"))
     print_facts(f"Forecast of {result['run']}", rows, console)
 
 
@@ -121,18 +116,14 @@ def _print_phases(result: Mapping[str, Any], console: Console) -> None:
 def _print_memory(result: Mapping[str, Any], console: Console) -> None:
     memory = dict(result["memory"])
     total, usable, chip = (memory.pop(name) for name in ("total", "usable", "chip"))
-    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in memory.items())
-    line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {parts}"
+    line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {_named_bytes(memory)}"
     print_facts("Memory per rank", [("", line)], console)
 
 
 def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
     rows = [
         (
-            str(number),
-            str(row["tensor_parallel_size"]),
-            str(row["zero_stage"]),
-            str(row["micro_batch_size"]),
+            *(str(number), *(str(row[name]) for name in ("tensor_parallel_size", "zero_stage", "micro_batch_size"))),
             "yes" if row["recomputation"] else "no",
             format_bytes(row["memory"]),
             format_seconds(row["seconds"]),
@@ -170,14 +161,12 @@ def _print_assumptions(result: Mapping[str, Any], console: Console) -> None:
         )
         for row in result["assumptions"]
     ]
-    _print_table(
-        "Assumptions (--assume name=value)", ("name", "used", "low / expected / high", "meaning"), rows, console
-    )
+    headings = ("name", "used", "low / expected / high", "meaning")
+    _print_table("Assumptions (--assume name=value)", headings, rows, console)
 
 
-def _links(cluster: Mapping[str, Any]) -> str:
-    node, network = (cluster[name] / 1e9 for name in ("link_bandwidth", "network_bandwidth"))
-    return f"{node:.3g} GB/s in a node, {network:.3g} GB/s a rank between nodes"
+def _named_bytes(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in parts.items())
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
