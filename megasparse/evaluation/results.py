@@ -42,7 +42,7 @@ def show_progress(console: Console | None) -> Iterator[Advance]:
 def print_results(record: Mapping[str, Any], console: Console) -> None:
     """The results of an evaluation and what they belong to, as a table."""
     values = {"model": record["model"], "step": record["step"], **record["settings"], **record["results"]}
-    rows = [(name.replace("_", " "), _cell(value)) for name, value in values.items()]
+    rows = {name.replace("_", " "): _cell(value) for name, value in values.items()}
     print_facts(f"{record['task']}: {record['input']}", rows, console)
 
 

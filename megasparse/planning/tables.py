@@ -62,31 +62,23 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
     of_dense = {
         kind: f"{format_flops(count)} ({format_share(count / flops['dense'])})" for kind, count in flops.items()
     }
-    rows = [
-        ("Model", f"{format_count(model['parameters'])} parameters, {format_count(model['tokens'])} tokens"),
-        ("Cluster", f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {links}"),
-        ("Layout", f"{whose}: {result['layout']['words']}"),
-        (
-            "FLOPs",
-            f"dense {format_flops(flops['dense'])}, algorithmic {of_dense['algorithmic']}, expected executed "
-            f"{of_dense['executed']}",
-        ),
-        (
-            "Time",
-            f"{format_seconds(time['seconds'])}, {format_count(time['gpu_hours'])} GPU hours, "
-            f"{format_count(time['tokens_per_second'])} tokens/s",
-        ),
-        (
-            "Dense training",
-            f"{format_seconds(time['dense_seconds'])} on the same layout at "
-            f"{format_share(time['dense_share_of_peak'])} of the peak: {format_factor(time['speedup_over_dense'])} the "
-            "time",
-        ),
-    ]
+    rows = {
+        "Model": f"{format_count(model['parameters'])} parameters, {format_count(model['tokens'])} tokens",
+        "Cluster": f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {links}",
+        "Layout": f"{whose}: {result['layout']['words']}",
+        "FLOPs": f"dense {format_flops(flops['dense'])}, algorithmic {of_dense['algorithmic']}, "
+        f"expected executed {of_dense['executed']}",
+        "Time": f"{format_seconds(time['seconds'])}, {format_count(time['gpu_hours'])} GPU hours, "
+        f"{format_count(time['tokens_per_second'])} tokens/s",
+        "Dense training": f"{format_seconds(time['dense_seconds'])} on the same layout at "
+        f"{format_share(time['dense_share_of_peak'])} of the peak: {format_factor(time['speedup_over_dense'])} the "
+        "time",
+    }
     if energy is not None:
-        words = f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}"
-        rows.append(("Energy", words))
-    rows.append(("Sent per rank", f"in a step: {_named_bytes(result['sent'])}"))
+        rows["Energy"] = (
+            f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}"
+        )
+    rows["Sent per rank"] = f"in a step: {_named_bytes(result['sent'])}"
     print_facts(f"Forecast of {result['run']}", rows, console)
 
 
@@ -117,7 +109,7 @@ def _print_memory(result: Mapping[str, Any], console: Console) -> None:
     memory = dict(result["memory"])
     total, usable, chip = (memory.pop(name) for name in ("total", "usable", "chip"))
     line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {_named_bytes(memory)}"
-    print_facts("Memory per rank", [("", line)], console)
+    print_facts("Memory per rank", {"": line}, console)
 
 
 def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
