@@ -29,7 +29,7 @@ from megasparse.kernels.block_sparse.tuning import tune_layer
 from megasparse.kernels.common.tables import Measurement, merged, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
-from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
+from megasparse.kernels.hybrid_attention.measure import measure_rows
 from megasparse.utils.dtypes import dtype_name
 from megasparse.utils.hardware import hardware_name, package_versions
 
@@ -69,25 +69,16 @@ def cases(
     return found, list(dict.fromkeys(notes))
 
 
-def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str, tune_tiles: bool = True) -> Measurement:
+def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str) -> Measurement:
     """All rows, with a bar on standard error where that is a terminal."""
     rows = []
     for case in _with_bar(todo):
-        if device == "cuda" and tune_tiles:
-            tune_triton(case, device)
-        rows.append(
-            measure_row(
-                case.backend,
-                device,
-                case.dtype,
-                block=case.block,
-                tokens=case.tokens,
-                widths=case.widths,
-                densities=DENSITIES,
-                rounds=rounds,
-            )
-        )
-    return as_measurement(rows, device, command)
+        # The Triton kernels find their tiles for a layer first.
+        for density in DENSITIES if device == "cuda" else ():
+            tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
+        shape: dict[str, Any] = {"block": case.block, "tokens": case.tokens, "widths": case.widths}
+        rows.append(measure_row(case.backend, device, case.dtype, densities=DENSITIES, rounds=rounds, **shape))
+    return _as_measurement(rows, device, command)
 
 
 def measure_attention(
@@ -96,7 +87,7 @@ def measure_attention(
     strides: Sequence[int],
     head_dims: Sequence[int],
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int],
     rounds: int,
     command: str,
 ) -> Measurement:
@@ -104,14 +95,14 @@ def measure_attention(
     rows: list[AttentionRow] = []
     for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
         options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
-        # On CPUs `tiled` too, for where there is no compiler.
         fastest = fast_kernel(device, DTYPES[precision], head_dim)
-        for kernel in dict.fromkeys((fastest, *(("tiled",) if device == "cpu" else ()))):
+        # On CPUs `tiled` too, for where there is no compiler.
+        for kernel in dict.fromkeys([fastest, "tiled"] if device == "cpu" else [fastest]):
             rows += measure_rows(kernel, device, DTYPES[precision], **options)
-    return as_measurement(rows, device, command)
+    return _as_measurement(rows, device, command)
 
 
-def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
+def _as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
     """Rows with the facts about this machine."""
     return Measurement(
         hardware=hardware_name(device),
@@ -122,12 +113,6 @@ def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str
         command=command,
         date=datetime.date.today().isoformat(),
     )
-
-
-def tune_triton(case: Case, device: str) -> None:
-    """Let the Triton kernels find their tiles for a layer first."""
-    for density in DENSITIES:
-        tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
 
 
 def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables) -> None:
