@@ -23,17 +23,12 @@ UNITS_OF_TIME = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0,
 Curve = tuple[ComparedRun, np.ndarray, np.ndarray]
 
 
-def comparison_figures(runs: Sequence[ComparedRun]) -> tuple[dict[str, FigureOnPage], dict[str, str]]:
-    """Figures by name, and for those that have no data the reason."""
-    found: dict[str, tuple[FigureOnPage | None, str]] = {
-        f"loss-{cost.key}": (draw_losses(runs, cost), f"no losses with {cost.label} were logged") for cost in COSTS
-    }
-    found["density"] = draw_densities(runs), "no densities were logged"
+def comparison_figures(runs: Sequence[ComparedRun]) -> dict[str, FigureOnPage]:
+    """Figures by name; those without data are left out (the page says so)."""
+    figures = [*(draw_losses(runs, cost) for cost in COSTS), draw_densities(runs)]
     for number, run in enumerate(runs):
-        layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
-        found[f"layers-{number}"] = layers, f"{run.label} logged no topology updates"
-    figures = {name: figure for name, (figure, _) in found.items() if figure is not None}
-    return figures, {name: reason for name, (figure, reason) in found.items() if figure is None}
+        figures.append(draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}"))
+    return {figure.name: figure for figure in figures if figure is not None}
 
 
 def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:

@@ -46,25 +46,6 @@ PICTURE_BUDGET = 800_000
 MAX_TEXT_CHARACTERS = 60_000
 """Longer texts (configuration, sample) are cut, with a remark: the page is to stay below two megabytes."""
 
-LEDGER = {
-    "dense": (
-        "Dense-equivalent",
-        "What these steps would have cost with every weight active and full attention. "
-        "A yardstick: it was not executed.",
-    ),
-    "algorithmic": (
-        "Algorithmic",
-        "What the method needs: active weights and attended pairs only. "
-        "It is the figure that papers report, and no promise of saved time.",
-    ),
-    "executed": (
-        "Executed",
-        "What the kernels that ran really multiplied, dense steps and fallbacks included. "
-        "Where it exceeds the algorithmic figure, the difference was saved on paper only.",
-    ),
-}
-"""Kinds of FLOPs: name, and what the number means."""
-
 PHASE_COSTS = ("step", "tokens", "seconds", "flops_dense", "flops_algorithmic", "flops_executed")
 """Cumulative numbers of the log that are told by phase."""
 
@@ -79,34 +60,23 @@ class Row(NamedTuple):
 
 def render_page(run: RunData) -> str:
     """The whole report as HTML: one file that loads nothing."""
-    figures = all_figures(run)
-    logged = {
-        "losses": "losses",
-        "flops": "FLOPs",
-        "throughput": "speeds",
-        "step_time": "seconds by part",
-        "layers": "topology updates",
-        "churn": "topology updates",
-        "optimizer": "learning rates",
-    }
     films, film_remark = film_strips(run)
     return fill_in(
         "report.html",
         run=run,
-        status=status(run),
         verdict=verdict(run),
         outcome=outcome(run),
         ribbon=ribbon(run),
         summary=summary_rows(run),
-        ledger=ledger_rows(run),
+        flops={kind: run.number(f"flops_{kind}") for kind in ("dense", "algorithmic", "executed")},
+        kernels=kernels_used(run),
         phases=phase_rows(run),
         parts=PARTS,
         seconds=seconds_by_part(run),
         topology=topology_rows(run),
         plan=plan_groups(run.plan),
         plan_warnings=[flat(warning) for warning in _listed(run.plan.get("warnings"))],
-        figures=figures,
-        absent={name: f"no {words} were logged" for name, words in logged.items()},
+        figures=all_figures(run),
         films=films,
         film_remark=film_remark,
         max_characters=MAX_TEXT_CHARACTERS,
@@ -126,15 +96,6 @@ def fill_in(template: str, **values: Any) -> str:
     environment.filters["fewer"] = fewer
     page = environment.get_template(template).render(values).strip() + "\n"
     return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def status(run: RunData) -> Mapping[str, str]:
-    """How the run ended, as a word and its kind (`good`, `warn`)."""
-    if not run.summary:
-        return {"word": "no summary", "kind": "warn"}
-    if run.summary.get("finished") is True:
-        return {"word": "finished", "kind": "good"}
-    return {"word": "stopped early", "kind": "warn"}
 
 
 def outcome(run: RunData) -> dict[str, Any]:
@@ -159,8 +120,8 @@ def outcome(run: RunData) -> dict[str, Any]:
 
 def verdict(run: RunData) -> str:
     """The run in one sentence."""
-    found, planned, finished = outcome(run), run.planned_steps, run.summary.get("finished") is True
-    if finished:
+    found, planned = outcome(run), run.planned_steps
+    if run.finished:
         beginning = f"Finished {found['steps']:,} steps"
     elif run.summary:
         reason = run.summary.get("reason")
@@ -169,7 +130,7 @@ def verdict(run: RunData) -> str:
         beginning = f"Logged up to step {found['steps']:,} of {planned:,}, without a summary: still running, or killed"
     else:
         return "Nothing was logged in this folder yet."
-    of_what = "the dense FLOPs" if finished else "the dense FLOPs of the same steps"
+    of_what = "the dense FLOPs" if run.finished else "the dense FLOPs of the same steps"
     facts = {
         "loss": f"{found['loss_name']} {format_decimal(found['loss'])}",
         "share": f"{format_share(found['share'])} of {of_what}",
@@ -217,7 +178,7 @@ def _points(x: np.ndarray, share: np.ndarray) -> str:
 def summary_rows(run: RunData) -> list[Row]:
     summary, found = run.summary, outcome(run)
     parameters = finite(summary.get("parameters")) or finite(lookup(run.plan, "parameters", "total"))
-    reason = None if summary.get("finished") is True else summary.get("reason")
+    reason = None if run.finished else summary.get("reason")
     executed = divide(run.number("flops_executed"), found["seconds"])
     rows = [
         Row("Steps", f"{found['steps']:,} of {run.planned_steps:,}", str(reason) if reason else ""),
@@ -238,30 +199,12 @@ def summary_rows(run: RunData) -> list[Row]:
     return rows
 
 
-def ledger_rows(run: RunData) -> list[dict[str, Any]]:
-    """The FLOPs of the run three times, each with a sentence on what it does and does not mean."""
-    values = {kind: run.number(f"flops_{kind}") for kind in LEDGER}
-    if all(value is None for value in values.values()):
-        return []
-    return [
-        {
-            "kind": kind,
-            "name": name,
-            "value": values[kind],
-            "share": divide(values[kind], values["dense"]),
-            "sentence": sentence + (_kernels_used(run) if kind == "executed" else ""),
-        }
-        for kind, (name, sentence) in LEDGER.items()
-    ]
-
-
-def _kernels_used(run: RunData) -> str:
-    """Which kernels the sparse layers had where they are sparsest, as the plan says."""
+def kernels_used(run: RunData) -> dict[str, int]:
+    """How many sparse layers each kernel computes where they are sparsest, as the plan says."""
     counts: Counter[str] = Counter()
     for row in items(lookup(run.summary, "kernels", "block_sparse") or lookup(run.plan, "kernels", "block_sparse")):
         counts[str(row.get("kernel"))] += int(finite(row.get("count")) or 0)
-    words = ", ".join(f"{number:,} by the kernel {kernel}" for kernel, number in counts.items())
-    return f" Of the sparse layers, at their lowest density: {words}." if counts else ""
+    return counts
 
 
 def phase_rows(run: RunData) -> list[dict[str, Any]]:

@@ -56,6 +56,10 @@ class RunData:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def finished(self) -> bool:
+        return self.summary.get("finished") is True
+
+    @property
     def last_step(self) -> int:
         return max([int(record["step"]) for record in self.metrics], default=0)
 
