@@ -77,7 +77,8 @@ class WandbTracker:
         mode = os.environ.get("WANDB_MODE") or "offline"
         project = os.environ.get("WANDB_PROJECT") or run.project
         place = f"{mode}: {project}"
-        identifier = _identifier_to_go_on_with(run.stored("wandb"), place)
+        stored = run.stored("wandb")
+        identifier = stored.identifier if stored and stored.goes_on(place) else None
         self._run = wandb.init(
             project=project,
             group=run.name,
@@ -119,10 +120,9 @@ class MlflowTracker:
         place = _without_password(server) if server else "run folder"
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{folder / 'mlflow.db'}")
         stored = run.stored("mlflow")
-        identifier = _identifier_to_go_on_with(stored, place)
-        if identifier is not None:
-            self._identifier = identifier
-            self._client.update_run(identifier, status="RUNNING")
+        if stored and stored.goes_on(place):
+            self._identifier = stored.identifier
+            self._client.update_run(self._identifier, status="RUNNING")
             self._set_parameters(run)
             return
         experiment = self._experiment(run.project, None if server else (folder / "mlflow_artifacts").as_uri())
@@ -130,7 +130,7 @@ class MlflowTracker:
         self._set_parameters(run)
         self._log(run.history())
         run.store("mlflow", StoredRun(self._identifier, place))
-        if stored is not None and stored.place == place:
+        if stored and stored.place == place:
             self._client.delete_run(stored.identifier)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -264,10 +264,6 @@ class BackgroundTracker:
         if not self._has_warned:
             self._has_warned = True
             self._warn(f"train.trackers: {self._name} {text}; metrics.jsonl has all values, and training goes on")
-
-
-def _identifier_to_go_on_with(stored: StoredRun | None, place: str) -> str | None:
-    return stored.identifier if stored is not None and stored.place == place and not stored.superseded else None
 
 
 def _without_password(address: str) -> str:

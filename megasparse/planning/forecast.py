@@ -203,7 +203,8 @@ def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> li
     rows = []
     for what, case in product(("kernel_efficiency", "all"), CASES):
         efficiency = usual.at(case)["kernel_efficiency"]
-        assumptions = usual.at(case) if what == "all" else usual.with_value("kernel_efficiency", efficiency)
+        changed = Assumptions({**usual.given, "kernel_efficiency": efficiency}, usual.case)
+        assumptions = usual.at(case) if what == "all" else changed
         steps = planner.step_model(config, assumptions)
         seconds = total_seconds(steps, work)
         numbers = {"seconds": seconds, "speedup_over_dense": _dense_seconds(steps, planner) / seconds}
@@ -254,7 +255,7 @@ def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
 
 
 def _fits_somewhere(planner: Planner, count: int) -> bool:
-    moved = replace(planner, cluster=planner.cluster.with_count(count))
+    moved = replace(planner, cluster=replace(planner.cluster, count=count))
     return any(moved.fits(layout) for layout in possible_layouts(planner.config, count, planner.sizes))
 
 
