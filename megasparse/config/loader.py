@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -99,6 +99,16 @@ def describe_fields() -> Iterator[tuple[str, str, str]]:
         for name, field in type(section).model_fields.items():
             description = " ".join((field.description or "").split())
             yield f"{section_name}.{name}", json.dumps(getattr(section, name)), description
+
+
+def dotted_values(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of nested settings as text; lists as JSON."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted_values(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            yield f"{prefix}{name}", text
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:

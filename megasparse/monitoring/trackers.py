@@ -14,7 +14,6 @@ there, which gets the lines of ``metrics.jsonl`` that are kept; one that goes on
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -27,7 +26,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, dotted_values
 from megasparse.monitoring.tracked_run import StoredRun, TrackedRun
 
 CLOSE_SECONDS = 60.0
@@ -165,7 +164,7 @@ class MlflowTracker:
         from mlflow.entities import Param, RunTag
 
         known = self._client.get_run(self._identifier).data.params
-        values = {name: text[:MLFLOW_VALUE] for name, text in _flat(run.parameters)}
+        values = {name: text[:MLFLOW_VALUE] for name, text in dotted_values(run.parameters)}
         new = [Param(name, text) for name, text in values.items() if name not in known]
         changed = [
             RunTag(f"{name} from step {run.resume_step + 1}", text)
@@ -274,15 +273,6 @@ def _missing(name: str) -> list[str]:
     """A folder of that name in the working folder (Weights & Biases makes one) is found too, but has no origin."""
     found = {package: find_spec(package) for package in TRACKERS[name].packages}
     return [package for package, spec in found.items() if spec is None or spec.origin is None]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts, lists as JSON."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
 def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:

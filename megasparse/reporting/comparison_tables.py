@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 
+from megasparse.config.loader import dotted_values
 from megasparse.reporting.figures import PARTS, smooth
 from megasparse.reporting.page import outcome, summary_rows
 from megasparse.reporting.run_data import RunData, column, lookup
@@ -167,15 +167,4 @@ def _settings(text: str | None) -> dict[str, str] | None:
         tree = yaml.safe_load(text) if text is not None else None
     except (yaml.YAMLError, RecursionError):
         return None
-    return dict(_leaves(tree, "")) if isinstance(tree, Mapping) else None
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found += _leaves(value, f"{prefix}{name}.")
-        else:
-            words = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            found.append((f"{prefix}{name}", words))
-    return found
+    return dict(dotted_values(tree)) if isinstance(tree, Mapping) else None
