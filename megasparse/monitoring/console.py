@@ -251,6 +251,17 @@ def print_facts(title: str, rows: Mapping[str, str], console: Console) -> None:
     console.print(table)
 
 
+def print_table(rows: Sequence[Mapping[str, str]], console: Console, title: str | None = None) -> None:
+    """rows: heading -> value; a value that a row lacks is empty."""
+    table = Table(title=title and escape(title), title_justify="left")
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(row.get(heading, "")) for heading in headings))
+    console.print(table)
+
+
 def _printable(text: str) -> str:
     """`text` without control characters, which a message could bring along from a file name or an error."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in str(text))

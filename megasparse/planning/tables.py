@@ -5,14 +5,12 @@ print_forecast(result, make_console())
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from megasparse.monitoring.console import print_facts
+from megasparse.monitoring.console import print_facts, print_table
 from megasparse.planning.chips import AS_OF, CHIPS
 from megasparse.utils.format import (
     format_bytes,
@@ -38,19 +36,18 @@ def print_forecast(result: Mapping[str, Any], console: Console) -> None:
 def print_chips(console: Console) -> None:
     """The table of constants, with sources."""
     rows = [
-        (
-            chip.name,
-            chip.title,
-            ", ".join(f"{name} {value / 1e12:g}" for name, value in sorted(chip.peak.items())),
-            f"{chip.memory / 1e9:g} GB, {chip.memory_bandwidth / 1e12:.3g} TB/s",
-            f"{chip.link_bandwidth / 1e9:g} / {chip.network_bandwidth / 1e9:g} GB/s",
-            f"{chip.watts:g} W",
-            chip.source,
-        )
+        {
+            "chip": chip.name,
+            "what it is": chip.title,
+            "TFLOP/s": ", ".join(f"{name} {value / 1e12:g}" for name, value in sorted(chip.peak.items())),
+            "memory": f"{chip.memory / 1e9:g} GB, {chip.memory_bandwidth / 1e12:.3g} TB/s",
+            "node / network": f"{chip.link_bandwidth / 1e9:g} / {chip.network_bandwidth / 1e9:g} GB/s",
+            "power": f"{chip.watts:g} W",
+            "source": chip.source,
+        }
         for chip in CHIPS.values()
     ]
-    headings = ("chip", "what it is", "TFLOP/s", "memory", "node / network", "power", "source")
-    _print_table(f"Chips, as of {AS_OF}", headings, rows, console)
+    print_table(rows, console, f"Chips, as of {AS_OF}")
 
 
 def _print_summary(result: Mapping[str, Any], console: Console) -> None:
@@ -85,24 +82,20 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
 def _print_phases(result: Mapping[str, Any], console: Console) -> None:
     rows = []
     for phase in result["phases"]:
-        parts = sorted(phase["step_seconds_by_part"].items(), key=lambda item: -item[1])
-        largest = ", ".join(
-            f"{name.replace('_', ' ')} {format_share(value / phase['step_seconds'])}" for name, value in parts[:4]
-        )
-        flops = phase["flops"]
-        rows.append(
-            (
-                format_phase(phase["name"]),
-                f"{phase['start_step']:,} to {phase['end_step']:,}",
-                f"{format_share(phase['density'])}, {phase['pattern']}",
-                " / ".join(format_share(flops[kind] / flops["dense"]) for kind in ("algorithmic", "executed")),
-                format_seconds(phase["step_seconds"]),
-                format_seconds(phase["topology_step_extra_seconds"]),
-                largest,
-            )
-        )
-    headings = ("phase", "steps", "density, attention", "FLOPs alg. / exec.", "step", "topology update +", "most of it")
-    _print_table("Predicted steps", headings, rows, console)
+        parts = sorted(phase["step_seconds_by_part"].items(), key=lambda item: -item[1])[:4]
+        largest = [f"{name.replace('_', ' ')} {format_share(value / phase['step_seconds'])}" for name, value in parts]
+        flops = [format_share(phase["flops"][kind] / phase["flops"]["dense"]) for kind in ("algorithmic", "executed")]
+        row = {
+            "phase": format_phase(phase["name"]),
+            "steps": f"{phase['start_step']:,} to {phase['end_step']:,}",
+            "density, attention": f"{format_share(phase['density'])}, {phase['pattern']}",
+            "FLOPs alg. / exec.": " / ".join(flops),
+            "step": format_seconds(phase["step_seconds"]),
+            "topology update +": format_seconds(phase["topology_step_extra_seconds"]),
+            "most of it": ", ".join(largest),
+        }
+        rows.append(row)
+    print_table(rows, console, "Predicted steps")
 
 
 def _print_memory(result: Mapping[str, Any], console: Console) -> None:
@@ -114,57 +107,49 @@ def _print_memory(result: Mapping[str, Any], console: Console) -> None:
 
 def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
     rows = [
-        (
-            *(str(number), *(str(row[name]) for name in ("tensor_parallel_size", "zero_stage", "micro_batch_size"))),
-            "yes" if row["recomputation"] else "no",
-            format_bytes(row["memory"]),
-            format_seconds(row["seconds"]),
-            format_count(row["gpu_hours"]),
-        )
+        {
+            "": str(number),
+            "tensor parallel": str(row["tensor_parallel_size"]),
+            "ZeRO": str(row["zero_stage"]),
+            "micro-batch": str(row["micro_batch_size"]),
+            "recomputation": "yes" if row["recomputation"] else "no",
+            "memory": format_bytes(row["memory"]),
+            "time": format_seconds(row["seconds"]),
+            "GPU hours": format_count(row["gpu_hours"]),
+        }
         for number, row in enumerate(result["layouts"], 1)
     ]
-    headings = ("", "tensor parallel", "ZeRO", "micro-batch", "recomputation", "memory", "time", "GPU hours")
-    title = f"Cheapest layouts ({result['layouts_that_fit']} of {result['layouts_tried']} allowed ones fit)"
-    _print_table(title, headings, rows, console)
+    counts = f"{result['layouts_that_fit']} of {result['layouts_tried']} allowed ones fit"
+    print_table(rows, console, f"Cheapest layouts ({counts})")
 
 
 def _print_cases(result: Mapping[str, Any], console: Console) -> None:
     names = {"kernel_efficiency": "kernel efficiency alone", "all": "all assumptions"}
     rows = [
-        (
-            names[row["assumptions"]],
-            row["case"],
-            format_decimal(row["kernel_efficiency"], 2),
-            format_seconds(row["seconds"]),
-            format_factor(row["speedup_over_dense"]),
-        )
+        {
+            "changed": names[row["assumptions"]],
+            "case": row["case"],
+            "e": format_decimal(row["kernel_efficiency"], 2),
+            "time": format_seconds(row["seconds"]),
+            "dense over sparse": format_factor(row["speedup_over_dense"]),
+        }
         for row in result["cases"]
     ]
-    _print_table("If assumptions are wrong", ("changed", "case", "e", "time", "dense over sparse"), rows, console)
+    print_table(rows, console, "If assumptions are wrong")
 
 
 def _print_assumptions(result: Mapping[str, Any], console: Console) -> None:
     rows = [
-        (
-            row["name"],
-            format_compact(row["used"]) + (" (given)" if row["given"] else ""),
-            " / ".join(format_compact(row[case]) for case in ("low", "expected", "high")),
-            row["meaning"] + (f"; {row['basis']}" if row["basis"] else ""),
-        )
+        {
+            "name": row["name"],
+            "used": format_compact(row["used"]) + (" (given)" if row["given"] else ""),
+            "low / expected / high": " / ".join(format_compact(row[case]) for case in ("low", "expected", "high")),
+            "meaning": row["meaning"] + (f"; {row['basis']}" if row["basis"] else ""),
+        }
         for row in result["assumptions"]
     ]
-    headings = ("name", "used", "low / expected / high", "meaning")
-    _print_table("Assumptions (--assume name=value)", headings, rows, console)
+    print_table(rows, console, "Assumptions (--assume name=value)")
 
 
 def _named_bytes(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in parts.items())
-
-
-def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = Table(title=escape(title), title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
@@ -30,6 +29,7 @@ from megasparse.kernels.common.tables import Measurement, merged, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import measure_rows
+from megasparse.monitoring.console import print_table
 from megasparse.utils.dtypes import dtype_name
 from megasparse.utils.hardware import hardware_name, package_versions
 
@@ -126,40 +126,36 @@ def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
     """Speed-up over dense attention at the longest length, and the break-even lengths."""
-    columns = "kernel", "pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask"
-    table = Table(*columns, "beats dense")
+    table = []
     for row in rows:
         longest = row.seconds[str(row.lengths[-1])]
-        limits = [row.limit(other) for other in ("mask", "dense")]
-        table.add_row(
-            row.kernel,
-            row.pattern,
-            str(row.stride),
-            str(row.head_dim),
-            row.dtype,
-            f"{row.lengths[-1]:,}",
-            *(f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")),
-            *("always" if limit is None else f"from {limit:,}" for limit in limits),
-        )
-    console.print(table)
+        limits = {other: row.limit(other) for other in ("mask", "dense")}
+        names = ("kernel", "pattern", "stride", "head_dim", "dtype")
+        cells = {name.replace("_", " "): str(getattr(row, name)) for name in names}
+        cells["longest"] = f"{row.lengths[-1]:,}"
+        cells |= {f"x {other}": f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")}
+        cells |= {f"beats {o}": "always" if limit is None else f"from {limit:,}" for o, limit in limits.items()}
+        table.append(cells)
+    print_table(table, console)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Speed-up and efficiency at density 0.1, and the break-even density."""
-    table = Table("layer", "block", "tokens", "dtype", "kernel", "dense ms", "x at 0.1", "e at 0.1", "break-even")
-    for row in rows:
-        table.add_row(
-            f"{row.in_features} -> {row.out_features}",
-            str(row.block),
-            f"{row.tokens:,}",
-            row.dtype,
-            row.backend,
-            f"{1e3 * row.dense_seconds:.2f}",
-            f"{speedup(row, 0.1):.2f}",
-            f"{efficiency(row, 0.1):.2f}",
-            f"{row.break_even:.2f}",
-        )
-    console.print(table)
+    table = [
+        {
+            "layer": f"{row.in_features} -> {row.out_features}",
+            "block": str(row.block),
+            "tokens": f"{row.tokens:,}",
+            "dtype": row.dtype,
+            "kernel": row.backend,
+            "dense ms": f"{1e3 * row.dense_seconds:.2f}",
+            "x at 0.1": f"{speedup(row, 0.1):.2f}",
+            "e at 0.1": f"{efficiency(row, 0.1):.2f}",
+            "break-even": f"{row.break_even:.2f}",
+        }
+        for row in rows
+    ]
+    print_table(table, console)
 
 
 def _with_bar(todo: Sequence[Any]) -> Iterator[Any]:
