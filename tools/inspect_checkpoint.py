@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,12 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main(arguments: argparse.Namespace) -> bool:
-    """Whether all is well."""
+def main(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         problems = verify(arguments.folders[0])
         print_json([asdict(problem) for problem in problems]) if arguments.json else print_problems(problems)
-        return not problems
+        sys.exit(1 if problems else 0)
     opened = [open_any(folder, arguments.step) for folder in arguments.folders]
     if arguments.diff:
         difference = compare(*opened)
@@ -63,10 +63,9 @@ def main(arguments: argparse.Namespace) -> bool:
             print_json({"equal": difference.equal, **asdict(difference)})
         else:
             print_difference(difference, Console())
-        return True
-    description = describe(opened[0], read_values=arguments.values)
-    print_json(asdict(description)) if arguments.json else print_description(description, Console())
-    return True
+    else:
+        description = describe(opened[0], read_values=arguments.values)
+        print_json(asdict(description)) if arguments.json else print_description(description, Console())
 
 
 def print_json(values: Any) -> None:
@@ -140,6 +139,4 @@ def _share(value: float | None) -> str:
 
 if __name__ == "__main__":
     options = parse_arguments()
-    found: list[bool] = []
-    status = run_tool("inspect_checkpoint", lambda: found.append(main(options)))
-    raise SystemExit(status or int(found == [False]))
+    sys.exit(run_tool("inspect_checkpoint", lambda: main(options)))

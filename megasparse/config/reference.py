@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megasparse.config.loader import describe_fields
 from megasparse.config.schema import RunConfig
 
 BEGIN = "<!-- begin of the generated reference: tools/write_config_reference.py -->"
@@ -26,21 +25,13 @@ def render_reference() -> str:
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
     sections = {name: _definition_name(field) for name, field in schema["properties"].items()}
+    entries = sorted(set(definitions) - set(sections.values()))
+    tables: list[tuple[str, str, list[str]]] = [(section, definition, []) for section, definition in sections.items()]
+    tables += [(entry, entry, [_uses(entry, sections, definitions), ""]) for entry in entries]
     lines: list[str] = []
-    for section, definition in sections.items():
-        fields = definitions[definition]["properties"]
-        lines += [f"### `{section}`", "", *HEADER]
-        for dotted, default, text in describe_fields():
-            owner, _, name = dotted.partition(".")
-            if owner == section:
-                lines.append(_row(name, fields[name], default, text))
-        lines.append("")
-    for definition in sorted(set(definitions) - set(sections.values())):
-        lines += [f"### `{definition}`", "", _uses(definition, sections, definitions), "", *HEADER]
-        required = definitions[definition].get("required", [])
-        for name, field in definitions[definition]["properties"].items():
-            default = "required" if name in required else json.dumps(field["default"])
-            lines.append(_row(name, field, default, field["description"]))
+    for title, definition, note in tables:
+        lines += [f"### `{title}`", "", *note, *HEADER]
+        lines += [_row(name, field) for name, field in definitions[definition]["properties"].items()]
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -54,9 +45,9 @@ def replace_reference(page: str, reference: str) -> str:
     return f"{before}{BEGIN}\n\n{reference}\n\n{END}{after}"
 
 
-def _row(name: str, field: Mapping[str, Any], default: str, text: str) -> str:
-    shown = default if default == "required" else f"`{default}`"
-    cells = (f"`{name}`", _allowed_values(field), shown, " ".join(text.split()))
+def _row(name: str, field: Mapping[str, Any]) -> str:
+    default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+    cells = (f"`{name}`", _allowed_values(field), default, " ".join(field["description"].split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -65,9 +65,8 @@ class Planner:
 
     def step_model(self, config: RunConfig, assumptions: Assumptions) -> StepModel:
         rates = self.make_rates(self.cluster, config.train.precision, assumptions)
-        return StepModel(
-            config, self.cluster, rates, assumptions, self.shards.model(config), self.shards.controller(config)
-        )
+        shard, controller = self.shards.model(config), self.shards.controller(config)
+        return StepModel(config, self.cluster, rates, assumptions, shard, controller)
 
     def row(self, layout: Layout, memory: int) -> dict[str, Any]:
         """What a layout costs, in short."""

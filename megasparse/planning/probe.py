@@ -217,9 +217,7 @@ def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, 
     model, ranks = config.model, config.parallel.tensor_parallel_size
     heads, groups = model.num_attention_heads // ranks, max(model.key_value_heads // ranks, 1)
     group = heads // groups
-    patterns = {
-        moment.decision.pattern for stretch in Shards.of(config).stretches(config) for moment in stretch.moments
-    }
+    patterns = {stretch.pattern for stretch in Shards.of(config).stretches(config)}
     patterns |= {override.pattern for override in config.attention.overrides} | {"full"}
     kernel = config.kernels.hybrid_attention
     rates: dict[str, float] = {}
@@ -235,9 +233,8 @@ def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, 
             kept = heads * groups * ranks // model.num_attention_heads
             k, v = (torch.randn(1, kept, *shape[2:]).to(dtype).requires_grad_() for _ in range(2))
             dy = torch.randn(shape).to(dtype)
-            return lambda: torch.autograd.grad(
-                hybrid_attention(q, k, v, pattern, config.attention.stride, kernel), [q, k, v], dy
-            )
+            attend = partial(hybrid_attention, q, k, v, pattern, config.attention.stride, kernel)
+            return lambda: torch.autograd.grad(attend(), [q, k, v], dy)
 
         rates[pattern] = 3 * forward * fitting / crew.median(make)
     return rates
