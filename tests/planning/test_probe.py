@@ -27,12 +27,13 @@ def found():
 
 
 def test_all_rates_are_measured(found) -> None:
-    assert set(found.measured.dense_by_widths) == {(64, 192), (64, 64), (64, 256), (256, 64), (64, 320)}
-    assert set(found.measured.attention_by_pattern) == {"full", "sparse"}
-    rates = [*found.measured.dense_by_widths.values(), *found.measured.attention_by_pattern.values()]
-    rates += [found.measured.elementwise, found.measured.streaming, found.measured.launch_seconds, found.link_bandwidth, found.measured.link_latency]
-    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
-    for curve in found.measured.curves.values():
+    rates = found.measured
+    assert set(rates.dense_by_widths) == {(64, 192), (64, 64), (64, 256), (256, 64), (64, 320)}
+    assert set(rates.attention_by_pattern) == {"full", "sparse"}
+    numbers = [*rates.dense_by_widths.values(), *rates.attention_by_pattern.values()]
+    numbers += [rates.elementwise, rates.streaming, rates.launch_seconds, found.link_bandwidth, rates.link_latency]
+    assert all(math.isfinite(rate) and rate > 0 for rate in numbers)
+    for curve in rates.curves.values():
         assert len(curve) >= 2 and all(value > 0 for value in curve.values())
 
 
