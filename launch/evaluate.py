@@ -50,8 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     # torchrun takes --run for an abbreviation of an option of its own, also behind the script's name.
     parser.add_argument("--model", "--run", dest="run", required=True, type=Path, metavar="FOLDER", help="run or model")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default: the newest good one")
-    tasks = ("perplexity", "last-word", "multiple-choice")
-    parser.add_argument("--task", required=True, choices=tasks)
+    parser.add_argument("--task", required=True, choices=("perplexity", "last-word", "multiple-choice"))
     parser.add_argument("--input", required=True, metavar="FILE", help="text, JSONL, or prefix of an indexed data set")
     parser.add_argument("--window", type=int, metavar="N", help="tokens read at once; default: the model's seq_length")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half the window")
@@ -61,9 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once; default: by the model's size")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: FOLDER/evaluations/TASK-INPUT-step-N.json"
-    )
+    output = "default: FOLDER/evaluations/TASK-INPUT-step-N.json"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     del arguments.local_rank

@@ -62,7 +62,7 @@ def dry_run(config, world_size: int, device: str | None, as_json: bool) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    fields = "\n".join(f"  {name} = {default}\n      {text}" for name, _, default, text in describe_fields())
+    fields = "\n".join(f"  {name} = {default}\n      {text}" for name, default, text in describe_fields())
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"settings and defaults:\n{fields}",

@@ -70,15 +70,9 @@ def main_pack(arguments: argparse.Namespace) -> None:
         saved, config = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"])
         companions = record_files(arguments.run)
     with progress_bar("packing", weight_bytes(saved)) as progress:
-        manifest = pack(
-            saved,
-            config,
-            arguments.output,
-            weights_only=weights_only,
-            form=arguments.n_of_m or arguments.index,
-            companions=companions,
-            progress=progress,
-        )
+        form = arguments.n_of_m or arguments.index
+        more = {"weights_only": weights_only, "form": form, "companions": companions, "progress": progress}
+        manifest = pack(saved, config, arguments.output, **more)
     print_sizes(manifest)
     print(f"{arguments.output}: written")
 
@@ -98,11 +92,11 @@ def main_unpack(arguments: argparse.Namespace) -> None:
 
 def print_sizes(manifest: CompactManifest) -> None:
     """A table by density: what is dense, then the sparse parameters, then all."""
-    report = size_report(manifest)
     table = Table("parameters", "density", "dense", "compact", "expected", "factor")
-    for label, rows in _groups(report):
-        dense, compact = sum(row.dense for row in rows), sum(row.compact for row in rows)
-        expected = sum(row.expected for row in rows)
+    for label, rows in _groups(size_report(manifest)):
+        dense, compact, expected = (
+            sum(getattr(row, name) for row in rows) for name in ("dense", "compact", "expected")
+        )
         density = sum(row.density * row.dense for row in rows) / max(dense, 1)
         numbers = (f"{dense:,}", f"{compact:,}", f"{expected:,}", f"{dense / compact:.2f}")
         table.add_row(label, f"{density:.4f}", *numbers)

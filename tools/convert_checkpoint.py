@@ -53,16 +53,11 @@ def parse_arguments() -> argparse.Namespace:
 
     command("from-huggingface", "a folder of transformers becomes a model folder", "folder with a config.json")
     nanogpt = command("from-nanogpt", "a checkpoint of nanoGPT becomes a model folder", "file ckpt.pt")
-    nanogpt.add_argument(
-        "--activation",
-        choices=[name for name, activation in ACTIVATIONS.items() if not activation.gated],
-        default="gelu_exact",
-        help="gelu: the tanh approximation of nanoGPT before 2023; the file does not say which (default: gelu_exact)",
-    )
+    activations = [name for name, activation in ACTIVATIONS.items() if not activation.gated]
+    which = "gelu: the tanh approximation of nanoGPT before 2023; the file does not say which (default: gelu_exact)"
+    nanogpt.add_argument("--activation", choices=activations, default="gelu_exact", help=which)
     run = command("from-run", "a run's checkpoint becomes a model folder", "run folder")
-    universal = command(
-        "from-universal", "DeepSpeed's universal form becomes a model folder", "folder that holds zero/"
-    )
+    universal = command("from-universal", "DeepSpeed's universal form becomes a model folder", "folder with zero/")
     universal.add_argument("--config", required=True, type=Path, metavar="FILE", help="configuration of its run")
     exported = command("to-huggingface", "becomes a folder of transformers", "run folder or model folder")
     for parser_of_runs in (run, exported):
@@ -72,11 +67,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    options = {
-        "dtype": DTYPES.get(arguments.dtype),
-        "max_file_bytes": arguments.max_shard_size,
-        "replace": arguments.replace,
-    }
+    dtype, size = DTYPES.get(arguments.dtype), arguments.max_shard_size
+    options = {"dtype": dtype, "max_file_bytes": size, "replace": arguments.replace}
     source, output, notes = arguments.input, arguments.output, []
     if arguments.command == "from-huggingface":
         notes = import_huggingface(source, output, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,9 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one, or two with --diff")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--diff", action="store_true", help="how two folders differ")
-    what.add_argument(
-        "--verify", action="store_true", help="check all files and checksums, and zeros of inactive units"
-    )
+    what.add_argument("--verify", action="store_true", help="check files, checksums and zeros of inactive units")
     parser.add_argument("--step", type=int, metavar="N", help="of a run: its checkpoint (default: the newest good one)")
     parser.add_argument("--values", action="store_true", help="also read all tensors and tell what their numbers are")
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")
@@ -52,12 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main(arguments: argparse.Namespace) -> bool:
-    """Whether all is well."""
+def main(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         problems = verify(arguments.folders[0])
         print_json([asdict(problem) for problem in problems]) if arguments.json else print_problems(problems)
-        return not problems
+        sys.exit(1 if problems else 0)
     opened = [open_any(folder, arguments.step) for folder in arguments.folders]
     if arguments.diff:
         difference = compare(*opened)
@@ -65,10 +63,9 @@ def main(arguments: argparse.Namespace) -> bool:
             print_json({"equal": difference.equal, **asdict(difference)})
         else:
             print_difference(difference, Console())
-        return True
-    description = describe(opened[0], read_values=arguments.values)
-    print_json(asdict(description)) if arguments.json else print_description(description, Console())
-    return True
+    else:
+        description = describe(opened[0], read_values=arguments.values)
+        print_json(asdict(description)) if arguments.json else print_description(description, Console())
 
 
 def print_json(values: Any) -> None:
@@ -82,7 +79,7 @@ def print_problems(problems: Sequence[Problem]) -> None:
 
 
 def print_description(description: Description, console: Console) -> None:
-    console.print(f"{description.kind} {description.folder}", highlight=False, markup=False, soft_wrap=True)
+    print(f"{description.kind} {description.folder}")
     facts = Table(show_header=False)
     for label in ("step", "optimizer_steps", "tokens", "algorithm"):
         facts.add_row(label.replace("_", " "), str(getattr(description, label)))
@@ -92,17 +89,11 @@ def print_description(description: Description, console: Console) -> None:
     facts.add_row("layout", ", ".join(f"{name} {value}" for name, value in description.layout.items()) or "whole")
     console.print(facts)
     with_values = any(row.values for row in description.tensors)
-    table = Table(
-        "tensor", "shape", "block_size", "active", "density", *(["zeros", "largest", "not finite"] * with_values)
-    )
+    more = ["zeros", "largest", "not finite"] if with_values else []
+    table = Table("tensor", "shape", "block_size", "active", "density", *more)
     for row in description.tensors:
-        cells = [
-            row.name,
-            " x ".join(map(str, row.shape)),
-            str(row.block_size or ""),
-            _number(row.active),
-            _share(row.density),
-        ]
+        shape = " x ".join(map(str, row.shape))
+        cells = [row.name, shape, str(row.block_size or ""), _number(row.active), _share(row.density)]
         if row.values is not None:
             cells += [_share(row.values.zeros), f"{row.values.largest:.4g}", _number(row.values.not_finite)]
         table.add_row(*cells)
@@ -112,19 +103,17 @@ def print_description(description: Description, console: Console) -> None:
         files.add_row(name, f"{size:,}", checksum[:16])
     console.print(files)
     for note in description.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        print(note)
 
 
 def print_difference(difference: Difference, console: Console) -> None:
-    for line in difference.settings:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for label, (a, b) in difference.progress.items():
-        console.print(f"{label}: {a} -> {b}", highlight=False)
+    progress = [f"{label}: {a} -> {b}" for label, (a, b) in difference.progress.items()]
+    for line in (*difference.settings, *progress):
+        print(line)
     for label, names in (("first", difference.only_first), ("second", difference.only_second)):
-        for name in names[:MOST_NAMES]:
-            console.print(f"only in the {label}: {name}", highlight=False, markup=False)
-        if len(names) > MOST_NAMES:
-            console.print(f"only in the {label}: {len(names) - MOST_NAMES} more", highlight=False)
+        rest = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+        for name in (*names[:MOST_NAMES], *rest):
+            print(f"only in the {label}: {name}")
     if difference.layers:
         table = Table("sparse layer", "active in both", "only in the first", "only in the second", "units")
         for layer in difference.layers:
@@ -137,8 +126,7 @@ def print_difference(difference: Difference, console: Console) -> None:
             cells = (f"{row.largest:.4g}", f"{row.relative:.4g}", f"{row.entries:,}", row.note)
             table.add_row(row.name, row.kind, *cells)
         console.print(table)
-    count = len(difference.tensors)
-    console.print(f"{difference.compared} tensors in both, {count} of them differ", highlight=False)
+    print(f"{difference.compared} tensors in both, {len(difference.tensors)} of them differ")
 
 
 def _number(value: int | None) -> str:
@@ -151,6 +139,4 @@ def _share(value: float | None) -> str:
 
 if __name__ == "__main__":
     options = parse_arguments()
-    found: list[bool] = []
-    status = run_tool("inspect_checkpoint", lambda: found.append(main(options)))
-    raise SystemExit(status or int(found == [False]))
+    sys.exit(run_tool("inspect_checkpoint", lambda: main(options)))

@@ -42,27 +42,20 @@ def parse_arguments() -> argparse.Namespace:
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, choices=TOKENIZER_KINDS, help="kind of tokenizer")
     parser.add_argument("--tokenizer-path", metavar="FILE", help="the .model or tokenizer.json file")
-    parser.add_argument(
-        "--end-of-document", type=utf8_argument, metavar="PIECE", help="what ends documents, if not a usual piece"
-    )
-    parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json"
-    )
+    ends = "what ends documents, if not a usual piece"
+    parser.add_argument("--end-of-document", type=utf8_argument, metavar="PIECE", help=ends)
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="of PREFIX.bin, .idx and .meta.json")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--limit-documents", type=positive, metavar="N", help="stop after N documents")
-    parser.add_argument(
-        "--num-threads",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="threads of SentencePiece a process (default: 1)",
-    )
+    threads = "threads of SentencePiece a process (default: 1)"
+    parser.add_argument("--num-threads", type=positive, default=1, metavar="N", help=threads)
     return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace, communicator) -> None:
     failure: Exception | None = None
-    if communicator is None or communicator.Get_rank() == 0:
+    first = communicator is None or communicator.Get_rank() == 0
+    if first:
         try:
             check_output_prefix(arguments.output_prefix)
         except ValueError as error:
@@ -75,17 +68,14 @@ def main(arguments: argparse.Namespace, communicator) -> None:
         existing = communicator.bcast(existing)
     if existing and not arguments.overwrite:
         raise ValueError(f"{existing[0]} exists; --overwrite replaces it")
-    tokenizer, reader = None, None
+    tokenizer, reader, end = None, None, arguments.end_of_document
     try:
-        tokenizer = load_tokenizer(
-            arguments.tokenizer, arguments.tokenizer_path, end_of_document=arguments.end_of_document
-        )
+        tokenizer = load_tokenizer(arguments.tokenizer, arguments.tokenizer_path, end_of_document=end)
         reader = reader_from_arguments(arguments)
     except (ValueError, OSError) as error:
         failure = error
     # A file may be missing on one machine only; without this the other ranks would wait for ever.
     raise_together(communicator, failure)
-    first = communicator is None or communicator.Get_rank() == 0
     with progress_bar("tokenizing", reader.total_bytes, enabled=first) as progress:
         report = preprocess(
             reader,

@@ -8,25 +8,15 @@ The report of a single run is `python -m megasparse.reporting.report RUN`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from megasparse.data.arguments import run_tool, tool_parser
 from megasparse.reporting.comparison import write_comparison
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+if __name__ == "__main__":
+    parser = tool_parser(__doc__, "")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/my-run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the page, such as compare.html")
-    arguments = parser.parse_args()
-    try:
-        print(write_comparison(arguments.runs, arguments.output))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    options = parser.parse_args()
+    sys.exit(run_tool("report", lambda: print(write_comparison(options.runs, options.output))))

@@ -34,9 +34,8 @@ EXAMPLES = """examples:
   python launch/pretrain.py --config runs/sparse/config.yaml train.resume=auto
 
   # a converted model: single weights at random, Erdos-Renyi, the first block dense; then topologies evolve by RigL
-  python tools/sparsify.py --model models/gpt2 --method random --density 0.2 --block-size 1 --distribution
-  erdos_renyi \\
-      --keep-dense 'layers.0.*' --algorithm rigl --output models/gpt2-sparse
+  python tools/sparsify.py --model models/gpt2 --method random --density 0.2 --block-size 1 \\
+      --distribution erdos_renyi --keep-dense 'layers.0.*' --algorithm rigl --output models/gpt2-sparse
   python launch/pretrain.py --config models/gpt2-sparse/config.yaml train.init_from=models/gpt2-sparse
 
   # back to dense training: zeros stay zeros until the optimizer moves them
@@ -54,19 +53,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights-only", action="store_true", help="of a run: make a model folder")
     parser.add_argument("--densify", action="store_true", help="the reverse: all units are active, no masks")
     parser.add_argument("--method", choices=METHODS, help="which units are active (default: magnitude)")
-    parser.add_argument(
-        "--density", type=float, metavar="D", help="share of the weights that are active (sparsity.density)"
-    )
-    parser.add_argument(
-        "--block-size", type=int, metavar="N", help="side of the blocks; 1: single weights (sparsity.block_size)"
-    )
+    parser.add_argument("--density", type=float, metavar="D", help="share of active weights (sparsity.density)")
+    parser.add_argument("--block-size", type=int, metavar="N", help="of blocks; 1: weights (sparsity.block_size)")
     parser.add_argument("--distribution", choices=("uniform", "erdos_renyi"), help="of the density over the layers")
     parser.add_argument("--row-floor", action="store_true", help="an active block in every row of blocks")
     parser.add_argument("--algorithm", help="how training goes on (default: static, the topology stays)")
     parser.add_argument("--keep-dense", nargs="+", default=[], metavar="PATTERN", help="layers that stay dense")
     parser.add_argument("settings", nargs="*", metavar="sparsity.FIELD=VALUE", help="any other setting of the section")
     arguments = parser.parse_args()
-    if arguments.densify and overrides(arguments):
+    if arguments.densify and (arguments.method is not None or overrides(arguments)):
         parser.error("--densify: takes no setting of the topology")
     if not arguments.densify and arguments.density is None:
         parser.error("--density: missing; must be above 0, at most 1")
@@ -79,8 +74,6 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     words = [f"sparsity.{name}={value}" for name, value in named.items() if value is not None]
     if arguments.row_floor:
         words.append("sparsity.row_floor=true")
-    if arguments.method is not None and arguments.densify:
-        words.append(arguments.method)
     if arguments.keep_dense:
         groups = ", ".join(f"{{pattern: {pattern!r}, dense: true}}" for pattern in arguments.keep_dense)
         words.append(f"sparsity.groups=[{groups}]")

@@ -27,9 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="ids, bytes and end piece included")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="default: bpe")
-    parser.add_argument(
-        "--max-sentences", type=int, default=500_000, metavar="N", help="lines to train on (default: 500000)"
-    )
+    sentences = "lines to train on (default: 500000)"
+    parser.add_argument("--max-sentences", type=int, default=500_000, metavar="N", help=sentences)
     parser.add_argument("--seed", type=int, default=0, help="of the sample of lines (default: 0)")
     parser.add_argument("--num-threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -40,15 +39,9 @@ def main(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; --overwrite replaces it")
     began = time.monotonic()
-    report = train_sentencepiece(
-        reader_from_arguments(arguments),
-        arguments.output,
-        vocab_size=arguments.vocab_size,
-        model_type=arguments.model_type,
-        max_sentences=arguments.max_sentences,
-        seed=arguments.seed,
-        num_threads=arguments.num_threads,
-    )
+    names = ("vocab_size", "model_type", "max_sentences", "seed", "num_threads")
+    options = {name: getattr(arguments, name) for name in names}
+    report = train_sentencepiece(reader_from_arguments(arguments), arguments.output, **options)
     print(
         f"{arguments.output}: {report.vocab_size:,} pieces from {report.sentences_used:,} of "
         f"{report.sentences_seen:,} lines in {time.monotonic() - began:.1f} s"
@@ -56,5 +49,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options = parse_arguments()
-    sys.exit(run_tool("train_tokenizer", lambda: main(options)))
+    parsed = parse_arguments()
+    sys.exit(run_tool("train_tokenizer", lambda: main(parsed)))

@@ -21,14 +21,7 @@ from megasparse.kernels.common.tables import Measurement
 from megasparse.kernels.hybrid_attention import break_even as attention_tables
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
 from megasparse.monitoring.console import make_console
-from megasparse.tuning.kernel_tuning import (
-    cases,
-    measure_all,
-    measure_attention,
-    print_attention_rows,
-    print_rows,
-    store,
-)
+from megasparse.tuning import kernel_tuning as tuning
 
 EXAMPLES = """examples:
   # the layers of GPT-2 small, all blocks, in a minute or two
@@ -44,30 +37,22 @@ EXAMPLES = """examples:
 
 def parse_arguments() -> argparse.Namespace:
     parser = tool_parser(__doc__, EXAMPLES)
-    names = ", ".join(LAYERS)
-    parser.add_argument(
-        "--shapes", nargs="+", default=["gpt2-small"], metavar="SHAPE", help=f"{names}, or in x out as 768x3072"
-    )
-    parser.add_argument("--blocks", nargs="+", type=positive, default=[16, 32, 64, 128], metavar="N", help="sides")
+    shapes = f"{', '.join(LAYERS)}, or in x out as 768x3072"
+    parser.add_argument("--shapes", nargs="+", default=["gpt2-small"], metavar="SHAPE", help=shapes)
+    counts = {"nargs": "+", "type": positive, "metavar": "N"}
+    parser.add_argument("--blocks", default=[16, 32, 64, 128], help="sides", **counts)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
-    parser.add_argument(
-        "--tokens", nargs="+", type=positive, default=[512, 2048, 8192], metavar="N", help="rows of a micro-batch"
-    )
+    parser.add_argument("--tokens", default=[512, 2048, 8192], help="rows of a micro-batch", **counts)
     attention = parser.add_argument_group("with --attention")
     attention.add_argument("--attention", action="store_true", help="measure the attention patterns instead of layers")
-    attention.add_argument("--strides", nargs="+", type=positive, default=[128], metavar="N", help="default: 128")
-    attention.add_argument("--head-dims", nargs="+", type=positive, default=[64], metavar="N", help="default: 64")
-    attention.add_argument(
-        "--lengths", nargs="+", type=positive, default=list(LENGTHS), metavar="N", help="tokens of a sequence"
-    )
+    attention.add_argument("--strides", default=[128], help="default: 128", **counts)
+    attention.add_argument("--head-dims", default=[64], help="default: 64", **counts)
+    attention.add_argument("--lengths", default=list(LENGTHS), help="tokens of a sequence", **counts)
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="medians are over them (default: 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="table to write to (default: that of the user)")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="2 rounds; the largest shape and 2,048 tokens, or the two outer lengths, only",
-    )
+    quick = "2 rounds; the largest shape and 2,048 tokens, or the two outer lengths, only"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     return parser.parse_args()
 
@@ -76,14 +61,14 @@ def main(arguments: argparse.Namespace) -> None:
     device = arguments.device or target_device()
     if arguments.attention:
         measurement, table = tune_attention(arguments, device), attention_tables
-        print_attention_rows(measurement.rows, make_console())
+        tuning.print_attention_rows(measurement.rows, make_console())
     else:
         measurement, table = tune_layers(arguments, device), layer_tables
-        print_rows(measurement.rows, make_console())
+        tuning.print_rows(measurement.rows, make_console())
     print(f"{measurement.hardware}, threads: {measurement.threads}")
     if not arguments.dry_run:
         path = arguments.output or table.own_table()
-        store(path, measurement, table)
+        tuning.store(path, measurement, table)
         print(f"{path} written")
 
 
@@ -92,12 +77,12 @@ def tune_layers(arguments: argparse.Namespace, device: str) -> Measurement:
     tokens, rounds = arguments.tokens, arguments.rounds
     if arguments.quick:
         shapes, tokens, rounds = [max(shapes, key=lambda widths: widths[0] * widths[1])], [2048], 2
-    todo, notes = cases(device, arguments.precisions, arguments.blocks, tokens, shapes)
+    todo, notes = tuning.cases(device, arguments.precisions, arguments.blocks, tokens, shapes)
     for note in notes:
         print(f"tune_kernels: passed over: {note}", file=sys.stderr)
     if not todo:
         raise ValueError("nothing of this can be measured here")
-    return measure_all(todo, device, rounds, command())
+    return tuning.measure_all(todo, device, rounds, command())
 
 
 def tune_attention(arguments: argparse.Namespace, device: str) -> Measurement:
@@ -105,7 +90,7 @@ def tune_attention(arguments: argparse.Namespace, device: str) -> Measurement:
     if arguments.quick:
         lengths, rounds = [min(lengths), max(lengths)], 2
     classes = arguments.precisions, arguments.strides, arguments.head_dims
-    return measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
+    return tuning.measure_attention(device, *classes, lengths=lengths, rounds=rounds, command=command())
 
 
 def command() -> str:

@@ -20,7 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = vars(parse_arguments())
+    files, overrides, dry_run = (arguments.pop(name) for name in ("config", "overrides", "dry_run"))
     variables = dict(os.environ)
     # Plans are made on the CPU; the job must not inherit that.
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -31,25 +32,12 @@ def main() -> int:
 
     use_utf8()
     try:
-        job = SlurmJob(
-            nodes=arguments.nodes,
-            tasks_per_node=arguments.tasks_per_node,
-            time=arguments.time,
-            layout=arguments.layout,
-            warning_seconds=arguments.warning_seconds,
-            max_restarts=arguments.max_restarts,
-            partition=arguments.partition,
-            account=arguments.account,
-            gpus_per_node=arguments.gpus_per_node,
-            cpus_per_task=arguments.cpus_per_task,
-            setup=arguments.setup,
-            options=tuple(arguments.sbatch_option),
-        )
-        config = load_config(arguments.config, arguments.overrides)
+        job = SlurmJob(**{**arguments, "options": tuple(arguments["options"])})
+        config = load_config(files, overrides)
         check_start(config, job.world_size, job.device)
         folder = write_job(config, job, REPOSITORY)
         print(f"written: {folder}")
-        print(shlex.join(submit_command(folder)) if arguments.dry_run else submit(folder, variables))
+        print(shlex.join(submit_command(folder)) if dry_run else submit(folder, variables))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,21 +51,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--tasks-per-node", type=int, required=True, metavar="N", help="ranks on each node")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="of one start of the job, as sbatch reads it")
-    parser.add_argument(
-        "--layout",
-        default="task-per-rank",
-        metavar="LAYOUT",
-        help="task-per-rank (default): SLURM starts every rank; task-per-node: torchrun does, once on each node",
-    )
-    parser.add_argument(
-        "--warning-seconds", type=int, default=180, metavar="S", help="for the last step and the checkpoint; 180"
-    )
+    layout = "task-per-rank (default): SLURM starts every rank; task-per-node: torchrun does, once on each node"
+    parser.add_argument("--layout", default="task-per-rank", metavar="LAYOUT", help=layout)
+    warning = "for the last step and the checkpoint; 180"
+    parser.add_argument("--warning-seconds", type=int, default=180, metavar="S", help=warning)
     parser.add_argument("--max-restarts", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
     parser.add_argument("--gpus-per-node", type=int, metavar="N")
     parser.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of each rank")
-    parser.add_argument("--sbatch-option", action="append", default=[], metavar="=--NAME=VALUE", help="may be repeated")
+    option = {"action": "append", "metavar": "=--NAME=VALUE", "help": "may be repeated"}
+    parser.add_argument("--sbatch-option", dest="options", default=[], **option)
     parser.add_argument("--setup", type=Path, metavar="FILE", help="shell file that the job sources first")
     parser.add_argument("--dry-run", action="store_true", help="write everything, print the command, do not submit")
     # Settings may stand between options.

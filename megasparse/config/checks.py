@@ -23,6 +23,8 @@ SCHEDULE_FIELDS = {
 }
 ALL_SCHEDULE_FIELDS = SCHEDULE_FIELDS["mst"]
 FIXED_TOPOLOGY = ("static", "spdf")
+OF_GROWTH = {"growth", "growth_ratio", "regrowth_warmup_steps"}
+OF_DROPPING = {"drop_score", "drop_anneal", "drop_score_lambda"}
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -94,19 +96,15 @@ def _check_tensor_parallel(config: RunConfig) -> None:
 def _check_attention(config: RunConfig) -> None:
     num_layers, num_heads = config.model.num_layers, config.model.num_attention_heads
     for index, override in enumerate(config.attention.overrides):
+        place, heads = f"attention.overrides.{index}", override.heads if isinstance(override.heads, list) else []
         given = {"layers": (override.layers or [], num_layers), "first": ([override.first], num_layers)}
-        if isinstance(override.heads, list):
-            given["heads"] = (override.heads, num_heads)
-        for field, (values, limit) in given.items():
-            for value in values:
-                if value >= limit:
-                    raise ConfigError(
-                        f"attention.overrides.{index}.{field}: {value} does not exist; must be 0 to {limit - 1}"
-                    )
+        for field, (values, limit) in {**given, "heads": (heads, num_heads)}.items():
+            if wrong := [value for value in values if value >= limit]:
+                raise ConfigError(f"{place}.{field}: {wrong[0]} does not exist; must be 0 to {limit - 1}")
         if not isinstance(override.heads, list) and not override.head_numbers(num_heads):
             raise ConfigError(
-                f"attention.overrides.{index}.heads: {override.heads} of {num_heads} heads is none; must be "
-                f"shares of at least 1 head, {1 / num_heads:.3g}"
+                f"{place}.heads: {override.heads} of {num_heads} heads is none; must be shares of at least 1 head, "
+                f"{1 / num_heads:.3g}"
             )
     offsets = config.attention.stride_offsets
     if isinstance(offsets, list) and len(offsets) != num_heads:
@@ -122,27 +120,25 @@ def unused_settings(config: RunConfig) -> list[str]:
 
 
 def _unused_sparsity(config: RunConfig) -> Iterator[str]:
-    sparsity = config.sparsity
+    sparsity, algorithm = config.sparsity, config.sparsity.algorithm
     given = _given(sparsity) - {"algorithm"}
-    if sparsity.algorithm == "dense":
-        if given:
-            yield f"not used by sparsity.algorithm dense: {_names('sparsity', given)}"
+
+    def sentences(fields: set[str], reason: str = f"not used by sparsity.algorithm {algorithm}:") -> Iterator[str]:
+        if given & fields:
+            yield f"{reason} {', '.join(f'sparsity.{field}' for field in sorted(given & fields))}"
+
+    if algorithm == "dense":
+        yield from sentences(given)
         return
     if sparsity.points is not None:
-        ignored = given & (ALL_SCHEDULE_FIELDS | {"density"})
-        reason = "sparsity.points replaces"
+        yield from sentences(ALL_SCHEDULE_FIELDS | {"density"}, "sparsity.points replaces")
     else:
-        ignored = given & (ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[sparsity.algorithm])
-        reason = f"not used by sparsity.algorithm {sparsity.algorithm}:"
-    if ignored:
-        yield f"{reason} {_names('sparsity', ignored)}"
-    if sparsity.algorithm in FIXED_TOPOLOGY:
-        evolving = {"growth", "growth_ratio", "drop_score", "drop_anneal", "drop_score_lambda", "regrowth_warmup_steps"}
-        if given & evolving:
-            yield f"not used by sparsity.algorithm {sparsity.algorithm}: {_names('sparsity', given & evolving)}"
+        yield from sentences(ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[algorithm])
+    if algorithm in FIXED_TOPOLOGY:
+        yield from sentences(OF_GROWTH | OF_DROPPING)
         return
     growths = {sparsity.growth, *(group.growth for group in sparsity.groups)} - {None}
-    if "growth_ratio" in given and "mixed" not in growths and (growths or sparsity.algorithm in ("set", "rigl")):
+    if "growth_ratio" in given and "mixed" not in growths and (growths or algorithm in ("set", "rigl")):
         yield "sparsity.growth_ratio is used by sparsity.growth mixed only"
     scores = {sparsity.drop_score, *(group.drop_score for group in sparsity.groups)}
     if "drop_score_lambda" in given and "magnitude_gradient" not in scores:
@@ -152,29 +148,29 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
 
 
 def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
-    if config.attention.windows is not None and "phases" in _given(config.attention):
+    attention, data = config.attention, config.data
+    given = {f"{name}.{field}" for name, section in config for field in _given(section)}
+    if attention.windows is not None and "attention.phases" in given:
         yield "attention.windows replaces attention.phases"
-    if "stride_offsets" in _given(config.attention) and not config.attention.named_patterns() - {"local"}:
+    if "attention.stride_offsets" in given and not attention.named_patterns() - {"local"}:
         yield "attention.stride_offsets is used by the patterns strided, sparse and fixed only"
-    if config.attention.dense_fallback is True and config.kernels.hybrid_attention != "auto":
+    if attention.dense_fallback is True and config.kernels.hybrid_attention != "auto":
         yield "attention.dense_fallback true is used with kernels.hybrid_attention auto only"
-    if config.data.valid is not None and "valid_fraction" in _given(config.data):
+    if data.valid is not None and "data.valid_fraction" in given:
         yield "data.valid replaces data.valid_fraction"
-    if config.data.reset_positions and not config.data.document_masking:
+    if data.reset_positions and not data.document_masking:
         yield "data.reset_positions is used with data.document_masking true only"
-    if config.data.reset_positions and config.model.position_embedding == "rope":
+    if data.reset_positions and config.model.position_embedding == "rope":
         yield "data.reset_positions changes nothing under model.position_embedding rope, which knows distances only"
-    if "decay_fraction" in _given(config.optimizer) and config.optimizer.schedule != "wsd":
+    if "optimizer.decay_fraction" in given and config.optimizer.schedule != "wsd":
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
-    if "rope_theta" in _given(config.model) and config.model.position_embedding != "rope":
-        yield "model.rope_theta is used by model.position_embedding rope only"
-    if "rope_scaling" in _given(config.model) and config.model.position_embedding != "rope":
-        yield "model.rope_scaling is used by model.position_embedding rope only"
-    if config.parallel.tensor_parallel_size == 1 and config.parallel.sequence_parallel:
-        yield "parallel.sequence_parallel is used with parallel.tensor_parallel_size above 1 only"
-    if config.parallel.tensor_parallel_size == 1 and config.sparsity.balance_shards:
-        yield "sparsity.balance_shards is used with parallel.tensor_parallel_size above 1 only"
-    if config.train.resume == "auto" and config.data.train is None:
+    for name in ("model.rope_theta", "model.rope_scaling"):
+        if name in given and config.model.position_embedding != "rope":
+            yield f"{name} is used by model.position_embedding rope only"
+    for name in ("parallel.sequence_parallel", "sparsity.balance_shards"):
+        if name in given and config.parallel.tensor_parallel_size == 1:
+            yield f"{name} is used with parallel.tensor_parallel_size above 1 only"
+    if config.train.resume == "auto" and data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
 
 
@@ -185,7 +181,3 @@ def _given(section: Section) -> set[str]:
         for name in section.model_fields_set
         if getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)
     }
-
-
-def _names(section: str, fields: set[str]) -> str:
-    return ", ".join(f"{section}.{field}" for field in sorted(fields))

@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megasparse.config.renamed import removed_setting, renamed_setting, renamed_value
+from megasparse.config.renamed import REMOVED_SETTINGS, RENAMED_SETTINGS, RENAMED_VALUES
 from megasparse.config.schema import RunConfig
 from megasparse.utils.files import write_at_once
 
@@ -63,19 +63,13 @@ def check_config(values: dict[str, Any]) -> RunConfig:
     try:
         _refuse_control_characters(values)
         # JSON mode reads lists as tuples and whole numbers as floats, yet takes no string for a number.
-        return RunConfig.model_validate_json(_to_json(values))
+        return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_describe(details) for details in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
-    except RecursionError:
-        raise ConfigError(TOO_DEEP) from None
-
-
-def _to_json(values: dict[str, Any]) -> str:
-    try:
-        return json.dumps(values)
+        raise ConfigError("\n".join(_describe(details) for details in error.errors())) from None
     except TypeError as error:
         raise ConfigError(f"settings must be text, numbers, true, false, null, lists and sections: {error}") from None
+    except RecursionError:
+        raise ConfigError(TOO_DEEP) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -99,15 +93,22 @@ def changed_settings(before: RunConfig, after: RunConfig) -> list[str]:
     ]
 
 
-def describe_fields() -> Iterator[tuple[str, str, str, str]]:
-    """Dotted name, type, default and help of every field, in the order of the schema."""
-    for section_name, section in RunConfig.model_fields.items():
-        section_type = section.annotation
-        assert isinstance(section_type, type) and issubclass(section_type, BaseModel)
-        for name, field in section_type.model_fields.items():
-            default = json.dumps(field.get_default(call_default_factory=True))
+def describe_fields() -> Iterator[tuple[str, str, str]]:
+    """Dotted name, default and help of every field, in the order of the schema."""
+    for section_name, section in RunConfig():
+        for name, field in type(section).model_fields.items():
             description = " ".join((field.description or "").split())
-            yield f"{section_name}.{name}", _type_name(field.annotation), default, description
+            yield f"{section_name}.{name}", json.dumps(getattr(section, name)), description
+
+
+def dotted_values(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of nested settings as text; lists as JSON."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted_values(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            yield f"{prefix}{name}", text
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -122,10 +123,9 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         # A base may be any file, somebody's keys for instance: nothing of it is repeated.
         reason = _place_in_file(error) if seen else str(error)
         raise ConfigError(f"{path}: not readable as YAML: {reason}") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}: must hold sections such as `train:`, found a {type(content).__name__}")
-    if _is_bare_text(content):
-        raise ConfigError(f"{path}: must hold sections such as `train:`, found text")
+    if not isinstance(content, DictConfig) or _is_bare_text(content):
+        found = "text" if isinstance(content, DictConfig) else f"a {type(content).__name__}"
+        raise ConfigError(f"{path}: must hold sections such as `train:`, found {found}")
     plain: Any = OmegaConf.to_container(OmegaConf.create({"base": content.pop("base", [])}), resolve=False)
     found = plain["base"]
     bases = [found] if isinstance(found, str) else found
@@ -203,19 +203,20 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
 def _describe(details: ErrorDetails) -> str:
     """One line for one pydantic error: field, value, and what it must be."""
     location = ".".join(str(part) for part in details["loc"] if not CHOICE.match(str(part)))
+    setting = ".".join(part for part in details["loc"] if isinstance(part, str))
     kind, context = details["type"], details.get("ctx", {})
-    if kind == "extra_forbidden" and (new_name := renamed_setting(details["loc"])):
-        return f"{location}: was renamed; must be given as {new_name}"
-    if kind == "extra_forbidden" and (reason := removed_setting(details["loc"])):
-        return f"{location}: was removed: {reason}; must be left out"
     if kind == "extra_forbidden":
+        if setting in RENAMED_SETTINGS:
+            return f"{location}: was renamed; must be given as {RENAMED_SETTINGS[setting]}"
+        if setting in REMOVED_SETTINGS:
+            return f"{location}: was removed: {REMOVED_SETTINGS[setting]}; must be left out"
         return f"{location}: unknown setting; {_suggest(details['loc'])}"
     if kind == "value_error":
         return f"{location}.{context['error']}" if location else str(context["error"])
     value = json.dumps(details["input"], default=str)
-    if kind == "literal_error" and (new_value := renamed_value(details["loc"], details["input"])):
-        return f"{location}: {value} was renamed; must be given as {new_value}"
     if kind == "literal_error":
+        if new_value := RENAMED_VALUES.get((setting, str(details["input"]))):
+            return f"{location}: {value} was renamed; must be given as {new_value}"
         return f"{location}: {value} is not allowed; must be one of {context['expected']}"
     return f"{location}: {value} is not allowed; {details['msg'].replace('Input should', 'it should')}"
 
@@ -239,9 +240,3 @@ def _models_inside(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_inside(argument)]
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("megasparse.config.schema.", "").replace("NoneType", "None")

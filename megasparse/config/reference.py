@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from megasparse.config.loader import describe_fields
 from megasparse.config.schema import RunConfig
 
 BEGIN = "<!-- begin of the generated reference: tools/write_config_reference.py -->"
@@ -26,21 +25,13 @@ def render_reference() -> str:
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
     sections = {name: _definition_name(field) for name, field in schema["properties"].items()}
+    entries = sorted(set(definitions) - set(sections.values()))
+    tables: list[tuple[str, str, list[str]]] = [(section, definition, []) for section, definition in sections.items()]
+    tables += [(entry, entry, [_uses(entry, sections, definitions), ""]) for entry in entries]
     lines: list[str] = []
-    for section, definition in sections.items():
-        fields = definitions[definition]["properties"]
-        lines += [f"### `{section}`", "", *HEADER]
-        for dotted, _, default, text in describe_fields():
-            owner, _, name = dotted.partition(".")
-            if owner == section:
-                lines.append(_row(name, fields[name], default, text))
-        lines.append("")
-    for definition in sorted(set(definitions) - set(sections.values())):
-        lines += [f"### `{definition}`", "", _uses(definition, sections, definitions), "", *HEADER]
-        required = definitions[definition].get("required", [])
-        for name, field in definitions[definition]["properties"].items():
-            default = "required" if name in required else json.dumps(field["default"])
-            lines.append(_row(name, field, default, field["description"]))
+    for title, definition, note in tables:
+        lines += [f"### `{title}`", "", *note, *HEADER]
+        lines += [_row(name, field) for name, field in definitions[definition]["properties"].items()]
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -54,9 +45,9 @@ def replace_reference(page: str, reference: str) -> str:
     return f"{before}{BEGIN}\n\n{reference}\n\n{END}{after}"
 
 
-def _row(name: str, field: Mapping[str, Any], default: str, text: str) -> str:
-    shown = default if default == "required" else f"`{default}`"
-    cells = (f"`{name}`", _allowed_values(field), shown, " ".join(text.split()))
+def _row(name: str, field: Mapping[str, Any]) -> str:
+    default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+    cells = (f"`{name}`", _allowed_values(field), default, " ".join(field["description"].split()))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -67,31 +58,22 @@ def _allowed_values(field: Mapping[str, Any]) -> str:
     if "$ref" in field:
         return f"`{_definition_name(field)}`"
     if "const" in field or "enum" in field:
-        values = field.get("enum", [field.get("const")])
-        return ", ".join(f"`{value}`" for value in values)
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "null":
         return "`null`"
+    if "prefixItems" in field:
+        return f"[{', '.join(_allowed_values(item) for item in field['prefixItems'])}]"
     if field.get("type") == "array":
-        return _list_values(field)
+        return f"list of {_allowed_values(field['items'])}"
     if field.get("type") == "object":
-        return _map_values(field)
+        values = field.get("additionalProperties")
+        if not isinstance(values, dict):
+            return "section"
+        return f"section of {_allowed_values(field['propertyNames'])}: each {_allowed_values(values)}"
     bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
     if "pattern" in field:
         bounds.append(f"matching `{field['pattern']}`")
     return " ".join([WORDS[field["type"]], ", ".join(bounds)]).strip()
-
-
-def _list_values(field: Mapping[str, Any]) -> str:
-    if "prefixItems" in field:
-        return f"[{', '.join(_allowed_values(item) for item in field['prefixItems'])}]"
-    return f"list of {_allowed_values(field['items'])}"
-
-
-def _map_values(field: Mapping[str, Any]) -> str:
-    values = field.get("additionalProperties")
-    if not isinstance(values, dict):
-        return "section"
-    return f"section of {_allowed_values(field['propertyNames'])}: each {_allowed_values(values)}"
 
 
 def _definition_name(field: Mapping[str, Any]) -> str:
@@ -100,17 +82,10 @@ def _definition_name(field: Mapping[str, Any]) -> str:
 
 
 def _uses(definition: str, sections: Mapping[str, str], definitions: Mapping[str, Any]) -> str:
-    places = [f"`{dotted}`" for dotted, field in _fields(sections, definitions) if _refers(field, definition)]
+    places = [
+        f"`{section}.{name}`"
+        for section, owner in sections.items()
+        for name, field in definitions[owner]["properties"].items()
+        if f'"#/$defs/{definition}"' in json.dumps(field)
+    ]
     return f"An entry of {' and '.join(places)}."
-
-
-def _fields(sections: Mapping[str, str], definitions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, definition in sections.items():
-        for name, field in definitions[definition]["properties"].items():
-            yield f"{section}.{name}", field
-
-
-def _refers(field: Any, definition: str) -> bool:
-    if isinstance(field, dict):
-        return field.get("$ref") == f"#/$defs/{definition}" or any(_refers(v, definition) for v in field.values())
-    return isinstance(field, list) and any(_refers(value, definition) for value in field)

@@ -22,22 +22,3 @@ RENAMED_VALUES = {
     ("sparsity.groups.drop_score", "sensitivity"): "magnitude_over_gradient",
 }
 """(Setting, value in version 0.1) -> now."""
-
-
-def renamed_setting(location: tuple[int | str, ...]) -> str | None:
-    """The present name of a setting that pydantic does not know; None: it never was one."""
-    return RENAMED_SETTINGS.get(_dotted(location))
-
-
-def removed_setting(location: tuple[int | str, ...]) -> str | None:
-    """Why a setting that pydantic does not know is gone; None: it never was one."""
-    return REMOVED_SETTINGS.get(_dotted(location))
-
-
-def renamed_value(location: tuple[int | str, ...], value: object) -> str | None:
-    """The present name of a value that a setting does not take any more; None: it never did."""
-    return RENAMED_VALUES.get((_dotted(location), str(value)))
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(part for part in location if isinstance(part, str))

@@ -249,11 +249,10 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _offsets_are_below_the_stride(self) -> AttentionConfig:
+        stride = self.stride
         for offset in self.stride_offsets if isinstance(self.stride_offsets, list) else ():
-            if offset >= self.stride:
-                raise ValueError(
-                    f"stride_offsets: {offset} is not below stride {self.stride}; must be 0 to {self.stride - 1}"
-                )
+            if offset >= stride:
+                raise ValueError(f"stride_offsets: {offset} is not below stride {stride}; must be 0 to {stride - 1}")
         return self
 
 
@@ -445,10 +444,8 @@ class SparsityConfig(Section):
     def _boundaries_are_ordered(self) -> SparsityConfig:
         order = (self.warmup_end, self.restoration_start, self.restoration_end)
         if self.algorithm == "mst" and self.points is None and list(order) != sorted(order):
-            raise ValueError(
-                "warmup_end, restoration_start, restoration_end: must not decrease, got "
-                f"{self.warmup_end}, {self.restoration_start}, {self.restoration_end}"
-            )
+            names = "warmup_end, restoration_start, restoration_end"
+            raise ValueError(f"{names}: must not decrease, got {', '.join(map(str, order))}")
         if self.points is not None:
             check_points(self.points)
         return self
@@ -519,6 +516,5 @@ def check_points(points: list[tuple[float, float]]) -> None:
     progress = [u for u, _ in points]
     if progress[0] != 0.0 or progress[-1] > 1.0 or any(b <= a for a, b in pairwise(progress)):
         raise ValueError(f"points: progress must rise strictly from 0 to at most 1, got {progress}")
-    for _, density in points:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"points: density {density} is outside (0, 1]")
+    if wrong := [density for _, density in points if not 0.0 < density <= 1.0]:
+        raise ValueError(f"points: density {wrong[0]} is outside (0, 1]")

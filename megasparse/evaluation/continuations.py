@@ -94,7 +94,7 @@ def last_word_task(records: Records, tokenizer: Tokenizer, seq_length: int) -> L
         if not text[:start].strip():
             raise ConfigError(f"{where}: text: {text!r} is a single word; must be a passage of two or more")
         windows.append(_window(tokenizer, text[:start], text[start:], seq_length, f"{where}: text"))
-    return LastWord(_not_empty(windows))
+    return LastWord(windows)
 
 
 def multiple_choice_task(
@@ -118,7 +118,7 @@ def multiple_choice_task(
             windows.append(_window(tokenizer, context, continuation, seq_length, f"{where}: choices[{number}]", begin))
         choices.append(texts)
         labels.append(label)
-    return MultipleChoice(_not_empty(windows), choices, labels)
+    return MultipleChoice(windows, choices, labels)
 
 
 def _choices(record: dict[str, Any], where: str) -> list[str]:
@@ -140,8 +140,3 @@ def _window(
             f"1 to {seq_length}, the sequence length of the model"
         )
     return continuation_window(context_ids, continuation_ids, seq_length)
-
-
-def _not_empty(windows: list[Window]) -> list[Window]:
-    assert windows, "the reader refuses a file without records"
-    return windows

@@ -38,13 +38,7 @@ WIKITEXT = _rules(
     (r"(?<=\S )N(?= \S)", "1"),
     (r" 's", "'s"),
 )
-PENN_TREEBANK = _rules(
-    (r" n't", "n't"),
-    (r" '", "'"),
-    (r"(?<= )N(?= )", "1"),
-    (r"\$ 1", "$1"),
-    (r"# 1", "#1"),
-)
+PENN_TREEBANK = _rules((r" n't", "n't"), (r" '", "'"), (r"(?<= )N(?= )", "1"), (r"\$ 1", "$1"), (r"# 1", "#1"))
 DETOKENIZERS = {"none": (), "wikitext": WIKITEXT, "ptb": PENN_TREEBANK}
 
 

@@ -62,8 +62,6 @@ class MegaSparseLM(TemplateLM):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
         os.environ["DS_ACCELERATOR"] = device
         trained = open_trained(Path(str(run)), step)
-        if trained.tokenizer is None:
-            raise ValueError(f"run: {run} has no tokenizer; must be a run with data.tokenizer")
         self._groups = ExitStack()
         environment = LaunchEnvironment.from_variables(os.environ)
         self._ranks, self._device = self._groups.enter_context(sharing_ranks(environment, device))
@@ -135,11 +133,9 @@ class MegaSparseLM(TemplateLM):
         return [math.fsum(likelihoods[start:end]) for start, end in zip([0, *ends][:-1], ends, strict=True)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        own = {
-            index: self._continue(*requests[index].args)
-            for index in range(self._ranks.rank, len(requests), self._ranks.size)
-        }
-        return share_texts(own, len(requests), self._ranks)
+        own = range(self._ranks.rank, len(requests), self._ranks.size)
+        texts = {index: self._continue(*requests[index].args) for index in own}
+        return share_texts(texts, len(requests), self._ranks)
 
     def _continue(self, context: str, options: Mapping[str, Any]) -> str:
         """The continuation up to the first text of `until`, the end of the document, or the largest length."""

@@ -105,21 +105,14 @@ def text_perplexity(
 
 
 def token_file_perplexity(
-    dataset: IndexedDataset,
-    tokenizer: Tokenizer | None,
-    window: int,
-    stride: int | None = None,
-    limit: int | None = None,
+    dataset: IndexedDataset, tokenizer: Tokenizer, window: int, stride: int | None = None, limit: int | None = None
 ) -> Perplexity:
     """Perplexity of a token file as one stream, end-of-document tokens included, which add tokens and no bytes.
 
-    Bytes and words are those of the decoded documents, where ids that only the model has stand for no text; without a
-    tokenizer there are none.
+    Bytes and words are those of the decoded documents, where ids that only the model has stand for no text.
     """
 
-    def size() -> TextSize | None:
-        if tokenizer is None:
-            return None
+    def size() -> TextSize:
         documents = (dataset.document(index).tolist() for index in range(len(dataset)))
         return sum((TextSize.of(tokenizer.decode(tokens)) for tokens in documents), TextSize(0, 0, 0))
 

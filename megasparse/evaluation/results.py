@@ -31,25 +31,22 @@ def show_progress(console: Console | None) -> Iterator[Advance]:
             task = bar.add_task("scoring", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
-        yield lambda done, total: _line(console, done, total)
+
+        def line(done: int, total: int) -> None:
+            if done % max(1, -(-total // LINES_OF_A_LOG)) == 0 or done == total:
+                console.print(f"{done:,} of {total:,} batches", soft_wrap=True)
+
+        yield line
 
 
 def print_results(record: Mapping[str, Any], console: Console) -> None:
     """The results of an evaluation and what they belong to, as a table."""
     values = {"model": record["model"], "step": record["step"], **record["settings"], **record["results"]}
-    rows = [(name.replace("_", " "), _cell(value)) for name, value in values.items()]
+    rows = {name.replace("_", " "): _cell(value) for name, value in values.items()}
     print_facts(f"{record['task']}: {record['input']}", rows, console)
 
 
-def _line(console: Console, done: int, total: int) -> None:
-    step = max(1, -(-total // LINES_OF_A_LOG))
-    if done % step == 0 or done == total:
-        console.print(f"{done:,} of {total:,} batches", soft_wrap=True)
-
-
 def _cell(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return MISSING if finite(value) is None else f"{value:,.6g}"
-    return MISSING if value is None else str(value)
+    if isinstance(value, bool | str):
+        return str(value)
+    return MISSING if finite(value) is None else f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

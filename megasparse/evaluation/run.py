@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from megasparse.config.loader import ConfigError
-from megasparse.data.tokenizer import Tokenizer
 from megasparse.evaluation.continuations import LastWord, MultipleChoice, last_word_task, multiple_choice_task
 from megasparse.evaluation.detokenizers import DETOKENIZERS
 from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl, read_text
@@ -75,14 +74,22 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
         "input": settings.input,
         "model": str(settings.run),
         "step": trained.step,
-        "settings": {**task.settings, **_conditions(settings, trained), "batch_size": scorer.batch_size},
+        "settings": {
+            **task.settings,
+            "limit": settings.limit,
+            "attention": trained.pattern,
+            "tokenizer": trained.tokenizer.name,
+            "precision": settings.precision,
+            "batch_size": scorer.batch_size,
+        },
         "results": {**task.results(scores), "seconds": round(time.perf_counter() - started, 3)},
         "hardware": describe_hardware(device, environment.world_size),
         "versions": package_versions(),
     }
     if console is not None:
         print_results(record, console)
-        path = settings.output or default_output(settings, trained.step)
+        name = f"{settings.task}-{Path(settings.input).name}-step-{trained.step}.json"
+        path = settings.output or settings.run / "evaluations" / name
         try:
             write_json(path, record, allow_nan=False)
         except OSError as error:
@@ -108,12 +115,8 @@ def check_settings(settings: EvaluationSettings) -> None:
     if settings.output is not None and settings.output.is_dir():
         raise ConfigError(f"--output: {settings.output} is a folder; must be the name of a file")
     if settings.task != "perplexity":
-        for name, given in (
-            ("window", settings.window is not None),
-            ("stride", settings.stride is not None),
-            ("detokenizer", settings.detokenizer != "none"),
-        ):
-            if given:
+        for name, usual in (("window", None), ("stride", None), ("detokenizer", "none")):
+            if getattr(settings, name) != usual:
                 raise ConfigError(f"--{name}: only used with --task perplexity")
 
 
@@ -128,14 +131,13 @@ def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity
             raise ConfigError(f"--detokenizer: {settings.detokenizer}; {settings.input} holds tokens, not text")
         dataset = open_tokens(settings.input, trained.model.vocab_size)
         return token_file_perplexity(dataset, trained.tokenizer, window, settings.stride, settings.limit)
-    tokenizer = _tokenizer(trained, settings)
     if settings.task == "perplexity":
         text = read_text(settings.input)
-        return text_perplexity(text, tokenizer, window, settings.stride, settings.detokenizer, settings.limit)
+        return text_perplexity(text, trained.tokenizer, window, settings.stride, settings.detokenizer, settings.limit)
     records = read_jsonl(settings.input, settings.limit)
     if settings.task == "last-word":
-        return last_word_task(records, tokenizer, length)
-    return multiple_choice_task(records, tokenizer, length, trained.begin_token)
+        return last_word_task(records, trained.tokenizer, length)
+    return multiple_choice_task(records, trained.tokenizer, length, trained.begin_token)
 
 
 @contextlib.contextmanager
@@ -155,26 +157,3 @@ def sharing_ranks(environment: LaunchEnvironment, device: str) -> Iterator[tuple
 def place(model: GPT, device: torch.device, precision: str) -> GPT:
     """The model on its device, in its precision, in evaluation mode."""
     return model.to(device=device, dtype=DTYPES[precision]).eval()
-
-
-def default_output(settings: EvaluationSettings, step: int) -> Path:
-    """A file below the run's folder, named after task, input and step."""
-    return settings.run / "evaluations" / f"{settings.task}-{Path(settings.input).name}-step-{step}.json"
-
-
-def _conditions(settings: EvaluationSettings, trained: TrainedModel) -> dict[str, Any]:
-    return {
-        "limit": settings.limit,
-        "attention": trained.pattern,
-        "tokenizer": trained.tokenizer.name if trained.tokenizer else None,
-        "precision": settings.precision,
-    }
-
-
-def _tokenizer(trained: TrainedModel, settings: EvaluationSettings) -> Tokenizer:
-    if trained.tokenizer is None:
-        raise ConfigError(
-            f"--run: {settings.run} has no tokenizer, so {settings.input} cannot become tokens; must be a run "
-            "with data.tokenizer, or --task perplexity on the prefix of an indexed data set"
-        )
-    return trained.tokenizer

@@ -57,7 +57,8 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or an option is out of range.
     """
-    _check_prompt(tokens_BT)
+    if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
+        raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; must be [B, T] with at least one token each")
     check_sampling(temperature, top_k, top_p)
     evaluate = LastLogits(model, tokens_BT.shape[1] + max_new_tokens, use_cache)
     ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=tokens_BT.device)
@@ -136,8 +137,3 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_k: {top_k}; must be unset (all tokens), or a whole number of at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: {top_p}; must be unset (all tokens), or above 0 and at most 1")
-
-
-def _check_prompt(tokens_BT: torch.Tensor) -> None:
-    if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
-        raise ValueError(f"prompt: shape {tuple(tokens_BT.shape)}; must be [B, T] with at least one token each")

@@ -165,34 +165,33 @@ def quiet() -> QuietProgress:
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """Print the derived numbers of a run, with units, before it starts."""
     parameters, tokens, schedule, flops = (plan[key] for key in ("parameters", "tokens", "schedule", "flops"))
-    rows = [
-        (
-            "Model",
-            f"{format_count(parameters['total'])} parameters, {format_count(parameters['sparsifiable'])} of "
-            f"them sparsifiable; {format_count(parameters['active_at_min_density'])} active at the lowest density",
+    memory, count, kernels = dict(plan["memory"]), plan["parallel"], plan["kernels"]
+    sent = {name: format_bytes(value) for name, value in plan["communication"].items()}
+    total = format_bytes(memory.pop("total"))
+    layers = [describe_kernel(row) for row in kernels["block_sparse"]] or ["no sparse layers"]
+    rows = {
+        "Model": f"{format_count(parameters['total'])} parameters, {format_count(parameters['sparsifiable'])} of them "
+        f"sparsifiable; {format_count(parameters['active_at_min_density'])} active at the lowest density",
+        "Training": f"{plan['steps']:,} steps of {tokens['per_step']:,} tokens, {format_count(tokens['total'])} tokens "
+        "in all",
+        "Documents": plan["documents"],
+        "Phases": _phases(schedule["phases"]),
+        "Density": f"{sparkline(schedule['curve'], blocks='utf' in console.encoding.lower())}\n"
+        f"mean {format_share(schedule['mean_density'])}, lowest {format_share(schedule['min_density'])}",
+        "FLOPs": f"{format_flops(flops['algorithmic'])} of {format_flops(flops['dense'])} dense: "
+        f"{format_share(flops['ratio'])}, {format_factor(divide(flops['dense'], flops['algorithmic']))} fewer",
+        "Memory per rank": f"{total}: " + ", ".join(f"{name} {format_bytes(part)}" for name, part in memory.items()),
+        "Sent per rank": f"{sent['data_parallel']} data-parallel and {sent['tensor_parallel']} tensor-parallel a step; "
+        f"up to {sent['topology_step']} a topology update",
+        "Parallel": f"{count['world_size']:,} {'rank' if count['world_size'] == 1 else 'ranks'}: "
+        f"{count['data_parallel_size']:,} data x {count['tensor_parallel_size']:,} tensor, ZeRO stage "
+        f"{count['zero_stage']}; micro-batch {count['micro_batch_size']:,} x {count['accumulation_steps']:,} "
+        "accumulation steps",
+        "Kernels": "\n".join(
+            [f"device: {kernels['device']}", *layers, f"hybrid attention: {kernels['hybrid_attention']}"]
         ),
-        (
-            "Training",
-            f"{plan['steps']:,} steps of {tokens['per_step']:,} tokens, {format_count(tokens['total'])} tokens in all",
-        ),
-        ("Documents", plan["documents"]),
-        ("Phases", _phases(schedule["phases"])),
-        (
-            "Density",
-            f"{sparkline(schedule['curve'], blocks='utf' in console.encoding.lower())}\n"
-            f"mean {format_share(schedule['mean_density'])}, lowest {format_share(schedule['min_density'])}",
-        ),
-        (
-            "FLOPs",
-            f"{format_flops(flops['algorithmic'])} of {format_flops(flops['dense'])} dense: "
-            f"{format_share(flops['ratio'])}, {format_factor(divide(flops['dense'], flops['algorithmic']))} fewer",
-        ),
-        ("Memory per rank", _memory(plan["memory"])),
-        ("Sent per rank", _communication(plan["communication"])),
-        ("Parallel", _parallel(plan["parallel"])),
-        ("Kernels", _kernels(plan["kernels"])),
-        ("Methods", "\n".join(plan.get("methods", []))),
-    ]
+        "Methods": "\n".join(plan.get("methods", [])),
+    }
     print_facts(f"Plan of {plan['run']}", rows, console)
     print_warnings(plan["warnings"], console)
 
@@ -208,33 +207,22 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     tokens, seconds, best = summary["tokens"], summary["seconds"], summary["best_val_loss"]
     end = "finished" if summary["finished"] else "stopped early"
     reason = f": {summary['reason']}" if summary["reason"] and not summary["finished"] else ""
-    rows = [
-        ("Outcome", f"{end} after {summary['steps']:,} steps{reason}"),
-        ("Skipped steps", f"{skipped:,}, for their gradients" if (skipped := summary.get("skipped_steps")) else ""),
-        (
-            "Loss",
-            f"validation {format_decimal(summary['val_loss'], 4)}"
-            + (f" (best {format_decimal(best, 4)})" if best is not None else "")
-            + f", training {format_decimal(summary['loss'], 4)}",
-        ),
-        ("Final density", format_share(summary["final_density"])),
-        (
-            "FLOPs",
-            f"dense-equivalent {format_flops(dense)}\n"
-            f"algorithmic {format_flops(algorithmic)}, {format_share(divide(algorithmic, dense))} of dense\n"
-            f"executed {format_flops(executed)}, {format_share(divide(executed, dense))} of dense",
-        ),
-        (
-            "Time",
-            f"{format_seconds(seconds)} for {format_count(tokens)} tokens, "
-            f"{format_count(divide(tokens, seconds))} tokens/s",
-        ),
-        (
-            "Time by part",
-            ", ".join(f"{name} {format_seconds(value)}" for name, value in summary["seconds_by_part"].items()),
-        ),
-        ("Hardware", summary["hardware"]),
-    ]
+    best_words = f" (best {format_decimal(best, 4)})" if best is not None else ""
+    parts = summary["seconds_by_part"].items()
+    rows = {
+        "Outcome": f"{end} after {summary['steps']:,} steps{reason}",
+        "Skipped steps": f"{skipped:,}, for their gradients" if (skipped := summary.get("skipped_steps")) else "",
+        "Loss": f"validation {format_decimal(summary['val_loss'], 4)}{best_words}, "
+        f"training {format_decimal(summary['loss'], 4)}",
+        "Final density": format_share(summary["final_density"]),
+        "FLOPs": f"dense-equivalent {format_flops(dense)}\n"
+        f"algorithmic {format_flops(algorithmic)}, {format_share(divide(algorithmic, dense))} of dense\n"
+        f"executed {format_flops(executed)}, {format_share(divide(executed, dense))} of dense",
+        "Time": f"{format_seconds(seconds)} for {format_count(tokens)} tokens, "
+        f"{format_count(divide(tokens, seconds))} tokens/s",
+        "Time by part": ", ".join(f"{name} {format_seconds(value)}" for name, value in parts),
+        "Hardware": summary["hardware"],
+    }
     print_facts(f"Summary of {summary['run']}", rows, console or make_console())
 
 
@@ -246,49 +234,32 @@ def sparkline(values: Iterable[float], *, blocks: bool = True) -> str:
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> str:
     """A line for each; the plan cuts a phase where the attention pattern changes, here it is one."""
-    lines = []
-    for name, group in groupby(phases, key=lambda phase: phase["name"]):
-        parts = list(group)
-        lines.append(f"{format_phase(name)}: steps {parts[0]['start_step']:,} to {parts[-1]['end_step']:,}")
-    return "\n".join(lines)
+    groups = [(name, list(group)) for name, group in groupby(phases, key=lambda phase: phase["name"])]
+    spans = [f"{format_phase(name)}: steps {p[0]['start_step']:,} to {p[-1]['end_step']:,}" for name, p in groups]
+    return "\n".join(spans)
 
 
-def _memory(memory: Mapping[str, Any]) -> str:
-    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in memory.items() if name != "total")
-    return f"{format_bytes(memory['total'])}: {parts}"
-
-
-def _communication(sent: Mapping[str, Any]) -> str:
-    data, tensor, topology = (format_bytes(sent[k]) for k in ("data_parallel", "tensor_parallel", "topology_step"))
-    return f"{data} data-parallel and {tensor} tensor-parallel a step; up to {topology} a topology update"
-
-
-def _parallel(count: Mapping[str, int]) -> str:
-    return (
-        f"{count['world_size']:,} {'rank' if count['world_size'] == 1 else 'ranks'}: "
-        f"{count['data_parallel_size']:,} data x {count['tensor_parallel_size']:,} tensor, "
-        f"ZeRO stage {count['zero_stage']}; micro-batch {count['micro_batch_size']:,} x "
-        f"{count['accumulation_steps']:,} accumulation steps"
-    )
-
-
-def _kernels(kernels: Mapping[str, Any]) -> str:
-    """A line per kind of sparse layer, and one for each other choice."""
-    layers = [describe_kernel(row) for row in kernels["block_sparse"]] or ["no sparse layers"]
-    attention = f"hybrid attention: {kernels['hybrid_attention']}"
-    return "\n".join([f"device: {kernels['device']}", *layers, attention])
-
-
-def print_facts(title: str, rows: Iterable[tuple[str, str]], console: Console) -> None:
+def print_facts(title: str, rows: Mapping[str, str], console: Console) -> None:
     """A title and labelled values below it; what has no value is left out."""
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in rows:
+    for label, value in rows.items():
         if value:
             table.add_row(label, Text(_printable(value)))
     # Not as the title of the table, which would break a long name into lines.
     console.print(Text(_printable(title), style="bold cyan"), soft_wrap=True)
+    console.print(table)
+
+
+def print_table(rows: Sequence[Mapping[str, str]], console: Console, title: str | None = None) -> None:
+    """rows: heading -> value; a value that a row lacks is empty."""
+    table = Table(title=title and escape(title), title_justify="left")
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(row.get(heading, "")) for heading in headings))
     console.print(table)
 
 

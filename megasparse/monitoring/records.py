@@ -4,16 +4,14 @@
         records.metrics({"step": 10, "loss": 2.5})
 
 ``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update (training methods may write
-files of their own), and
-``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a restart, lines of
-steps that will be done again are removed. The numbers of a line of metrics go to the trackers as well.
+files of their own), and ``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a
+restart, lines of steps that will be done again are removed. The numbers of a line of metrics go to the trackers too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +21,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from megasparse.monitoring.tracked_run import TrackedRun, scalars_of
+from megasparse.monitoring.tracked_run import TrackedRun, numbered_lines, scalars_of
 from megasparse.monitoring.trackers import start_trackers
+from megasparse.utils.files import write_at_once
 
 PICTURE_SIDE = 128
 """Largest side of a topology picture, in pixels."""
@@ -71,7 +70,8 @@ class RunRecords:
         finite, which JSON does not know, become null."""
         if name not in self._files:
             self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
-        _write_line(self._files[name], values)
+        self._files[name].write(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+        self._files[name].flush()
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""
@@ -88,11 +88,6 @@ class RunRecords:
             tracker.close(failed=failed)
 
 
-def _write_line(file: Any, values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_without_nan(values), allow_nan=False) + "\n")
-    file.flush()
-
-
 def _without_nan(values: Any) -> Any:
     """With None for each number that is not finite."""
     if isinstance(values, Mapping):
@@ -104,20 +99,7 @@ def _without_nan(values: Any) -> Any:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    write_at_once(path, "".join(f"{line}\n" for number, line, _ in numbered_lines(path) if number <= step))
 
 
 def _shrink(picture: np.ndarray) -> np.ndarray:

@@ -24,6 +24,9 @@ class StoredRun:
     superseded: bool = False
     """It holds steps that the run has gone back behind, or lacks some."""
 
+    def goes_on(self, place: str) -> bool:
+        return self.place == place and not self.superseded
+
 
 @dataclass(frozen=True)
 class TrackedRun:
@@ -44,11 +47,11 @@ class TrackedRun:
 
     def last_step(self) -> int:
         """Finished steps of the last line of metrics; 0: there is none."""
-        return max((step for step, _ in self._lines()), default=0)
+        return max((step for step, _, _ in self._lines()), default=0)
 
     def history(self) -> Iterator[tuple[int, dict[str, float]]]:
         """The scalars that were logged up to the checkpoint, by rising step."""
-        return ((step, scalars_of(line)) for step, line in self._lines() if step <= self.resume_step)
+        return ((step, scalars_of(values)) for step, _, values in self._lines() if step <= self.resume_step)
 
     def stored(self, tracker: str) -> StoredRun | None:
         """None: there is none, or its file was damaged; the tracker then begins with the whole curve."""
@@ -63,14 +66,19 @@ class TrackedRun:
     def _identifier_file(self, tracker: str) -> Path:
         return self.folder / f"{tracker}_run.json"
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _lines(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
         path = self.folder / "metrics.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                line = json.loads(text)
-                yield int(line["step"]), line
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut off when the run was killed
+        return numbered_lines(path) if path.is_file() else iter(())
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(step, line, its values) of a log, without lines that were cut off when the run was killed."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            yield int(values["step"]), line, values
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:

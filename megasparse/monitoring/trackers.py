@@ -14,7 +14,6 @@ there, which gets the lines of ``metrics.jsonl`` that are kept; one that goes on
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -27,7 +26,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, dotted_values
 from megasparse.monitoring.tracked_run import StoredRun, TrackedRun
 
 CLOSE_SECONDS = 60.0
@@ -77,7 +76,8 @@ class WandbTracker:
         mode = os.environ.get("WANDB_MODE") or "offline"
         project = os.environ.get("WANDB_PROJECT") or run.project
         place = f"{mode}: {project}"
-        identifier = _identifier_to_go_on_with(run.stored("wandb"), place)
+        stored = run.stored("wandb")
+        identifier = stored.identifier if stored and stored.goes_on(place) else None
         self._run = wandb.init(
             project=project,
             group=run.name,
@@ -119,10 +119,9 @@ class MlflowTracker:
         place = _without_password(server) if server else "run folder"
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{folder / 'mlflow.db'}")
         stored = run.stored("mlflow")
-        identifier = _identifier_to_go_on_with(stored, place)
-        if identifier is not None:
-            self._identifier = identifier
-            self._client.update_run(identifier, status="RUNNING")
+        if stored and stored.goes_on(place):
+            self._identifier = stored.identifier
+            self._client.update_run(self._identifier, status="RUNNING")
             self._set_parameters(run)
             return
         experiment = self._experiment(run.project, None if server else (folder / "mlflow_artifacts").as_uri())
@@ -130,7 +129,7 @@ class MlflowTracker:
         self._set_parameters(run)
         self._log(run.history())
         run.store("mlflow", StoredRun(self._identifier, place))
-        if stored is not None and stored.place == place:
+        if stored and stored.place == place:
             self._client.delete_run(stored.identifier)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -165,7 +164,7 @@ class MlflowTracker:
         from mlflow.entities import Param, RunTag
 
         known = self._client.get_run(self._identifier).data.params
-        values = {name: text[:MLFLOW_VALUE] for name, text in _flat(run.parameters)}
+        values = {name: text[:MLFLOW_VALUE] for name, text in dotted_values(run.parameters)}
         new = [Param(name, text) for name, text in values.items() if name not in known]
         changed = [
             RunTag(f"{name} from step {run.resume_step + 1}", text)
@@ -266,10 +265,6 @@ class BackgroundTracker:
             self._warn(f"train.trackers: {self._name} {text}; metrics.jsonl has all values, and training goes on")
 
 
-def _identifier_to_go_on_with(stored: StoredRun | None, place: str) -> str | None:
-    return stored.identifier if stored is not None and stored.place == place and not stored.superseded else None
-
-
 def _without_password(address: str) -> str:
     return re.sub(r"//[^/@]*@", "//", address)
 
@@ -278,15 +273,6 @@ def _missing(name: str) -> list[str]:
     """A folder of that name in the working folder (Weights & Biases makes one) is found too, but has no origin."""
     found = {package: find_spec(package) for package in TRACKERS[name].packages}
     return [package for package, spec in found.items() if spec is None or spec.origin is None]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts, lists as JSON."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
 def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:

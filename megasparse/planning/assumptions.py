@@ -55,9 +55,6 @@ class Assumptions:
         """The same with the other values of a case where nothing is given."""
         return Assumptions(self.given, case)
 
-    def with_value(self, name: str, value: float) -> Assumptions:
-        return Assumptions({**self.given, name: value}, self.case)
-
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row per assumption, for tables and JSON."""
         for name, assumption in ASSUMPTIONS.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,6 @@ class Cluster:
     @property
     def nodes(self) -> int:
         return -(-self.count // self.ranks_per_node)
-
-    def with_count(self, count: int) -> Cluster:
-        return replace(self, count=count)
 
     def bandwidth(self, size: int, stride: int = 1) -> float:
         """Bytes a second that each of `size` ranks sends in a collective; neighbours in it lie `stride` ranks apart.

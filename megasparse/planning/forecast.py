@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from megasparse.config.checks import check_run
@@ -21,7 +22,7 @@ from megasparse.cost.resources import memory_per_rank
 from megasparse.planning.assumptions import CASES, Assumptions
 from megasparse.planning.chips import AS_OF
 from megasparse.planning.cluster import Cluster
-from megasparse.planning.layout import Layout, is_possible, possible_counts, possible_layouts, tensor_parallel_sizes
+from megasparse.planning.layout import Layout, layout_fault, possible_counts, possible_layouts, tensor_parallel_sizes
 from megasparse.planning.rates import Rates, sheet_rates
 from megasparse.planning.step_time import StepModel
 from megasparse.planning.workload import Shards, Stretch
@@ -64,9 +65,8 @@ class Planner:
 
     def step_model(self, config: RunConfig, assumptions: Assumptions) -> StepModel:
         rates = self.make_rates(self.cluster, config.train.precision, assumptions)
-        return StepModel(
-            config, self.cluster, rates, assumptions, self.shards.model(config), self.shards.controller(config)
-        )
+        shard, controller = self.shards.model(config), self.shards.controller(config)
+        return StepModel(config, self.cluster, rates, assumptions, shard, controller)
 
     def row(self, layout: Layout, memory: int) -> dict[str, Any]:
         """What a layout costs, in short."""
@@ -97,7 +97,8 @@ def forecast(
     Raises ConfigError where nothing can be planned: an impossible setting, a number of ranks that no layout can use, a
     model that fits in no layout.
     """
-    shards = Shards.of(_checked(config, cluster))
+    _check(config, cluster)
+    shards = Shards.of(config)
     # Blocks that do not fit the ranks of the configuration itself are an error of it.
     shards.controller(config)
     planner = Planner(config, cluster, assumptions, shards, make_rates)
@@ -108,9 +109,8 @@ def forecast(
     if not rows:
         raise ConfigError(_nothing_fits(planner, needs))
     rows.sort(key=lambda row: (row["seconds"], row["memory"]))
-    given_is_possible = is_possible(config, cluster.count)
     best = Layout(*(rows[0][name] for name in Layout.__dataclass_fields__))
-    chosen = given if given_is_possible and planner.fits(given) else best
+    chosen = given if not layout_fault(config, cluster.count) and planner.fits(given) else best
     return {
         "run": config.run.name,
         "cluster": _cluster_facts(cluster),
@@ -121,21 +121,14 @@ def forecast(
         "layouts": rows[:top],
         "layouts_that_fit": len(rows),
         "layouts_tried": len(needs),
-        "notes": _notes(planner, given, given_is_possible, measured),
+        "notes": _notes(planner, given, measured),
     }
 
 
 def total_seconds(steps: StepModel, work: tuple[Stretch, ...]) -> float:
-    return sum(stretch_seconds(steps, stretch) for stretch in work)
-
-
-def stretch_seconds(steps: StepModel, stretch: Stretch) -> float:
     interval = steps.config.sparsity.update_interval
-    total = 0.0
-    for moment in stretch.moments:
-        step = steps.step(moment)
-        total += moment.steps * (step.seconds + step.topology_extra / interval)
-    return total
+    found = ((moment.steps, steps.step(moment)) for stretch in work for moment in stretch.moments)
+    return sum(number * (step.seconds + step.topology_extra / interval) for number, step in found)
 
 
 def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
@@ -175,26 +168,21 @@ def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str
     """Means over the steps of a stretch."""
     found = [(moment.steps, steps.step(moment)) for moment in stretch.moments]
     parts = {name: sum(n * step.parts[name] for n, step in found) / stretch.steps for name in found[0][1].parts}
+    flops = Flops()
+    for moment in stretch.moments:
+        flops.add(moment.flops(counter, steps.config.sparsity.update_interval))
     return {
         "name": stretch.phase,
         "pattern": stretch.pattern,
         "start_step": stretch.start_step,
         "end_step": stretch.end_step,
         "density": sum(moment.steps * moment.density for moment in stretch.moments) / stretch.steps,
-        "flops": _flops(steps.config, stretch, counter),
+        "flops": asdict(flops),
         "step_seconds": sum(parts.values()),
         "step_seconds_by_part": parts,
         "topology_step_extra_seconds": sum(n * step.topology_extra for n, step in found) / stretch.steps,
-        "seconds": stretch_seconds(steps, stretch),
+        "seconds": total_seconds(steps, (stretch,)),
     }
-
-
-def _flops(config: RunConfig, stretch: Stretch, counter: FlopCounter) -> dict[str, float]:
-    total = Flops()
-    for moment in stretch.moments:
-        step = moment.flops(counter, config.sparsity.update_interval)
-        total.add(Flops(*(moment.steps * number for number in (step.dense, step.algorithmic, step.executed))))
-    return asdict(total)
 
 
 def _dense_seconds(steps: StepModel, planner: Planner) -> float:
@@ -202,33 +190,25 @@ def _dense_seconds(steps: StepModel, planner: Planner) -> float:
 
 
 def _energy(planner: Planner, seconds: float) -> dict[str, float] | None:
-    if not planner.cluster.chip.watts:
-        return None
-    chips = planner.cluster.count * planner.cluster.chip.watts
-    pue = planner.assumptions["pue"]
-    return {"megawatt_hours": chips * pue * seconds / HOUR / 1e6, "megawatts": chips * pue / 1e6, "pue": pue}
+    """None: the power of the chip is not known."""
+    watts, pue = planner.cluster.chip.watts, planner.assumptions["pue"]
+    megawatts = planner.cluster.count * watts * pue / 1e6
+    return {"megawatt_hours": megawatts * seconds / HOUR, "megawatts": megawatts, "pue": pue} if watts else None
 
 
 def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> list[dict[str, Any]]:
     """Total time with the kernels' efficiency alone, and with all assumptions, at their low and high ends."""
     usual = planner.assumptions
     rows = []
-    for case in CASES:
-        alone = usual.with_value("kernel_efficiency", usual.at(case)["kernel_efficiency"])
-        for what, assumptions in (("kernel_efficiency", alone), ("all", usual.at(case))):
-            steps = planner.step_model(config, assumptions)
-            seconds = total_seconds(steps, work)
-            dense = _dense_seconds(steps, planner)
-            rows.append(
-                {
-                    "assumptions": what,
-                    "case": case,
-                    "kernel_efficiency": assumptions["kernel_efficiency"],
-                    "seconds": seconds,
-                    "speedup_over_dense": dense / seconds,
-                }
-            )
-    return sorted(rows, key=lambda row: row["assumptions"], reverse=True)
+    for what, case in product(("kernel_efficiency", "all"), CASES):
+        efficiency = usual.at(case)["kernel_efficiency"]
+        changed = Assumptions({**usual.given, "kernel_efficiency": efficiency}, usual.case)
+        assumptions = usual.at(case) if what == "all" else changed
+        steps = planner.step_model(config, assumptions)
+        seconds = total_seconds(steps, work)
+        numbers = {"seconds": seconds, "speedup_over_dense": _dense_seconds(steps, planner) / seconds}
+        rows.append({"assumptions": what, "case": case, "kernel_efficiency": efficiency, **numbers})
+    return rows
 
 
 def _cluster_facts(cluster: Cluster) -> dict[str, Any]:
@@ -237,7 +217,7 @@ def _cluster_facts(cluster: Cluster) -> dict[str, Any]:
     return {**facts, "nodes": cluster.nodes, "as_of": AS_OF}
 
 
-def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
+def _check(config: RunConfig, cluster: Cluster) -> None:
     """Raises ConfigError where the count does not divide, or settings contradict each other at any count."""
     size = config.parallel.tensor_parallel_size
     if cluster.count % size:
@@ -248,7 +228,6 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
     # One data-parallel rank and one sample at a time divide every batch.
     one = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
     check_run(one, size)
-    return config
 
 
 def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
@@ -275,18 +254,15 @@ def _nothing_fits(planner: Planner, needs: dict[Layout, int]) -> str:
 
 
 def _fits_somewhere(planner: Planner, count: int) -> bool:
-    moved = replace(planner, cluster=planner.cluster.with_count(count))
+    moved = replace(planner, cluster=replace(planner.cluster, count=count))
     return any(moved.fits(layout) for layout in possible_layouts(planner.config, count, planner.sizes))
 
 
-def _notes(planner: Planner, given: Layout, is_given_possible: bool, measured: dict[str, Any] | None) -> list[str]:
+def _notes(planner: Planner, given: Layout, measured: dict[str, Any] | None) -> list[str]:
     config, cluster = planner.config, planner.cluster
     notes = []
-    if not is_given_possible:
-        try:
-            check_run(config, cluster.count)
-        except ConfigError as error:
-            notes.append(f"the configuration's own layout does not run on this cluster, the best one is shown: {error}")
+    if fault := layout_fault(config, cluster.count):
+        notes.append(f"the configuration's own layout does not run on this cluster, the best one is shown: {fault}")
     elif not planner.fits(given):
         need = planner.memory(config)["total"]
         notes.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from operator import attrgetter
 from typing import Any
 
@@ -64,28 +65,22 @@ def possible_layouts(config: RunConfig, count: int, sizes: Sequence[int]) -> Ite
             continue
         samples = batch // (count // size)
         micro_batches = {n for n in (*MICRO_BATCHES, config.train.micro_batch_size) if samples % n == 0}
-        for stage in (0, 1, 2, 3):
-            for micro_batch in sorted(micro_batches):
-                for recomputation in (False, True):
-                    layout = Layout(size, stage, micro_batch, recomputation)
-                    if is_possible(layout.applied_to(config), count):
-                        yield layout
+        for stage, micro_batch, recomputation in product((0, 1, 2, 3), sorted(micro_batches), (False, True)):
+            layout = Layout(size, stage, micro_batch, recomputation)
+            if not layout_fault(layout.applied_to(config), count):
+                yield layout
 
 
-def is_possible(config: RunConfig, count: int) -> bool:
+def layout_fault(config: RunConfig, count: int) -> ConfigError | None:
+    """What the checks of a run say against its layout on so many ranks; None: nothing."""
     try:
         check_run(config, count)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return error
+    return None
 
 
 def possible_counts(config: RunConfig, ranks_per_node: int, sizes: Sequence[int]) -> list[int]:
     """Numbers of ranks that divide the batch with some tensor-parallel size and fill whole nodes, ascending."""
-    counts = set()
-    for size in sizes:
-        for replicas in divisors(config.train.global_batch_size):
-            count = size * replicas
-            if count <= ranks_per_node or count % ranks_per_node == 0:
-                counts.add(count)
-    return sorted(counts)
+    counts = {size * replicas for size, replicas in product(sizes, divisors(config.train.global_batch_size))}
+    return sorted(count for count in counts if count <= ranks_per_node or count % ranks_per_node == 0)

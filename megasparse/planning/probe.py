@@ -15,9 +15,9 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.cost.layer_kernels import DTYPES, LayerKernels, LayerShape
+from megasparse.cost.layer_kernels import DTYPES, LayerKernels
 from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.measure import measure_row, medians
@@ -50,66 +50,48 @@ STREAMED = 2**21
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured; see `Rates` for the meaning of the numbers."""
+    """What was measured as one of `ranks` ranks; `measured` has the efficiencies of no link and no kernel."""
 
     ranks: int
     threads: int
     precision: str
-    dense_by_widths: Mapping[Widths, float]
-    curves: Mapping[Widths, Mapping[float, float]]
-    attention_by_pattern: Mapping[str, float]
-    elementwise: float
-    streaming: float
-    launch_seconds: float
+    measured: Rates
     link_bandwidth: float
-    link_latency: float
     seconds: float
-
-    @property
-    def peak(self) -> float:
-        return max(self.dense_by_widths.values())
 
     def rates(self, cluster: Cluster, precision: str, assumptions: Assumptions) -> Rates:
         """For `forecast`. Assumptions replace what is measured where the user gave them."""
         assert precision == self.precision, f"measured in {self.precision}"
-        slowest = min(self.dense_by_widths.values())
-        given = assumptions.given
-        return Rates(
-            peak=self.peak,
-            dense=slowest,
-            attention=min(self.attention_by_pattern.values()),
+        given, measured = assumptions.given, self.measured
+        return replace(
+            measured,
             efficiency=assumptions["kernel_efficiency"],
-            streaming=self.streaming,
-            elementwise=self.elementwise,
-            launch_seconds=given["launch_us"] * 1e-6 if "launch_us" in given else self.launch_seconds,
-            launches_hidden=False,
-            link_efficiency=1.0,
-            link_latency=given["link_latency_us"] * 1e-6 if "link_latency_us" in given else self.link_latency,
+            curves={} if "kernel_efficiency" in given else measured.curves,
+            launch_seconds=given["launch_us"] * 1e-6 if "launch_us" in given else measured.launch_seconds,
+            link_latency=given["link_latency_us"] * 1e-6 if "link_latency_us" in given else measured.link_latency,
             network_latency=assumptions["network_latency_us"] * 1e-6,
-            dense_by_widths=self.dense_by_widths,
-            attention_by_pattern=self.attention_by_pattern,
-            curves={} if "kernel_efficiency" in given else self.curves,
         )
 
     def facts(self) -> dict[str, Any]:
         """Plain numbers for tables and JSON."""
+        rates = self.measured
         return {
             "hardware": hardware_name("cpu"),
             "date": time.strftime("%Y-%m-%d"),
             "ranks": self.ranks,
             "threads_per_rank": self.threads,
             "precision": self.precision,
-            "dense_flops": {_name(widths): rate for widths, rate in self.dense_by_widths.items()},
+            "dense_flops": {_name(widths): rate for widths, rate in rates.dense_by_widths.items()},
             "sparse_over_dense_time": {
                 _name(widths): {f"{density:.4g}": value for density, value in curve.items()}
-                for widths, curve in self.curves.items()
+                for widths, curve in rates.curves.items()
             },
-            "attention_flops": dict(self.attention_by_pattern),
-            "elementwise_bytes": self.elementwise,
-            "streaming_bytes": self.streaming,
-            "launch_seconds": self.launch_seconds,
+            "attention_flops": dict(rates.attention_by_pattern),
+            "elementwise_bytes": rates.elementwise,
+            "streaming_bytes": rates.streaming,
+            "launch_seconds": rates.launch_seconds,
             "link_bytes": self.link_bandwidth,
-            "link_latency_seconds": self.link_latency,
+            "link_latency_seconds": rates.link_latency,
             "seconds": self.seconds,
         }
 
@@ -119,9 +101,9 @@ def here_chip(probe: Probe) -> Chip:
     return Chip(
         name=HERE,
         title=f"{hardware_name('cpu')}, threads: {probe.threads}",
-        peak=MappingProxyType({probe.precision: probe.peak}),
+        peak=MappingProxyType({probe.precision: probe.measured.peak}),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / probe.ranks,
-        memory_bandwidth=probe.streaming,
+        memory_bandwidth=probe.measured.streaming,
         link_bandwidth=probe.link_bandwidth,
         network_bandwidth=probe.link_bandwidth,
         ranks_per_node=probe.ranks,
@@ -154,21 +136,25 @@ def measure(config: RunConfig, ranks: int) -> Probe:
 def _measure(config: RunConfig, ranks: int, threads: int, started: float) -> Probe:
     dtype, crew = DTYPES[config.train.precision], _Crew(ranks, threads)
     dense, curves = _layers(config, dtype, crew)
+    attention = _attention(config, dtype, crew)
     bandwidth, latency = _loopback()
-    return Probe(
-        ranks=ranks,
-        threads=threads,
-        precision=config.train.precision,
-        dense_by_widths=dense,
-        curves=curves,
-        attention_by_pattern=_attention(config, dtype, crew),
-        elementwise=_elementwise(config, dtype, crew),
+    measured = Rates(
+        peak=max(dense.values()),
+        dense=min(dense.values()),
+        attention=min(attention.values()),
+        efficiency=1.0,
         streaming=_streaming(crew),
+        elementwise=_elementwise(config, dtype, crew),
         launch_seconds=_launch(crew),
-        link_bandwidth=bandwidth,
+        launches_hidden=False,
+        link_efficiency=1.0,
         link_latency=latency,
-        seconds=time.perf_counter() - started,
+        network_latency=latency,
+        dense_by_widths=dense,
+        attention_by_pattern=attention,
+        curves=curves,
     )
+    return Probe(ranks, threads, config.train.precision, measured, bandwidth, time.perf_counter() - started)
 
 
 class _Crew:
@@ -202,55 +188,44 @@ def _layers(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> tuple[dict, d
     dense: dict[Widths, float] = {}
     curves: dict[Widths, dict[float, float]] = {}
     for shape in sorted(sparse | others, key=lambda shape: shape.widths):
-        tokens = _tokens(shape)
+        first, second = shape.widths
+        tokens = max(min(shape.tokens, int(MAX_FLOPS / (6 * first * second))), 64)
         backend, _ = block_sparse.explain("cpu", dtype, shape.block_size)
         if backend is None or shape not in sparse:
             seconds = crew.median(partial(_linear_pass, shape.widths, tokens, dtype))
         else:
-            case: dict[str, Any] = {
-                "block": shape.block_size,
-                "tokens": tokens,
-                "widths": shape.widths,
-                "rounds": ROUNDS,
-            }
-            rows = crew.each(partial(measure_row, backend, "cpu", dtype, **case))
+            case = partial(measure_row, backend, "cpu", dtype, block=shape.block_size, tokens=tokens)
+            rows = crew.each(partial(case, widths=shape.widths, rounds=ROUNDS))
             seconds = statistics.median(row.dense_seconds for row in rows)
             curves[shape.widths] = {
                 float(density): statistics.median(row.seconds[density] / row.dense_seconds for row in rows)
                 for density in rows[0].seconds
             }
-        dense[shape.widths] = 6 * tokens * shape.widths[0] * shape.widths[1] / seconds
+        dense[shape.widths] = 6 * tokens * first * second / seconds
     return dense, curves
-
-
-def _tokens(shape: LayerShape) -> int:
-    first, second = shape.widths
-    return max(min(shape.tokens, int(MAX_FLOPS / (6 * first * second))), 64)
 
 
 def _linear_pass(widths: Widths, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
     x = torch.randn(tokens, widths[0]).to(dtype).requires_grad_()
     weight = torch.randn(widths[1], widths[0]).to(dtype).requires_grad_()
     dy = torch.randn(tokens, widths[1]).to(dtype)
-    return lambda: _discard(torch.autograd.grad(F.linear(x, weight), [x, weight], dy))
+    return lambda: torch.autograd.grad(F.linear(x, weight), [x, weight], dy)
 
 
 def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, float]:
     """FLOPs a second, a backward pass counted as twice the forward one."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     heads, groups = model.num_attention_heads // ranks, max(model.key_value_heads // ranks, 1)
-    patterns = {
-        moment.decision.pattern for stretch in Shards.of(config).stretches(config) for moment in stretch.moments
-    }
+    group = heads // groups
+    patterns = {stretch.pattern for stretch in Shards.of(config).stretches(config)}
     patterns |= {override.pattern for override in config.attention.overrides} | {"full"}
     kernel = config.kernels.hybrid_attention
     rates: dict[str, float] = {}
     for pattern in sorted(patterns):
         entries = executed_entries(kernel, pattern, model.seq_length, config.attention.stride)
         forward = 4 * entries * model.head_dim
-        fitting = max(
-            min(heads, int(MAX_FLOPS / (3 * forward)) // (heads // groups) * (heads // groups)), heads // groups
-        )
+        # Whole groups of query heads, one at the least.
+        fitting = max(min(heads, int(MAX_FLOPS / (3 * forward)) // group * group), group)
 
         def make(pattern: str = pattern, heads: int = fitting) -> Callable[[], None]:
             shape = (1, heads, model.seq_length, model.head_dim)
@@ -258,9 +233,8 @@ def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, 
             kept = heads * groups * ranks // model.num_attention_heads
             k, v = (torch.randn(1, kept, *shape[2:]).to(dtype).requires_grad_() for _ in range(2))
             dy = torch.randn(shape).to(dtype)
-            return lambda: _discard(
-                torch.autograd.grad(hybrid_attention(q, k, v, pattern, config.attention.stride, kernel), [q, k, v], dy)
-            )
+            attend = partial(hybrid_attention, q, k, v, pattern, config.attention.stride, kernel)
+            return lambda: torch.autograd.grad(attend(), [q, k, v], dy)
 
         rates[pattern] = 3 * forward * fitting / crew.median(make)
     return rates
@@ -282,7 +256,7 @@ def _elementwise(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> float:
             again = F.layer_norm(x + normed, scale.shape, scale)
             inside = activation.function(wide) * wide if activation.gated else activation.function(wide)
             outputs = [x + again, inside]
-            _discard(torch.autograd.grad(outputs, [x, wide, scale], [output.detach() for output in outputs]))
+            torch.autograd.grad(outputs, [x, wide, scale], [output.detach() for output in outputs])
 
         return run
 
@@ -317,7 +291,7 @@ def _launch(crew: _Crew, operations: int = 200) -> float:
             y = x
             for _ in range(operations):
                 y = y + 1.0
-            _discard(torch.autograd.grad(y.sum(), [x]))
+            torch.autograd.grad(y.sum(), [x])
 
         return run
 
@@ -353,10 +327,6 @@ def _answer(far: socket.socket, size: int, rounds: int) -> None:
     while received < size:
         received += far.recv_into(buffer)
     far.sendall(b"x")
-
-
-def _discard(_: Any) -> None:
-    """For expressions whose results only have to be computed."""
 
 
 def _name(widths: Widths) -> str:

@@ -1,7 +1,7 @@
 """How fast a rank computes and sends: the roofline of its chip, lowered by assumptions or replaced by measurements.
 
 rates = sheet_rates(cluster, "bf16", assumptions)
-rates = measured_rates(probe, cluster, assumptions)           # this machine, see probe.py
+rates = probe.rates(cluster, "bf16", assumptions)             # this machine, see probe.py
 """
 
 from __future__ import annotations

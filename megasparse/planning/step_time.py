@@ -27,14 +27,8 @@ from megasparse.sparsity.controller import Controller
 from megasparse.utils.activations import ACTIVATIONS
 
 PARTS = (
-    "sparse_products",
-    "dense_products",
-    "attention",
-    "elementwise",
-    "launches",
-    "optimizer",
-    "tensor_parallel",
-    "data_parallel",
+    *("sparse_products", "dense_products", "attention", "elementwise", "launches"),
+    *("optimizer", "tensor_parallel", "data_parallel"),
 )
 OPTIMIZER_BYTES = 40
 """Traffic per weight of a rank's share: gradient, master weight and two moments read, three of them written, the weight
@@ -90,18 +84,13 @@ class StepModel:
         """Bytes that a rank sends, by kind."""
         every = communication_per_rank(self.config, self.shard, self.controller, self.cluster.count)
         parts = data_parallel_bytes(self.config, self.shard, self.cluster.count)
-        return {
-            "gradient_reduce": parts["gradient_reduce"],
-            "weight_gather": parts["weight_gather"],
-            "tensor_parallel": every["tensor_parallel"],
-            "topology_step": every["topology_step"],
-        }
+        names = ("gradient_reduce", "weight_gather", "tensor_parallel", "topology_step")
+        return {name: {**every, **parts}[name] for name in names}
 
     def step(self, moment: Moment) -> Step:
         products = moment.products(self.kernels)
-        sparse = sum(self._product_seconds(product) for product in products)
         micro = {
-            "sparse_products": sparse,
+            "sparse_products": sum(map(self._product_seconds, products)),
             "dense_products": self._dense_seconds,
             "attention": self._attention_seconds(moment),
             "elementwise": self._elementwise_seconds,
@@ -131,7 +120,7 @@ class StepModel:
 
     @cached_property
     def _dense_seconds(self) -> float:
-        return sum(self._product_seconds(product) for product in dense_products(self.config, self.shard))
+        return sum(map(self._product_seconds, dense_products(self.config, self.shard)))
 
     @property
     def _sharing(self) -> int:
@@ -168,13 +157,11 @@ class StepModel:
     @cached_property
     def _elementwise_seconds(self) -> float:
         """Of a micro-batch: blocks at the rate of elementwise work, the loss at that of streaming."""
-        train, size = self.config.train, BYTES[self.config.train.precision]
+        size = BYTES[self.config.train.precision]
         blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size
-        vocabulary = self.shard.vocabulary.share
-        loss = self._tokens * vocabulary * (LOSS_BYTES + 3 * size)
+        loss = self._tokens * self.shard.vocabulary.share * (LOSS_BYTES + 3 * size)
         accumulated = 3 * self._weights * size if self.micro_batches > 1 else 0
-        passes = 4 if train.activation_recomputation else 3
-        return passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
+        return self._passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
 
     def _launch_seconds(self, work: float) -> float:
         launches = self.config.model.num_layers * LAUNCHES_PER_BLOCK * self._passes / 3 * self.rates.launch_seconds

@@ -5,14 +5,12 @@ print_forecast(result, make_console())
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from megasparse.monitoring.console import print_facts
+from megasparse.monitoring.console import print_facts, print_table
 from megasparse.planning.chips import AS_OF, CHIPS
 from megasparse.utils.format import (
     format_bytes,
@@ -29,12 +27,8 @@ from megasparse.utils.format import (
 
 def print_forecast(result: Mapping[str, Any], console: Console) -> None:
     """Everything that matters of ``forecast``'s result."""
-    _print_summary(result, console)
-    _print_phases(result, console)
-    _print_memory(result, console)
-    _print_layouts(result, console)
-    _print_cases(result, console)
-    _print_assumptions(result, console)
+    for part in (_print_summary, _print_phases, _print_memory, _print_layouts, _print_cases, _print_assumptions):
+        part(result, console)
     for note in result["notes"]:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
 
@@ -42,148 +36,120 @@ def print_forecast(result: Mapping[str, Any], console: Console) -> None:
 def print_chips(console: Console) -> None:
     """The table of constants, with sources."""
     rows = [
-        (
-            chip.name,
-            chip.title,
-            ", ".join(f"{name} {value / 1e12:g}" for name, value in sorted(chip.peak.items())),
-            f"{chip.memory / 1e9:g} GB, {chip.memory_bandwidth / 1e12:.3g} TB/s",
-            f"{chip.link_bandwidth / 1e9:g} / {chip.network_bandwidth / 1e9:g} GB/s",
-            f"{chip.watts:g} W",
-            chip.source,
-        )
+        {
+            "chip": chip.name,
+            "what it is": chip.title,
+            "TFLOP/s": ", ".join(f"{name} {value / 1e12:g}" for name, value in sorted(chip.peak.items())),
+            "memory": f"{chip.memory / 1e9:g} GB, {chip.memory_bandwidth / 1e12:.3g} TB/s",
+            "node / network": f"{chip.link_bandwidth / 1e9:g} / {chip.network_bandwidth / 1e9:g} GB/s",
+            "power": f"{chip.watts:g} W",
+            "source": chip.source,
+        }
         for chip in CHIPS.values()
     ]
-    headings = ("chip", "what it is", "TFLOP/s", "memory", "node / network", "power", "source")
-    _print_table(f"Chips, as of {AS_OF}", headings, rows, console)
+    print_table(rows, console, f"Chips, as of {AS_OF}")
 
 
 def _print_summary(result: Mapping[str, Any], console: Console) -> None:
     cluster, model, flops, time = (result[name] for name in ("cluster", "model", "flops", "time"))
     energy = result["energy"]
     whose = "the configuration's own layout" if result["layout"]["is_given"] else "the best layout that fits"
-    rows = [
-        ("Model", f"{format_count(model['parameters'])} parameters, {format_count(model['tokens'])} tokens"),
-        ("Cluster", f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {_links(cluster)}"),
-        ("Layout", f"{whose}: {result['layout']['words']}"),
-        (
-            "FLOPs",
-            f"dense {format_flops(flops['dense'])}, algorithmic {format_flops(flops['algorithmic'])} "
-            f"({format_share(flops['algorithmic'] / flops['dense'])}), expected executed "
-            f"{format_flops(flops['executed'])} ({format_share(flops['executed'] / flops['dense'])})",
-        ),
-        (
-            "Time",
-            f"{format_seconds(time['seconds'])}, {format_count(time['gpu_hours'])} GPU hours, "
-            f"{format_count(time['tokens_per_second'])} tokens/s",
-        ),
-        (
-            "Dense training",
-            f"{format_seconds(time['dense_seconds'])} on the same layout at "
-            f"{format_share(time['dense_share_of_peak'])} of the peak: {format_factor(time['speedup_over_dense'])} the "
-            "time",
-        ),
-    ]
+    node, network = (cluster[name] / 1e9 for name in ("link_bandwidth", "network_bandwidth"))
+    links = f"{node:.3g} GB/s in a node, {network:.3g} GB/s a rank between nodes"
+    of_dense = {
+        kind: f"{format_flops(count)} ({format_share(count / flops['dense'])})" for kind, count in flops.items()
+    }
+    rows = {
+        "Model": f"{format_count(model['parameters'])} parameters, {format_count(model['tokens'])} tokens",
+        "Cluster": f"{cluster['count']:,} x {cluster['title']}, {cluster['nodes']:,} nodes; {links}",
+        "Layout": f"{whose}: {result['layout']['words']}",
+        "FLOPs": f"dense {format_flops(flops['dense'])}, algorithmic {of_dense['algorithmic']}, "
+        f"expected executed {of_dense['executed']}",
+        "Time": f"{format_seconds(time['seconds'])}, {format_count(time['gpu_hours'])} GPU hours, "
+        f"{format_count(time['tokens_per_second'])} tokens/s",
+        "Dense training": f"{format_seconds(time['dense_seconds'])} on the same layout at "
+        f"{format_share(time['dense_share_of_peak'])} of the peak: {format_factor(time['speedup_over_dense'])} the "
+        "time",
+    }
     if energy is not None:
-        rows.append(
-            (
-                "Energy",
-                f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}",
-            )
+        rows["Energy"] = (
+            f"{energy['megawatt_hours']:,.3g} MWh: {cluster['watts']:g} W a chip x time x PUE {energy['pue']:g}"
         )
-    sent = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in result["sent"].items())
-    rows.append(("Sent per rank", f"in a step: {sent}"))
+    rows["Sent per rank"] = f"in a step: {_named_bytes(result['sent'])}"
     print_facts(f"Forecast of {result['run']}", rows, console)
 
 
 def _print_phases(result: Mapping[str, Any], console: Console) -> None:
     rows = []
     for phase in result["phases"]:
-        parts = sorted(phase["step_seconds_by_part"].items(), key=lambda item: -item[1])
-        largest = ", ".join(
-            f"{name.replace('_', ' ')} {format_share(value / phase['step_seconds'])}" for name, value in parts[:4]
-        )
-        flops = phase["flops"]
-        rows.append(
-            (
-                format_phase(phase["name"]),
-                f"{phase['start_step']:,} to {phase['end_step']:,}",
-                f"{format_share(phase['density'])}, {phase['pattern']}",
-                " / ".join(format_share(flops[kind] / flops["dense"]) for kind in ("algorithmic", "executed")),
-                format_seconds(phase["step_seconds"]),
-                format_seconds(phase["topology_step_extra_seconds"]),
-                largest,
-            )
-        )
-    headings = ("phase", "steps", "density, attention", "FLOPs alg. / exec.", "step", "topology update +", "most of it")
-    _print_table("Predicted steps", headings, rows, console)
+        parts = sorted(phase["step_seconds_by_part"].items(), key=lambda item: -item[1])[:4]
+        largest = [f"{name.replace('_', ' ')} {format_share(value / phase['step_seconds'])}" for name, value in parts]
+        flops = [format_share(phase["flops"][kind] / phase["flops"]["dense"]) for kind in ("algorithmic", "executed")]
+        row = {
+            "phase": format_phase(phase["name"]),
+            "steps": f"{phase['start_step']:,} to {phase['end_step']:,}",
+            "density, attention": f"{format_share(phase['density'])}, {phase['pattern']}",
+            "FLOPs alg. / exec.": " / ".join(flops),
+            "step": format_seconds(phase["step_seconds"]),
+            "topology update +": format_seconds(phase["topology_step_extra_seconds"]),
+            "most of it": ", ".join(largest),
+        }
+        rows.append(row)
+    print_table(rows, console, "Predicted steps")
 
 
 def _print_memory(result: Mapping[str, Any], console: Console) -> None:
     memory = dict(result["memory"])
     total, usable, chip = (memory.pop(name) for name in ("total", "usable", "chip"))
-    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in memory.items())
-    line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {parts}"
-    print_facts("Memory per rank", [("", line)], console)
+    line = f"{format_bytes(total)} of {format_bytes(usable)} usable ({format_bytes(chip)}): {_named_bytes(memory)}"
+    print_facts("Memory per rank", {"": line}, console)
 
 
 def _print_layouts(result: Mapping[str, Any], console: Console) -> None:
     rows = [
-        (
-            str(number),
-            str(row["tensor_parallel_size"]),
-            str(row["zero_stage"]),
-            str(row["micro_batch_size"]),
-            "yes" if row["recomputation"] else "no",
-            format_bytes(row["memory"]),
-            format_seconds(row["seconds"]),
-            format_count(row["gpu_hours"]),
-        )
+        {
+            "": str(number),
+            "tensor parallel": str(row["tensor_parallel_size"]),
+            "ZeRO": str(row["zero_stage"]),
+            "micro-batch": str(row["micro_batch_size"]),
+            "recomputation": "yes" if row["recomputation"] else "no",
+            "memory": format_bytes(row["memory"]),
+            "time": format_seconds(row["seconds"]),
+            "GPU hours": format_count(row["gpu_hours"]),
+        }
         for number, row in enumerate(result["layouts"], 1)
     ]
-    headings = ("", "tensor parallel", "ZeRO", "micro-batch", "recomputation", "memory", "time", "GPU hours")
-    title = f"Cheapest layouts ({result['layouts_that_fit']} of {result['layouts_tried']} allowed ones fit)"
-    _print_table(title, headings, rows, console)
+    counts = f"{result['layouts_that_fit']} of {result['layouts_tried']} allowed ones fit"
+    print_table(rows, console, f"Cheapest layouts ({counts})")
 
 
 def _print_cases(result: Mapping[str, Any], console: Console) -> None:
     names = {"kernel_efficiency": "kernel efficiency alone", "all": "all assumptions"}
     rows = [
-        (
-            names[row["assumptions"]],
-            row["case"],
-            format_decimal(row["kernel_efficiency"], 2),
-            format_seconds(row["seconds"]),
-            format_factor(row["speedup_over_dense"]),
-        )
+        {
+            "changed": names[row["assumptions"]],
+            "case": row["case"],
+            "e": format_decimal(row["kernel_efficiency"], 2),
+            "time": format_seconds(row["seconds"]),
+            "dense over sparse": format_factor(row["speedup_over_dense"]),
+        }
         for row in result["cases"]
     ]
-    _print_table("If assumptions are wrong", ("changed", "case", "e", "time", "dense over sparse"), rows, console)
+    print_table(rows, console, "If assumptions are wrong")
 
 
 def _print_assumptions(result: Mapping[str, Any], console: Console) -> None:
     rows = [
-        (
-            row["name"],
-            format_compact(row["used"]) + (" (given)" if row["given"] else ""),
-            " / ".join(format_compact(row[case]) for case in ("low", "expected", "high")),
-            row["meaning"] + (f"; {row['basis']}" if row["basis"] else ""),
-        )
+        {
+            "name": row["name"],
+            "used": format_compact(row["used"]) + (" (given)" if row["given"] else ""),
+            "low / expected / high": " / ".join(format_compact(row[case]) for case in ("low", "expected", "high")),
+            "meaning": row["meaning"] + (f"; {row['basis']}" if row["basis"] else ""),
+        }
         for row in result["assumptions"]
     ]
-    _print_table(
-        "Assumptions (--assume name=value)", ("name", "used", "low / expected / high", "meaning"), rows, console
-    )
+    print_table(rows, console, "Assumptions (--assume name=value)")
 
 
-def _links(cluster: Mapping[str, Any]) -> str:
-    node, network = (cluster[name] / 1e9 for name in ("link_bandwidth", "network_bandwidth"))
-    return f"{node:.3g} GB/s in a node, {network:.3g} GB/s a rank between nodes"
-
-
-def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    table = Table(title=escape(title), title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+def _named_bytes(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(value)}" for name, value in parts.items())

@@ -87,12 +87,12 @@ class Moment:
         )
 
     def flops(self, counter: FlopCounter, update_interval: int) -> Flops:
-        """Of a mean step over the global batch: one in `update_interval` is a topology update."""
+        """Of all its steps over the global batch: one in `update_interval` is a topology update."""
         result = Flops()
-        share = 1.0 / update_interval if self.evolves else 0.0
-        for weight, layers in ((1.0 - share, frozenset()), (share, self.dense_gradient_layers)):
+        updates = self.steps / update_interval if self.evolves else 0.0
+        for steps, layers in ((self.steps - updates, frozenset()), (updates, self.dense_gradient_layers)):
             cost = counter.step(StepWork(dict(self.densities), self.decision.patterns, layers))
-            result.add(Flops(weight * cost.dense, weight * cost.algorithmic, weight * cost.executed))
+            result.add(Flops(steps * cost.dense, steps * cost.algorithmic, steps * cost.executed))
         return result
 
 
@@ -187,22 +187,17 @@ def _moment(config: RunConfig, controller: Controller, step: float, steps: float
     interval, total = config.sparsity.update_interval, config.train.steps
     set_active(controller, step / total)
     densities = controller.active_densities()
-    density = controller.density()
-    decision = _decision(config, controller, int(step))
+    progress = int(step) / total
+    phase = controller.schedule.phase(progress)
+    pattern = controller.pattern_schedule.pattern(progress, phase)
+    decision = StepDecision(int(step), phase, pattern, controller.pattern_schedule.layer_patterns(pattern))
     # The nearest topology update.
     update = min(max(round(step / interval), 1) * interval, (total - 1) // interval * interval)
     announced = controller.begin_step(update) if update else None
     evolves = announced is not None and announced.changes_topology
     wanting = announced.dense_gradient_layers if announced and evolves else frozenset()
     kinds = _kinds(controller, densities, wanting)
-    return Moment(steps, density, densities, decision, wanting, evolves, kinds)
-
-
-def _decision(config: RunConfig, controller: Controller, step: int) -> StepDecision:
-    progress = step / config.train.steps
-    phase = controller.schedule.phase(progress)
-    pattern = controller.pattern_schedule.pattern(progress, phase)
-    return StepDecision(step, phase, pattern, controller.pattern_schedule.layer_patterns(pattern))
+    return Moment(steps, controller.density(), densities, decision, wanting, evolves, kinds)
 
 
 def _kinds(

@@ -15,8 +15,8 @@ from typing import Any
 
 from megasparse.config.loader import ConfigError
 from megasparse.reporting.comparison_figures import comparison_figures
-from megasparse.reporting.comparison_tables import ComparedRun, budget_rows, ledger_groups, setting_rows
-from megasparse.reporting.page import fill_in, film_strips, status, verdict
+from megasparse.reporting.comparison_tables import COSTS, ComparedRun, budget_rows, ledger_groups, setting_rows
+from megasparse.reporting.page import fill_in, film_strips, verdict
 from megasparse.reporting.run_data import RunData, read_run
 from megasparse.utils.files import write_at_once
 
@@ -61,30 +61,17 @@ def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
 
 
 def render_comparison(runs: Sequence[ComparedRun]) -> str:
-    figures, absent = comparison_figures(runs)
     return fill_in(
         "comparison.html",
         title=", ".join(run.label for run in runs),
-        runs=[_heading(run) for run in runs],
-        labels=[run.label for run in runs],
+        runs=[{**vars(run), "verdict": verdict(run.data)} for run in runs],
         budgets=budget_rows(runs),
         ledger=ledger_groups(runs),
         settings=setting_rows(runs),
-        figures=figures,
-        absent=absent,
+        costs=COSTS,
+        figures=comparison_figures(runs),
         films=[{"label": run.label, "role": run.role, **_films(run.data)} for run in runs],
     )
-
-
-def _heading(run: ComparedRun) -> dict[str, Any]:
-    return {
-        "label": run.label,
-        "role": run.role,
-        "mark": run.mark,
-        "status": status(run.data),
-        "verdict": verdict(run.data),
-        "remarks": run.data.remarks,
-    }
 
 
 def _films(run: RunData) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from megasparse.reporting.comparison_tables import COSTS, ComparedRun, Cost, curve
-from megasparse.reporting.figures import WIDE, FigureOnPage, Key, curve_points, draw_layers, on_page
+from megasparse.reporting.figures import WIDE, FigureOnPage, Key, draw_layers, on_page, plot, plot_dots, value_axis
 from megasparse.reporting.run_data import column
-from megasparse.reporting.svg import colour, count_axis, loss_axis, new_axes, thin_out
+from megasparse.reporting.svg import count_axis, loss_axis, new_axes
 from megasparse.utils.format import format_flops, format_share
 
 DASHES = (0, (4, 2.5))
@@ -23,23 +23,19 @@ UNITS_OF_TIME = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0,
 Curve = tuple[ComparedRun, np.ndarray, np.ndarray]
 
 
-def comparison_figures(runs: Sequence[ComparedRun]) -> tuple[dict[str, FigureOnPage], dict[str, str]]:
-    """Figures by name, and for those that have no data the reason."""
-    found: dict[str, tuple[FigureOnPage | None, str]] = {
-        f"loss-{cost.key}": (draw_losses(runs, cost), f"no losses with {cost.label} were logged") for cost in COSTS
-    }
-    found["density"] = draw_densities(runs), "no densities were logged"
+def comparison_figures(runs: Sequence[ComparedRun]) -> dict[str, FigureOnPage]:
+    """Figures by name; those without data are left out (the page says so)."""
+    figures = [*(draw_losses(runs, cost) for cost in COSTS), draw_densities(runs)]
     for number, run in enumerate(runs):
-        layers = draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}")
-        found[f"layers-{number}"] = layers, f"{run.label} logged no topology updates"
-    figures = {name: figure for name, (figure, _) in found.items() if figure is not None}
-    return figures, {name: reason for name, (figure, reason) in found.items() if figure is None}
+        figures.append(draw_layers(run.data, f"layers-{number}", f"Density of every layer: {run.label}"))
+    return {figure.name: figure for figure in figures if figure is not None}
 
 
 def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
     """Smoothed training loss and validation loss of all runs over one kind of cost."""
-    training = _curves(runs, "loss", cost)
-    validation = _curves(runs, "val_loss", cost)
+    training, validation = (
+        _with_points((run, *curve(run.data, loss, cost.key)) for run in runs) for loss in ("loss", "val_loss")
+    )
     if not training and not validation:
         return None
 
@@ -48,8 +44,7 @@ def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
         for run, x, y in training:
             _line(ax, run, x, y, width)
         for run, x, y in validation:
-            points = thin_out(x, y, curve_points(width) // 4)
-            ax.plot(*points, "o", color=colour(run.role), markersize=4.2, markeredgewidth=0)
+            plot_dots(ax, x, y, run.role, width, markersize=4.2)
         loss_axis(ax, np.concatenate([y for _, _, y in training + validation]))
         _cost_axis(ax, cost, max(x[-1] for _, x, _ in training + validation), width)
         return figure
@@ -63,14 +58,12 @@ def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
 
 
 def _line(ax: Axes, run: ComparedRun, x: np.ndarray, y: np.ndarray, width: float) -> None:
-    style = DASHES if run.mark == "dashed" else "-"
-    ax.plot(*thin_out(x, y, curve_points(width)), color=colour(run.role), linewidth=1.7, linestyle=style)
+    plot(ax, x, y, run.role, width, linewidth=1.7, linestyle=DASHES if run.mark == "dashed" else "-")
 
 
 def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
     """The density of all runs over steps."""
-    curves = [(run, *column(run.data.metrics, "density")) for run in runs]
-    curves = [row for row in curves if len(row[1])]
+    curves = _with_points((run, *column(run.data.metrics, "density")) for run in runs)
     if not curves:
         return None
 
@@ -78,10 +71,8 @@ def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
         figure, (ax,) = new_axes(width, 230 if width == WIDE else 210)
         for run, x, y in curves:
             _line(ax, run, x, y, width)
-        ax.set_ylim(0.0, 1.05)
-        ax.yaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_share(value)))
-        ax.set_ylabel("density")
+        value_axis(ax, "density", 1.05, format_share)
+        ax.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
         _cost_axis(ax, COSTS[0], max(x[-1] for _, x, _ in curves), width)
         return figure
 
@@ -89,9 +80,8 @@ def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
     return on_page("density", "Density over steps", "Share of the sparse weights that are active.", keys, draw)
 
 
-def _curves(runs: Sequence[ComparedRun], loss: str, cost: Cost) -> list[Curve]:
-    curves = [(run, *curve(run.data, loss, cost.key)) for run in runs]
-    return [row for row in curves if len(row[1])]
+def _with_points(curves: Iterable[Curve]) -> list[Curve]:
+    return [(run, x, y) for run, x, y in curves if len(x)]
 
 
 def _keys(runs: Sequence[ComparedRun], drawn: set[str]) -> tuple[Key, ...]:
@@ -110,9 +100,9 @@ def _cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
         # Round numbers of the unit, not of seconds.
         marks = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, end / unit)
         ax.xaxis.set_major_locator(FixedLocator(marks * unit))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g}")
         label = f"{label} in {name}"
     else:
         ax.locator_params(axis="x", nbins=ticks - 2)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
+        ax.xaxis.set_major_formatter(lambda value, _: format_flops(value) if value else "0")
     ax.set_xlabel("step" if cost.key == "step" else label)

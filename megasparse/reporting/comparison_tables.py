@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 
+from megasparse.config.loader import dotted_values
 from megasparse.reporting.figures import PARTS, smooth
-from megasparse.reporting.page import recorded, summary_rows
+from megasparse.reporting.page import outcome, summary_rows
 from megasparse.reporting.run_data import RunData, column, lookup
 from megasparse.utils.format import (
     MISSING,
@@ -38,8 +38,7 @@ class ComparedRun:
     """Of its lines: `line` or `dashed`."""
 
 
-@dataclass(frozen=True)
-class TableRow:
+class TableRow(NamedTuple):
     """A line of a table: one value for each run."""
 
     label: str
@@ -76,8 +75,7 @@ def curve(run: RunData, loss: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
     losses = smooth(losses) if loss == "loss" else losses
     if cost == "step":
         return steps, losses
-    logged = [record for record in run.metrics if finite(record.get(cost)) is not None]
-    at, spent = column(logged, cost)
+    at, spent = column(run.metrics, cost)
     if not len(spent) or not len(steps):
         return np.empty(0), np.empty(0)
     # Beyond what was logged nothing is known.
@@ -87,32 +85,33 @@ def curve(run: RunData, loss: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
 
 def ledger_groups(runs: Sequence[ComparedRun]) -> list[tuple[str, list[TableRow]]]:
     """What every run did and cost, as titled groups of rows."""
-    data = [run.data for run in runs]
-
-    summaries = [{row.label: row.value for row in summary_rows(run)} for run in data]
+    summaries = [{row.label: row.value for row in summary_rows(run.data)} for run in runs]
 
     def summary(label: str, *, named: str | None = None, note: str = "") -> TableRow:
         return TableRow(named or label, tuple(rows[label] for rows in summaries), note)
 
-    def row(label: str, cell: Any, note: str = "") -> TableRow:
-        return TableRow(label, tuple(cell(run) for run in data), note)
+    def row(label: str, cell: Callable[[RunData], str], note: str = "") -> TableRow:
+        return TableRow(label, tuple(cell(run.data) for run in runs), note)
 
-    def flops(kind: str) -> Any:
+    def flops(kind: str) -> Callable[[RunData], str]:
         def cell(run: RunData) -> str:
-            value, dense = recorded(run, f"flops_{kind}"), recorded(run, "flops_dense")
-            share = "" if kind == "dense" or value is None else f" ({format_share(divide(value, dense))})"
-            return format_flops(value) + share
+            value = run.number(f"flops_{kind}")
+            share = f" ({format_share(divide(value, run.number('flops_dense')))})"
+            return format_flops(value) + ("" if kind == "dense" or value is None else share)
 
         return cell
 
-    def mean_density(run: RunData) -> str:
-        _, densities = column(run.metrics, "density")
-        return format_share(densities.mean() if len(densities) else None)
+    def seconds(part: str) -> Callable[[RunData], str]:
+        def cell(run: RunData) -> str:
+            value = finite(lookup(run.summary, "seconds_by_part", part))
+            return format_seconds(run.latest(f"seconds_{part}") if value is None else value)
 
-    outcome = [
+        return cell
+
+    reached = [
         *map(summary, ("Steps", "Tokens", "Parameters", "Validation loss", "Best validation loss")),
         summary("Training loss", note="last logged"),
-        row("Mean density", mean_density),
+        row("Mean density", lambda run: format_share(outcome(run)["mean_density"])),
         summary("Final density"),
     ]
     work = [
@@ -122,11 +121,11 @@ def ledger_groups(runs: Sequence[ComparedRun]) -> list[tuple[str, list[TableRow]
     ]
     time = [
         summary("Training time", named="Training"),
-        *(row(part, lambda run, part=part: format_seconds(_seconds(run, part))) for part in (*PARTS, "other")),
+        *(row(part, seconds(part)) for part in (*PARTS, "other")),
         summary("Tokens per second"),
         summary("Hardware"),
     ]
-    return [("Outcome", outcome), ("FLOPs", work), ("Time", time)]
+    return [("Outcome", reached), ("FLOPs", work), ("Time", time)]
 
 
 def budget_rows(runs: Sequence[ComparedRun]) -> list[TableRow]:
@@ -155,18 +154,11 @@ def setting_rows(runs: Sequence[ComparedRun]) -> list[TableRow] | None:
     known = [settings for settings in configurations if settings is not None]
     if len(known) < 2:
         return None
-    names = dict.fromkeys(name for settings in known for name in settings)
-    rows = []
-    for name in names:
-        values = tuple(MISSING if one is None else one.get(name, NOT_SET) for one in configurations)
-        if len({settings.get(name, NOT_SET) for settings in known}) > 1:
-            rows.append(TableRow(name, values))
-    return rows
-
-
-def _seconds(run: RunData, part: str) -> float | None:
-    value = finite(lookup(run.summary, "seconds_by_part", part))
-    return run.latest(f"seconds_{part}") if value is None else value
+    return [
+        TableRow(name, tuple(MISSING if one is None else one.get(name, NOT_SET) for one in configurations))
+        for name in dict.fromkeys(name for settings in known for name in settings)
+        if len({settings.get(name, NOT_SET) for settings in known}) > 1
+    ]
 
 
 def _settings(text: str | None) -> dict[str, str] | None:
@@ -175,15 +167,4 @@ def _settings(text: str | None) -> dict[str, str] | None:
         tree = yaml.safe_load(text) if text is not None else None
     except (yaml.YAMLError, RecursionError):
         return None
-    return dict(_leaves(tree, "")) if isinstance(tree, Mapping) else None
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found += _leaves(value, f"{prefix}{name}.")
-        else:
-            words = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            found.append((f"{prefix}{name}", words))
-    return found
+    return dict(dotted_values(tree)) if isinstance(tree, Mapping) else None

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from megasparse.reporting.run_data import RunData, column, lookup, natural_order
+from megasparse.reporting.run_data import RunData, column, natural_order
 from megasparse.reporting.svg import (
     colour,
     count_axis,
@@ -42,7 +42,6 @@ PARTS = ("data", "forward", "backward", "optimizer", "topology")
 SMOOTHING_SHARE = 0.015
 """Logged points on either side that a smoothed value averages, as a share of all."""
 
-_SHARES = FuncFormatter(lambda value, _: format_share(value))
 _PHASE_OPACITY = {"warm_up": 0.10, "ultra_sparse": 0.17, "restoration": 0.10}
 
 
@@ -83,26 +82,23 @@ def draw_losses(run: RunData) -> FigureOnPage | None:
     valid_steps, valid_losses = column(run.metrics, "val_loss")
     if not len(steps) and not len(valid_steps):
         return None
-    density_steps, densities = column(run.metrics, "density")
+    density = column(run.metrics, "density")
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 0.5 * width if width == WIDE else 400, panels=(3.2, 1.0))
-        points = curve_points(width)
-        top.plot(*thin_out(steps, losses, points), color=colour("loss"), alpha=0.3, linewidth=0.9)
-        top.plot(*thin_out(steps, smooth(losses), points), color=colour("loss"), linewidth=1.8)
-        valid = thin_out(valid_steps, valid_losses, points // 4)
-        top.plot(*valid, color=colour("validation"), linewidth=1.4, marker="o", markersize=3.6, markeredgewidth=0)
+        plot(top, steps, losses, "loss", width, alpha=0.3, linewidth=0.9)
+        plot(top, steps, smooth(losses), "loss", width, linewidth=1.8)
+        plot_dots(top, valid_steps, valid_losses, "validation", width, linestyle="-", linewidth=1.4, markersize=3.6)
         if len(valid_steps):
-            _label_last(top, valid_steps, valid_losses, "validation")
+            last = (valid_steps[-1], valid_losses[-1])
+            looks = {"ha": "right", "fontsize": 12, "fontweight": "bold", "color": colour("validation")}
+            top.annotate(format_decimal(last[1]), last, xytext=(-2, 9), textcoords="offset points", **looks)
         loss_axis(top, np.concatenate([losses, valid_losses]))
-        x, y = thin_out(density_steps, densities, points)
-        bottom.fill_between(x, y, color=colour("density"), alpha=0.22, linewidth=0)
-        bottom.plot(x, y, color=colour("density"), linewidth=1.6)
-        bottom.set_ylim(0.0, 1.04)
-        bottom.yaxis.set_major_locator(FixedLocator([0.0, 0.5, 1.0]))
-        bottom.yaxis.set_major_formatter(_SHARES)
-        bottom.set_ylabel("density")
-        _finish_steps(run, [top, bottom], name_phases=True)
+        bottom.fill_between(*_thinned(*density, width), color=colour("density"), alpha=0.22, linewidth=0)
+        plot(bottom, *density, "density", width)
+        value_axis(bottom, "density", 1.04, format_share)
+        bottom.set_yticks([0.0, 0.5, 1.0])
+        finish_steps(run, [top, bottom], name_phases=True)
         return figure
 
     keys = (
@@ -111,41 +107,33 @@ def draw_losses(run: RunData) -> FigureOnPage | None:
         Key("validation", "validation", "dot"),
         Key("density", "density of the sparse weights", "area"),
     )
-    caption = "Shaded: phases in which weights are missing."
-    return on_page("losses", "Loss over steps", caption, keys, draw)
+    return on_page("losses", "Loss over steps", "Shaded: phases in which weights are missing.", keys, draw)
 
 
 def draw_loss_by_flops(run: RunData) -> FigureOnPage | None:
     """The same losses over the FLOPs that the method needs, and over those that a dense run would have needed."""
-    paired = [record for record in run.metrics if finite(record.get("flops_algorithmic")) is not None]
-    _, spent = column(paired, "flops_algorithmic")
-    logged = np.array([record["step"] for record in paired], dtype=np.float64)
-    steps, losses = column(run.metrics, "loss")
+    logged, spent = column(run.metrics, "flops_algorithmic")
     dense_steps, dense_spent = column(run.metrics, "flops_dense")
+    steps, losses = column(run.metrics, "loss")
+    valid_steps, valid_losses = column(run.metrics, "val_loss")
     if len(spent) < 2 or len(losses) < 2:
         return None
-    valid_steps, valid_losses = column(run.metrics, "val_loss")
-    dense_total = lookup(run.summary, "flops_dense") or (dense_spent[-1] if len(dense_spent) else None)
-    dense_total = finite(dense_total)
+    dense_total = run.number("flops_dense") or run.latest("flops_dense")
 
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 0.4 * width if width == WIDE else 300)
-        points = curve_points(width)
         smoothed = smooth(losses)
         if len(dense_spent) > 1:
             x = np.interp(steps, dense_steps, dense_spent)
-            ax.plot(*thin_out(x, smoothed, points), color=colour("dense"), linewidth=1.4, linestyle=(0, (4, 3)))
-        ax.plot(*thin_out(np.interp(steps, logged, spent), smoothed, points), color=colour("loss"), linewidth=1.8)
-        x = np.interp(valid_steps, logged, spent)
-        ax.plot(
-            *thin_out(x, valid_losses, points // 4), "o", color=colour("validation"), markersize=4, markeredgewidth=0
-        )
+            plot(ax, x, smoothed, "dense", width, linewidth=1.4, linestyle=(0, (4, 3)))
+        plot(ax, np.interp(steps, logged, spent), smoothed, "loss", width, linewidth=1.8)
+        plot_dots(ax, np.interp(valid_steps, logged, spent), valid_losses, "validation", width)
         loss_axis(ax, np.concatenate([smoothed, valid_losses]))
         _mark_end(ax, spent[-1], f"needed: {format_flops(spent[-1])}", "loss", dense_total)
         if dense_total is not None:
             _mark_end(ax, dense_total, f"dense-equivalent: {format_flops(dense_total)}", "dense", dense_total)
         ax.set_xlim(0.0, 1.02 * max(spent[-1], dense_total or 0.0))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_flops(value) if value else "0"))
+        ax.xaxis.set_major_formatter(lambda value, _: format_flops(value) if value else "0")
         ax.locator_params(axis="x", nbins=6 if width == WIDE else 3)
         ax.set_xlabel("cumulative training FLOPs")
         return figure
@@ -170,13 +158,10 @@ def draw_throughput(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 230 if width == WIDE else 210)
-        ax.plot(*thin_out(steps, rates, curve_points(width)), color=colour("loss"), linewidth=1.5)
+        plot(ax, steps, rates, "loss", width, linewidth=1.5)
         # One slow first step must not hide the rest, one fast outlier must be seen.
-        ax.set_ylim(0.0, 1.08 * max(rates.max(), 1e-9))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        ax.locator_params(axis="y", nbins=4)
-        ax.set_ylabel("tokens / s")
-        _finish_steps(run, [ax])
+        value_axis(ax, "tokens / s", 1.08 * max(rates.max(), 1e-9), short_count)
+        finish_steps(run, [ax])
         return figure
 
     return on_page("throughput", "Speed over steps", "Over all ranks, as logged.", (), draw)
@@ -188,24 +173,22 @@ def draw_step_time(run: RunData) -> FigureOnPage | None:
     records = [record for record in run.metrics if all(finite(record.get(name)) is not None for name in names)]
     if len(records) < 3:
         return None
-    steps = np.array([record["step"] for record in records], dtype=np.float64)
-    seconds = np.array([[record[name] for name in names] for record in records], dtype=np.float64)
-    lengths = np.diff(steps)
-    milliseconds = 1e3 * np.diff(seconds, axis=0) / lengths[:, None]
+    logged = np.array([[record[name] for name in ("step", *names)] for record in records], dtype=np.float64)
+    changes = np.diff(logged, axis=0)
+    lengths, milliseconds = changes[:, 0], 1e3 * changes[:, 1:] / changes[:, :1]
     # A resumed run may restart its clocks; such a difference says nothing about a step.
     kept = (milliseconds >= 0.0).all(axis=1)
     if kept.sum() < 2:
         return None
-    steps, milliseconds = _average_stretches(steps[1:][kept], milliseconds[kept], lengths[kept], 160)
+    steps, milliseconds = _average_stretches(logged[1:, 0][kept], milliseconds[kept], lengths[kept], 160)
 
     def draw(width: float) -> Figure:
         figure, (ax,) = new_axes(width, 260 if width == WIDE else 230)
-        colours = [colour(part) for part in PARTS]
-        ax.stackplot(steps, milliseconds.T, colors=colours, linewidth=0, alpha=0.85)
+        ax.stackplot(steps, milliseconds.T, colors=[colour(part) for part in PARTS], linewidth=0, alpha=0.85)
         ax.set_ylim(0.0, 1.05 * max(milliseconds.sum(axis=1).max(), 1e-9))
         ax.set_ylabel("ms per step")
         ax.locator_params(axis="y", nbins=5)
-        _finish_steps(run, [ax])
+        finish_steps(run, [ax])
         return figure
 
     keys = tuple(Key(part, part, "area") for part in PARTS)
@@ -220,7 +203,7 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
     if not layers:
         return None
     # More columns than this are narrower than a pixel.
-    chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, 240).round().astype(int))]
+    chosen = [records[i] for i in spread(len(records), 240)]
     rows = [[finite(record["densities"].get(name)) for record in chosen] for name in layers]
     densities = np.array(rows, dtype=np.float64)
     labels = short_layer_names(layers)
@@ -232,10 +215,8 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
         masked = np.ma.masked_invalid(np.clip(densities, floor, 1.0))
         ax.imshow(masked, aspect="auto", interpolation="none", cmap=tint_map(), norm=LogNorm(floor, 1.0))
         every = max(1, int(np.ceil(11.0 / row_height)))
-        ax.yaxis.set_major_locator(FixedLocator(range(0, len(layers), every)))
         ax.set_yticks(range(0, len(layers), every), labels[::every], fontsize=9 if width == WIDE else 7.5)
-        count = 8 if width == WIDE else 4
-        marks = np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int))
+        marks = spread(len(chosen), 8 if width == WIDE else 4)
         ax.set_xticks(marks, [short_count(chosen[i]["step"]) for i in marks])
         ax.set_xlabel("step")
         ax.grid(False)
@@ -246,8 +227,7 @@ def draw_layers(run: RunData, name: str = "layers", title: str = "Density of eve
         f"A row is a layer, a column one of {len(chosen)} topology updates; from {format_share(floor)} "
         "(palest) to 100 % (fullest), on a logarithmic scale."
     )
-    keys = (Key("density", f"{format_share(floor)} to 100 %", "ramp"),)
-    return on_page(name, title, caption, keys, draw)
+    return on_page(name, title, caption, (Key("density", f"{format_share(floor)} to 100 %", "ramp"),), draw)
 
 
 def draw_churn(run: RunData) -> FigureOnPage | None:
@@ -259,17 +239,11 @@ def draw_churn(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 300, panels=(1.0, 1.0))
-        points = curve_points(width)
-        top.plot(*thin_out(flip_steps, flips, points), color=colour("optimizer"), linewidth=1.6)
-        top.set_ylim(0.0, 1.1 * max(flips.max(initial=0.0), 0.01))
-        top.set_ylabel("flip rate")
-        bottom.plot(*thin_out(ever_steps, ever, points), color=colour("density"), linewidth=1.6)
-        bottom.set_ylim(0.0, 1.05)
-        bottom.set_ylabel("ever active")
-        for ax in (top, bottom):
-            ax.yaxis.set_major_formatter(_SHARES)
-            ax.locator_params(axis="y", nbins=4)
-        _finish_steps(run, [top, bottom])
+        plot(top, flip_steps, flips, "optimizer", width)
+        value_axis(top, "flip rate", 1.1 * max(flips.max(initial=0.0), 0.01), format_share)
+        plot(bottom, ever_steps, ever, "density", width)
+        value_axis(bottom, "ever active", 1.05, format_share)
+        finish_steps(run, [top, bottom])
         return figure
 
     keys = (
@@ -288,17 +262,13 @@ def draw_optimizer(run: RunData) -> FigureOnPage | None:
 
     def draw(width: float) -> Figure:
         figure, (top, bottom) = new_axes(width, 320, panels=(1.0, 1.4))
-        points = curve_points(width)
-        top.plot(*thin_out(rate_steps, rates, points), color=colour("loss"), linewidth=1.6)
-        top.set_ylim(0.0, 1.1 * max(rates.max(initial=0.0), 1e-12))
-        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        top.locator_params(axis="y", nbins=4)
-        top.set_ylabel("learning rate")
-        bottom.plot(*thin_out(norm_steps, norms, points), color=colour("backward"), alpha=0.35, linewidth=0.9)
-        bottom.plot(*thin_out(norm_steps, smooth(norms), points), color=colour("backward"), linewidth=1.6)
+        plot(top, rate_steps, rates, "loss", width)
+        value_axis(top, "learning rate", 1.1 * max(rates.max(initial=0.0), 1e-12), "{:.2g}".format)
+        plot(bottom, norm_steps, norms, "backward", width, alpha=0.35, linewidth=0.9)
+        plot(bottom, norm_steps, smooth(norms), "backward", width)
         logarithmic(bottom, norms, ticks=5)
         bottom.set_ylabel("gradient norm")
-        _finish_steps(run, [top, bottom])
+        finish_steps(run, [top, bottom])
         return figure
 
     keys = (
@@ -325,12 +295,16 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def short_layer_names(layers: list[str]) -> list[str]:
     """Layer names without the first and last dotted words that all of them share, at most 40 characters."""
     words = [name.split(".") for name in layers]
-    while len(words) > 1 and all(len(w) > 1 for w in words) and len({w[0] for w in words}) == 1:
-        words = [w[1:] for w in words]
-    while len(words) > 1 and all(len(w) > 1 for w in words) and len({w[-1] for w in words}) == 1:
-        words = [w[:-1] for w in words]
+    for end, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        while len(words) > 1 and all(len(w) > 1 for w in words) and len({w[end] for w in words}) == 1:
+            words = [w[rest] for w in words]
     names = [".".join(w) for w in words]
     return [name if len(name) <= 40 else "…" + name[-39:] for name in names]
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` evenly spread indices of `count` entries, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist() if count else []
 
 
 def on_page(
@@ -341,56 +315,51 @@ def on_page(
     return FigureOnPage(name, title, caption, keys, Markup(wide), Markup(narrow))
 
 
-def curve_points(width: float) -> int:
-    """Points of a curve that can be told apart at this width."""
-    return int(MAX_POINTS * width / WIDE)
+def plot(ax: Axes, x: np.ndarray, y: np.ndarray, role: str, width: float, **looks: Any) -> None:
+    """A curve, with as many points as can be told apart at this width."""
+    ax.plot(*_thinned(x, y, width), **{"color": colour(role), "linewidth": 1.6, **looks})
 
 
-def _finish_steps(run: RunData, axes: list[Axes], name_phases: bool = False) -> None:
+def plot_dots(ax: Axes, x: np.ndarray, y: np.ndarray, role: str, width: float, **looks: Any) -> None:
+    """A dot for each point, joined by nothing unless `looks` say so."""
+    usual = {"color": colour(role), "marker": "o", "linestyle": "", "markersize": 4, "markeredgewidth": 0}
+    ax.plot(*_thinned(x, y, width / 4), **{**usual, **looks})
+
+
+def _thinned(x: np.ndarray, y: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
+    return thin_out(x, y, int(MAX_POINTS * width / WIDE))
+
+
+def value_axis(ax: Axes, label: str, top: float, words: Callable[[float], str]) -> None:
+    """A y axis from 0 to `top` with a few labels, written by `words`."""
+    ax.set_ylim(0.0, top)
+    ax.yaxis.set_major_formatter(lambda value, _: words(value))
+    ax.locator_params(axis="y", nbins=4)
+    ax.set_ylabel(label)
+
+
+def finish_steps(run: RunData, axes: list[Axes], name_phases: bool = False) -> None:
     """Limits, marks and phases of axes over steps; the lowest one carries the labels.
 
     With `name_phases` the uppermost axes alone are shaded, and the phases named above them.
     """
     end = max([run.last_step, *(int(record["step"]) for record in run.topology[-1:])])
+    phases = [(name, first, min(last, end)) for name, first, last in run.phase_spans() if first < end]
+    pixels = 72.0 * axes[0].figure.get_figwidth()
     for ax in axes:
         ax.set_xlim(0.0, max(1.0, 1.005 * end))
-        if name_phases and ax is not axes[0]:
-            continue
-        for name, first, last in run.phase_spans():
-            if name in _PHASE_OPACITY and first < end:
-                opacity = _PHASE_OPACITY[name]
-                ax.axvspan(first, min(last, end), color=colour(name), alpha=opacity, linewidth=0, zorder=0)
-    if name_phases:
-        pixels = 72.0 * axes[0].figure.get_figwidth()
-        for name, first, last in run.phase_spans():
-            room = (min(last, end) - first) / max(1.0, end) * 0.9 * pixels
-            # Eleven-point letters are about six and a half pixels wide.
-            if room > 6.5 * len(name):
-                axes[0].text(
-                    (first + min(last, end)) / 2.0,
-                    1.01,
-                    format_phase(name),
-                    transform=axes[0].get_xaxis_transform(),
-                    ha="center",
-                    va="bottom",
-                    fontsize=10.5,
-                    color=colour("muted"),
-                )
-    count_axis(axes[-1].xaxis, 7 if axes[0].figure.get_figwidth() * 72.0 > NARROW + 1 else 4)
+    for ax in axes[:1] if name_phases else axes:
+        for name, first, last in phases:
+            if name in _PHASE_OPACITY:
+                ax.axvspan(first, last, color=colour(name), alpha=_PHASE_OPACITY[name], linewidth=0, zorder=0)
+    for name, first, last in phases if name_phases else ():
+        # Eleven-point letters are about six and a half pixels wide.
+        if 0.9 * pixels * (last - first) / end > 6.5 * len(name):
+            looks = {"ha": "center", "va": "bottom", "fontsize": 10.5, "color": colour("muted")}
+            place = axes[0].get_xaxis_transform()
+            axes[0].text((first + last) / 2.0, 1.01, format_phase(name), transform=place, **looks)
+    count_axis(axes[-1].xaxis, 7 if pixels > NARROW + 1 else 4)
     axes[-1].set_xlabel("step")
-
-
-def _label_last(ax: Axes, steps: np.ndarray, values: np.ndarray, role: str) -> None:
-    ax.annotate(
-        format_decimal(values[-1]),
-        (steps[-1], values[-1]),
-        xytext=(-2, 9),
-        textcoords="offset points",
-        ha="right",
-        fontsize=12,
-        fontweight="bold",
-        color=colour(role),
-    )
 
 
 def _mark_end(ax: Axes, position: float, text: str, role: str, whole: float | None) -> None:

@@ -19,9 +19,6 @@ import numpy as np
 
 from megasparse.utils.format import finite
 
-MAX_TEXT_CHARACTERS = 60_000
-"""Longer texts (configuration, sample) are cut, with a remark: the page is to stay below two megabytes."""
-
 Record = dict[str, Any]
 
 
@@ -59,6 +56,10 @@ class RunData:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def finished(self) -> bool:
+        return self.summary.get("finished") is True
+
+    @property
     def last_step(self) -> int:
         return max([int(record["step"]) for record in self.metrics], default=0)
 
@@ -72,6 +73,11 @@ class RunData:
         """The last finite value of a metric."""
         _, values = column(self.metrics, key)
         return float(values[-1]) if len(values) else None
+
+    def number(self, key: str, metric: str | None = None) -> float | None:
+        """A number of the summary, or the last value of `metric` (the same name) where the summary lacks it."""
+        value = finite(self.summary.get(key))
+        return self.latest(metric or key) if value is None else value
 
     def phase_spans(self) -> list[tuple[str, float, float]]:
         """(phase, first step, last step) from the plan, or as logged where the plan has none."""
@@ -159,14 +165,12 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 
 def _read_text(path: Path, remarks: list[str]) -> str | None:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         remarks.append(f"{path.name} is missing.")
-        return None
     except OSError as error:
         remarks.append(f"{path.name} cannot be read: {error.strerror}.")
-        return None
-    return text
+    return None
 
 
 def _read_object(path: Path, remarks: list[str]) -> Record:
@@ -178,10 +182,10 @@ def _read_object(path: Path, remarks: list[str]) -> Record:
     except (ValueError, RecursionError):
         remarks.append(f"{path.name} is not valid JSON.")
         return {}
-    if not isinstance(value, dict):
-        remarks.append(f"{path.name} does not hold a JSON object.")
-        return {}
-    return value
+    if isinstance(value, dict):
+        return value
+    remarks.append(f"{path.name} does not hold a JSON object.")
+    return {}
 
 
 def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Record]:
@@ -194,14 +198,11 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
     text = _read_text(path, remarks)
     if text is None:
         return []
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    records = [_parse_record(line) for line in text.split("\n") if line.strip()]
     by_step: dict[int, Record] = {}
-    newest, damaged, last_is_cut = -1, 0, False
-    for position, (_, line) in enumerate(lines, 1):
-        record = _parse_record(line)
+    newest = -1
+    for record in records:
         if record is None:
-            damaged += 1
-            last_is_cut = position == len(lines)
             continue
         step = record["step"]
         if essential_key in record:
@@ -209,10 +210,10 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
                 by_step = {other: kept for other, kept in by_step.items() if other < step}
             newest = step
         by_step[step] = {**by_step.get(step, {}), **record}
-    if last_is_cut:
-        damaged -= 1
+    if records and records[-1] is None:
+        records.pop()
         remarks.append(f"The last line of {path.name} is cut off, as after a kill; it is left out.")
-    if damaged:
+    if damaged := records.count(None):
         remarks.append(f"{damaged} lines of {path.name} cannot be read; they are left out.")
     if not by_step:
         remarks.append(f"{path.name} holds no readable line.")
@@ -237,9 +238,8 @@ def _find_films(folder: Path, topology: list[Record], remarks: list[str]) -> lis
         return []
     topology_steps = [record["step"] for record in topology]
     films = []
-    for layer in sorted(
-        (path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name)
-    ):
+    layers = (path for path in folder.iterdir() if path.is_dir())
+    for layer in sorted(layers, key=lambda path: natural_order(path.name)):
         pictures = []
         for path in layer.glob("step-*.png"):
             digits = path.stem.removeprefix("step-")

@@ -20,27 +20,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from megasparse.utils.format import format_count
 
 ROLES = (
-    "ink",
-    "muted",
-    "grid",
-    "loss",
-    "validation",
-    "density",
-    "dense",
-    "warm_up",
-    "ultra_sparse",
-    "restoration",
-    "forward",
-    "backward",
-    "optimizer",
-    "topology",
-    "data",
+    *("ink", "muted", "grid", "loss", "validation", "density", "dense", "warm_up", "ultra_sparse", "restoration"),
+    *("forward", "backward", "optimizer", "topology", "data"),
     *(f"run_{number}" for number in range(1, 9)),
 )
 """Names of the colours; the page defines `--<role>` for each. `run_1` to `run_8` tell runs apart."""
@@ -48,12 +35,7 @@ ROLES = (
 TINT = (16, 158, 148)
 """The one colour baked into bitmaps, as RGB; what is inactive is transparent, so it is legible on light and on dark."""
 
-_RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "megasparse",
-    "text.parse_math": False,
-    "axes.unicode_minus": True,
-}
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "megasparse", "text.parse_math": False, "axes.unicode_minus": True}
 
 
 def colour(role: str) -> str:
@@ -141,7 +123,7 @@ def thin_out(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, np.n
 def count_axis(axis: Any, ticks: int = 6) -> None:
     """Whole numbers in short form (1,000 -> `1.00 K` without needless zeros)."""
     axis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axis.set_major_formatter(lambda value, _: short_count(value))
 
 
 def short_count(value: float) -> str:
@@ -166,7 +148,7 @@ def logarithmic(ax: Axes, values: np.ndarray, ticks: int = 6) -> None:
             locator = LogLocator(numticks=ticks)
         ax.yaxis.set_major_locator(locator)
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def loss_axis(ax: Axes, values: np.ndarray) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
@@ -29,7 +28,8 @@ from megasparse.kernels.block_sparse.tuning import tune_layer
 from megasparse.kernels.common.tables import Measurement, merged, write_table
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
-from megasparse.kernels.hybrid_attention.measure import LENGTHS, measure_rows
+from megasparse.kernels.hybrid_attention.measure import measure_rows
+from megasparse.monitoring.console import print_table
 from megasparse.utils.dtypes import dtype_name
 from megasparse.utils.hardware import hardware_name, package_versions
 
@@ -69,25 +69,16 @@ def cases(
     return found, list(dict.fromkeys(notes))
 
 
-def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str, tune_tiles: bool = True) -> Measurement:
+def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str) -> Measurement:
     """All rows, with a bar on standard error where that is a terminal."""
     rows = []
     for case in _with_bar(todo):
-        if device == "cuda" and tune_tiles:
-            tune_triton(case, device)
-        rows.append(
-            measure_row(
-                case.backend,
-                device,
-                case.dtype,
-                block=case.block,
-                tokens=case.tokens,
-                widths=case.widths,
-                densities=DENSITIES,
-                rounds=rounds,
-            )
-        )
-    return as_measurement(rows, device, command)
+        # The Triton kernels find their tiles for a layer first.
+        for density in DENSITIES if device == "cuda" else ():
+            tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
+        shape: dict[str, Any] = {"block": case.block, "tokens": case.tokens, "widths": case.widths}
+        rows.append(measure_row(case.backend, device, case.dtype, densities=DENSITIES, rounds=rounds, **shape))
+    return _as_measurement(rows, device, command)
 
 
 def measure_attention(
@@ -96,7 +87,7 @@ def measure_attention(
     strides: Sequence[int],
     head_dims: Sequence[int],
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int],
     rounds: int,
     command: str,
 ) -> Measurement:
@@ -104,14 +95,14 @@ def measure_attention(
     rows: list[AttentionRow] = []
     for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
         options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
-        # On CPUs `tiled` too, for where there is no compiler.
         fastest = fast_kernel(device, DTYPES[precision], head_dim)
-        for kernel in dict.fromkeys((fastest, *(("tiled",) if device == "cpu" else ()))):
+        # On CPUs `tiled` too, for where there is no compiler.
+        for kernel in dict.fromkeys([fastest, "tiled"] if device == "cpu" else [fastest]):
             rows += measure_rows(kernel, device, DTYPES[precision], **options)
-    return as_measurement(rows, device, command)
+    return _as_measurement(rows, device, command)
 
 
-def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
+def _as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
     """Rows with the facts about this machine."""
     return Measurement(
         hardware=hardware_name(device),
@@ -122,12 +113,6 @@ def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str
         command=command,
         date=datetime.date.today().isoformat(),
     )
-
-
-def tune_triton(case: Case, device: str) -> None:
-    """Let the Triton kernels find their tiles for a layer first."""
-    for density in DENSITIES:
-        tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
 
 
 def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables) -> None:
@@ -141,40 +126,36 @@ def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
     """Speed-up over dense attention at the longest length, and the break-even lengths."""
-    columns = "kernel", "pattern", "stride", "head dim", "dtype", "longest", "x dense", "x mask", "beats mask"
-    table = Table(*columns, "beats dense")
+    table = []
     for row in rows:
         longest = row.seconds[str(row.lengths[-1])]
-        limits = [row.limit(other) for other in ("mask", "dense")]
-        table.add_row(
-            row.kernel,
-            row.pattern,
-            str(row.stride),
-            str(row.head_dim),
-            row.dtype,
-            f"{row.lengths[-1]:,}",
-            *(f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")),
-            *("always" if limit is None else f"from {limit:,}" for limit in limits),
-        )
-    console.print(table)
+        limits = {other: row.limit(other) for other in ("mask", "dense")}
+        names = ("kernel", "pattern", "stride", "head_dim", "dtype")
+        cells = {name.replace("_", " "): str(getattr(row, name)) for name in names}
+        cells["longest"] = f"{row.lengths[-1]:,}"
+        cells |= {f"x {other}": f"{longest[other] / longest['kernel']:.2f}" for other in ("dense", "mask")}
+        cells |= {f"beats {o}": "always" if limit is None else f"from {limit:,}" for o, limit in limits.items()}
+        table.append(cells)
+    print_table(table, console)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Speed-up and efficiency at density 0.1, and the break-even density."""
-    table = Table("layer", "block", "tokens", "dtype", "kernel", "dense ms", "x at 0.1", "e at 0.1", "break-even")
-    for row in rows:
-        table.add_row(
-            f"{row.in_features} -> {row.out_features}",
-            str(row.block),
-            f"{row.tokens:,}",
-            row.dtype,
-            row.backend,
-            f"{1e3 * row.dense_seconds:.2f}",
-            f"{speedup(row, 0.1):.2f}",
-            f"{efficiency(row, 0.1):.2f}",
-            f"{row.break_even:.2f}",
-        )
-    console.print(table)
+    table = [
+        {
+            "layer": f"{row.in_features} -> {row.out_features}",
+            "block": str(row.block),
+            "tokens": f"{row.tokens:,}",
+            "dtype": row.dtype,
+            "kernel": row.backend,
+            "dense ms": f"{1e3 * row.dense_seconds:.2f}",
+            "x at 0.1": f"{speedup(row, 0.1):.2f}",
+            "e at 0.1": f"{efficiency(row, 0.1):.2f}",
+            "break-even": f"{row.break_even:.2f}",
+        }
+        for row in rows
+    ]
+    print_table(table, console)
 
 
 def _with_bar(todo: Sequence[Any]) -> Iterator[Any]:

@@ -323,7 +323,7 @@ def test_every_field_is_described() -> None:
     described = list(describe_fields())
     names = [name for name, *_ in described]
     assert len(names) == len(set(names)) and "sparsity.density" in names
-    assert all(kind and default and len(text) > 10 for _, kind, default, text in described)
+    assert all(default and len(text) > 10 for _, default, text in described)
 
 
 def test_every_setting_is_read_somewhere() -> None:

@@ -32,7 +32,7 @@ def test_every_field_has_a_row_with_default_and_help() -> None:
         elif line.startswith("| `"):
             cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             rows[f"{section}.{cells[0].strip('`')}"] = cells[1:]
-    for name, _, default, text in describe_fields():
+    for name, default, text in describe_fields():
         allowed, shown, meaning = rows[name]
         assert (shown, meaning) == (f"`{default}`", text) and allowed, name
     assert rows["train.steps"][0] == "integer >= 1"

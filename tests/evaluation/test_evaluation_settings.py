@@ -103,16 +103,6 @@ def test_json_lines_become_tasks(trained: TrainedModel, tmp_path: Path) -> None:
     assert isinstance(make_task(settings(task="multiple-choice", input=str(path)), trained), MultipleChoice)
 
 
-def test_a_model_without_a_tokenizer_takes_tokens_only(trained: TrainedModel, tmp_path: Path) -> None:
-    bare = TrainedModel(trained.config, trained.model, None, 0, "full", [])
-    (tmp_path / "text").write_text("some text")
-    with pytest.raises(ValueError, match="nowhere has no tokenizer"):
-        make_task(settings(input=str(tmp_path / "text")), bare)
-    with IndexedDatasetWriter(tmp_path / "tokens", "uint16") as writer:
-        writer.add_document([1, 2, 3])
-    assert isinstance(make_task(settings(input=str(tmp_path / "tokens")), bare), Perplexity)
-
-
 def test_the_table_holds_every_number(tmp_path: Path) -> None:
     record = {
         "task": "perplexity", "input": f"/{'long/' * 40}[bold]x.txt", "model": "runs/x", "step": 1200,

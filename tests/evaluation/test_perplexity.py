@@ -93,8 +93,6 @@ def test_a_token_file_counts_the_decoded_documents(tmp_path: Path) -> None:
     size = TextSize.of("".join(texts))
     assert results["bytes"] == size.bytes and results["words"] == 5 and results["line_ends"] == 1
     assert results["tokens"] == size.bytes + 2 and results["tokens_scored"] == size.bytes + 1
-    without = token_file_perplexity(dataset, None, 8, 4)
-    assert "bytes" not in without.results(constant_scores(without, 1.0))
 
 
 def test_ids_that_only_the_model_has_stand_for_no_text(tmp_path: Path) -> None:

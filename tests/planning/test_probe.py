@@ -27,12 +27,13 @@ def found():
 
 
 def test_all_rates_are_measured(found) -> None:
-    assert set(found.dense_by_widths) == {(64, 192), (64, 64), (64, 256), (256, 64), (64, 320)}
-    assert set(found.attention_by_pattern) == {"full", "sparse"}
-    rates = [*found.dense_by_widths.values(), *found.attention_by_pattern.values()]
-    rates += [found.elementwise, found.streaming, found.launch_seconds, found.link_bandwidth, found.link_latency]
-    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
-    for curve in found.curves.values():
+    rates = found.measured
+    assert set(rates.dense_by_widths) == {(64, 192), (64, 64), (64, 256), (256, 64), (64, 320)}
+    assert set(rates.attention_by_pattern) == {"full", "sparse"}
+    numbers = [*rates.dense_by_widths.values(), *rates.attention_by_pattern.values()]
+    numbers += [rates.elementwise, rates.streaming, rates.launch_seconds, found.link_bandwidth, rates.link_latency]
+    assert all(math.isfinite(rate) and rate > 0 for rate in numbers)
+    for curve in rates.curves.values():
         assert len(curve) >= 2 and all(value > 0 for value in curve.values())
 
 
@@ -51,7 +52,7 @@ def test_the_forecast_uses_them(found) -> None:
     dense = {phase["name"]: phase for phase in usual["phases"]}["dense"]
     # A rank has 4 samples of 64 tokens; 2 layers, 3 products of 2 FLOPs each.
     widths = ((64, 192), (64, 64), (64, 256), (256, 64))
-    expected = sum(4 * 64 * 2 * 3 * 2 * a * b / found.dense_by_widths[a, b] for a, b in widths)
+    expected = sum(4 * 64 * 2 * 3 * 2 * a * b / found.measured.dense_by_widths[a, b] for a, b in widths)
     assert dense["step_seconds_by_part"]["sparse_products"] == pytest.approx(expected)
     # What the user assumes replaces what was measured.
     assert result("launch_us=100000")["time"]["seconds"] > 10 * usual["time"]["seconds"]
