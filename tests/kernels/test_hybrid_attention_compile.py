@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, reference, tiled
+from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, operators, reference
 from megasparse.kernels.hybrid_attention.break_even import _look_up
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
@@ -30,14 +30,14 @@ def _fresh_compiler():
 def calls(monkeypatch) -> dict[str, tuple]:
     """Arguments of the last call of each operator."""
     seen = {}
-    for name in ("attention_tiled_forward", "attention_tiled_backward"):
-        operator = getattr(tiled, name)
+    for name in ("attention_forward", "attention_backward"):
+        operator = getattr(operators, name)
 
         def record(*args, name=name, operator=operator):
             seen[name] = args
             return operator(*args)
 
-        monkeypatch.setattr(tiled, name, record)
+        monkeypatch.setattr(operators, name, record)
     return seen
 
 
