@@ -63,21 +63,17 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of the parts, joined to those of an earlier launch. A query without a key gets 0, -inf."""
-    number, sample, head = parts.place(num_tiles, num_heads)
-    first, step = parts.first_token(number, seq_length, stride, FAR == "residues", QUERIES)
+    pointers = starts_pointer, offsets_pointer
+    tile, scope, head = parts.query_tile(pointers, num_tiles, num_heads, seq_length, stride, FAR, QUERIES)
+    (first, positions, valid, _), sample, offset = tile, scope[1], scope[4]
     if first >= seq_length:
         return
-    offset = parts.offset_of(offsets_pointer, head)
-    positions = first + tl.arange(0, QUERIES) * step
-    valid = positions < seq_length
-    tile = first, positions, valid, parts.bounds_of(starts_pointer, sample, positions, seq_length, 0)
-    scope = starts_pointer, sample, seq_length, stride, offset
     own = sample, head, seq_length, num_heads
     factor = scale * 1.4426950408889634
-    q_rows = parts.of_head(q_pointer, sample, head, strides_q)
-    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k)
-    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v)
-    q = parts.load_rows(q_rows, positions, valid, HEAD_DIM, WIDTH)
+    q_rows = parts.of_head(q_pointer, sample, head, strides_q, HEAD_DIM, WIDTH)
+    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k, HEAD_DIM, WIDTH)
+    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v, HEAD_DIM, WIDTH)
+    q = parts.load_rows(q_rows, positions, valid)
 
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -85,71 +81,49 @@ def forward_kernel(
     if offsets_pointer is not None and not BEYOND and (FAR == "rows" or FAR == "residues"):
         # With an offset no multiple of the stride leads to the query itself.
         itself = valid & (offset > 0)
-        k = parts.load_wide_rows(k_rows, positions, itself, HEAD_DIM, WIDTH)
+        k = parts.load_wide_rows(k_rows, positions, itself)
         top = tl.where(itself, tl.sum(q.to(tl.float32) * k, 1) * factor, float("-inf"))
         total = itself.to(tl.float32)
-        sums = parts.load_wide_rows(v_rows, positions, itself, HEAD_DIM, WIDTH)
+        sums = parts.load_wide_rows(v_rows, positions, itself)
     given = q, k_rows, v_rows, tile, scope, factor
     if FAR == "rows":
-        top, total, sums = attend_rows(*given, top, total, sums, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH)
+        top, total, sums = attend_rows(*given, top, total, sums, BEYOND, QUERIES, CHUNK)
     if FAR == "summaries" or FAR == "residues":
-        top, total, sums = attend_tiles(
-            *given, top, total, sums, FAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
-        )
+        top, total, sums = attend_tiles(*given, top, total, sums, FAR, BEYOND, QUERIES, KEYS, PRECISION)
     if NEAR != "none":
-        top, total, sums = attend_tiles(
-            *given, top, total, sums, NEAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
-        )
+        top, total, sums = attend_tiles(*given, top, total, sums, NEAR, BEYOND, QUERIES, KEYS, PRECISION)
 
     lse_rows = parts.of_row(lse_pointer, *own) + positions
     if previous_pointer is not None:
-        previous_rows = parts.of_own_head(previous_pointer, *own, HEAD_DIM)
-        previous = parts.load_rows(previous_rows, positions, valid, HEAD_DIM, WIDTH)
+        previous = parts.load_rows(parts.of_own_head(previous_pointer, *own, HEAD_DIM, WIDTH), positions, valid)
         scores = tl.load(lse_rows, mask=valid, other=float("-inf"))
         top, total, shrink, weights = raise_top(top, total, scores[:, None])
         sums = sums * shrink[:, None] + previous * tl.sum(weights, 1)[:, None]
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    out_rows = parts.of_own_head(out_pointer, *own, HEAD_DIM)
-    parts.store_rows(out_rows, positions, valid, sums / total[:, None], HEAD_DIM, WIDTH)
+    out_rows = parts.of_own_head(out_pointer, *own, HEAD_DIM, WIDTH)
+    parts.store_rows(out_rows, positions, valid, sums / total[:, None])
     tl.store(lse_rows, tl.where(seen, top + tl.log2(total), float("-inf")), mask=valid)
 
 
 @triton.jit
-def attend_rows(q, k_rows, v_rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH):
+def attend_rows(q, k_rows, v_rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES, CHUNK):
     """Join the keys at multiples of the stride before each query, row by row."""
-    first, positions, valid, starts = tile
-    starts_pointer, sample, seq_length, stride, offset = scope
-    begin, end = parts.row_range(first, scope, BEYOND, QUERIES)
+    begin, end = parts.row_range(tile[0], scope, BEYOND, QUERIES)
     queries = q.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
-        keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
-        active = (keys >= starts[:, None]) & valid[:, None]
-        k_QCD = parts.load_wide_rows(k_rows, keys, active, HEAD_DIM, WIDTH)
-        v_QCD = parts.load_wide_rows(v_rows, keys, active, HEAD_DIM, WIDTH)
-        scores = tl.where(active, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, float("-inf"))
-        top, total, shrink, weights = raise_top(top, total, scores)
+        _, v_QCD, scores, active = parts.score_rows(queries, k_rows, v_rows, chunk, tile, scope, factor, CHUNK)
+        top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
         sums = sums * shrink[:, None] + tl.sum(weights[:, :, None] * v_QCD, 1)
     return top, total, sums
 
 
 @triton.jit
-def attend_tiles(
-    q, k_rows, v_rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION
-):
+def attend_tiles(q, k_rows, v_rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, PRECISION):
     """Join the keys of one part to the running maximum, sum and weighted values."""
-    first, positions, valid, starts = tile
-    starts_pointer, sample, seq_length, stride, offset = scope
-    low, high = parts.limits(positions, starts, stride, offset, PART, BEYOND)
-    base, step, begin, end = parts.key_range(first, scope, PART, BEYOND, QUERIES)
+    begin, end, span = parts.key_range(tile, scope, PART, BEYOND, QUERIES)
     for index in range(begin, end, KEYS):
-        places = index + tl.arange(0, KEYS)
-        keys = base + places * step
-        inside = places < end
-        k = parts.load_rows(k_rows, keys, inside, HEAD_DIM, WIDTH)
-        v = parts.load_rows(v_rows, keys, inside, HEAD_DIM, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+        _, v, scores, active = parts.score_keys(q, k_rows, v_rows, index, span, factor, KEYS, PRECISION)
         top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
     return top, total, sums

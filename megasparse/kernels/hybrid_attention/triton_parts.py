@@ -6,9 +6,10 @@ Every part of a pattern (`triton_kernels.py`) is an interval of a sequence of ke
 Capitals are compile-time constants. Triton asks for the annotation in kernels only; in functions that kernels call it
 keeps what it was given. Values that go together travel as tuples:
 
-    rows    address of the first token of one head, and the step to the next token
+    rows    address of the first token of one head, the step to the next token, HEAD_DIM, WIDTH
     tile    first query, all queries, which of them are tokens of the sequence, first token of the document of each
     scope   starts_pointer, sample, seq_length, stride, offset: what bounds the keys of a tile of queries
+    span    base, step and end of the keys of one part, and the first and the last of them that each query sees
     own     sample, head, seq_length, num_heads: where the results of a head lie
 """
 
@@ -35,8 +36,21 @@ def limits(queries, starts, stride, offset, PART, BEYOND):
 
 
 @triton.jit
-def key_range(first, scope, PART, BEYOND, QUERIES):
-    """Keys of PART for a tile of queries from `first` on: those at base + i step, begin <= i < end."""
+def query_tile(pointers, num_tiles, num_heads, seq_length, stride, FAR, QUERIES):
+    """Tile, scope and head of a program that has a tile of queries. pointers: to the starts and the offsets."""
+    starts_pointer, offsets_pointer = pointers
+    number, sample, head = place(num_tiles, num_heads)
+    first, step = first_token(number, seq_length, stride, FAR == "residues", QUERIES)
+    positions = first + tl.arange(0, QUERIES) * step
+    starts = bounds_of(starts_pointer, sample, positions, seq_length, 0)
+    scope = starts_pointer, sample, seq_length, stride, offset_of(offsets_pointer, head)
+    return (first, positions, positions < seq_length, starts), scope, head
+
+
+@triton.jit
+def key_range(tile, scope, PART, BEYOND, QUERIES):
+    """Keys of PART for a tile of queries: those at base + i step, begin <= i < end. Returns begin, end and the span."""
+    first, positions, valid, starts = tile
     starts_pointer, sample, seq_length, stride, offset = scope
     if PART == "residues":
         last = tl.minimum(first + (QUERIES - 1) * stride, seq_length - 1)
@@ -48,7 +62,31 @@ def key_range(first, scope, PART, BEYOND, QUERIES):
             base, step = stride - 1 - offset, stride
     low, _ = limits(first, bounds_of(starts_pointer, sample, first, seq_length, 0), stride, offset, PART, BEYOND)
     _, high = limits(last, last * 0, stride, offset, PART, BEYOND)
-    return base, step, count_before(low, base, step), count_before(high + 1, base, step)
+    begin, end = count_before(low, base, step), count_before(high + 1, base, step)
+    return begin, end, (base, step, end, *limits(positions, starts, stride, offset, PART, BEYOND))
+
+
+@triton.jit
+def score_keys(q, k_rows, v_rows, index, span, factor, KEYS, PRECISION):
+    """KEYS keys from number `index` of a span on: keys, values, their scores and which of these are active."""
+    base, step, end, low, high = span
+    places = index + tl.arange(0, KEYS)
+    keys = base + places * step
+    k = load_rows(k_rows, keys, places < end)
+    v = load_rows(v_rows, keys, places < end)
+    active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+    return k, v, tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor, active
+
+
+@triton.jit
+def score_rows(queries, k_rows, v_rows, chunk, tile, scope, factor, CHUNK):
+    """Each query's own keys at `chunk` and further multiples of the stride before it: as ``score_keys``."""
+    first, positions, valid, starts = tile
+    starts_pointer, sample, seq_length, stride, offset = scope
+    keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
+    active = (keys >= starts[:, None]) & valid[:, None]
+    k_QCD, v_QCD = load_wide_rows(k_rows, keys, active), load_wide_rows(v_rows, keys, active)
+    return k_QCD, v_QCD, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, active
 
 
 @triton.jit
@@ -126,15 +164,17 @@ def bounds_of(pointer, sample, positions, seq_length, otherwise):
 
 
 @triton.jit
-def of_head(pointer, sample, head, strides):
+def of_head(pointer, sample, head, strides, HEAD_DIM, WIDTH):
     """Rows of a head by the strides of samples, heads and tokens."""
-    return pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2]
+    first = pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return first, strides[2], HEAD_DIM, WIDTH
 
 
 @triton.jit
-def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM):
+def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM, WIDTH):
     """Rows of a head of a contiguous [B, T, H, D]."""
-    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM, num_heads * HEAD_DIM
+    first = pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM
+    return first, num_heads * HEAD_DIM, HEAD_DIM, WIDTH
 
 
 @triton.jit
@@ -144,30 +184,31 @@ def of_row(pointer, sample, head, seq_length, num_heads):
 
 
 @triton.jit
-def addresses(rows, positions, valid, HEAD_DIM, WIDTH):
+def addresses(rows, positions, valid):
     """Of [*positions, WIDTH], and the mask: not `valid`, and beyond the head dimension."""
+    first, step, HEAD_DIM, WIDTH = rows
     columns = tl.arange(0, WIDTH)
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != WIDTH:
         mask = mask & (columns < HEAD_DIM)
-    return rows[0] + tl.expand_dims(positions.to(tl.int64), -1) * rows[1] + columns, mask
+    return first + tl.expand_dims(positions.to(tl.int64), -1) * step + columns, mask
 
 
 @triton.jit
-def load_rows(rows, positions, valid, HEAD_DIM, WIDTH):
+def load_rows(rows, positions, valid):
     """[*positions, WIDTH], zero where not `valid` and beyond the head dimension."""
-    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+    places, mask = addresses(rows, positions, valid)
     return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_wide_rows(rows, positions, valid, HEAD_DIM, WIDTH):
-    return load_rows(rows, positions, valid, HEAD_DIM, WIDTH).to(tl.float32)
+def load_wide_rows(rows, positions, valid):
+    return load_rows(rows, positions, valid).to(tl.float32)
 
 
 @triton.jit
-def store_rows(rows, positions, valid, values, HEAD_DIM, WIDTH):
-    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+def store_rows(rows, positions, valid, values):
+    places, mask = addresses(rows, positions, valid)
     tl.store(places, values.to(rows[0].dtype.element_ty), mask=mask)
 
 
@@ -175,5 +216,5 @@ def store_rows(rows, positions, valid, values, HEAD_DIM, WIDTH):
 def store_gradient(pointer, previous_pointer, sums, positions, valid, own, HEAD_DIM, WIDTH):
     """`sums` plus those of an earlier launch."""
     if previous_pointer is not None:
-        sums += load_rows(of_own_head(previous_pointer, *own, HEAD_DIM), positions, valid, HEAD_DIM, WIDTH)
-    store_rows(of_own_head(pointer, *own, HEAD_DIM), positions, valid, sums, HEAD_DIM, WIDTH)
+        sums += load_rows(of_own_head(previous_pointer, *own, HEAD_DIM, WIDTH), positions, valid)
+    store_rows(of_own_head(pointer, *own, HEAD_DIM, WIDTH), positions, valid, sums)

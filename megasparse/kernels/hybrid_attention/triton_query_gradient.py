@@ -46,27 +46,22 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """dQ of the parts, plus that of an earlier launch; and delta."""
-    number, sample, head = parts.place(num_tiles, num_heads)
-    first, step = parts.first_token(number, seq_length, stride, FAR == "residues", QUERIES)
+    pointers = starts_pointer, offsets_pointer
+    tile, scope, head = parts.query_tile(pointers, num_tiles, num_heads, seq_length, stride, FAR, QUERIES)
+    (first, positions, valid, _), sample, offset = tile, scope[1], scope[4]
     if first >= seq_length:
         return
-    offset = parts.offset_of(offsets_pointer, head)
-    positions = first + tl.arange(0, QUERIES) * step
-    valid = positions < seq_length
-    tile = first, positions, valid, parts.bounds_of(starts_pointer, sample, positions, seq_length, 0)
-    scope = starts_pointer, sample, seq_length, stride, offset
     own = sample, head, seq_length, num_heads
     factor = scale * 1.4426950408889634
-    q_rows = parts.of_head(q_pointer, sample, head, strides_q)
-    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k)
-    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v)
-    dout_rows = parts.of_head(dout_pointer, sample, head, strides_dout)
-    q = parts.load_rows(q_rows, positions, valid, HEAD_DIM, WIDTH)
-    dout = parts.load_rows(dout_rows, positions, valid, HEAD_DIM, WIDTH)
+    q_rows = parts.of_head(q_pointer, sample, head, strides_q, HEAD_DIM, WIDTH)
+    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k, HEAD_DIM, WIDTH)
+    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v, HEAD_DIM, WIDTH)
+    q = parts.load_rows(q_rows, positions, valid)
+    dout = parts.load_rows(parts.of_head(dout_pointer, sample, head, strides_dout, HEAD_DIM, WIDTH), positions, valid)
     lse = tl.load(parts.of_row(lse_pointer, *own) + positions, mask=valid, other=0.0)
     delta_rows = parts.of_row(delta_pointer, *own) + positions
     if previous_pointer is None:
-        out = parts.load_rows(parts.of_own_head(out_pointer, *own, HEAD_DIM), positions, valid, HEAD_DIM, WIDTH)
+        out = parts.load_rows(parts.of_own_head(out_pointer, *own, HEAD_DIM, WIDTH), positions, valid)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         tl.store(delta_rows, delta, mask=valid)
     else:
@@ -75,33 +70,27 @@ def query_gradient_kernel(
     dq = tl.zeros((QUERIES, WIDTH), tl.float32)
     if offsets_pointer is not None and not BEYOND and (FAR == "rows" or FAR == "residues"):
         itself = valid & (offset > 0)
-        k = parts.load_wide_rows(k_rows, positions, itself, HEAD_DIM, WIDTH)
-        v = parts.load_wide_rows(v_rows, positions, itself, HEAD_DIM, WIDTH)
+        k = parts.load_wide_rows(k_rows, positions, itself)
+        v = parts.load_wide_rows(v_rows, positions, itself)
         weights = tl.where(itself, tl.exp2(tl.sum(q.to(tl.float32) * k, 1) * factor - lse), 0.0)
         dq = (weights * (tl.sum(dout.to(tl.float32) * v, 1) - delta))[:, None] * k
     given = q, dout, lse, delta, k_rows, v_rows, tile, scope, factor
     if FAR == "rows":
-        dq = add_rows(*given, dq, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH)
+        dq = add_rows(*given, dq, BEYOND, QUERIES, CHUNK)
     if FAR == "summaries" or FAR == "residues":
-        dq = add_tiles(*given, dq, FAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION)
+        dq = add_tiles(*given, dq, FAR, BEYOND, QUERIES, KEYS, PRECISION)
     if NEAR != "none":
-        dq = add_tiles(*given, dq, NEAR, BEYOND, QUERIES, KEYS, HEAD_DIM, WIDTH, PRECISION)
+        dq = add_tiles(*given, dq, NEAR, BEYOND, QUERIES, KEYS, PRECISION)
     parts.store_gradient(dq_pointer, previous_pointer, dq * scale, positions, valid, own, HEAD_DIM, WIDTH)
 
 
 @triton.jit
-def add_rows(q, dout, lse, delta, k_rows, v_rows, tile, scope, factor, dq, BEYOND, QUERIES, CHUNK, HEAD_DIM, WIDTH):
+def add_rows(q, dout, lse, delta, k_rows, v_rows, tile, scope, factor, dq, BEYOND, QUERIES, CHUNK):
     """dQ / scale plus that of the keys at multiples of the stride before each query, row by row."""
-    first, positions, valid, starts = tile
-    starts_pointer, sample, seq_length, stride, offset = scope
-    begin, end = parts.row_range(first, scope, BEYOND, QUERIES)
+    begin, end = parts.row_range(tile[0], scope, BEYOND, QUERIES)
     queries, douts = q.to(tl.float32), dout.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
-        keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
-        active = (keys >= starts[:, None]) & valid[:, None]
-        k_QCD = parts.load_wide_rows(k_rows, keys, active, HEAD_DIM, WIDTH)
-        v_QCD = parts.load_wide_rows(v_rows, keys, active, HEAD_DIM, WIDTH)
-        scores = tl.sum(queries[:, None, :] * k_QCD, 2) * factor
+        k_QCD, v_QCD, scores, active = parts.score_rows(queries, k_rows, v_rows, chunk, tile, scope, factor, CHUNK)
         weights = tl.where(active, tl.exp2(scores - lse[:, None]), 0.0)
         dscores = weights * (tl.sum(douts[:, None, :] * v_QCD, 2) - delta[:, None])
         dq += tl.sum(dscores[:, :, None] * k_QCD, 1)
@@ -109,38 +98,11 @@ def add_rows(q, dout, lse, delta, k_rows, v_rows, tile, scope, factor, dq, BEYON
 
 
 @triton.jit
-def add_tiles(
-    q,
-    dout,
-    lse,
-    delta,
-    k_rows,
-    v_rows,
-    tile,
-    scope,
-    factor,
-    dq,
-    PART,
-    BEYOND,
-    QUERIES,
-    KEYS,
-    HEAD_DIM,
-    WIDTH,
-    PRECISION,
-):
+def add_tiles(q, dout, lse, delta, k_rows, v_rows, tile, scope, factor, dq, PART, BEYOND, QUERIES, KEYS, PRECISION):
     """dQ / scale plus that of the tiles of one part."""
-    first, positions, valid, starts = tile
-    starts_pointer, sample, seq_length, stride, offset = scope
-    low, high = parts.limits(positions, starts, stride, offset, PART, BEYOND)
-    base, step, begin, end = parts.key_range(first, scope, PART, BEYOND, QUERIES)
+    begin, end, span = parts.key_range(tile, scope, PART, BEYOND, QUERIES)
     for index in range(begin, end, KEYS):
-        places = index + tl.arange(0, KEYS)
-        keys = base + places * step
-        inside = places < end
-        k = parts.load_rows(k_rows, keys, inside, HEAD_DIM, WIDTH)
-        v = parts.load_rows(v_rows, keys, inside, HEAD_DIM, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+        k, v, scores, active = parts.score_keys(q, k_rows, v_rows, index, span, factor, KEYS, PRECISION)
         weights = tl.where(active, tl.exp2(scores - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
