@@ -182,17 +182,14 @@ def select_kernel(
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
             return "causal"
-        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=True)
-        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
-        if pattern != "full" and seq_length < limit:
-            # Nothing is compiled, in the midst of a step perhaps, that would not be used.
-            return "reference"
-        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=planned)
-        if pattern == "full":
-            # On GPUs documents cannot be cut apart without waiting for the device.
-            return fast if fast == "triton" else "causal"
-        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
-        return fast if seq_length >= limit else "reference"
+        # First without a build: nothing is compiled, in the midst of a step perhaps, that would not be used.
+        for unbuilt in (True, planned):
+            fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=unbuilt)
+            limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+            if pattern != "full" and seq_length < limit:
+                return "reference"
+        # On GPUs documents cannot be cut apart without waiting for the device.
+        return "causal" if pattern == "full" and fast != "triton" else fast
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; must be one of {', '.join(['auto', *KERNELS])}"

@@ -65,15 +65,17 @@ def forward_kernel(
     """Output and log-sum-exp of the parts, joined to those of an earlier launch. A query without a key gets 0, -inf."""
     pointers = starts_pointer, offsets_pointer
     tile, scope, head = parts.query_tile(pointers, num_tiles, num_heads, seq_length, stride, FAR, QUERIES)
-    (first, positions, valid, _), sample, offset = tile, scope[1], scope[4]
+    first, positions, valid, _ = tile
+    _, sample, _, _, offset = scope
     if first >= seq_length:
         return
     own = sample, head, seq_length, num_heads
+    DIMS: tl.constexpr = (HEAD_DIM, WIDTH)
     factor = scale * 1.4426950408889634
-    q_rows = parts.of_head(q_pointer, sample, head, strides_q, HEAD_DIM, WIDTH)
-    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k, HEAD_DIM, WIDTH)
-    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v, HEAD_DIM, WIDTH)
-    q = parts.load_rows(q_rows, positions, valid)
+    q_rows = parts.of_head(q_pointer, sample, head, strides_q)
+    k_rows = parts.of_head(k_pointer, sample, head // share, strides_k)
+    v_rows = parts.of_head(v_pointer, sample, head // share, strides_v)
+    q = parts.load_rows(q_rows, positions, valid, DIMS)
 
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -81,49 +83,49 @@ def forward_kernel(
     if offsets_pointer is not None and not BEYOND and (FAR == "rows" or FAR == "residues"):
         # With an offset no multiple of the stride leads to the query itself.
         itself = valid & (offset > 0)
-        k = parts.load_wide_rows(k_rows, positions, itself)
+        k = parts.load_wide_rows(k_rows, positions, itself, DIMS)
         top = tl.where(itself, tl.sum(q.to(tl.float32) * k, 1) * factor, float("-inf"))
         total = itself.to(tl.float32)
-        sums = parts.load_wide_rows(v_rows, positions, itself)
-    given = q, k_rows, v_rows, tile, scope, factor
+        sums = parts.load_wide_rows(v_rows, positions, itself, DIMS)
+    given = q, (k_rows, v_rows), tile, scope, factor
     if FAR == "rows":
-        top, total, sums = attend_rows(*given, top, total, sums, BEYOND, QUERIES, CHUNK)
+        top, total, sums = attend_rows(*given, top, total, sums, BEYOND, QUERIES, CHUNK, DIMS)
     if FAR == "summaries" or FAR == "residues":
-        top, total, sums = attend_tiles(*given, top, total, sums, FAR, BEYOND, QUERIES, KEYS, PRECISION)
+        top, total, sums = attend_tiles(*given, top, total, sums, FAR, BEYOND, QUERIES, KEYS, DIMS, PRECISION)
     if NEAR != "none":
-        top, total, sums = attend_tiles(*given, top, total, sums, NEAR, BEYOND, QUERIES, KEYS, PRECISION)
+        top, total, sums = attend_tiles(*given, top, total, sums, NEAR, BEYOND, QUERIES, KEYS, DIMS, PRECISION)
 
     lse_rows = parts.of_row(lse_pointer, *own) + positions
     if previous_pointer is not None:
-        previous = parts.load_rows(parts.of_own_head(previous_pointer, *own, HEAD_DIM, WIDTH), positions, valid)
+        previous = parts.load_rows(parts.of_own_head(previous_pointer, *own, DIMS), positions, valid, DIMS)
         scores = tl.load(lse_rows, mask=valid, other=float("-inf"))
         top, total, shrink, weights = raise_top(top, total, scores[:, None])
         sums = sums * shrink[:, None] + previous * tl.sum(weights, 1)[:, None]
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    out_rows = parts.of_own_head(out_pointer, *own, HEAD_DIM, WIDTH)
-    parts.store_rows(out_rows, positions, valid, sums / total[:, None])
+    out_rows = parts.of_own_head(out_pointer, *own, DIMS)
+    parts.store_rows(out_rows, positions, valid, sums / total[:, None], DIMS)
     tl.store(lse_rows, tl.where(seen, top + tl.log2(total), float("-inf")), mask=valid)
 
 
 @triton.jit
-def attend_rows(q, k_rows, v_rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES, CHUNK):
+def attend_rows(q, rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES, CHUNK, DIMS):
     """Join the keys at multiples of the stride before each query, row by row."""
     begin, end = parts.row_range(tile[0], scope, BEYOND, QUERIES)
     queries = q.to(tl.float32)
     for chunk in range(begin, end, CHUNK):
-        _, v_QCD, scores, active = parts.score_rows(queries, k_rows, v_rows, chunk, tile, scope, factor, CHUNK)
+        _, v_QCD, scores, active = parts.score_rows(queries, rows, chunk, tile, scope, factor, CHUNK, DIMS)
         top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
         sums = sums * shrink[:, None] + tl.sum(weights[:, :, None] * v_QCD, 1)
     return top, total, sums
 
 
 @triton.jit
-def attend_tiles(q, k_rows, v_rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, PRECISION):
+def attend_tiles(q, rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, DIMS, PRECISION):
     """Join the keys of one part to the running maximum, sum and weighted values."""
     begin, end, span = parts.key_range(tile, scope, PART, BEYOND, QUERIES)
     for index in range(begin, end, KEYS):
-        _, v, scores, active = parts.score_keys(q, k_rows, v_rows, index, span, factor, KEYS, PRECISION)
+        _, v, scores, active = parts.score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION)
         top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
     return top, total, sums

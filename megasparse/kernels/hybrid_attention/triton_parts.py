@@ -6,7 +6,8 @@ Every part of a pattern (`triton_kernels.py`) is an interval of a sequence of ke
 Capitals are compile-time constants. Triton asks for the annotation in kernels only; in functions that kernels call it
 keeps what it was given. Values that go together travel as tuples:
 
-    rows    address of the first token of one head, the step to the next token, HEAD_DIM, WIDTH
+    rows    address of the first token of one head, and the step to the next token
+    DIMS    HEAD_DIM, WIDTH
     tile    first query, all queries, which of them are tokens of the sequence, first token of the document of each
     scope   starts_pointer, sample, seq_length, stride, offset: what bounds the keys of a tile of queries
     span    base, step and end of the keys of one part, and the first and the last of them that each query sees
@@ -63,29 +64,32 @@ def key_range(tile, scope, PART, BEYOND, QUERIES):
     low, _ = limits(first, bounds_of(starts_pointer, sample, first, seq_length, 0), stride, offset, PART, BEYOND)
     _, high = limits(last, last * 0, stride, offset, PART, BEYOND)
     begin, end = count_before(low, base, step), count_before(high + 1, base, step)
-    return begin, end, (base, step, end, *limits(positions, starts, stride, offset, PART, BEYOND))
+    low, high = limits(positions, starts, stride, offset, PART, BEYOND)
+    return begin, end, (base, step, end, low, high)
 
 
 @triton.jit
-def score_keys(q, k_rows, v_rows, index, span, factor, KEYS, PRECISION):
+def score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION):
     """KEYS keys from number `index` of a span on: keys, values, their scores and which of these are active."""
+    k_rows, v_rows = rows
     base, step, end, low, high = span
     places = index + tl.arange(0, KEYS)
     keys = base + places * step
-    k = load_rows(k_rows, keys, places < end)
-    v = load_rows(v_rows, keys, places < end)
+    k = load_rows(k_rows, keys, places < end, DIMS)
+    v = load_rows(v_rows, keys, places < end, DIMS)
     active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
     return k, v, tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor, active
 
 
 @triton.jit
-def score_rows(queries, k_rows, v_rows, chunk, tile, scope, factor, CHUNK):
+def score_rows(queries, rows, chunk, tile, scope, factor, CHUNK, DIMS):
     """Each query's own keys at `chunk` and further multiples of the stride before it: as ``score_keys``."""
     first, positions, valid, starts = tile
     starts_pointer, sample, seq_length, stride, offset = scope
+    k_rows, v_rows = rows
     keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
     active = (keys >= starts[:, None]) & valid[:, None]
-    k_QCD, v_QCD = load_wide_rows(k_rows, keys, active), load_wide_rows(v_rows, keys, active)
+    k_QCD, v_QCD = load_wide_rows(k_rows, keys, active, DIMS), load_wide_rows(v_rows, keys, active, DIMS)
     return k_QCD, v_QCD, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, active
 
 
@@ -164,17 +168,15 @@ def bounds_of(pointer, sample, positions, seq_length, otherwise):
 
 
 @triton.jit
-def of_head(pointer, sample, head, strides, HEAD_DIM, WIDTH):
+def of_head(pointer, sample, head, strides):
     """Rows of a head by the strides of samples, heads and tokens."""
-    first = pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return first, strides[2], HEAD_DIM, WIDTH
+    return pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2]
 
 
 @triton.jit
-def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM, WIDTH):
+def of_own_head(pointer, sample, head, seq_length, num_heads, DIMS):
     """Rows of a head of a contiguous [B, T, H, D]."""
-    first = pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM
-    return first, num_heads * HEAD_DIM, HEAD_DIM, WIDTH
+    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * DIMS[0], num_heads * DIMS[0]
 
 
 @triton.jit
@@ -184,9 +186,11 @@ def of_row(pointer, sample, head, seq_length, num_heads):
 
 
 @triton.jit
-def addresses(rows, positions, valid):
+def addresses(rows, positions, valid, DIMS):
     """Of [*positions, WIDTH], and the mask: not `valid`, and beyond the head dimension."""
-    first, step, HEAD_DIM, WIDTH = rows
+    first, step = rows
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    WIDTH: tl.constexpr = DIMS[1]
     columns = tl.arange(0, WIDTH)
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != WIDTH:
@@ -195,26 +199,26 @@ def addresses(rows, positions, valid):
 
 
 @triton.jit
-def load_rows(rows, positions, valid):
+def load_rows(rows, positions, valid, DIMS):
     """[*positions, WIDTH], zero where not `valid` and beyond the head dimension."""
-    places, mask = addresses(rows, positions, valid)
+    places, mask = addresses(rows, positions, valid, DIMS)
     return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_wide_rows(rows, positions, valid):
-    return load_rows(rows, positions, valid).to(tl.float32)
+def load_wide_rows(rows, positions, valid, DIMS):
+    return load_rows(rows, positions, valid, DIMS).to(tl.float32)
 
 
 @triton.jit
-def store_rows(rows, positions, valid, values):
-    places, mask = addresses(rows, positions, valid)
+def store_rows(rows, positions, valid, values, DIMS):
+    places, mask = addresses(rows, positions, valid, DIMS)
     tl.store(places, values.to(rows[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_gradient(pointer, previous_pointer, sums, positions, valid, own, HEAD_DIM, WIDTH):
+def store_gradient(pointer, previous_pointer, sums, positions, valid, own, DIMS):
     """`sums` plus those of an earlier launch."""
     if previous_pointer is not None:
-        sums += load_rows(of_own_head(previous_pointer, *own, HEAD_DIM, WIDTH), positions, valid)
-    store_rows(of_own_head(pointer, *own, HEAD_DIM, WIDTH), positions, valid, sums)
+        sums += load_rows(of_own_head(previous_pointer, *own, DIMS), positions, valid, DIMS)
+    store_rows(of_own_head(pointer, *own, DIMS), positions, valid, sums, DIMS)
