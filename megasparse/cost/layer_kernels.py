@@ -19,7 +19,7 @@ import torch
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import measured, table_problem
+from megasparse.kernels.block_sparse.break_even import TABLE, measured
 from megasparse.launching import choose_accelerator
 from megasparse.models.gpt import GPT
 
@@ -124,7 +124,7 @@ class LayerKernels:
 
         Single weights have no kernel and are not spoken of.
         """
-        found = [problem] if self.kernel == "auto" and (problem := table_problem()) else []
+        found = [problem] if self.kernel == "auto" and (problem := TABLE.problem()) else []
         reasons: dict[str, list[str]] = {}
         for name, shape in self.shapes.items():
             if self.kernel == "auto" and shape.block_size > 1:

@@ -67,13 +67,13 @@ class LayerFactory:
 
     def embedding(self, name: str, rows: int, width: int, init_std: float, *, divided: bool = False) -> Embedding:
         """A table of `rows` vectors, whose rows may be divided over the ranks."""
-        settings = {"tensor_parallel": self.tensor_parallel, "init_std": init_std, "seed": self.seed}
-        return Embedding(name, rows, width, divided=divided, **settings)
+        ranks, seed = self.tensor_parallel, self.seed
+        return Embedding(name, rows, width, divided=divided, tensor_parallel=ranks, init_std=init_std, seed=seed)
 
     def norm(self, config: ModelConfig) -> Normalization:
         """A normalisation between layers."""
-        settings = {"bias": config.bias, "tensor_parallel": self.tensor_parallel}
-        return Normalization(config.normalization, config.hidden_size, epsilon=config.normalization_epsilon, **settings)
+        kind, size, epsilon, bias = config.normalization, config.hidden_size, config.normalization_epsilon, config.bias
+        return Normalization(kind, size, epsilon=epsilon, bias=bias, tensor_parallel=self.tensor_parallel)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}

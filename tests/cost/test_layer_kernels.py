@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.cost import layer_kernels as training_kernels
 from megasparse.cost.layer_kernels import LayerKernels, describe_changes, layer_kind, prepare_kernels
 from megasparse.cost.ledger import FlopCounter, StepWork
-from megasparse.kernels.block_sparse import break_even as tables
 from megasparse.kernels.block_sparse import cpu
+from megasparse.kernels.common.tables import BreakEvenTable
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
@@ -127,7 +126,7 @@ def test_only_blocks_without_a_kernel_are_warned_about(monkeypatch) -> None:
     assert "sparsity.block_size 8" in warning
     (warning,) = words("sparsity.groups=[{pattern: 'layers.0.mlp.up', block_size: 8}]")
     assert "in mlp.up:" in warning
-    monkeypatch.setattr(training_kernels, "table_problem", lambda: "x.json: no table")
+    monkeypatch.setattr(BreakEvenTable, "problem", lambda table: "x.json: no table")
     assert words() == ["x.json: no table"] and not words("kernels.block_sparse=cpu")
 
 
@@ -154,7 +153,7 @@ def test_plans_are_made_for_the_device_that_trains(monkeypatch) -> None:
 
 
 def test_the_shipped_table_decides_where_nothing_is_forced(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tables, "own_table", lambda: tmp_path / "none.json")
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: tmp_path / "none.json")
     _, _, kernels = parts("kernels.break_even=null")
     limit = kernels.break_even("layers.0.mlp.up")
     assert limit is not None and 0.0 <= limit <= 1.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from megasparse.kernels.common.tables import find_nearest
 from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, operators, reference
-from megasparse.kernels.hybrid_attention.break_even import _look_up
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 STRIDE = 4
@@ -114,7 +114,7 @@ def test_one_compilation_for_each_assignment_of_patterns() -> None:
 
 def test_caches_are_bounded() -> None:
     """Whatever is switched to, what is kept for it has a limit; a switch back makes nothing anew."""
-    for cached in (pattern_tiles, _look_up, reference.cached_mask, reference.cached_offset_mask):
+    for cached in (pattern_tiles, find_nearest, reference.cached_mask, reference.cached_offset_mask):
         assert cached.cache_info().maxsize is not None
     q, k, v = (x.detach() for x in inputs(seq_length=24))
 

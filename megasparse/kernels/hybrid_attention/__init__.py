@@ -133,7 +133,8 @@ def hybrid_attention(
     # Heads that one call can take run together. Keys and values are repeated before the heads are picked, so that no
     # index occurs twice and the backward pass stays deterministic.
     tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
-    order, outputs = [], []
+    order: list[int] = []
+    outputs = []
     for (runs, *_), members in together.items():
         heads, names, shifts = zip(*members, strict=True)
         index = _head_index(heads, q_BHTD.device)
