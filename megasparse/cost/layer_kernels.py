@@ -66,21 +66,10 @@ class LayerKernels:
             return "dense"
         shape = self.shapes[name]
         if (shape, density) not in self._chosen:
-            self._chosen[shape, density] = block_sparse.choose(
-                self.kernel,
-                self.device,
-                self.dtype,
-                shape.block_size,
-                shape.tokens,
-                density,
-                shape.widths,
-                break_even=self.forced_limit,
-                planned=self.planned,
-            )
+            place = self.kernel, self.device, self.dtype, shape.block_size, shape.tokens, density, shape.widths
+            options = {"break_even": self.forced_limit, "planned": self.planned}
+            self._chosen[shape, density] = block_sparse.choose(*place, **options)
         return self._chosen[shape, density]
-
-    def choices(self, densities: Mapping[str, float]) -> dict[str, str]:
-        return {name: self.choice(name, densities[name]) for name in self.shapes}
 
     def executed_density(self, name: str, density: float) -> float:
         """Share of the dense work that is really done."""
@@ -101,20 +90,10 @@ class LayerKernels:
         rows: dict[tuple, dict[str, Any]] = {}
         for name, shape in self.shapes.items():
             kind, kernel, limit = layer_kind(name), self.choice(name, densities[name]), self.break_even(name)
-            row = rows.setdefault(
-                (kind, shape, kernel, limit),
-                {
-                    "layer": kind,
-                    "count": 0,
-                    "in": shape.widths[0],
-                    "out": shape.widths[1],
-                    "tokens": shape.tokens,
-                    "block_size": shape.block_size,
-                    "density": densities[name],
-                    "kernel": kernel,
-                    "break_even": limit,
-                },
-            )
+            inner, outer = shape.widths
+            sizes = {"in": inner, "out": outer, "tokens": shape.tokens, "block_size": shape.block_size}
+            choice = {"density": densities[name], "kernel": kernel, "break_even": limit}
+            row = rows.setdefault((kind, shape, kernel, limit), {"layer": kind, "count": 0, **sizes, **choice})
             row["count"] += 1
             row["density"] = max(row["density"], densities[name])
         return list(rows.values())

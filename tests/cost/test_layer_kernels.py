@@ -56,12 +56,12 @@ def test_choices_follow_density_unit_and_what_a_layer_sees(monkeypatch) -> None:
 
     monkeypatch.setattr("megasparse.kernels.block_sparse.dispatch.measured", measured)
     densities = dict.fromkeys(kernels.shapes, 0.55)
-    chosen = kernels.choices(densities)
+    chosen = {name: kernels.choice(name, density) for name, density in densities.items()}
     assert {name for name, kernel in chosen.items() if kernel == "dense"} == {"layers.1.mlp.up"}
     # A rank's share of the widths, all tokens of a micro-batch.
     wide = {(64, 96), (32, 64), (64, 128), (128, 64)}
     assert set(seen) == {("cpu", "cpu", torch.float32, 16, 64, widths) for widths in wide}
-    assert set(kernels.choices(dict.fromkeys(kernels.shapes, 0.61)).values()) == {"dense"}
+    assert {kernels.choice(name, 0.61) for name in kernels.shapes} == {"dense"}
     assert kernels.choice("layers.0.mlp.up", 1.0) == "dense"
 
 

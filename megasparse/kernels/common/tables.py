@@ -4,8 +4,8 @@
         "hardware": "AMD EPYC 7543", "device": "cpu", "threads": 2, "versions": {...}, "command": "...", "date": "...",
         "rows": [...]}]}
 
-Each family has a ``BreakEvenTable``, with a `format` and rows of its own. There are two files of each: the user's own in
-the cache folder, which tools/tune_kernels.py writes, and the shipped one beside the module that reads it. The user's
+Each family has a ``BreakEvenTable`` with a `format` and rows of its own, and two files of it: the user's own in the
+cache folder, which tools/tune_kernels.py writes, and the shipped one beside the module that reads it. The user's
 counts for the hardware and the number of threads that it was measured with; in the other one the measurement of the
 same device type counts whose number of threads is nearest. Among the rows of a machine that are of the kind asked for
 the nearest one wins, by the sum of the distances of the logarithms of its sizes. A file is read once per process.
@@ -21,29 +21,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megasparse.kernels.common.build import cache_folder
 from megasparse.utils.files import write_json
 from megasparse.utils.hardware import hardware_name
-
-
-class Row(Protocol):
-    """What was measured of one case; a dataclass, whose fields are those of the file."""
-
-    @property
-    def kind(self) -> tuple[str, ...]:
-        """What must be equal to what is asked for."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What may be near to what is asked for."""
-
-    @property
-    def case(self) -> tuple[str | int, ...]:
-        """What tells it apart from others of its machine."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +55,9 @@ class BreakEvenTable:
     """Of the user's own file."""
     form: str
     shipped: Path
-    parse_row: Callable[[dict[str, Any]], Row]
-    """An entry of `rows` -> row."""
+    parse_row: Callable[[dict[str, Any]], Any]
+    """An entry of `rows` -> row: a dataclass with the fields of the file and three tuples, of which `kind` must be what
+    is asked for, `sizes` may be near to it, and `case` tells the row apart from others of its machine."""
 
     def own(self) -> Path:
         """Where tools/tune_kernels.py writes and ``nearest`` reads."""
@@ -156,7 +141,7 @@ def find_nearest(
     machine: tuple[str, int, str],
     kind: tuple[str, ...],
     sizes: tuple[int | None, ...],
-) -> Row | None:
+) -> Any:
     """See ``BreakEvenTable.nearest``. machine: hardware, number of threads and device type."""
     hardware, threads, device = machine
     # Threads of the host have no part in a GPU's work.
@@ -164,21 +149,19 @@ def find_nearest(
     wanted = 1 if device == "cuda" else threads
     mine = [m for m in read_once(table, own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
     others = [m for m in read_once(table, table.shipped)[0] if m.device == device]
-    others.sort(key=lambda m: (ratio(count(m), wanted), m.hardware != hardware, m.machine))
+    others.sort(key=lambda m: (distance(count(m), wanted), m.hardware != hardware, m.machine))
     for group in (mine, *(list(group) for _, group in groupby(others, key=lambda m: m.machine))):
         if rows := [row for measurement in group for row in measurement.rows if row.kind == kind]:
-            return min(
-                rows, key=lambda row: sum(ratio(a, b) for a, b in zip(row.sizes, sizes, strict=True) if b is not None)
-            )
+            return min(rows, key=lambda row: sum(map(distance, row.sizes, sizes)))
     return None
 
 
-def ratio(a: int, b: int) -> float:
-    """How far apart two sizes are: the distance of their logarithms."""
-    return abs(math.log(max(a, 1) / max(b, 1)))
+def distance(a: int, b: int | None) -> float:
+    """Of the logarithms of two sizes; 0 where one does not matter."""
+    return 0.0 if b is None else abs(math.log(max(a, 1) / max(b, 1)))
 
 
-def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Row]) -> Measurement:
+def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Any]) -> Measurement:
     rows = tuple(parse_row(row) for row in entry["rows"])
     facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
     return Measurement(threads=int(entry["threads"]), versions=dict(entry["versions"]), rows=rows, **facts)

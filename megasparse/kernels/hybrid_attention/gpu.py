@@ -152,10 +152,10 @@ def _float32_like(x: Tensor) -> Tensor:
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from megasparse.kernels.hybrid_attention import triton_kernels, triton_key_gradient, triton_query_gradient
+    from megasparse.kernels.hybrid_attention import triton_kernels, triton_key_gradient
 
     return SimpleNamespace(
         forward_kernel=triton_kernels.forward_kernel,
-        query_gradient_kernel=triton_query_gradient.query_gradient_kernel,
+        query_gradient_kernel=triton_kernels.query_gradient_kernel,
         key_gradient_kernel=triton_key_gradient.key_gradient_kernel,
     )

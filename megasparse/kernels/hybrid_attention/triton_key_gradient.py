@@ -1,7 +1,7 @@
 """The Triton kernel of hybrid sparse attention for the gradients of keys and values.
 
-A program has a tile of keys and meets the queries that see them: parts and names are those of `triton_kernels.py`, the
-way to the gradient that of `triton_query_gradient.py`. No program adds to what another one writes.
+A program has a tile of keys and meets the queries that see them: parts, names and the way to the gradient are those of
+`triton_kernels.py`. No program adds to what another one writes.
 """
 
 from __future__ import annotations
