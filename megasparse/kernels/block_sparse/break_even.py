@@ -71,17 +71,10 @@ def _row(entry: dict[str, Any]) -> Row:
     break_even = float(entry["break_even"])
     if not 0.0 <= break_even <= 1.0:
         raise ValueError(f"break_even: {break_even} is out of range; must be 0 to 1")
-    return Row(
-        backend=str(entry["backend"]),
-        dtype=str(entry["dtype"]),
-        block=int(entry["block"]),
-        tokens=int(entry["tokens"]),
-        in_features=int(entry["in"]),
-        out_features=int(entry["out"]),
-        break_even=break_even,
-        dense_seconds=float(entry["dense_seconds"]),
-        seconds={str(density): float(value) for density, value in entry["seconds"].items()},
-    )
+    backend, dtype = (str(entry[name]) for name in ("backend", "dtype"))
+    sizes = (int(entry[name]) for name in ("block", "tokens", "in", "out"))
+    seconds = {str(density): float(value) for density, value in entry["seconds"].items()}
+    return Row(backend, dtype, *sizes, break_even, float(entry["dense_seconds"]), seconds)
 
 
 SHIPPED = Path(__file__).with_name("break_even.json")

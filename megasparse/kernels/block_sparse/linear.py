@@ -1,7 +1,7 @@
 """The sparse linear layer as an autograd function over two custom operators.
 
-``apply`` runs the products of one backend, forward and backward. The backend is chosen inside the operators, so that
-torch.compile sees two opaque calls with known output shapes and CUDA graphs capture whatever they launch.
+The backend is chosen inside the operators (``dispatch.choose``), so that torch.compile sees two opaque calls with known
+output shapes and CUDA graphs capture whatever they launch.
 
 A backend is a module with two functions. All tensors have one dtype and device; sums are made in float32 or wider:
 
@@ -29,27 +29,7 @@ from megasparse.kernels.block_sparse.index import BlockIndex
 PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": gpu}
 
 
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: BlockIndex,
-    dense_gradient: bool,
-    kernel: str,
-    break_even: float | None = None,
-) -> Tensor:
-    """y = x W^T + b: x [..., I] -> [..., O]. `kernel` and `break_even` are those of ``dispatch.choose``.
-
-    `dense_gradient`: the weight gradient of all blocks, by a dense product.
-    """
-    settings = index.block_size, dense_gradient, kernel, break_even
-    # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
-    x_NI = x.reshape(-1, weight.shape[1])
-    y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)
-    return y_NO.view(*x.shape[:-1], weight.shape[0])
-
-
-class _SparseLinear(torch.autograd.Function):
+class SparseLinear(torch.autograd.Function):
     """The index is taken apart into tensors, as autograd and torch.compile want them."""
 
     @staticmethod

@@ -72,7 +72,7 @@ KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
         "tiled": AttentionKernel(*FAST["tiled"], operators.PATTERNS),
-        "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
+        "causal": AttentionKernel(causal.attend, active_entries, ("full",)),
         "cpu": AttentionKernel(*FAST["cpu"], operators.PATTERNS, True, True, cpu.why_not),
         "triton": AttentionKernel(*FAST["triton"], operators.PATTERNS, False, True, gpu.why_not),
     }

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from megasparse.kernels.hybrid_attention import operators
-from megasparse.kernels.hybrid_attention.patterns import active_entries
 
 # Tokens of an average document below which the calls cost more than tiles over all of them.
 SHORT_DOCUMENTS = 16
@@ -44,11 +43,6 @@ def attend(
         attended = [F.scaled_dot_product_attention(q[None], k[None], v[None], **options)[0] for q, k, v in pieces]
         samples.append(torch.cat([y_HTD.transpose(0, 1) for y_HTD in attended]))
     return torch.stack(samples).transpose(1, 2)
-
-
-def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
-    """Scores computed per head, of a sequence that is one document."""
-    return active_entries(pattern, seq_length, stride)
 
 
 def document_lengths(documents_BT: torch.Tensor) -> list[list[int]]:
