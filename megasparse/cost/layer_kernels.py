@@ -67,8 +67,8 @@ class LayerKernels:
         shape = self.shapes[name]
         if (shape, density) not in self._chosen:
             place = self.kernel, self.device, self.dtype, shape.block_size, shape.tokens, density, shape.widths
-            options = {"break_even": self.forced_limit, "planned": self.planned}
-            self._chosen[shape, density] = block_sparse.choose(*place, **options)
+            limit, planned = self.forced_limit, self.planned
+            self._chosen[shape, density] = block_sparse.choose(*place, break_even=limit, planned=planned)
         return self._chosen[shape, density]
 
     def executed_density(self, name: str, density: float) -> float:

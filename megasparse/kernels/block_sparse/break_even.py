@@ -72,9 +72,9 @@ def _row(entry: dict[str, Any]) -> Row:
     if not 0.0 <= break_even <= 1.0:
         raise ValueError(f"break_even: {break_even} is out of range; must be 0 to 1")
     backend, dtype = (str(entry[name]) for name in ("backend", "dtype"))
-    sizes = (int(entry[name]) for name in ("block", "tokens", "in", "out"))
+    block, tokens, inner, outer = (int(entry[name]) for name in ("block", "tokens", "in", "out"))
     seconds = {str(density): float(value) for density, value in entry["seconds"].items()}
-    return Row(backend, dtype, *sizes, break_even, float(entry["dense_seconds"]), seconds)
+    return Row(backend, dtype, block, tokens, inner, outer, break_even, float(entry["dense_seconds"]), seconds)
 
 
 SHIPPED = Path(__file__).with_name("break_even.json")
