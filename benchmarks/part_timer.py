@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from megasparse.layers import Attention, HeadInChunks, LayerNorm, Linear, RMSNorm
-from megasparse.layers.mlp import MLP, GatedMLP
+from megasparse.layers import MLP, Attention, HeadInChunks, Linear, Normalization
 from megasparse.training.loop import Trainer
 
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (Linear,),
     "attention": (Attention,),
     "head": (HeadInChunks,),
-    "norm": (LayerNorm, RMSNorm),
-    "activation": (MLP, GatedMLP),
+    "norm": (Normalization,),
+    "activation": (MLP,),
 }
 PHASES = {"forward": "forward", "backward": "backward", "step": "optimizer"}
 

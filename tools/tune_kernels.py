@@ -15,10 +15,10 @@ from pathlib import Path
 
 from megasparse.cost.layer_kernels import DTYPES, target_device
 from megasparse.data.arguments import positive, run_tool, tool_parser
-from megasparse.kernels.block_sparse import break_even as layer_tables
+from megasparse.kernels.block_sparse.break_even import TABLE as LAYERS_TABLE
 from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
 from megasparse.kernels.common.tables import Measurement
-from megasparse.kernels.hybrid_attention import break_even as attention_tables
+from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
 from megasparse.monitoring.console import make_console
 from megasparse.tuning import kernel_tuning as tuning
@@ -60,14 +60,14 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     device = arguments.device or target_device()
     if arguments.attention:
-        measurement, table = tune_attention(arguments, device), attention_tables
+        measurement, table = tune_attention(arguments, device), ATTENTION_TABLE
         tuning.print_attention_rows(measurement.rows, make_console())
     else:
-        measurement, table = tune_layers(arguments, device), layer_tables
+        measurement, table = tune_layers(arguments, device), LAYERS_TABLE
         tuning.print_rows(measurement.rows, make_console())
     print(f"{measurement.hardware}, threads: {measurement.threads}")
     if not arguments.dry_run:
-        path = arguments.output or table.own_table()
+        path = arguments.output or table.own()
         tuning.store(path, measurement, table)
         print(f"{path} written")
 

@@ -71,7 +71,7 @@ def attention_warnings(config: RunConfig, device: str, *, planned: bool = False)
     """Patterns in whose place full attention runs; an unreadable table; what keeps `auto` from the compiled kernel."""
     found = []
     if config.kernels.hybrid_attention == "auto":
-        if problem := break_even.table_problem():
+        if problem := break_even.TABLE.problem():
             found.append(problem)
         reason = hybrid_attention.why_slow(*_place(config, device), planned=planned)
         if reason and uses_compiled(config, device):

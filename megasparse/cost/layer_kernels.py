@@ -19,7 +19,7 @@ import torch
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.break_even import measured, table_problem
+from megasparse.kernels.block_sparse.break_even import TABLE, measured
 from megasparse.launching import choose_accelerator
 from megasparse.models.gpt import GPT
 
@@ -66,21 +66,10 @@ class LayerKernels:
             return "dense"
         shape = self.shapes[name]
         if (shape, density) not in self._chosen:
-            self._chosen[shape, density] = block_sparse.choose(
-                self.kernel,
-                self.device,
-                self.dtype,
-                shape.block_size,
-                shape.tokens,
-                density,
-                shape.widths,
-                break_even=self.forced_limit,
-                planned=self.planned,
-            )
+            place = self.kernel, self.device, self.dtype, shape.block_size, shape.tokens, density, shape.widths
+            limit, planned = self.forced_limit, self.planned
+            self._chosen[shape, density] = block_sparse.choose(*place, break_even=limit, planned=planned)
         return self._chosen[shape, density]
-
-    def choices(self, densities: Mapping[str, float]) -> dict[str, str]:
-        return {name: self.choice(name, densities[name]) for name in self.shapes}
 
     def executed_density(self, name: str, density: float) -> float:
         """Share of the dense work that is really done."""
@@ -101,20 +90,10 @@ class LayerKernels:
         rows: dict[tuple, dict[str, Any]] = {}
         for name, shape in self.shapes.items():
             kind, kernel, limit = layer_kind(name), self.choice(name, densities[name]), self.break_even(name)
-            row = rows.setdefault(
-                (kind, shape, kernel, limit),
-                {
-                    "layer": kind,
-                    "count": 0,
-                    "in": shape.widths[0],
-                    "out": shape.widths[1],
-                    "tokens": shape.tokens,
-                    "block_size": shape.block_size,
-                    "density": densities[name],
-                    "kernel": kernel,
-                    "break_even": limit,
-                },
-            )
+            inner, outer = shape.widths
+            sizes = {"in": inner, "out": outer, "tokens": shape.tokens, "block_size": shape.block_size}
+            choice = {"density": densities[name], "kernel": kernel, "break_even": limit}
+            row = rows.setdefault((kind, shape, kernel, limit), {"layer": kind, "count": 0, **sizes, **choice})
             row["count"] += 1
             row["density"] = max(row["density"], densities[name])
         return list(rows.values())
@@ -124,7 +103,7 @@ class LayerKernels:
 
         Single weights have no kernel and are not spoken of.
         """
-        found = [problem] if self.kernel == "auto" and (problem := table_problem()) else []
+        found = [problem] if self.kernel == "auto" and (problem := TABLE.problem()) else []
         reasons: dict[str, list[str]] = {}
         for name, shape in self.shapes.items():
             if self.kernel == "auto" and shape.block_size > 1:

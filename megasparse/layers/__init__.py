@@ -10,8 +10,8 @@ from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.loss import HeadInChunks, Vocabulary
-from megasparse.layers.mlp import mlp
-from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
+from megasparse.layers.mlp import MLP
+from megasparse.layers.normalization import Normalization
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
@@ -22,14 +22,12 @@ __all__ = [
     "KeyValueCache",
     "LayerCache",
     "LayerFactory",
-    "LayerNorm",
     "Linear",
-    "RMSNorm",
+    "MLP",
+    "Normalization",
     "SparseLinear",
     "SparseSpec",
     "Vocabulary",
     "active_entries",
-    "mlp",
-    "normalization",
     "shard_spec_of",
 ]

@@ -99,6 +99,5 @@ class InputEmbedding(nn.Module):
 
 def document_starts(documents_BT: torch.Tensor) -> torch.Tensor:
     """For each token the position of the first token of its document in the sample, int64 [B, T]."""
-    position = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    begins = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
-    return (position * begins).cummax(dim=1).values
+    rows = documents_BT.contiguous()
+    return torch.searchsorted(rows, rows)

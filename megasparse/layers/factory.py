@@ -7,14 +7,15 @@ where the rule returns a ``SparseSpec`` for the layers that shall be sparse and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from megasparse.config.schema import ModelConfig
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
-from megasparse.layers.normalization import LayerNorm, RMSNorm, normalization
+from megasparse.layers.normalization import Normalization
 from megasparse.parallel import TensorParallel
 
 
@@ -28,16 +29,11 @@ class SparseSpec:
     """Rank of the dense low-rank branch; 0: none."""
 
 
-def never_sparse(name: str) -> SparseSpec | None:
-    """The rule of a dense model."""
-    return None
-
-
 @dataclass(frozen=True)
 class LayerFactory:
     """Makes the layers of a model; all initial weights depend on `seed` and on the layers' names only."""
 
-    sparse: Callable[[str], SparseSpec | None] = never_sparse
+    sparse: Callable[[str], SparseSpec | None] = lambda name: None
     """Layer name, such as `layers.3.mlp.up` or `head`, -> how it is sparse; None: plain."""
     seed: int = 0
     """Seed of the initial weights."""
@@ -62,10 +58,8 @@ class LayerFactory:
         weight: a parameter to share (tied head). Raises ValueError where the unit does not divide the shards.
         """
         parts = (parts,) if isinstance(parts, int) else tuple(parts)
-        fused = parts if len(parts) > 1 else ()
-        return self._linear(
-            name, in_features, sum(parts), bias=bias, init_std=init_std, parts=fused, weight=weight, division="column"
-        )
+        settings = {"parts": parts if len(parts) > 1 else (), "weight": weight, "division": "column"}
+        return self._linear(name, in_features, sum(parts), bias=bias, init_std=init_std, **settings)
 
     def row(self, name: str, in_features: int, out_features: int, bias: bool, init_std: float) -> Linear:
         """A linear layer whose inputs are divided over the ranks. Raises ValueError as ``column`` does."""
@@ -73,26 +67,18 @@ class LayerFactory:
 
     def embedding(self, name: str, rows: int, width: int, init_std: float, *, divided: bool = False) -> Embedding:
         """A table of `rows` vectors, whose rows may be divided over the ranks."""
-        return Embedding(
-            name,
-            rows,
-            width,
-            divided=divided,
-            tensor_parallel=self.tensor_parallel,
-            init_std=init_std,
-            seed=self.seed,
-        )
+        ranks, seed = self.tensor_parallel, self.seed
+        return Embedding(name, rows, width, divided=divided, tensor_parallel=ranks, init_std=init_std, seed=seed)
 
-    def norm(self, kind: str, size: int, *, epsilon: float, bias: bool) -> LayerNorm | RMSNorm:
-        """A normalisation between layers; see ``normalization``."""
-        return normalization(kind, size, epsilon=epsilon, bias=bias, tensor_parallel=self.tensor_parallel)
+    def norm(self, config: ModelConfig) -> Normalization:
+        """A normalisation between layers."""
+        kind, size, epsilon, bias = config.normalization, config.hidden_size, config.normalization_epsilon, config.bias
+        return Normalization(kind, size, epsilon=epsilon, bias=bias, tensor_parallel=self.tensor_parallel)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
-        settings |= {"kernel": self.kernel, "break_even": self.break_even}
-        return SparseLinear(
-            name, in_features, out_features, block_size=spec.block_size, low_rank=spec.low_rank, **settings
-        )
+        settings |= {"kernel": self.kernel, "break_even": self.break_even, **asdict(spec)}
+        return SparseLinear(name, in_features, out_features, **settings)

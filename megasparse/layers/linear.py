@@ -12,7 +12,7 @@ forward pass asks the device nothing: while all units are active the layer is an
 from __future__ import annotations
 
 from math import gcd
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,18 +66,22 @@ class Linear(nn.Module):
         super().__init__()
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
+        self.init_std, self.seed = init_std, seed
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)
         if weight is None:
-            weight = divided_parameter(
-                self.partition, self.tensor_parallel.rank, std=init_std, seed=seed, name=f"{name}.weight"
-            )
+            weight = self._drawn("weight", self.partition)
         assert shard_spec_of(weight) == self.partition, f"{name}: shared weight is {shard_spec_of(weight)}"
         self.weight = weight
         # The bias of a row layer is added to the sum, on every rank.
         bias_partition = ShardSpec((out_features,), 0, size, parts) if dim == 0 else ShardSpec((out_features,))
         self.bias = divided_parameter(bias_partition, self.tensor_parallel.rank) if bias else None
+
+    def _drawn(self, name: str, partition: ShardSpec) -> nn.Parameter:
+        """A parameter with random initial values."""
+        rank = self.tensor_parallel.rank
+        return divided_parameter(partition, rank, std=self.init_std, seed=self.seed, name=f"{self.name}.{name}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""
@@ -106,7 +110,7 @@ class SparseLinear(Linear):
 
     Blocks lie whole on one rank. With `low_rank` = r > 0 a dense low-rank branch is added: y += (x A^T) B^T with
     `side_in` = A [r, in] and `side_out` = B [out, r]; B is zero at the start, so the path is silent until it has
-    learned something.
+    learned something. `kernel` and `break_even` are those of ``choose``; `settings` those of ``Linear``.
 
     Attributes:
         mask: bool, the grid of this rank's shard, True where the unit is active; a buffer outside of the state dict.
@@ -128,30 +132,13 @@ class SparseLinear(Linear):
         in_features: int,
         out_features: int,
         *,
-        bias: bool,
         block_size: int,
         low_rank: int = 0,
         kernel: str = "auto",
         break_even: float | None = None,
-        division: Division = "column",
-        parts: tuple[int, ...] = (),
-        tensor_parallel: TensorParallel | None = None,
-        init_std: float = 0.02,
-        seed: int = 0,
-        weight: nn.Parameter | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            name,
-            in_features,
-            out_features,
-            bias=bias,
-            division=division,
-            parts=parts,
-            tensor_parallel=tensor_parallel,
-            init_std=init_std,
-            seed=seed,
-            weight=weight,
-        )
+        super().__init__(name, in_features, out_features, **settings)
         check_block_size(name, self.partition, block_size)
         self.block_size, self.low_rank, self.kernel, self.break_even = block_size, low_rank, kernel, break_even
         self.index: BlockIndex | None = None
@@ -162,17 +149,17 @@ class SparseLinear(Linear):
         self.grid = self.partition.blocks(block_size)
         self.register_buffer("mask", torch.ones(self.grid.local_shape, dtype=torch.bool), persistent=False)
         if low_rank:
-            self._add_side_path(low_rank, init_std, seed)
+            self._add_side_path(low_rank)
 
-    def _add_side_path(self, low_rank: int, init_std: float, seed: int) -> None:
+    def _add_side_path(self, low_rank: int) -> None:
         """The thin matrix on the divided side of the layer is divided, the other one is replicated."""
-        size, rank = self.tensor_parallel.size, self.tensor_parallel.rank
+        size = self.tensor_parallel.size
         inner = ShardSpec((low_rank, self.in_features), 1 if self.division == "row" else None, size)
         outer = ShardSpec((self.out_features, low_rank), 0, size, self.partition.parts)
         if self.division == "row":
             outer = ShardSpec(outer.shape)
-        self.side_in = divided_parameter(inner, rank, std=init_std, seed=seed, name=f"{self.name}.side_in")
-        self.side_out = divided_parameter(outer, rank)
+        self.side_in = self._drawn("side_in", inner)
+        self.side_out = divided_parameter(outer, self.tensor_parallel.rank)
 
     def topology_changed(self, num_active: int | None = None) -> None:
         """Must be called after every change of `mask`. The count of active units, where the caller knows it, saves a
@@ -194,22 +181,13 @@ class SparseLinear(Linear):
         if self._input is None:
             return
         if self._input not in self._backends:
-            self._backends[self._input] = self._fastest(*self._input)
+            self._backends[self._input] = "dense" if self.index is None else self._fastest(*self._input, self.index)
         self.backend = self._backends[self._input]
 
-    def _fastest(self, tokens: int, device: str, dtype: torch.dtype) -> str:
-        if self.index is None:
-            return "dense"
-        return choose(
-            self.kernel,
-            device,
-            dtype,
-            self.block_size,
-            tokens,
-            self.index.density,
-            cast(tuple[int, int], self.partition.local_shape[::-1]),
-            break_even=self.break_even,
-        )
+    def _fastest(self, tokens: int, device: str, dtype: torch.dtype, index: BlockIndex) -> str:
+        rows, columns = self.partition.local_shape
+        place = self.kernel, device, dtype, self.block_size, tokens
+        return choose(*place, index.density, (columns, rows), break_even=self.break_even)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)

@@ -9,44 +9,29 @@ from torch import nn
 from megasparse.parallel import ShardSpec, TensorParallel
 
 
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + epsilon) * weight (+ bias). Lies between the layers of `tensor_parallel`."""
+class Normalization(nn.Module):
+    """`layernorm`: (x - mean) / sqrt(variance + epsilon) * weight (+ bias). `rmsnorm`: x / sqrt(mean(x^2) + epsilon) *
+    weight, never with a bias. Lies between the layers of `tensor_parallel`.
+
+    Raises ValueError for another kind.
+    """
 
     def __init__(
-        self, size: int, *, epsilon: float = 1e-5, bias: bool = True, tensor_parallel: TensorParallel | None = None
+        self, kind: str, size: int, *, epsilon: float, bias: bool, tensor_parallel: TensorParallel | None = None
     ) -> None:
         super().__init__()
-        self.epsilon, self.tensor_parallel = epsilon, tensor_parallel or TensorParallel()
+        if kind not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"normalization: {kind!r} is unknown; must be one of layernorm, rmsnorm")
+        self.kind, self.epsilon, self.tensor_parallel = kind, epsilon, tensor_parallel or TensorParallel()
         self.weight = _replicated(torch.ones(size))
-        self.bias = _replicated(torch.zeros(size)) if bias else None
+        self.bias = _replicated(torch.zeros(size)) if bias and kind == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared = self.tensor_parallel.shared
+        shared, width = self.tensor_parallel.shared, x.shape[-1:]
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, width, shared(self.weight), self.epsilon)
         bias = None if self.bias is None else shared(self.bias)
-        return F.layer_norm(x, x.shape[-1:], shared(self.weight), bias, self.epsilon)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * weight. Lies between the layers of `tensor_parallel`."""
-
-    def __init__(self, size: int, *, epsilon: float = 1e-5, tensor_parallel: TensorParallel | None = None) -> None:
-        super().__init__()
-        self.epsilon, self.tensor_parallel = epsilon, tensor_parallel or TensorParallel()
-        self.weight = _replicated(torch.ones(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.tensor_parallel.shared(self.weight), self.epsilon)
-
-
-def normalization(
-    kind: str, size: int, *, epsilon: float, bias: bool, tensor_parallel: TensorParallel | None = None
-) -> LayerNorm | RMSNorm:
-    """The layer for `kind`, `layernorm` or `rmsnorm` (which never has a bias)."""
-    if kind == "layernorm":
-        return LayerNorm(size, epsilon=epsilon, bias=bias, tensor_parallel=tensor_parallel)
-    if kind == "rmsnorm":
-        return RMSNorm(size, epsilon=epsilon, tensor_parallel=tensor_parallel)
-    raise ValueError(f"normalization: {kind!r} is unknown; must be one of layernorm, rmsnorm")
+        return F.layer_norm(x, width, shared(self.weight), bias, self.epsilon)
 
 
 def _replicated(values: torch.Tensor) -> nn.Parameter:

@@ -20,17 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import (
+    MLP,
     Attention,
     HeadInChunks,
     InputEmbedding,
     KeyValueCache,
     LayerCache,
     LayerFactory,
-    LayerNorm,
-    RMSNorm,
     SparseLinear,
     Vocabulary,
-    mlp,
     shard_spec_of,
 )
 
@@ -44,12 +42,12 @@ class Block(nn.Module):
         super().__init__()
         # GPT-2: 2 L projections add to the residual stream, so each is scaled down by sqrt(2 L).
         output_std = config.init_std / sqrt(2 * config.num_layers)
-        self.attention_norm = _norm(config, factory)
+        self.attention_norm = factory.norm(config)
         self.attention = Attention(
             f"{name}.attention", config, attention, factory, output_std=output_std, kernel=attention_kernel
         )
-        self.mlp_norm = _norm(config, factory)
-        self.mlp = mlp(f"{name}.mlp", config, factory, output_std=output_std)
+        self.mlp_norm = factory.norm(config)
+        self.mlp = MLP(f"{name}.mlp", config, factory, output_std=output_std)
 
     def forward(
         self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
@@ -97,7 +95,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(
             Block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
         )
-        self.final_norm = _norm(config, factory)
+        self.final_norm = factory.norm(config)
         shared = tokens.weight if config.tie_embeddings else None
         self.head = factory.column("head", C, rows, bias=False, init_std=std, weight=shared)
         if config.tie_embeddings:
@@ -163,9 +161,3 @@ class GPT(nn.Module):
             # There is no dropout, so no random state needs to be kept.
             return checkpoint(block, x_BTC, documents_BT, use_reentrant=False, preserve_rng_state=False)
         return block(x_BTC, documents_BT, cache=cache)
-
-
-def _norm(config: ModelConfig, factory: LayerFactory) -> LayerNorm | RMSNorm:
-    return factory.norm(
-        config.normalization, config.hidden_size, epsilon=config.normalization_epsilon, bias=config.bias
-    )

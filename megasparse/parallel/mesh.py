@@ -19,41 +19,8 @@ from torch import Tensor
 from megasparse.parallel.group import CommunicationGroup
 
 
-class ModelParallelUnit:
-    """The names under which DeepSpeed asks for groups (its `mpu`)."""
-
-    data_parallel: CommunicationGroup
-    tensor_parallel: CommunicationGroup
-    world: CommunicationGroup
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data_parallel.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data_parallel.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.data_parallel.group
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tensor_parallel.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tensor_parallel.size
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.tensor_parallel.group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return self.world.rank - self.tensor_parallel.rank
-
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
-    get_model_parallel_group = get_tensor_model_parallel_group
-
-
 @dataclass(frozen=True)
-class Mesh(ModelParallelUnit):
+class Mesh:
     """This process among data_parallel.size x tensor_parallel.size others."""
 
     device: torch.device
@@ -89,6 +56,33 @@ class Mesh(ModelParallelUnit):
     def gather_rows(self, row: Tensor) -> Tensor:
         """Stack the equally long 1-D host tensors of all ranks: [world_size, n]."""
         return self.control.gather(row)
+
+    # The names under which DeepSpeed asks for groups (its `mpu`).
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_parallel.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_parallel.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.data_parallel.group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor_parallel.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor_parallel.size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor_parallel.group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self.world.rank - self.tensor_parallel.rank
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
 
 
 def make_mesh(

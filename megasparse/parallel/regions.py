@@ -43,19 +43,15 @@ class TensorParallel:
 
     def copy_to_region(self, x: Tensor) -> Tensor:
         """From between layers to the whole activation that every rank multiplies with its shard."""
-        return (
-            self._apply(x, _join_tokens, _sum_and_divide_tokens)
-            if self.sequence_parallel
-            else self.copy_to_tensor_parallel_region(x)
-        )
+        if self.sequence_parallel:
+            return self._apply(x, _join_tokens, _sum_and_divide_tokens)
+        return self.copy_to_tensor_parallel_region(x)
 
     def reduce_from_region(self, y: Tensor) -> Tensor:
         """From this rank's part of a sum to what lies between layers."""
-        return (
-            self._apply(y, _sum_and_divide_tokens, _join_tokens)
-            if self.sequence_parallel
-            else self.reduce_from_tensor_parallel_region(y)
-        )
+        if self.sequence_parallel:
+            return self._apply(y, _sum_and_divide_tokens, _join_tokens)
+        return self.reduce_from_tensor_parallel_region(y)
 
     def shared(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used between layers: its gradient is complete on every rank."""

@@ -1,7 +1,7 @@
 """What tools/tune_kernels.py does: measures the layers of models on this machine, and keeps what it found.
 
 todo, notes = cases("cpu", ["fp32"], [64], [2048], [(768, 3072)])
-store(own_table(), measure_all(todo, "cpu", rounds=3, command="..."))
+store(TABLE.own(), measure_all(todo, "cpu", rounds=3, command="..."))
 measure_attention("cpu", ["fp32"], [128], [64], rounds=3, command="...")
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse import break_even as layer_tables
-from megasparse.kernels.block_sparse.break_even import Row
+from megasparse.kernels.block_sparse.break_even import TABLE, Row
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
-from megasparse.kernels.common.tables import Measurement, merged, write_table
+from megasparse.kernels.common.tables import BreakEvenTable, Measurement, merged
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import measure_rows
@@ -115,13 +113,13 @@ def _as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: st
     )
 
 
-def store(path: Path, measurement: Measurement, table: ModuleType = layer_tables) -> None:
+def store(path: Path, measurement: Measurement, table: BreakEvenTable = TABLE) -> None:
     """Add to the file, in place of what it holds of the same cases. A file that is no table is a ValueError.
 
-    table: the module that reads such files.
+    table: of such files.
     """
-    known = table.read_table(path) if path.exists() else ()
-    write_table(path, merged(known, measurement), table.FORMAT)
+    known = table.read(path) if path.exists() else ()
+    table.write(path, merged(known, measurement))
 
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.cost import layer_kernels as training_kernels
 from megasparse.cost.layer_kernels import LayerKernels, describe_changes, layer_kind, prepare_kernels
 from megasparse.cost.ledger import FlopCounter, StepWork
-from megasparse.kernels.block_sparse import break_even as tables
 from megasparse.kernels.block_sparse import cpu
+from megasparse.kernels.common.tables import BreakEvenTable
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
@@ -57,12 +56,12 @@ def test_choices_follow_density_unit_and_what_a_layer_sees(monkeypatch) -> None:
 
     monkeypatch.setattr("megasparse.kernels.block_sparse.dispatch.measured", measured)
     densities = dict.fromkeys(kernels.shapes, 0.55)
-    chosen = kernels.choices(densities)
+    chosen = {name: kernels.choice(name, density) for name, density in densities.items()}
     assert {name for name, kernel in chosen.items() if kernel == "dense"} == {"layers.1.mlp.up"}
     # A rank's share of the widths, all tokens of a micro-batch.
     wide = {(64, 96), (32, 64), (64, 128), (128, 64)}
     assert set(seen) == {("cpu", "cpu", torch.float32, 16, 64, widths) for widths in wide}
-    assert set(kernels.choices(dict.fromkeys(kernels.shapes, 0.61)).values()) == {"dense"}
+    assert {kernels.choice(name, 0.61) for name in kernels.shapes} == {"dense"}
     assert kernels.choice("layers.0.mlp.up", 1.0) == "dense"
 
 
@@ -127,7 +126,7 @@ def test_only_blocks_without_a_kernel_are_warned_about(monkeypatch) -> None:
     assert "sparsity.block_size 8" in warning
     (warning,) = words("sparsity.groups=[{pattern: 'layers.0.mlp.up', block_size: 8}]")
     assert "in mlp.up:" in warning
-    monkeypatch.setattr(training_kernels, "table_problem", lambda: "x.json: no table")
+    monkeypatch.setattr(BreakEvenTable, "problem", lambda table: "x.json: no table")
     assert words() == ["x.json: no table"] and not words("kernels.block_sparse=cpu")
 
 
@@ -154,7 +153,7 @@ def test_plans_are_made_for_the_device_that_trains(monkeypatch) -> None:
 
 
 def test_the_shipped_table_decides_where_nothing_is_forced(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tables, "own_table", lambda: tmp_path / "none.json")
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: tmp_path / "none.json")
     _, _, kernels = parts("kernels.break_even=null")
     limit = kernels.break_even("layers.0.mlp.up")
     assert limit is not None and 0.0 <= limit <= 1.0

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from harness import run_distributed
+from plain_flops import count_flops
 
 from megasparse.config.loader import load_config, save_config
 from megasparse.config.schema import RunConfig
@@ -15,7 +16,6 @@ from megasparse.cost.attention_kernels import (
     resolve_dense_fallback,
     with_dense_fallback,
 )
-from megasparse.cost.flops import count_flops
 from megasparse.cost.layer_kernels import LayerKernels
 from megasparse.cost.ledger import FlopCounter, Ledger, StepWork
 from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask

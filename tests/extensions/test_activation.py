@@ -6,12 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
+from plain_flops import count_flops
 
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import ModelConfig
 from megasparse.conversion.huggingface.settings import read_settings
 from megasparse.conversion.huggingface.settings_out import choose_architecture, write_settings
-from megasparse.cost.flops import count_flops
 from megasparse.cost.resources import activation_bytes
 from megasparse.models import build_model
 from megasparse.planning.step_time import block_elements

@@ -18,14 +18,13 @@ from megasparse.kernels.hybrid_attention import (
     gpu_tiles,
     triton_kernels,
     triton_key_gradient,
-    triton_query_gradient,
 )
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile
 
 FORWARD, QUERIES, KEYS = "forward", "query gradient", "key gradient"
 FUNCTIONS = {
     FORWARD: (triton_kernels.forward_kernel, gpu_tiles.forward_tile),
-    QUERIES: (triton_query_gradient.query_gradient_kernel, gpu_tiles.query_gradient_tile),
+    QUERIES: (triton_kernels.query_gradient_kernel, gpu_tiles.query_gradient_tile),
     KEYS: (triton_key_gradient.key_gradient_kernel, gpu_tiles.key_gradient_tile),
 }
 LAUNCHES = {

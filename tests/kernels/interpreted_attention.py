@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from megasparse.kernels.hybrid_attention import gpu, gpu_tiles, hybrid_attention  # noqa: E402
+from megasparse.kernels.hybrid_attention import gpu_tiles, hybrid_attention, operators  # noqa: E402
 from megasparse.kernels.hybrid_attention.gpu_tiles import Tile, launches  # noqa: E402
+
+attend = partial(hybrid_attention, kernel="triton")
 
 
 def inputs(samples: int, heads: int, groups: int, seq_length: int, head_dim: int) -> list[torch.Tensor]:
@@ -108,16 +111,16 @@ def layout() -> None:
     """Any strides of the inputs, no tokens at all, equal bits in every run; what is launched and what it fills."""
     q, k, v = (x.detach() for x in inputs(1, 2, 1, 40, 16))
     for settings in (("fixed", 8), ("sparse", 1)):
-        plain = gpu.attend(q, k, v, *settings)
+        plain = attend(q, k, v, *settings)
         assert plain.transpose(1, 2).is_contiguous()
         turned = [x.mT.contiguous().mT for x in (q, k, v)]
-        assert torch.equal(gpu.attend(*turned, *settings), plain)
+        assert torch.equal(attend(*turned, *settings), plain)
     assert len(launches("sparse", 40, 1)) == 2
-    assert gpu.attend(q[:, :, :0], k[:, :, :0], v[:, :, :0], "local", 8).shape == (1, 2, 0, 16)
+    assert attend(q[:, :, :0], k[:, :, :0], v[:, :, :0], "local", 8).shape == (1, 2, 0, 16)
     twice = []
     for _ in range(2):
         tensors = [x.clone().requires_grad_() for x in (q, k, v)]
-        gpu.attend(*tensors, "fixed", 8, None, [1, 2]).square().sum().backward()
+        attend(*tensors, "fixed", 8, offsets=[1, 2]).square().sum().backward()
         twice.append([x.grad for x in tensors])
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
 
@@ -137,13 +140,13 @@ def compiled() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
     expected = hybrid_attention(*tensors, patterns, 4, "reference", offsets=offsets)
     torch.testing.assert_close(eager, expected, rtol=2e-5, atol=2e-5)
-    for documents, extra in ((None, []), (documents_of((7, 13)), [1, 2, 3, 0])):
+    for documents, extra in ((None, [0] * 4), (documents_of((7, 13)), [1, 2, 3, 0])):
         q, k, v = (x.detach() for x in tensors)
-        settings = extra, "fixed", 4
-        out, lse = gpu.triton_attention_forward(q, k, v, documents, *settings)
+        settings = [operators.PATTERNS.index("fixed")] * 4, 4, extra, "triton"
+        out, lse = operators.attention_forward(q, k, v, documents, *settings)
         for op, given in (
-            (gpu.triton_attention_forward, (q, k, v, documents)),
-            (gpu.triton_attention_backward, (torch.randn_like(out), q, k, v, documents, out, lse)),
+            (operators.attention_forward, (q, k, v, documents)),
+            (operators.attention_backward, (torch.randn_like(out), q, k, v, documents, out, lse)),
         ):
             torch.library.opcheck(op, (*given, *settings), test_utils=("test_schema", "test_faketensor"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.kernels.common.tables import Measurement, read_once, write_table
+from megasparse.kernels.common.tables import BreakEvenTable, Measurement, find_nearest, read_once
 from megasparse.kernels.hybrid_attention import (
     PATTERNS,
     break_even,
@@ -20,7 +20,7 @@ from megasparse.kernels.hybrid_attention import (
     select_kernel,
     widened,
 )
-from megasparse.kernels.hybrid_attention.break_even import FORMAT, UNMEASURED, Row, dense_limit, mask_limit, read_table
+from megasparse.kernels.hybrid_attention.break_even import TABLE, UNMEASURED, Row, dense_limit, mask_limit
 from megasparse.kernels.hybrid_attention.measure import measure_rows
 from megasparse.utils.hardware import hardware_name
 
@@ -44,10 +44,9 @@ def measurement(*rows: Row, hardware: str | None = None) -> Measurement:
 def own(tmp_path, monkeypatch) -> Path:
     """The user's own table, not there yet, and a shipped one without rows."""
     path, shipped = tmp_path / "own.json", tmp_path / "shipped.json"
-    write_table(shipped, [], FORMAT)
-    monkeypatch.setattr(break_even, "own_table", lambda: path)
-    monkeypatch.setattr(break_even, "SHIPPED", shipped)
-    break_even._look_up.cache_clear()
+    TABLE.write(shipped, [])
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: path)
+    monkeypatch.setattr(break_even, "TABLE", replace(TABLE, shipped=shipped))
     return path
 
 
@@ -62,14 +61,14 @@ def test_nothing_is_built_for_sequences_that_are_too_short_for_it(own, monkeypat
 
     monkeypatch.setattr(cpu, "no_compiler", lambda: None)
     monkeypatch.setattr(cpu, "build_failure", build)
-    write_table(own, [measurement(replace(ROW, kernel="cpu"))], FORMAT)
+    TABLE.write(own, [measurement(replace(ROW, kernel="cpu"))])
     assert select_kernel("auto", "sparse", 255, 64) == "reference"
     with pytest.raises(AssertionError, match="it builds"):
         select_kernel("auto", "sparse", 256, 64)
 
 
 def test_the_shipped_table_is_whole_and_installed(repository) -> None:
-    for measured in read_table(break_even.SHIPPED):
+    for measured in TABLE.read(TABLE.shipped):
         assert measured.hardware and measured.command and measured.date
         for row in measured.rows:
             alike = [other.pattern for other in measured.rows if kind(other) == kind(row)]
@@ -94,8 +93,8 @@ def test_the_table_decides(own) -> None:
     assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0, "nobody measured"
     assert mask_limit(FAST, "sparse", 64, "cuda", torch.float32, 64) > 10**9
     far = replace(ROW, head_dim=256, seconds={"128": TIMES["512"]})
-    write_table(own, [measurement(ROW, far)], FORMAT)
-    for cached in (break_even._look_up, read_once):
+    TABLE.write(own, [measurement(ROW, far)])
+    for cached in (find_nearest, read_once):
         cached.cache_clear()
     assert mask_limit(*CASE) == 256 and dense_limit(*CASE) == 512
     assert mask_limit(*CASE[:-1], 200) == 128 and dense_limit(*CASE[:-1], 200) == 0
@@ -107,7 +106,7 @@ def test_the_table_decides(own) -> None:
 
 
 def test_another_machine_does_not_count(own) -> None:
-    write_table(own, [measurement(ROW, hardware="another")], FORMAT)
+    TABLE.write(own, [measurement(ROW, hardware="another")])
     read_once.cache_clear()
     assert mask_limit(*CASE) == UNMEASURED[FAST, "cpu"] and dense_limit(*CASE) == 0
 
@@ -116,19 +115,19 @@ def test_another_machine_does_not_count(own) -> None:
     ("content", "message"),
     [
         ("{", "attention_break_even.json"),
-        ('{"format": "megasparse-break-even-1", "measurements": []}', FORMAT),
-        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {}}]}]}), "seconds: empty"),
-        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {"a": {}}}]}]}), "'a'"),
-        (json.dumps({"format": FORMAT, "measurements": [{"rows": [{"seconds": {"1": {}}}]}]}), "kernel"),
+        ('{"format": "megasparse-break-even-1", "measurements": []}', TABLE.form),
+        (json.dumps({"format": TABLE.form, "measurements": [{"rows": [{"seconds": {}}]}]}), "seconds: empty"),
+        (json.dumps({"format": TABLE.form, "measurements": [{"rows": [{"seconds": {"a": {}}}]}]}), "'a'"),
+        (json.dumps({"format": TABLE.form, "measurements": [{"rows": [{"seconds": {"1": {}}}]}]}), "kernel"),
     ],
 )
 def test_a_bad_table_is_named_and_passed_over(content, message, own, tmp_path, monkeypatch) -> None:
     path = tmp_path / "attention_break_even.json"
     path.write_text(content)
-    monkeypatch.setattr(break_even, "own_table", lambda: path)
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: path)
     with pytest.raises(ValueError, match=message):
-        read_table(path)
-    assert message in break_even.table_problem() and dense_limit(*CASE) == 0
+        TABLE.read(path)
+    assert message in break_even.TABLE.problem() and dense_limit(*CASE) == 0
 
 
 def test_measured_rows_are_what_was_asked_for() -> None:

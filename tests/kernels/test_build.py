@@ -137,13 +137,13 @@ def test_a_table_with_odd_numbers_or_deep_nesting_is_passed_over_with_a_sentence
     row = f'{{"backend": "cpu", "dtype": "float32", "block": 16, "break_even": 0.5, "tokens": {tokens}}}'
     head = '"hardware": "", "device": "cpu", "threads": 1, "versions": {}'
     path = tmp_path / "table.json"
-    path.write_text(f'{{"format": "{break_even.FORMAT}", "measurements": [{{{head}, "rows": [{row}]}}]}}', "utf-8")
-    measurements, problem = tables.read_once(path, break_even.FORMAT, break_even._row)
+    path.write_text(f'{{"format": "{break_even.TABLE.form}", "measurements": [{{{head}, "rows": [{row}]}}]}}', "utf-8")
+    measurements, problem = tables.read_once(break_even.TABLE, path)
     assert measurements == () and problem and f"{path}: no table of break-even measurements: " in problem
     with pytest.warns(UserWarning, match="default tiles are used"):
         assert tile_cache.load(path) == {}
 
 
 def test_a_user_without_a_home_has_no_tables() -> None:
-    assert tables.read_once(build.NOWHERE / "break_even.json", break_even.FORMAT, break_even._row) == ((), None)
+    assert tables.read_once(break_even.TABLE, build.NOWHERE / "break_even.json") == ((), None)
     assert tile_cache.load(build.NOWHERE / "tiles.json") == {}

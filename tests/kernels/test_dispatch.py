@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,14 @@ from megasparse.kernels.block_sparse import (
     refresh_index,
     sparse_linear,
 )
-from megasparse.kernels.block_sparse.break_even import FALLBACK, FORMAT, SHIPPED, Row, measured, read_table
+from megasparse.kernels.block_sparse.break_even import FALLBACK, SHIPPED, TABLE, Row, measured
 from megasparse.kernels.block_sparse.measure import LAYERS, break_even, efficiency, measure_row, parse_shape, speedup
 from megasparse.kernels.common import build
-from megasparse.kernels.common import tables as common_tables
-from megasparse.kernels.common.tables import Measurement, merged, read_once
+from megasparse.kernels.common.tables import BreakEvenTable, Measurement, find_nearest, merged, read_once
 from megasparse.utils.hardware import hardware_name
 
 F32 = torch.float32
-write_table = partial(common_tables.write_table, form=FORMAT)
+write_table = TABLE.write
 
 
 def row(break_even: float, *, block: int = 64, tokens: int = 2048, widths=(768, 3072), dtype="float32") -> Row:
@@ -46,9 +44,8 @@ def own(tmp_path, monkeypatch) -> Path:
     """The user's own table, not there yet, and a shipped one that says 0.25."""
     path, shipped = tmp_path / "own" / "break_even.json", tmp_path / "shipped.json"
     write_table(shipped, [measurement(row(0.25), hardware="another", threads=64)])
-    monkeypatch.setattr(tables, "own_table", lambda: path)
-    monkeypatch.setattr(tables, "SHIPPED", shipped)
-    tables._look_up.cache_clear()
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: path)
+    monkeypatch.setattr(tables, "TABLE", replace(TABLE, shipped=shipped))
     return path
 
 
@@ -64,12 +61,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path) -> None:
     path = tmp_path / "new" / "table.json"
     wanted = (measurement(row(0.5), row(1.0, block=16)), measurement(row(0.0), hardware="x"))
     write_table(path, wanted)
-    assert read_table(path) == wanted
+    assert TABLE.read(path) == wanted
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
 
 
 def test_the_shipped_table_is_whole_and_installed(repository) -> None:
-    found = read_table(SHIPPED)
+    found = TABLE.read(SHIPPED)
     assert {row.backend for m in found for row in m.rows} >= {"cpu"}
     assert all(m.hardware and m.command and m.date and m.versions for m in found)
     assert "kernels/*/*.json" in (repository / "setup.py").read_text()
@@ -115,7 +112,7 @@ def test_the_nearest_row_counts(own) -> None:
 
 
 def test_of_shipped_measurements_the_nearest_number_of_threads_counts(own) -> None:
-    write_table(tables.SHIPPED, [measurement(row(0.1), threads=1), measurement(row(0.4), threads=64)])
+    write_table(tables.TABLE.shipped, [measurement(row(0.1), threads=1), measurement(row(0.4), threads=64)])
     forget()
     assert measured("cpu", "cpu", F32, 64, 2048) == 0.1
     torch.set_num_threads(16)
@@ -123,7 +120,7 @@ def test_of_shipped_measurements_the_nearest_number_of_threads_counts(own) -> No
 
 
 def forget() -> None:
-    tables._look_up.cache_clear()
+    find_nearest.cache_clear()
     read_once.cache_clear()
 
 
@@ -144,10 +141,18 @@ def test_a_corrupt_table_is_named_and_passed_over(own, text, words) -> None:
     own.write_bytes(text.encode("latin-1"))
     forget()
     assert measured("cpu", "cpu", F32, 64, 2048) == 0.25
-    problem = tables.table_problem()
+    problem = tables.TABLE.problem()
     assert str(own) in problem and words in problem
     with pytest.raises(ValueError, match="no table of break-even measurements"):
-        read_table(own)
+        TABLE.read(own)
+
+
+def test_nothing_is_built_for_layers_that_stay_dense(own, never_built) -> None:
+    """Else the first step compiles what the plan, which says `dense`, did not have built."""
+    assert choose("auto", "cpu", F32, 64, 2048, 0.3) == "dense"
+    assert choose("auto", "cpu", F32, 64, 2048, 0.3, break_even=0.2) == "dense"
+    with pytest.raises(AssertionError, match="nothing may be compiled"):
+        choose("auto", "cpu", F32, 64, 2048, 0.2)
 
 
 def test_auto_takes_the_kernel_up_to_the_break_even_density(own) -> None:
@@ -271,4 +276,4 @@ def test_shapes_by_name_or_widths() -> None:
 
 def test_a_cache_folder_that_is_named_holds_the_table(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("MEGASPARSE_CACHE", str(tmp_path))
-    assert tables.own_table() == tmp_path / "break_even.json" == build.cache_folder() / "break_even.json"
+    assert TABLE.own() == tmp_path / "break_even.json" == build.cache_folder() / "break_even.json"

@@ -20,7 +20,7 @@ from ahead_of_time import SHARED_LIMIT, TARGETS  # noqa: E402
 from attention_ahead_of_time import FORWARD, KEYS, QUERIES  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from megasparse.kernels.hybrid_attention import gpu, gpu_tiles  # noqa: E402
+from megasparse.kernels.hybrid_attention import gpu, gpu_tiles, operators  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -99,7 +99,8 @@ def test_launches_compile_once_for_all_lengths(launches) -> None:
         q, k, v = (torch.randn(shape).bfloat16().transpose(1, 2).requires_grad_() for shape in shapes)
         documents = torch.zeros(2, seq_length, dtype=torch.int64)
         launches.clear()
-        gpu.attend(q, k, v, "local", stride, documents).backward(torch.zeros_like(q))
+        settings = ["local"] * 2, stride, documents, [0] * 2
+        operators.attend("triton", q, k, v, *settings).backward(torch.zeros_like(q))
         assert len(launches) == 3
         sets.append([made.hash for made in launches])
         for made in launches:

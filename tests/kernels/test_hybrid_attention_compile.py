@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, reference, tiled
-from megasparse.kernels.hybrid_attention.break_even import _look_up
+from megasparse.kernels.common.tables import find_nearest
+from megasparse.kernels.hybrid_attention import PATTERNS, hybrid_attention, operators, reference
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
 STRIDE = 4
@@ -30,14 +30,14 @@ def _fresh_compiler():
 def calls(monkeypatch) -> dict[str, tuple]:
     """Arguments of the last call of each operator."""
     seen = {}
-    for name in ("attention_tiled_forward", "attention_tiled_backward"):
-        operator = getattr(tiled, name)
+    for name in ("attention_forward", "attention_backward"):
+        operator = getattr(operators, name)
 
         def record(*args, name=name, operator=operator):
             seen[name] = args
             return operator(*args)
 
-        monkeypatch.setattr(tiled, name, record)
+        monkeypatch.setattr(operators, name, record)
     return seen
 
 
@@ -114,7 +114,7 @@ def test_one_compilation_for_each_assignment_of_patterns() -> None:
 
 def test_caches_are_bounded() -> None:
     """Whatever is switched to, what is kept for it has a limit; a switch back makes nothing anew."""
-    for cached in (pattern_tiles, _look_up, reference.cached_mask, reference.cached_offset_mask):
+    for cached in (pattern_tiles, find_nearest, reference.cached_mask, reference.cached_offset_mask):
         assert cached.cache_info().maxsize is not None
     q, k, v = (x.detach() for x in inputs(seq_length=24))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from megasparse.kernels.hybrid_attention import (
     cpu,
     executed_entries,
     hybrid_attention,
+    operators,
     select_kernel,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 reason = cpu.why_not("cpu", torch.float32)
 needs_kernel = pytest.mark.skipif(reason is not None, reason=f"{reason}")
+attend_cpu = partial(hybrid_attention, kernel="cpu")
 
 
 def inputs(num_heads: int, num_groups: int, seq_length: int, dtype=torch.float32, head_dim: int = 5, samples: int = 2):
@@ -64,7 +67,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def check(q, k, v, patterns, stride, *, offsets=0, documents=None) -> None:
     """Outputs and all gradients; NaN in any of them fails."""
-    y = cpu.attend(q, k, v, patterns, stride, documents, offsets)
+    y = attend_cpu(q, k, v, patterns, stride, documents_BT=documents, offsets=offsets)
     (_, num_heads, seq_length, _), dtype = q.shape, q.dtype
     names = [patterns] * num_heads if isinstance(patterns, str) else patterns
     shifts = [offsets] * num_heads if isinstance(offsets, int) else offsets
@@ -149,11 +152,11 @@ def test_dtypes_and_head_dims(dtype: torch.dtype, head_dim: int) -> None:
 def test_every_finite_value_is_widened_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
     values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     values = torch.where(values.isfinite(), values, 0).view(1, 1, -1, 64)
-    same = cpu.attend(torch.zeros_like(values), torch.zeros_like(values), values, "local", 1)
+    same = attend_cpu(torch.zeros_like(values), torch.zeros_like(values), values, "local", 1)
     assert torch.equal(same, values)
     # Two equal weights: the mean of each token and the one before it.
     mixed = values.flatten()[torch.randperm(2**16)].view(1, 1, -1, 64)
-    mean = cpu.attend(torch.zeros_like(mixed), torch.zeros_like(mixed), mixed, "local", 2)
+    mean = attend_cpu(torch.zeros_like(mixed), torch.zeros_like(mixed), mixed, "local", 2)
     expected = ((mixed[:, :, 1:].float() + mixed[:, :, :-1].float()) * 0.5).to(dtype)
     assert torch.equal(mean[:, :, 1:], expected)
 
@@ -175,7 +178,7 @@ def test_mixed_heads_go_through_the_public_function() -> None:
 def test_scores_of_any_size_stay_finite() -> None:
     q, k, v = inputs(2, 2, 70)
     for pattern, factor in product(PATTERNS, (1e3, -1e3)):
-        y = cpu.attend(q * factor, k * 30, v, pattern, 16)
+        y = attend_cpu(q * factor, k * 30, v, pattern, 16)
         gradients = torch.autograd.grad(y.sum(), (q, k, v))
         assert all(tensor.isfinite().all() for tensor in (y, *gradients))
 
@@ -189,8 +192,8 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
     for pattern in PATTERNS:
         broken = q.detach().clone()
         broken[0, 0, 40] = bad
-        assert not cpu.attend(broken, k, v, pattern, 16)[0, 0, 40].isfinite().any()
-        y = cpu.attend(q, k, v, pattern, 16)
+        assert not attend_cpu(broken, k, v, pattern, 16)[0, 0, 40].isfinite().any()
+        y = attend_cpu(q, k, v, pattern, 16)
         dy = torch.zeros_like(y)
         dy[0, 0, 40] = bad
         assert not any(gradient.isfinite().all() for gradient in torch.autograd.grad(y, (q, k, v), dy))
@@ -201,7 +204,7 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
 def test_no_query_sees_another_document(pattern: str) -> None:
     q, k, v = inputs(2, 2, 40)
     documents = torch.tensor([0] * 13 + [3] * 17 + [4] * 10).repeat(2, 1)
-    y = cpu.attend(q, k, v, pattern, 4, documents)
+    y = attend_cpu(q, k, v, pattern, 4, documents_BT=documents)
     for gradient in torch.autograd.grad(y[:, :, 13:30].sum(), (k, v)):
         assert gradient[:, :, :13].abs().max() == 0
         assert gradient[:, :, 30:].abs().max() == 0
@@ -216,7 +219,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     dy, results = torch.randn_like(q), []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        y = cpu.attend(q, k, v, patterns, 16, offsets=[0, 3, 0, 2, 0, 5])
+        y = attend_cpu(q, k, v, patterns, 16, offsets=[0, 3, 0, 2, 0, 5])
         results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
@@ -228,12 +231,12 @@ def test_inputs_with_gaps_between_rows_and_elements() -> None:
     qkv = torch.stack([x.detach().transpose(1, 2) for x in (q, k, v)], 2).flatten(2)
     views = [x.view(2, 50, 2, 16).transpose(1, 2) for x in qkv.split(32, -1)]
     apart = [torch.stack([x.detach(), x.detach()], -1)[..., 1] for x in (q, k, v)]
-    expected = cpu.attend(q, k, v, "sparse", 8)
+    expected = attend_cpu(q, k, v, "sparse", 8)
     dy = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (q, k, v), dy)
     for tensors in (views, apart):
         leaves = [x.requires_grad_() for x in (x.detach() for x in tensors)]
-        y = cpu.attend(*leaves, "sparse", 8)
+        y = attend_cpu(*leaves, "sparse", 8)
         got = torch.autograd.grad(y, leaves, torch.stack([dy, dy], -1)[..., 0])
         assert torch.equal(y, expected) and all(map(torch.equal, got, wanted))
 
@@ -296,7 +299,7 @@ def test_memory_is_linear(pattern: str) -> None:
     for seq_length in (1024, 2048):
         q, k, v = inputs(1, 1, seq_length, head_dim=4, samples=1)
         with LargestTensor() as most:
-            cpu.attend(q, k, v, pattern, 64).sum().backward()
+            attend_cpu(q, k, v, pattern, 64).sum().backward()
         largest.append(most.numel)
     assert largest[1] <= 2.1 * largest[0] and largest[1] < 2048 * 2048 // 8
 
@@ -317,11 +320,11 @@ def test_recomputation_gives_the_same_gradients() -> None:
 def test_operators_keep_the_rules() -> None:
     for groups, documents in ((2, None), (1, documents_of(20))):
         q, k, v = (x.detach() for x in inputs(2, groups, 20))
-        settings = [3, 2], 4, [0, 1]
-        out, lse = cpu.attention_cpu_forward(q, k, v, documents, *settings)
-        torch.library.opcheck(torch.ops.megasparse.attention_cpu_forward.default, (q, k, v, documents, *settings))
+        settings = [3, 2], 4, [0, 1], "cpu"
+        out, lse = operators.attention_forward(q, k, v, documents, *settings)
+        torch.library.opcheck(torch.ops.megasparse.attention_forward.default, (q, k, v, documents, *settings))
         arguments = torch.randn_like(out), q, k, v, documents, out, lse, *settings
-        torch.library.opcheck(torch.ops.megasparse.attention_cpu_backward.default, arguments)
+        torch.library.opcheck(torch.ops.megasparse.attention_backward.default, arguments)
 
 
 @needs_kernel

@@ -15,9 +15,9 @@ from megasparse.kernels.hybrid_attention import (
     active_entries,
     executed_entries,
     hybrid_attention,
+    operators,
     pattern_mask,
     select_kernel,
-    tiled,
 )
 from megasparse.kernels.hybrid_attention import layout as layout_module
 from megasparse.kernels.hybrid_attention.tiles import View, overhang, pattern_tiles
@@ -226,8 +226,8 @@ class Counter(TorchDispatchMode):
 def test_work_is_what_is_counted_and_memory_is_linear(pattern: str, monkeypatch) -> None:
     monkeypatch.setattr(layout_module, "CPU_SCORES", 2**15)  # else the scores in work hide what depends on T
     # Operators of ours are opaque to the counter; the functions in them are not.
-    for name in ("attention_tiled_forward", "attention_tiled_backward"):
-        monkeypatch.setattr(tiled, name, getattr(tiled, name)._init_fn)
+    for name in ("attention_forward", "attention_backward"):
+        monkeypatch.setattr(operators, name, getattr(operators, name)._init_fn)
     D = 4
     largest = []
     for seq_length in (2048, 4096):

@@ -12,9 +12,9 @@ import torch
 from runs import REPOSITORY, command, curve, metrics, run
 
 from megasparse.config.loader import load_config
-from megasparse.kernels.common.tables import Measurement, write_table
+from megasparse.kernels.common.tables import Measurement
 from megasparse.kernels.hybrid_attention import fast_kernel
-from megasparse.kernels.hybrid_attention.break_even import FORMAT, Row
+from megasparse.kernels.hybrid_attention.break_even import TABLE, Row
 from megasparse.utils.hardware import hardware_name
 
 
@@ -87,7 +87,7 @@ def test_a_run_settles_its_dense_fallback_and_keeps_to_it(corpus: Path, tmp_path
     row = Row(fast_kernel("cpu", torch.float32, 16), "float32", "sparse", 8, 16, 4, seconds)
     variables = {"MEGASPARSE_CACHE": str(tmp_path / "cache")}
     table = tmp_path / "cache" / "attention_break_even.json"
-    write_table(table, [Measurement(hardware_name("cpu"), "cpu", 1, (row,), {}, "by hand", "2026-01-01")], FORMAT)
+    TABLE.write(table, [Measurement(hardware_name("cpu"), "cpu", 1, (row,), {}, "by hand", "2026-01-01")])
     words = ["run.name=wide", "attention.dense_fallback=true", "attention.stride_offsets=spread"]
     words += ["attention.phases={ultra_sparse: sparse, restoration: strided}", "kernels.block_sparse=dense"]
     words += ["attention.overrides=[{heads: 0.5, pattern: fixed}, {every: 2, first: 1, pattern: local}]"]

@@ -9,7 +9,7 @@ import torch
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.kernels.hybrid_attention import pattern_mask
-from megasparse.layers import Attention, LayerFactory, mlp, normalization
+from megasparse.layers import MLP, Attention, LayerFactory, Normalization
 from megasparse.layers.rotary import rotate
 
 FACTORY = LayerFactory(seed=3)
@@ -52,7 +52,7 @@ def test_attention_patterns_are_checked() -> None:
 
 
 def test_gelu_mlp() -> None:
-    layer = mlp("m", ModelConfig(hidden_size=24, init_std=0.5), FACTORY, output_std=0.5).double()
+    layer = MLP("m", ModelConfig(hidden_size=24, init_std=0.5), FACTORY, output_std=0.5).double()
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     u = x @ layer.up.weight.t() + layer.up.bias
     u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
@@ -62,7 +62,7 @@ def test_gelu_mlp() -> None:
 
 def test_swiglu_mlp() -> None:
     config = ModelConfig(hidden_size=24, activation="swiglu", bias=False, ffn_hidden_size=40, init_std=0.5)
-    layer = mlp("m", config, FACTORY, output_std=0.5).double()
+    layer = MLP("m", config, FACTORY, output_std=0.5).double()
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     gate, up = x @ layer.gate_up.weight[:40].t(), x @ layer.gate_up.weight[40:].t()
     torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * up) @ layer.down.weight.t())
@@ -71,7 +71,7 @@ def test_swiglu_mlp() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_normalization(kind, bias) -> None:
-    layer = normalization(kind, 12, epsilon=1e-3, bias=bias)
+    layer = Normalization(kind, 12, epsilon=1e-3, bias=bias)
     assert (layer.weight == 1).all()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -93,4 +93,4 @@ def test_normalization(kind, bias) -> None:
 
 def test_unknown_normalization() -> None:
     with pytest.raises(ValueError, match="'batchnorm'.*layernorm, rmsnorm"):
-        normalization("batchnorm", 4, epsilon=1e-5, bias=True)
+        Normalization("batchnorm", 4, epsilon=1e-5, bias=True)

@@ -64,7 +64,11 @@ def sparse_linear(
     assert weight.shape == tuple(size * index.block_size for size in index.mask.shape), (
         f"{weight.shape}, {index.mask.shape}"
     )
-    return linear.apply(x, weight, bias, index, dense_gradient, kernel, break_even)
+    settings = index.block_size, dense_gradient, kernel, break_even
+    # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
+    x_NI = x.reshape(-1, weight.shape[1])
+    y_NO = linear.SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)
+    return y_NO.view(*x.shape[:-1], weight.shape[0])
 
 
 def sparse_embedding(

@@ -36,14 +36,14 @@ def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = Fa
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     return _product(x_NI, weight, True, bias, index.row_offsets, index.columns, index.block_size)
 
 
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     dx = (
         _product(dy_NO, weight, False, None, index.column_offsets, index.column_rows, index.block_size)
         if needs[0]

@@ -17,14 +17,14 @@ from megasparse.kernels.block_sparse.index import BlockIndex
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     return F.linear(x_NI, weight, bias)
 
 
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     dx = dy_NO @ weight if needs[0] else None
     dweight = apply_mask_(dy_NO.t() @ x_NI, index.mask, index.block_size) if needs[1] else None
     return dx, dweight, bias_gradient(dy_NO) if needs[2] else None

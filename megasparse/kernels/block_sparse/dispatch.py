@@ -56,11 +56,16 @@ def choose(
     if kernel != "auto":
         check_forced(kernel, device, dtype, block_size, planned=planned)
         return kernel
-    name, _ = explain(device, dtype, block_size, planned=planned)
-    if name is None:
-        return "dense"
-    limit = measured(name, device, dtype, block_size, tokens, widths) if break_even is None else break_even
-    return name if density <= limit else "dense"
+
+    def fastest(planned: bool) -> str:
+        name, _ = explain(device, dtype, block_size, planned=planned)
+        if name is None:
+            return "dense"
+        limit = measured(name, device, dtype, block_size, tokens, widths) if break_even is None else break_even
+        return name if density <= limit else "dense"
+
+    # First without a build: nothing is compiled, in the midst of a step perhaps, that would not be used.
+    return "dense" if fastest(planned=True) == "dense" else fastest(planned)
 
 
 def explain(device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> tuple[str | None, str]:

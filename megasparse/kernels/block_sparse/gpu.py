@@ -41,7 +41,7 @@ def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = Fa
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
-    """See ``linear.Products``. `tile`: instead of the tuned one."""
+    """See ``linear``. `tile`: instead of the tuned one."""
     lists = index.row_offsets, index.columns, index.row_order
     return _product(x_NI, weight, True, bias, lists, index.block_size, tile)
 
@@ -49,7 +49,7 @@ def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     dx = input_gradient(dy_NO, weight, index) if needs[0] else None
     dweight = weight_gradient(dy_NO, x_NI, index) if needs[1] else None
     return dx, dweight, dense.bias_gradient(dy_NO) if needs[2] else None
@@ -67,7 +67,7 @@ def weight_gradient(
     """dW = dy^T x, exactly zero outside of active blocks.
 
     Args:
-        dy_NO, x_NI, index: as in ``linear.Products``.
+        dy_NO, x_NI, index: as in ``linear``.
         tile: instead of the tuned one.
         splits: number of parts that the tokens are cut into; None: as many as keep the device busy.
     """

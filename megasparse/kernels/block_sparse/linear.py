@@ -1,15 +1,21 @@
 """The sparse linear layer as an autograd function over two custom operators.
 
-``apply`` runs the products of one backend, forward and backward. The backend is chosen inside the operators, so that
-torch.compile sees two opaque calls with known output shapes and CUDA graphs capture whatever they launch.
+The backend is chosen inside the operators (``dispatch.choose``), so that torch.compile sees two opaque calls with known
+output shapes and CUDA graphs capture whatever they launch.
+
+A backend is a module with two functions. All tensors have one dtype and device; sums are made in float32 or wider:
+
+    forward(x_NI, weight, bias, index)
+        y_NO = x W^T + b, of weight [O, I] and bias [O] or None. x_NI has unit stride along I.
+    backward(dy_NO, x_NI, weight, index, needs)
+        dx_NI = dy W; dW = dy^T x [O, I], exactly zero outside of active blocks; db = sum of dy over the tokens. None
+        for what is not needed. dy_NO is contiguous.
 
 Names: N tokens, I input width, O output width, L active blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,49 +26,10 @@ from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
 from megasparse.kernels.block_sparse.dispatch import choose
 from megasparse.kernels.block_sparse.index import BlockIndex
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": gpu}
 
 
-@dataclass(frozen=True)
-class Products:
-    """The products of one backend. All tensors have one dtype and device; sums are made in float32 or wider."""
-
-    forward: Callable[[Tensor, Tensor, Tensor | None, BlockIndex], Tensor]
-    """(x_NI, weight [O, I], bias [O] or None, index) -> y_NO = x W^T + b. x_NI has unit stride along I."""
-    backward: Callable[[Tensor, Tensor, Tensor, BlockIndex, tuple[bool, bool, bool]], Gradients]
-    """(dy_NO, x_NI, weight, index, which are needed) -> dx_NI = dy W; dW = dy^T x [O, I], exactly zero outside of
-    active blocks; db = sum of dy over the tokens. None for what is not needed. dy_NO is contiguous."""
-
-
-PRODUCTS = {
-    "reference": Products(reference.forward, reference.backward),
-    "dense": Products(dense.forward, dense.backward),
-    "cpu": Products(cpu.forward, cpu.backward),
-    "triton": Products(gpu.forward, gpu.backward),
-}
-
-
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: BlockIndex,
-    dense_gradient: bool,
-    kernel: str,
-    break_even: float | None = None,
-) -> Tensor:
-    """y = x W^T + b: x [..., I] -> [..., O]. `kernel` and `break_even` are those of ``dispatch.choose``.
-
-    `dense_gradient`: the weight gradient of all blocks, by a dense product.
-    """
-    settings = index.block_size, dense_gradient, kernel, break_even
-    # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
-    x_NI = x.reshape(-1, weight.shape[1])
-    y_NO = _SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)
-    return y_NO.view(*x.shape[:-1], weight.shape[0])
-
-
-class _SparseLinear(torch.autograd.Function):
+class SparseLinear(torch.autograd.Function):
     """The index is taken apart into tensors, as autograd and torch.compile want them."""
 
     @staticmethod
@@ -92,7 +59,7 @@ class _SparseLinear(torch.autograd.Function):
         )
 
 
-def _products(x_NI: Tensor, weight: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Products:
+def _products(x_NI: Tensor, weight: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Any:
     """Those of the backend that is chosen for the layer."""
     device, dtype, tokens, widths = x_NI.device.type, x_NI.dtype, x_NI.shape[0], (weight.shape[1], weight.shape[0])
     return PRODUCTS[
@@ -115,7 +82,7 @@ def block_sparse_forward(
     kernel: str,
     break_even: float | None,
 ) -> Tensor:
-    """``Products.forward`` of the chosen backend. `index`: mask and lists of a ``BlockIndex``."""
+    """`forward` of the chosen backend. `index`: mask and lists of a ``BlockIndex``."""
     lists = _joined(index, block_size)
     return _products(x_NI, weight, lists, kernel, break_even).forward(x_NI, weight, bias, lists)
 
@@ -136,7 +103,7 @@ def block_sparse_backward(
     break_even: float | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Products.backward`` of the chosen backend; an empty tensor where a gradient is not needed."""
+    """`backward` of the chosen backend; an empty tensor where a gradient is not needed."""
     lists, needed = _joined(index, block_size), (needs[0], needs[1], needs[2])
     gradients = _products(x_NI, weight, lists, kernel, break_even).backward(dy_NO, x_NI, weight, lists, needed)
     dx, dweight, dbias = (dy_NO.new_empty(0) if gradient is None else gradient for gradient in gradients)

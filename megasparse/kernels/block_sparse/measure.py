@@ -5,13 +5,14 @@ row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(76
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megasparse.kernels.block_sparse import linear
+from megasparse.kernels.block_sparse import sparse_linear
 from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.dense import apply_mask_
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
@@ -52,7 +53,7 @@ def measure_row(
     layers = [random_layer(dense_weight, block, density) for density in densities]
     passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
-        passes.append(training_pass(_sparse(index, backend), (x, weight, bias), dy))
+        passes.append(training_pass(partial(sparse_linear, index=index, kernel=backend), (x, weight, bias), dy))
     dense_seconds, *seconds = medians(passes, device, rounds)
     by_density = {index.density: value for (_, index), value in zip(layers, seconds, strict=True)}
     return Row(
@@ -119,7 +120,3 @@ def random_layer(
     mask[torch.randperm(num_units, generator=generator)[: max(round(density * num_units), 1)]] = True
     mask = mask.view(grid).to(dense_weight.device)
     return apply_mask_(dense_weight.clone(), mask, block), build_index(mask, block)
-
-
-def _sparse(index: BlockIndex, backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda x, weight, bias: linear.apply(x, weight, bias, index, False, backend)

@@ -14,7 +14,7 @@ from megasparse.kernels.block_sparse.index import BlockIndex
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     y_NO = _wide(x_NI) @ _active(weight, index).t()
     if bias is not None:
         y_NO = y_NO + _wide(bias)
@@ -24,7 +24,7 @@ def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``linear.Products``."""
+    """See ``linear``."""
     dx = (_wide(dy_NO) @ _active(weight, index)).to(dy_NO.dtype) if needs[0] else None
     dweight = (_wide(dy_NO).t() @ _wide(x_NI) * _expand(index)).to(weight.dtype) if needs[1] else None
     dbias = _wide(dy_NO).sum(0).to(dy_NO.dtype) if needs[2] else None

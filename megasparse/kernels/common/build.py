@@ -18,8 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
@@ -153,19 +152,14 @@ def _is_as_built(path: Path) -> bool:
     return hashlib.sha256(content).hexdigest() == known.strip()
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> AbstractContextManager:
     """Keep other processes from building; says so where they do."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=SILENT_SECONDS)
+        return lock.acquire(timeout=SILENT_SECONDS)
     except Timeout:
         _say(f"waiting for another process that compiles the kernels, for {LOCK_SECONDS} s at most: {path}")
-        lock.acquire(timeout=LOCK_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire(timeout=LOCK_SECONDS)
 
 
 def _say(text: str) -> None:
@@ -191,7 +185,8 @@ def _build(source: Path, compiler: list[str], flags: list[str], runtime: list[st
         file.chmod(0o600)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What it prints."""
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=BUILD_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -199,18 +194,14 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise BuildError(f"{' '.join(command)}: exit status {done.returncode}\n{last}")
+    return done.stdout
 
 
 def _digest(source: Path, compiler: list[str], commands: list[list[str]]) -> str:
     state = hashlib.sha256()
     for path in (*sorted(source.parent.glob("*.h")), source):
         state.update(path.read_bytes())
-    try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(compiler)}: {error}") from None
-    state.update(done.stdout)
-    for text in (repr(compiler), repr(commands), platform.machine(), _processor()):
+    for text in (_run([*compiler, "--version"]), repr(compiler), repr(commands), platform.machine(), _processor()):
         state.update(text.encode())
     return state.hexdigest()[:16]
 

@@ -4,10 +4,11 @@
         "hardware": "AMD EPYC 7543", "device": "cpu", "threads": 2, "versions": {...}, "command": "...", "date": "...",
         "rows": [...]}]}
 
-Each family has a `format` and rows of its own kind. There are two tables of each: the user's own, a file in the cache
-folder that tools/tune_kernels.py writes, and the shipped one beside the module that reads it. The user's counts for
-the hardware and the number of threads that it was measured with; in the other one the measurement of the same device
-type counts whose number of threads is nearest. A table is read once per process.
+Each family has a ``BreakEvenTable`` with a `format` and rows of its own, and two files of it: the user's own in the
+cache folder, which tools/tune_kernels.py writes, and the shipped one beside the module that reads it. The user's
+counts for the hardware and the number of threads that it was measured with; in the other one the measurement of the
+same device type counts whose number of threads is nearest. Among the rows of a machine that are of the kind asked for
+the nearest one wins, by the sum of the distances of the logarithms of its sizes. A file is read once per process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,6 @@ import torch
 from megasparse.kernels.common.build import cache_folder
 from megasparse.utils.files import write_json
 from megasparse.utils.hardware import hardware_name
-
-ParseRow = Callable[[dict[str, Any]], Any]
-"""An entry of `rows` -> row. A row has a `case`, which tells it apart from others of its machine."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,47 @@ class Measurement:
         return self.hardware, self.device, self.threads
 
 
-def own_table(name: str) -> Path:
-    """Of that name in the cache folder."""
-    # Layers ask in every step: a path is not put together anew while nothing has changed.
-    return _own_table(name, *map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
+@dataclass(frozen=True)
+class BreakEvenTable:
+    """The tables of one family."""
+
+    name: str
+    """Of the user's own file."""
+    form: str
+    shipped: Path
+    parse_row: Callable[[dict[str, Any]], Any]
+    """An entry of `rows` -> row: a dataclass with the fields of the file and three tuples, of which `kind` must be what
+    is asked for, `sizes` may be near to it, and `case` tells the row apart from others of its machine."""
+
+    def own(self) -> Path:
+        """Where tools/tune_kernels.py writes and ``nearest`` reads."""
+        # Layers ask in every step: a path is not put together anew while nothing has changed.
+        return _own_table(self.name, *map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+    def read(self, path: Path) -> tuple[Measurement, ...]:
+        """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
+        try:
+            entries = read_format(path, self.form)["measurements"]
+            return tuple(_measurement(entry, self.parse_row) for entry in entries)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            detail = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: no table of break-even measurements: {detail}") from None
+
+    def write(self, path: Path, measurements: Iterable[Measurement]) -> None:
+        """Replace the file at once, so that a reader sees the old table or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, {"format": self.form, "measurements": [_entry(measurement) for measurement in measurements]})
+
+    def problem(self) -> str | None:
+        """What is wrong with the user's own table, which is then passed over; None where nothing is."""
+        return read_once(self, self.own())[1]
+
+    def nearest(self, device: str, kind: tuple[str, ...], sizes: tuple[int | None, ...]) -> Any:
+        """The nearest row of the kind, of the most trusted machine that has one; None where there is none.
+
+        sizes: None in place of one that does not matter.
+        """
+        return find_nearest(self, self.own(), (hardware_name(device), torch.get_num_threads(), device), kind, sizes)
 
 
 @cache
@@ -75,17 +110,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_table(path: Path, form: str, parse_row: ParseRow) -> tuple[Measurement, ...]:
-    """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
-    try:
-        return tuple(_measurement(entry, parse_row) for entry in read_format(path, form)["measurements"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        detail = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: no table of break-even measurements: {detail}") from None
-
-
 @cache
-def read_once(path: Path, form: str, parse_row: ParseRow) -> tuple[tuple[Measurement, ...], str | None]:
+def read_once(table: BreakEvenTable, path: Path) -> tuple[tuple[Measurement, ...], str | None]:
     """The measurements, and what is wrong with the file; a file that is not there holds none."""
     try:
         if not path.exists():
@@ -93,15 +119,9 @@ def read_once(path: Path, form: str, parse_row: ParseRow) -> tuple[tuple[Measure
     except OSError as error:
         return (), f"{path}: {error}"
     try:
-        return read_table(path, form, parse_row), None
+        return table.read(path), None
     except ValueError as error:
         return (), str(error)
-
-
-def write_table(path: Path, measurements: Iterable[Measurement], form: str) -> None:
-    """Replace the file at once, so that a reader sees the old table or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, {"format": form, "measurements": [_entry(measurement) for measurement in measurements]})
 
 
 def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
@@ -114,44 +134,34 @@ def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
     return [*(old for old in kept if old.rows), new]
 
 
-def this_machine(device: str) -> tuple[str, int, str]:
-    """Hardware, number of threads and device type."""
-    return hardware_name(device), torch.get_num_threads(), device
-
-
-def nearest(
-    paths: tuple[Path, Path],
-    form: str,
-    parse_row: ParseRow,
+@lru_cache(maxsize=4096)
+def find_nearest(
+    table: BreakEvenTable,
+    own: Path,
     machine: tuple[str, int, str],
-    fits: Callable[[Any], bool],
-    distance: Callable[[Any], float],
+    kind: tuple[str, ...],
+    sizes: tuple[int | None, ...],
 ) -> Any:
-    """The nearest row that fits, of the most trusted machine that has one; None where no row fits.
-
-    paths: the user's own table and the shipped one.
-    """
-    own, shipped = (read_once(path, form, parse_row)[0] for path in paths)
+    """See ``BreakEvenTable.nearest``. machine: hardware, number of threads and device type."""
     hardware, threads, device = machine
     # Threads of the host have no part in a GPU's work.
     count = (lambda measurement: 1) if device == "cuda" else (lambda measurement: measurement.threads)
     wanted = 1 if device == "cuda" else threads
-    mine = [m for m in own if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
-    others = [m for m in shipped if m.device == device]
-    others.sort(key=lambda m: (ratio(count(m), wanted), m.hardware != hardware, m.machine))
+    mine = [m for m in read_once(table, own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
+    others = [m for m in read_once(table, table.shipped)[0] if m.device == device]
+    others.sort(key=lambda m: (distance(count(m), wanted), m.hardware != hardware, m.machine))
     for group in (mine, *(list(group) for _, group in groupby(others, key=lambda m: m.machine))):
-        rows = [row for measurement in group for row in measurement.rows if fits(row)]
-        if rows:
-            return min(rows, key=distance)
+        if rows := [row for measurement in group for row in measurement.rows if row.kind == kind]:
+            return min(rows, key=lambda row: sum(map(distance, row.sizes, sizes)))
     return None
 
 
-def ratio(a: int, b: int) -> float:
-    """How far apart two sizes are: the distance of their logarithms."""
-    return abs(math.log(max(a, 1) / max(b, 1)))
+def distance(a: int, b: int | None) -> float:
+    """Of the logarithms of two sizes; 0 where one does not matter."""
+    return 0.0 if b is None else abs(math.log(max(a, 1) / max(b, 1)))
 
 
-def _measurement(entry: dict[str, Any], parse_row: ParseRow) -> Measurement:
+def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Any]) -> Measurement:
     rows = tuple(parse_row(row) for row in entry["rows"])
     facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
     return Measurement(threads=int(entry["threads"]), versions=dict(entry["versions"]), rows=rows, **facts)

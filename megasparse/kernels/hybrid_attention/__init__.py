@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, reference, tiled
+from megasparse.kernels.hybrid_attention import break_even, causal, cpu, gpu, operators, reference
 from megasparse.kernels.hybrid_attention.cached import attend_cached
-from megasparse.kernels.hybrid_attention.operators import kept_on_device
+from megasparse.kernels.hybrid_attention.heads import kept_on_device
 from megasparse.kernels.hybrid_attention.patterns import (
     PATTERNS,
     active_entries,
@@ -43,21 +44,22 @@ __all__ = [
     "widened",
 ]
 
-Attend = Callable[..., torch.Tensor]
-
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """A way to compute attention under one pattern and offset, and the count of the scores that it computes."""
+    """A way to compute attention, and the count of the scores that it computes."""
 
-    attend: Attend
-    """(queries, keys, values, pattern, stride, documents, offset) -> outputs. Scores are scaled by 1 / sqrt(D)."""
+    attend: Callable[..., torch.Tensor]
+    """(queries, keys, values, patterns, stride, documents, offsets) -> outputs, with a pattern and an offset for each
+    query head. Scores are scaled by 1 / sqrt(D)."""
     executed_entries: Callable[[str, int, int, int], int]
     """(pattern, seq_length, stride, offset) -> scores."""
     patterns: tuple[str, ...] | None = None
     """Those that it computes; None: all, also those that others add to `PATTERNS`."""
-    offset_by_head: bool = False
-    """`attend` takes a sequence of offsets too, one for each query head."""
+    joins_patterns: bool = False
+    """One call takes heads of different patterns."""
+    joins_offsets: bool = False
+    """One call takes heads of different offsets."""
     why_not: Callable[[str, torch.dtype, int, bool], str | None] = lambda device, dtype, head_dim, planned: None
     """Why it cannot run on (device type, dtype, head_dim), or None; it may be built for that, unless it is planned."""
 
@@ -65,13 +67,14 @@ class AttentionKernel:
         return self.patterns is None or pattern in self.patterns
 
 
+FAST = {name: (partial(operators.attend, name), each.executed_entries) for name, each in operators.BACKENDS.items()}
 KERNELS: Mapping[str, AttentionKernel] = MappingProxyType(
     {
         "reference": AttentionKernel(reference.attend, reference.executed_entries),
-        "tiled": AttentionKernel(tiled.attend, tiled.executed_entries, tiled.PATTERNS),
-        "causal": AttentionKernel(causal.attend, causal.executed_entries, ("full",)),
-        "cpu": AttentionKernel(cpu.attend, cpu.executed_entries, cpu.PATTERNS, True, cpu.why_not),
-        "triton": AttentionKernel(gpu.attend, gpu.executed_entries, gpu.PATTERNS, True, gpu.why_not),
+        "tiled": AttentionKernel(*FAST["tiled"], operators.PATTERNS),
+        "causal": AttentionKernel(causal.attend, active_entries, ("full",)),
+        "cpu": AttentionKernel(*FAST["cpu"], operators.PATTERNS, True, True, cpu.why_not),
+        "triton": AttentionKernel(*FAST["triton"], operators.PATTERNS, False, True, gpu.why_not),
     }
 )
 
@@ -115,31 +118,28 @@ def hybrid_attention(
     check_documents(documents_BT, q_BHTD.shape[0], seq_length)
     shape = stride, q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[3]
     masked = documents_BT is not None
-    chosen = {name: KERNELS[select_kernel(kernel, name, seq_length, *shape, documents=masked)] for name in set(names)}
-    if all(choice.attend is cpu.attend for choice in chosen.values()):  # one call for heads of all patterns
-        for name, offset in zip(names, shifts, strict=True):
-            check_pattern(name, stride, offset)
-        return cpu.attend(q_BHTD, k_BGTD, v_BGTD, names, stride, documents_BT, shifts)
-    heads_of: dict[tuple[str, int], list[int]] = {}
-    for head, (name, offset) in enumerate(zip(names, shifts, strict=True)):
-        check_pattern(name, stride, offset)
-        together = not PATTERNS[name].has_offset or chosen[name].offset_by_head
-        heads_of.setdefault((name, 0 if together else offset), []).append(head)
-
-    def attend(name: str, offset: int, heads: list[int], *tensors: torch.Tensor) -> torch.Tensor:
-        given = [shifts[head] for head in heads] if chosen[name].offset_by_head else offset
-        return chosen[name].attend(*tensors, name, stride, documents_BT, given)
-
-    if len(heads_of) == 1:
-        ((name, offset), heads), *_ = heads_of.items()
-        return attend(name, offset, heads, q_BHTD, k_BGTD, v_BGTD)
-    # Heads of one pattern and offset run together. Keys and values are repeated before the heads are picked, so that
-    # no index occurs twice and the backward pass stays deterministic.
+    chosen = {name: select_kernel(kernel, name, seq_length, *shape, documents=masked) for name in set(names)}
+    together: dict[tuple, list[tuple[int, str, int]]] = {}
+    for head, (name, shift) in enumerate(zip(names, shifts, strict=True)):
+        check_pattern(name, stride, shift)
+        offset, able = shift if PATTERNS[name].has_offset else 0, KERNELS[chosen[name]]
+        kind = chosen[name], None if able.joins_patterns else name, None if able.joins_offsets else offset
+        together.setdefault(kind, []).append((head, name, offset))
+    tensors = q_BHTD, k_BGTD, v_BGTD
+    if len(together) == 1:
+        (((runs, *_), members),) = together.items()
+        _, names, shifts = zip(*members, strict=True)
+        return KERNELS[runs].attend(*tensors, names, stride, documents_BT, shifts)
+    # Heads that one call can take run together. Keys and values are repeated before the heads are picked, so that no
+    # index occurs twice and the backward pass stays deterministic.
     tensors = q_BHTD, repeat_heads(k_BGTD, num_heads), repeat_heads(v_BGTD, num_heads)
-    order, outputs = [], []
-    for (name, offset), heads in heads_of.items():
-        index = _head_index(tuple(heads), q_BHTD.device)
-        outputs.append(attend(name, offset, heads, *(tensor.index_select(1, index) for tensor in tensors)))
+    order: list[int] = []
+    outputs = []
+    for (runs, *_), members in together.items():
+        heads, names, shifts = zip(*members, strict=True)
+        index = _head_index(heads, q_BHTD.device)
+        own = (tensor.index_select(1, index) for tensor in tensors)
+        outputs.append(KERNELS[runs].attend(*own, names, stride, documents_BT, shifts))
         order += heads
     back = _head_index(tuple(sorted(range(num_heads), key=order.__getitem__)), q_BHTD.device)
     return torch.cat(outputs, dim=1).index_select(1, back)
@@ -183,17 +183,14 @@ def select_kernel(
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
             return "causal"
-        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=True)
-        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
-        if pattern != "full" and seq_length < limit:
-            # Nothing is compiled, in the midst of a step perhaps, that would not be used.
-            return "reference"
-        fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=planned)
-        if pattern == "full":
-            # On GPUs documents cannot be cut apart without waiting for the device.
-            return fast if fast == "triton" else "causal"
-        limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
-        return fast if seq_length >= limit else "reference"
+        # First without a build: nothing is compiled, in the midst of a step perhaps, that would not be used.
+        for unbuilt in (True, planned):
+            fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=unbuilt)
+            limit = break_even.mask_limit(fast, pattern, stride, device, dtype, head_dim)
+            if pattern != "full" and seq_length < limit:
+                return "reference"
+        # On GPUs documents cannot be cut apart without waiting for the device.
+        return "causal" if pattern == "full" and fast != "triton" else fast
     if kernel not in KERNELS:
         raise ValueError(
             f"hybrid_attention kernel: {kernel!r} is unknown; must be one of {', '.join(['auto', *KERNELS])}"

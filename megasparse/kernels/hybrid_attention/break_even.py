@@ -6,28 +6,24 @@
     {"kernel": "tiled", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
      "seconds": {"512": {"kernel": 0.006, "mask": 0.011, "dense": 0.007}, ...}}
 
-Seconds are those of a forward and backward pass at so many tokens. Among the rows of a machine of the same kernel,
-pattern and dtype the nearest one wins, by the sum of the distances of the logarithms of stride and head dimension. The
-break-even length is the smallest measured one from which on the kernel is never slower; where it is slower at the
-longest one, the kernel is taken beyond it, since the work of a pattern grows slower.
+Seconds are those of a forward and backward pass at so many tokens. A row of the same kernel, pattern and dtype fits;
+stride and head dimension say how near it is. The break-even length is the smallest measured one from which on the
+kernel is never slower; where it is slower at the longest one, it is taken beyond that, since its work grows slower.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.kernels.common import tables
 from megasparse.kernels.common.compiling import constant_when_compiled
+from megasparse.kernels.common.tables import BreakEvenTable
 from megasparse.utils.dtypes import dtype_name
 
-FORMAT = "megasparse-attention-break-even-1"
-SHIPPED = Path(__file__).with_name("break_even.json")
 UNMEASURED = {("cpu", "cpu"): 128, ("tiled", "cpu"): 512, ("triton", "cuda"): 0}
 """Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `cpu` and `tiled`
 were measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
@@ -47,8 +43,16 @@ class Row:
     """By tokens: of the kernel, of the boolean `mask`, and of `dense` causal attention."""
 
     @property
-    def case(self) -> tuple[str, str, str, int, int, int]:
-        return self.kernel, self.dtype, self.pattern, self.stride, self.head_dim, self.heads
+    def kind(self) -> tuple[str, ...]:
+        return self.kernel, self.pattern, self.dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.stride, self.head_dim
+
+    @property
+    def case(self) -> tuple[str | int, ...]:
+        return *self.kind, *self.sizes, self.heads
 
     @property
     def lengths(self) -> list[int]:
@@ -61,21 +65,6 @@ class Row:
             if self.seconds[str(tokens)]["kernel"] > self.seconds[str(tokens)][other]:
                 return longer
         return None
-
-
-def own_table() -> Path:
-    """Where tools/tune_kernels.py writes and the limits are read from."""
-    return tables.own_table("attention_break_even.json")
-
-
-def read_table(path: Path) -> tuple[tables.Measurement, ...]:
-    """The measurements of a file. Raises ValueError naming the file and what is wrong with it."""
-    return tables.read_table(path, FORMAT, _row)
-
-
-def table_problem() -> str | None:
-    """What is wrong with the user's own table, which is then passed over; None where nothing is."""
-    return tables.read_once(own_table(), FORMAT, _row)[1]
 
 
 # The compiler takes what these two return as a constant: files and caches are nothing that it could trace.
@@ -100,20 +89,7 @@ def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torc
 
 
 def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> Row | None:
-    return _look_up(own_table(), tables.this_machine(device), kernel, pattern, stride, dtype_name(dtype), head_dim)
-
-
-@lru_cache(maxsize=4096)
-def _look_up(
-    own: Path, machine: tuple[str, int, str], kernel: str, pattern: str, stride: int, dtype: str, head_dim: int
-) -> Row | None:
-    def fits(row: Row) -> bool:
-        return (row.kernel, row.pattern, row.dtype) == (kernel, pattern, dtype)
-
-    def distance(row: Row) -> float:
-        return tables.ratio(row.stride, stride) + tables.ratio(row.head_dim, head_dim)
-
-    return tables.nearest((own, SHIPPED), FORMAT, _row, machine, fits, distance)
+    return TABLE.nearest(device, (kernel, pattern, dtype_name(dtype)), (stride, head_dim))
 
 
 def _row(entry: dict[str, Any]) -> Row:
@@ -126,3 +102,7 @@ def _row(entry: dict[str, Any]) -> Row:
     kernel, dtype, pattern = (str(entry[name]) for name in ("kernel", "dtype", "pattern"))
     stride, head_dim, heads = (int(entry[name]) for name in ("stride", "head_dim", "heads"))
     return Row(kernel, dtype, pattern, stride, head_dim, heads, seconds)
+
+
+SHIPPED = Path(__file__).with_name("break_even.json")
+TABLE = BreakEvenTable("attention_break_even.json", "megasparse-attention-break-even-1", SHIPPED, _row)

@@ -1,8 +1,7 @@
 """Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
 
-Forward and backward pass are two custom operators (`operators.py`). The library is built on first use
-(``common.build``); ``why_not`` says where it cannot run. Memory is linear in T: each thread packs one head at a
-time, in float32.
+Heads of all patterns and offsets run in one call. The library is built on first use (``common.build``); ``why_not``
+says where it cannot run. Memory is linear in T: each thread packs one head at a time, in float32.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -13,7 +12,7 @@ import ctypes
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 from megasparse.kernels.common.compiling import constant_when_compiled
-from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
+from megasparse.kernels.hybrid_attention.heads import Heads, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
@@ -45,68 +44,18 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = 
     return no_compiler() if planned else build_failure(SOURCE)
 
 
-def attend(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
-    patterns: str | Sequence[str],
-    stride: int,
-    documents_BT: Tensor | None = None,
-    offsets: int | Sequence[int] = 0,
-) -> Tensor:
-    """Softmax attention. Returns [B, H, T, D] in the dtype of `q_BHTD`.
-
-    patterns, offsets: for all heads, or one per query head. With an offset o, 0 <= o < stride, the strided keys of a
-    query are those with (query - key) mod stride = o, besides itself; token p lies in block (p + o) // stride.
-    """
-    num_heads = q_BHTD.shape[1]
-    k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
-    names = [patterns] * num_heads if isinstance(patterns, str) else patterns
-    shifts = [offsets] * num_heads if isinstance(offsets, int) else list(offsets)
-    numbers = [PATTERNS.index(name) for name in names]
-    operators = attention_cpu_forward, attention_cpu_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, numbers, stride, shifts)
+def forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> None:
+    """See `operators.py`. lse: the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score)."""
+    _run(False, {"q": unit_stride(q), "k": unit_stride(k), "v": unit_stride(v), "out": out}, lse, heads)
 
 
-@torch.library.custom_op("megasparse::attention_cpu_forward", mutates_args=())
-def attention_cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, patterns: list[int], stride: int, offsets: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The output, and the base 2 logarithm of the sum over the visible keys of 2^(log2(e) score), [B, H, T] float32.
-
-    patterns: of the query heads, as indices in PATTERNS.
-    """
-    out, lse = outputs_like(q)
-    tensors = {"q": unit_stride(q), "k": unit_stride(k), "v": unit_stride(v), "out": out}
-    _run(False, tensors, lse, documents, patterns, stride, offsets)
-    return out, lse
-
-
-attention_cpu_forward.register_fake(outputs_like)
-
-
-@torch.library.custom_op("megasparse::attention_cpu_backward", mutates_args=())
-def attention_cpu_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    patterns: list[int],
-    stride: int,
-    offsets: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values."""
-    gradients = gradients_like(dout, q, k, v)
+def backward(
+    gradients: tuple[Tensor, ...], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: Heads
+) -> None:
+    """See `operators.py`."""
     tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "out": out, "dout": dout}.items()}
     tensors.update(zip(("dq", "dk", "dv"), gradients, strict=True))
-    _run(True, tensors, lse.contiguous(), documents, patterns, stride, offsets)
-    return gradients
-
-
-attention_cpu_backward.register_fake(gradients_like)
+    _run(True, tensors, lse.contiguous(), heads)
 
 
 class _Operand(ctypes.Structure):
@@ -127,45 +76,23 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _run(
-    backward: bool,
-    tensors: dict[str, Tensor],
-    lse: Tensor,
-    documents: Tensor | None,
-    patterns: list[int],
-    stride: int,
-    offsets: list[int],
-) -> None:
-    q, k = tensors["q"], tensors["k"]
-    assert len(patterns) == len(offsets) == q.shape[1], (patterns, offsets, q.shape)
-    assert all(0 <= offset < stride for offset in offsets), (offsets, stride)
+def _run(backward: bool, tensors: dict[str, Tensor], lse: Tensor, heads: Heads) -> None:
+    q, key_heads, stride, offsets = tensors["q"], tensors["k"].shape[1], heads.stride, heads.offsets
     B, H, T, D = q.shape
-    if q.numel() == 0:
-        return
-    library, edges = _library(), _document_edges(documents)
+    patterns = [PATTERNS.index(name) for name in heads.patterns]
+    assert len(patterns) == len(offsets) == H, (patterns, offsets, q.shape)
+    assert all(0 <= offset < stride for offset in offsets), (offsets, stride)
+    library, (starts, ends) = _library(), heads.document_bounds()
     per_head = (ctypes.c_int64 * H)(*patterns), (ctypes.c_int64 * H)(*offsets)
-    call = _Call(DTYPES.index(q.dtype), B, H, k.shape[1], T, D, stride, *map(ctypes.addressof, per_head))
-    if edges is not None:
-        call.document_starts, call.document_ends = edges[0].data_ptr(), edges[1].data_ptr()
+    call = _Call(DTYPES.index(q.dtype), B, H, key_heads, T, D, stride, *map(ctypes.addressof, per_head))
+    if starts is not None and ends is not None:
+        call.document_starts, call.document_ends = starts.data_ptr(), ends.data_ptr()
     for name, x in tensors.items():
         setattr(call, name, _Operand(x.data_ptr(), *x.stride()[:3]))
-    call.threads = min(torch.get_num_threads(), B * (k.shape[1] if backward else H))
+    call.threads = min(torch.get_num_threads(), B * (key_heads if backward else H))
     scratch = torch.empty(call.threads * library.megasparse_attention_scratch(call, backward), dtype=torch.float32)
     call.lse, call.scratch, call.scale = lse.data_ptr(), scratch.data_ptr(), 1 / math.sqrt(D)
     (library.megasparse_attention_backward if backward else library.megasparse_attention_forward)(call)
-
-
-def _document_edges(documents_BT: Tensor | None) -> Tensor | None:
-    """First token of each token's document, and one more than the last, int32 [2, B, T]."""
-    if documents_BT is None:
-        return None
-    B, T = documents_BT.shape
-    positions = torch.arange(T, dtype=torch.int32).expand(B, T)
-    begins = torch.ones(B, T + 1, dtype=torch.bool)
-    begins[:, 1:-1] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts = torch.where(begins[:, :-1], positions, 0).cummax(1).values
-    ends = torch.where(begins[:, 1:], positions + 1, T).flip(1).cummin(1).values.flip(1)
-    return torch.stack([starts, ends])
 
 
 @lru_cache(maxsize=256)

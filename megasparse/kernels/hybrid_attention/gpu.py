@@ -1,8 +1,8 @@
 """Hybrid sparse attention on GPUs by Triton kernels, float32, bfloat16 and float16, heads of up to 128.
 
-Forward and backward pass are two custom operators (`operators.py`). Everything that is launched depends on shapes only:
-nothing waits for the device, and CUDA graphs can capture it. No mask is made; per-token memory is the log-sum-exp, and
-float32 sums where a pattern takes two launches. Triton is imported on first use.
+Everything that is launched depends on shapes only: nothing waits for the device, and CUDA graphs can capture it. No
+mask is made; per-token memory is the log-sum-exp, and float32 sums where a pattern takes two launches. Triton is
+imported on first use.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly, for tests: float32 only.
 
@@ -23,19 +23,11 @@ from torch import Tensor
 from megasparse.kernels.common import triton_device
 from megasparse.kernels.common.compiling import constant_when_compiled
 from megasparse.kernels.hybrid_attention import gpu_tiles
-from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
-from megasparse.kernels.hybrid_attention.operators import (
-    Attention,
-    gradients_like,
-    kept_on_device,
-    outputs_like,
-    unit_stride,
-)
-from megasparse.kernels.hybrid_attention.patterns import PATTERNS as ALL_PATTERNS
+from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, width
+from megasparse.kernels.hybrid_attention.heads import Heads, kept_on_device, unit_stride
 
-__all__ = ["attend", "executed_entries", "why_not"]
+__all__ = ["backward", "executed_entries", "forward", "why_not"]
 
-PATTERNS = ("full", "local", "strided", "sparse", "fixed")
 MAX_HEAD_DIM = 128
 
 
@@ -54,83 +46,29 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int, planned: bool = Fals
     return reason or triton_device.missing_triton()
 
 
-def attend(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
-    pattern: str,
-    stride: int,
-    documents_BT: Tensor | None = None,
-    offset: int | Sequence[int] = 0,
-) -> Tensor:
-    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`.
-
-    offset: one for all query heads, or one for each.
-    """
-    offsets = [offset] * q_BHTD.shape[1] if isinstance(offset, int) else list(offset)
-    if pattern == "full":
-        stride = 1
-    if not ALL_PATTERNS[pattern].has_offset or not any(offsets):
-        offsets = []
-    operators = triton_attention_forward, triton_attention_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, offsets, pattern, stride)
-
-
-@torch.library.custom_op("megasparse::triton_attention_forward", mutates_args=())
-def triton_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, offsets: list[int], pattern: str, stride: int
-) -> tuple[Tensor, Tensor]:
-    """Output, and log-sum-exp in units of log2, [B, H, T] in float32. `offsets`: one for each head, or none."""
-    out, lse = outputs_like(q)
-    if not q.numel():
-        return out, lse
-    call, previous = _Call((q, k, v), documents, offsets, stride), None
-    steps = launches(pattern, q.shape[2], stride)
-    for launch in steps:
-        target = out if launch is steps[-1] else _float32_like(out)
-        tile = call.tile(gpu_tiles.forward_tile, launch)
-        num_tiles = call.count_tiles(launch, tile.queries)
-        call.run(_kernels().forward_kernel, launch, tile, num_tiles, (target, previous, lse, call.starts))
+def forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> None:
+    """See `operators.py`; all heads have one pattern. The log-sum-exp is in units of log2."""
+    call, previous = _Call((q, k, v), heads), None
+    for launch in call.launches:
+        target = out if launch is call.launches[-1] else _float32_like(out)
+        pointers = target, previous, lse, call.starts
+        call.run(_kernels().forward_kernel, gpu_tiles.forward_tile, launch, pointers)
         previous = target
-    return out, lse
 
 
-triton_attention_forward.register_fake(outputs_like)
-
-
-@torch.library.custom_op("megasparse::triton_attention_backward", mutates_args=())
-def triton_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    offsets: list[int],
-    pattern: str,
-    stride: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    gradients = gradients_like(dout, q, k, v)
-    if not q.numel():
-        return tuple(x.zero_() for x in gradients)
-    call = _Call((q, k, v, dout), documents, offsets, stride)
-    steps, previous = launches(pattern, q.shape[2], stride), (None, None, None)
+def backward(
+    gradients: tuple[Tensor, ...], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: Heads
+) -> None:
+    """See `operators.py`."""
+    call, previous = _Call((q, k, v, dout), heads), (None, None, None)
     # delta = sum(dO O) is written by the first launch of the queries' gradient.
-    out, delta = _tokens_first(out), torch.empty_like(lse)
-    for launch in steps:
-        targets = gradients if launch is steps[-1] else tuple(map(_float32_like, gradients))
-        tile = call.tile(gpu_tiles.query_gradient_tile, launch)
+    out, delta = out.transpose(1, 2).contiguous().transpose(1, 2), torch.empty_like(lse)
+    for launch in call.launches:
+        targets = gradients if launch is call.launches[-1] else tuple(map(_float32_like, gradients))
         pointers = out, call.tensors[3], targets[0], previous[0], lse, delta, call.starts
-        num_tiles = call.count_tiles(launch, tile.queries)
-        call.run(_kernels().query_gradient_kernel, launch, tile, num_tiles, pointers)
+        call.run(_kernels().query_gradient_kernel, gpu_tiles.query_gradient_tile, launch, pointers)
         _key_gradients(call, launch, (lse, delta), targets[1:], previous[1:])
         previous = targets
-    return gradients
-
-
-triton_attention_backward.register_fake(gradients_like)
 
 
 def _key_gradients(
@@ -146,12 +84,9 @@ def _key_gradients(
     # Heads with offsets of their own have summary keys of their own: such a group is summed afterwards.
     apart = launch.far == "summaries" and call.offsets is not None and share > 1
     results = [_float32_like(q) for _ in targets] if apart else targets
-    tile = call.tile(gpu_tiles.key_gradient_tile, launch)
-    num_tiles = call.count_tiles(launch, tile.keys)
-    if launch.far == "summaries":
-        num_tiles += -(-call.class_length // tile.keys)
     pointers = dout, *results, *previous, *rows, call.starts, call.ends
-    call.run(_kernels().key_gradient_kernel, launch, tile, num_tiles, pointers, HEADS=1 if apart else share)
+    together = 1 if apart else share
+    call.run(_kernels().key_gradient_kernel, gpu_tiles.key_gradient_tile, launch, pointers, together)
     if apart:
         for target, result in zip(targets, results, strict=True):
             target.copy_(result.unflatten(1, (-1, share)).sum(2))
@@ -163,41 +98,40 @@ class _Call:
     tensors: queries, keys, values and, in the backward pass, the gradient of the output.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], documents: Tensor | None, offsets: list[int], stride: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], heads: Heads) -> None:
         self.tensors = tuple(map(unit_stride, tensors))
-        self.starts, self.ends = _document_bounds(documents)
-        self.offsets = kept_on_device(tuple(offsets), torch.int32, tensors[0].device) if offsets else None
-        self.stride = stride
-        self.class_length = gpu_tiles.class_length(tensors[0].shape[2], stride)
-
-    def tile(self, choose: Callable[..., Tile], launch: Launch) -> Tile:
-        q = self.tensors[0]
-        return choose(launch, self.class_length, q.dtype, q.shape[3], torch.version.hip is not None)
-
-    def count_tiles(self, launch: Launch, size: int) -> int:
-        """Tiles of `size` tokens over a sequence."""
-        if launch.far == "residues":
-            return self.stride * -(-self.class_length // size)
-        return -(-self.tensors[0].shape[2] // size)
+        q, self.stride = self.tensors[0], 1 if heads.pattern == "full" else heads.stride
+        self.starts, self.ends = heads.document_bounds()
+        self.offsets = kept_on_device(tuple(heads.offsets), torch.int32, q.device) if any(heads.offsets) else None
+        self.launches = gpu_tiles.launches(heads.pattern, q.shape[2], self.stride)
+        self.class_length = gpu_tiles.class_length(q.shape[2], self.stride)
 
     def run(
         self,
         kernel: Any,
+        choose: Callable[..., Tile],
         launch: Launch,
-        tile: Tile,
-        num_tiles: int,
         pointers: tuple[Tensor | None, ...],
-        **constants: int,
+        together: int | None = None,
     ) -> None:
-        """One launch. pointers: between those of the inputs and that of the offsets."""
+        """One launch. pointers: between those of the inputs and that of the offsets.
+
+        together: a program has a tile of keys, and so many query heads; None: a tile of queries of one head.
+        """
         q, k, v = self.tensors[:3]
         B, H, T, D = q.shape
+        tile = choose(launch, self.class_length, q.dtype, D, torch.version.hip is not None)
+        side = tile.queries if together is None else tile.keys
+        of_class = -(-self.class_length // side)
+        num_tiles = self.stride * of_class if launch.far == "residues" else -(-T // side)
+        if together is not None and launch.far == "summaries":
+            num_tiles += of_class
         with triton_device.current(q.device):
-            kernel[(num_tiles * B * (H // constants.get("HEADS", 1)),)](
+            kernel[(num_tiles * B * (H // (together or 1)),)](
                 *(q, k, v, *pointers, self.offsets),
                 *(T, self.stride, num_tiles, H, H // k.shape[1], 1 / math.sqrt(D)),
                 *(x.stride()[:3] for x in self.tensors),
-                **constants,
+                **({} if together is None else {"HEADS": together}),
                 NEAR=launch.near,
                 FAR=launch.far,
                 BEYOND=launch.beyond,
@@ -212,29 +146,17 @@ class _Call:
             )
 
 
-def _document_bounds(documents_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """First token of each token's document, and one more than its last one, in int32."""
-    if documents_BT is None:
-        return None, None
-    rows = documents_BT.contiguous()
-    return torch.searchsorted(rows, rows, out_int32=True), torch.searchsorted(rows, rows, out_int32=True, right=True)
-
-
 def _float32_like(x: Tensor) -> Tensor:
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D, dtype=torch.float32).transpose(1, 2)
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 @cache
 def _kernels() -> SimpleNamespace:
-    from megasparse.kernels.hybrid_attention import triton_kernels, triton_key_gradient, triton_query_gradient
+    from megasparse.kernels.hybrid_attention import triton_kernels, triton_key_gradient
 
     return SimpleNamespace(
         forward_kernel=triton_kernels.forward_kernel,
-        query_gradient_kernel=triton_query_gradient.query_gradient_kernel,
+        query_gradient_kernel=triton_kernels.query_gradient_kernel,
         key_gradient_kernel=triton_key_gradient.key_gradient_kernel,
     )

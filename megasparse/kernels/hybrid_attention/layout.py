@@ -15,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from megasparse.kernels.hybrid_attention.heads import Heads
 from megasparse.kernels.hybrid_attention.tiles import Tiles, View, overhang, pattern_tiles
 
 # Scores that are in work at a time: on a CPU what lies in its caches, elsewhere enough to fill the device.
@@ -79,28 +80,26 @@ class Layout:
 
     Args:
         q, k: as in `hybrid_attention`; only shape, dtype and device matter.
-        documents_BT: as in `hybrid_attention`.
+        heads: all of one pattern and offset.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, documents_BT: Tensor | None, pattern: str, stride: int, offset: int = 0
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, heads: Heads) -> None:
         self._samples, num_heads, self._length, _ = q.shape
         self._key_heads, self.device = k.shape[1], q.device
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        tiles = pattern_tiles(pattern, self._length, stride, offset)
+        tiles = pattern_tiles(heads.pattern, self._length, heads.stride, heads.offset)
         self._front, self._end = overhang(tiles)
         limit = CPU_SCORES if q.device.type == "cpu" else DEVICE_SCORES
         share = num_heads // self._key_heads
         fitting = limit // (share * max(part.entries for part in tiles))
-        heads = _divisor(self._key_heads, fitting)
-        self._shape = _divisor(self._samples, fitting // self._key_heads), heads, share
+        key_heads = _divisor(self._key_heads, fitting)
+        self._shape = _divisor(self._samples, fitting // self._key_heads), key_heads, share
         self.tiles = [piece for part in tiles for piece in part.slices(limit // math.prod(self._shape))]
         self._masks = [piece.masks(self.dtype, q.device) for piece in self.tiles]
         self._scratch: dict[str, Tensor] = {}
-        self._documents_BT = documents_BT
-        if documents_BT is not None:
-            self._documents = documents_BT.new_full((self._shape[0], self._front + self._end, 1), -1)
+        self._documents_BT = heads.documents_BT
+        if self._documents_BT is not None:
+            self._documents = self._documents_BT.new_full((self._shape[0], self._front + self._end, 1), -1)
 
     def groups(self) -> Iterator[Group]:
         """Slices of samples and key-value heads."""

@@ -1,34 +1,52 @@
-"""A kernel's forward and backward pass, which are custom operators, as one differentiable function.
+"""Hybrid sparse attention by one of the fast backends, as a differentiable function over two custom operators.
 
-torch.compile sees two opaque calls with known output shapes. ``outputs_like`` and ``gradients_like`` make uninitialised
-outputs from what the operators take: for the operators themselves, and as their fakes.
+A backend is a module with two functions, which fill what they are given:
 
-Tensor names: B samples, H heads, T tokens, D head dimension.
+    forward(out, lse, q, k, v, heads)                               the output and its log-sum-exp, in units of its own
+    backward((dq, dk, dv), dout, q, k, v, out, lse, heads)          the gradients
+
+torch.compile sees two opaque calls with known output shapes.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megasparse.kernels.hybrid_attention import cpu, gpu, tiled
+from megasparse.kernels.hybrid_attention.heads import Heads, gradients_like, outputs_like
 
-class Attention(torch.autograd.Function):
-    """Saves the joined output and its log-sum-exp, from which the backward pass has the weights.
+BACKENDS: dict[str, Any] = {"tiled": tiled, "cpu": cpu, "triton": gpu}
+PATTERNS = cpu.PATTERNS
+"""Those that all backends compute."""
 
-    Applied to the two operators, (q, k, v, documents, *settings) -> (output, log-sum-exp) and
-    (dout, q, k, v, documents, output, log-sum-exp, *settings) -> (dq, dk, dv), then to what the first one takes.
-    """
+
+def attend(
+    backend: str,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    patterns: Sequence[str],
+    stride: int,
+    documents_BT: Tensor | None,
+    offsets: Sequence[int],
+) -> Tensor:
+    """Softmax attention, [B, H, T, D] in the dtype of `q_BHTD`. See `Heads`; pattern and offset of each query head."""
+    k_BGTD, v_BGTD = k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype)
+    settings = [PATTERNS.index(name) for name in patterns], stride, list(offsets), backend
+    return _Attention.apply(q_BHTD, k_BGTD, v_BGTD, documents_BT, *settings)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the joined output and its log-sum-exp, from which the backward pass has the weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, operators: tuple, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any
-    ) -> Tensor:
-        attend, ctx.differentiate = operators
-        out, lse = attend(q, k, v, documents, *settings)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, *settings: Any) -> Tensor:
+        out, lse = attention_forward(q, k, v, documents, *settings)
         ctx.save_for_backward(q, k, v, documents, out, lse)
         ctx.settings = settings
         return out
@@ -36,34 +54,53 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.differentiate(dout, *ctx.saved_tensors, *ctx.settings)
-        return (None, *gradients, None, *(None for _ in ctx.settings))
+        gradients = attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
+        return (*gradients, None, *(None for _ in ctx.settings))
 
 
-def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised memory for a tensor like this one whose heads of a token lie together, as layers want them."""
-    return torch.empty_like(x_BHTD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+@torch.library.custom_op("megasparse::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp. patterns: of the query heads, as indices in PATTERNS."""
+    out, lse = outputs_like(q)
+    if q.numel():
+        BACKENDS[backend].forward(out, lse, q, k, v, _heads(patterns, stride, offsets, documents))
+    return out, lse
 
 
-def outputs_like(q_BHTD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp [B, H, T], which is float32."""
-    return empty_tokens_first(q_BHTD), q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
+@torch.library.custom_op("megasparse::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    patterns: list[int],
+    stride: int,
+    offsets: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    gradients = gradients_like(dout, q, k, v)
+    if q.numel():
+        heads = _heads(patterns, stride, offsets, documents)
+        BACKENDS[backend].backward(gradients, dout, q, k, v, out, lse, heads)
+    return gradients
 
 
-def gradients_like(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
+attention_forward.register_fake(outputs_like)
+attention_backward.register_fake(gradients_like)
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """The kernels read rows without gaps."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-# A copy from the host waits for it. There are as many lists, of heads or their offsets, as kinds of layers.
-@lru_cache(maxsize=256)
-def kept_on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers as a tensor that is made once."""
-    # One that is first made under inference mode could not be saved for a backward pass later.
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device)
+def _heads(patterns: list[int], stride: int, offsets: list[int], documents: Tensor | None) -> Heads:
+    return Heads([PATTERNS[number] for number in patterns], stride, offsets, documents)

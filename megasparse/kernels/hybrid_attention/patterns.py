@@ -82,47 +82,41 @@ def visible_keys(pattern: str, position: int, stride: int, offset: int = 0) -> t
     return PATTERNS[pattern].visible_keys(position, stride, offset)
 
 
-def _sees_full(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
-    return key <= query
+def _window_keys(position: int, stride: int) -> range:
+    return range(max(position + 1 - stride, 0), position + 1)
 
 
-def _sees_local(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
-    return query - key < stride
+def _strided_keys(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    end = position + 1
+    return _filled(range((position - offset) % stride, end - offset, stride), range(position if offset else end, end))
 
 
-def _sees_strided(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
-    return ((query - key) % stride == offset) | (query == key)
+def _fixed_keys(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    block = max((position + offset) // stride * stride - offset, 0)
+    return _filled(range(stride - 1 - offset, block, stride), range(block, position + 1))
 
 
-def _sees_sparse(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
-    return _sees_local(query, key, stride, offset) | _sees_strided(query, key, stride, offset)
+def _sparse_keys(position: int, stride: int, offset: int) -> tuple[range, ...]:
+    window = _window_keys(position, stride)
+    return _filled(range((position - offset) % stride, window.start, stride), window)
 
 
-def _sees_fixed(query: Tensor, key: Tensor, stride: int, offset: int) -> Tensor:
-    query, key = query + offset, key + offset
-    return (query // stride == key // stride) | (key % stride == stride - 1)
+def _filled(*ranges: range) -> tuple[range, ...]:
+    return tuple(keys for keys in ranges if keys)
 
 
-def _entries_full(seq_length: int, stride: int, offset: int) -> int:
-    return _triangle(seq_length)
-
-
-def _entries_local(seq_length: int, stride: int, offset: int) -> int:
+def _window_entries(seq_length: int, stride: int) -> int:
     window = min(seq_length, stride)
     return _triangle(window) + (seq_length - window) * stride
 
 
-def _entries_strided(seq_length: int, stride: int, offset: int) -> int:
+def _strided_entries(seq_length: int, stride: int, offset: int) -> int:
     # Besides the query itself: keys at distance o, which is the query where o is 0, and farther ones.
     near = max(seq_length - offset, 0) if offset else 0
     return seq_length + near + _far_entries(seq_length, stride, offset)
 
 
-def _entries_sparse(seq_length: int, stride: int, offset: int) -> int:
-    return _entries_local(seq_length, stride, offset) + _far_entries(seq_length, stride, offset)
-
-
-def _entries_fixed(seq_length: int, stride: int, offset: int) -> int:
+def _fixed_entries(seq_length: int, stride: int, offset: int) -> int:
     first = min(seq_length, stride - offset)
     blocks, rest = divmod(seq_length - first, stride)
     in_blocks = _triangle(first) + blocks * _triangle(stride) + _triangle(rest)
@@ -133,34 +127,6 @@ def _entries_fixed(seq_length: int, stride: int, offset: int) -> int:
 def _far_entries(seq_length: int, stride: int, offset: int) -> int:
     """Pairs at the distances o + s, o + 2s, ...: the window of `sparse` holds those at distance o."""
     return _sum_of_floors(max(seq_length - offset, 0), stride)
-
-
-def _keys_full(position: int, stride: int, offset: int) -> tuple[range, ...]:
-    return (range(position + 1),)
-
-
-def _keys_local(position: int, stride: int, offset: int) -> tuple[range, ...]:
-    return (range(max(position + 1 - stride, 0), position + 1),)
-
-
-def _keys_strided(position: int, stride: int, offset: int) -> tuple[range, ...]:
-    end = position + 1
-    first = (position - offset) % stride
-    return _filled(range(first, end - offset, stride), range(position if offset else end, end))
-
-
-def _keys_sparse(position: int, stride: int, offset: int) -> tuple[range, ...]:
-    (window,) = _keys_local(position, stride, offset)
-    return _filled(range((position - offset) % stride, window.start, stride), window)
-
-
-def _keys_fixed(position: int, stride: int, offset: int) -> tuple[range, ...]:
-    block = max((position + offset) // stride * stride - offset, 0)
-    return _filled(range(stride - 1 - offset, block, stride), range(block, position + 1))
-
-
-def _filled(*ranges: range) -> tuple[range, ...]:
-    return tuple(keys for keys in ranges if keys)
 
 
 def _sum_of_floors(n: int, stride: int) -> int:
@@ -174,9 +140,33 @@ def _triangle(n: int) -> int:
 
 
 PATTERNS: dict[str, Pattern] = {
-    "full": Pattern(_sees_full, _entries_full, _keys_full, has_offset=False),
-    "local": Pattern(_sees_local, _entries_local, _keys_local, has_offset=False),
-    "strided": Pattern(_sees_strided, _entries_strided, _keys_strided),
-    "sparse": Pattern(_sees_sparse, _entries_sparse, _keys_sparse),
-    "fixed": Pattern(_sees_fixed, _entries_fixed, _keys_fixed),
+    "full": Pattern(
+        sees=lambda query, key, stride, offset: key <= query,
+        entries=lambda seq_length, stride, offset: _triangle(seq_length),
+        visible_keys=lambda position, stride, offset: (range(position + 1),),
+        has_offset=False,
+    ),
+    "local": Pattern(
+        sees=lambda query, key, stride, offset: query - key < stride,
+        entries=lambda seq_length, stride, offset: _window_entries(seq_length, stride),
+        visible_keys=lambda position, stride, offset: (_window_keys(position, stride),),
+        has_offset=False,
+    ),
+    "strided": Pattern(
+        sees=lambda query, key, stride, offset: ((query - key) % stride == offset) | (query == key),
+        entries=_strided_entries,
+        visible_keys=_strided_keys,
+    ),
+    "sparse": Pattern(
+        sees=lambda query, key, stride, offset: (query - key < stride) | ((query - key) % stride == offset),
+        entries=lambda length, stride, offset: _window_entries(length, stride) + _far_entries(length, stride, offset),
+        visible_keys=_sparse_keys,
+    ),
+    "fixed": Pattern(
+        sees=lambda query, key, stride, offset: (
+            ((query + offset) // stride == (key + offset) // stride) | ((key + offset) % stride == stride - 1)
+        ),
+        entries=_fixed_entries,
+        visible_keys=_fixed_keys,
+    ),
 }

@@ -5,6 +5,7 @@ Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,12 +18,13 @@ def attend(
     q_BHTD: torch.Tensor,
     k_BGTD: torch.Tensor,
     v_BGTD: torch.Tensor,
-    pattern: str,
+    patterns: Sequence[str],
     stride: int,
-    documents_BT: torch.Tensor | None = None,
-    offset: int = 0,
+    documents_BT: torch.Tensor | None,
+    offsets: Sequence[int],
 ) -> torch.Tensor:
-    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
+    """Softmax attention, all heads with one pattern and offset. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
+    pattern, offset = patterns[0], offsets[0]
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
     if pattern == "full" and documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)

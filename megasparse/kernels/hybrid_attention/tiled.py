@@ -9,8 +9,6 @@ Scores and probabilities are float32 (float64 for float64 inputs), and so are th
 whose scores fit into a cache. Dense bfloat16 products are 10 to 100 times slower than float32 ones on CPUs without
 instructions for them, and widening a group is cheap on the others. Nothing of size T x T is made.
 
-Both passes are custom operators (`operators.py`).
-
 Tensor names: B samples, H query heads, G key-value heads, T tokens, D head dimension; see `layout.py` for those of a
 group of heads.
 """
@@ -18,31 +16,28 @@ group of heads.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from megasparse.kernels.hybrid_attention.heads import Heads
 from megasparse.kernels.hybrid_attention.layout import Layout, TileView, products
-from megasparse.kernels.hybrid_attention.operators import Attention, empty_tokens_first, gradients_like
 from megasparse.kernels.hybrid_attention.tiles import pattern_tiles
 
-PATTERNS = ("full", "local", "strided", "sparse", "fixed")
-"""Those that `pattern_tiles` cuts."""
+
+def forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> None:
+    """See `operators.py`; all heads have one pattern and offset. The log-sum-exp is that of the scores."""
+    layout = Layout(q, k, heads)
+    _by_group(layout, GroupForward(layout, q.shape[-1]), (q, k, v, out, lse.unsqueeze(-1)))
 
 
-def attend(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
-    pattern: str,
-    stride: int,
-    documents_BT: Tensor | None = None,
-    offset: int = 0,
-) -> Tensor:
-    """Softmax attention of all heads under one pattern. Returns [B, H, T, D] in the dtype of `q_BHTD`."""
-    operators = attention_tiled_forward, attention_tiled_backward
-    return Attention.apply(operators, q_BHTD, k_BGTD, v_BGTD, documents_BT, pattern, stride, offset)
+def backward(
+    gradients: tuple[Tensor, ...], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: Heads
+) -> None:
+    """See `operators.py`."""
+    layout = Layout(q, k, heads)
+    _by_group(layout, GroupBackward(layout, q.shape[-1]), (q, k, v, out, lse.unsqueeze(-1), dout, *gradients))
 
 
 def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0) -> int:
@@ -50,55 +45,11 @@ def executed_entries(pattern: str, seq_length: int, stride: int, offset: int = 0
     return sum(part.entries for part in pattern_tiles(pattern, seq_length, stride, offset))
 
 
-def _outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Uninitialised output and log-sum-exp."""
-    lse = torch.empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    return empty_tokens_first(q), lse
-
-
-@torch.library.custom_op("megasparse::attention_tiled_forward", mutates_args=())
-def attention_tiled_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, stride: int, offset: int
-) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of the scores [B, H, T, 1] in the dtype of the scores."""
-    layout = Layout(q, k, documents, pattern, stride, offset)
-    out, lse = _outputs(q)
-    attend_group = GroupForward(layout, q.shape[-1])
-    by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse)]
+def _by_group(layout: Layout, run: Callable[..., None], tensors: tuple[Tensor, ...]) -> None:
+    by_key_head = [layout.by_key_head(x) for x in tensors]
     for group in layout.groups():
         layout.load_documents(group)
-        attend_group(*(x[group] for x in by_key_head))
-    return out, lse
-
-
-attention_tiled_forward.register_fake(_outputs)
-
-
-@torch.library.custom_op("megasparse::attention_tiled_backward", mutates_args=())
-def attention_tiled_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    pattern: str,
-    stride: int,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values."""
-    layout = Layout(q, k, documents, pattern, stride, offset)
-    dq, dk, dv = gradients_like(dout, q, k, v)
-    differentiate_group = GroupBackward(layout, q.shape[-1])
-    by_key_head = [layout.by_key_head(x) for x in (q, k, v, out, lse, dout, dq, dk, dv)]
-    for group in layout.groups():
-        layout.load_documents(group)
-        differentiate_group(*(x[group] for x in by_key_head))
-    return dq, dk, dv
-
-
-attention_tiled_backward.register_fake(gradients_like)
+        run(*(x[group] for x in by_key_head))
 
 
 class GroupForward:

@@ -7,8 +7,10 @@ Capitals are compile-time constants. Triton asks for the annotation in kernels o
 keeps what it was given. Values that go together travel as tuples:
 
     rows    address of the first token of one head, and the step to the next token
+    DIMS    HEAD_DIM, WIDTH
     tile    first query, all queries, which of them are tokens of the sequence, first token of the document of each
     scope   starts_pointer, sample, seq_length, stride, offset: what bounds the keys of a tile of queries
+    span    base, step and end of the keys of one part, and the first and the last of them that each query sees
     own     sample, head, seq_length, num_heads: where the results of a head lie
 """
 
@@ -35,8 +37,21 @@ def limits(queries, starts, stride, offset, PART, BEYOND):
 
 
 @triton.jit
-def key_range(first, scope, PART, BEYOND, QUERIES):
-    """Keys of PART for a tile of queries from `first` on: those at base + i step, begin <= i < end."""
+def query_tile(pointers, num_tiles, num_heads, seq_length, stride, FAR, QUERIES):
+    """Tile, scope and head of a program that has a tile of queries. pointers: to the starts and the offsets."""
+    starts_pointer, offsets_pointer = pointers
+    number, sample, head = place(num_tiles, num_heads)
+    first, step = first_token(number, seq_length, stride, FAR == "residues", QUERIES)
+    positions = first + tl.arange(0, QUERIES) * step
+    starts = bounds_of(starts_pointer, sample, positions, seq_length, 0)
+    scope = starts_pointer, sample, seq_length, stride, offset_of(offsets_pointer, head)
+    return (first, positions, positions < seq_length, starts), scope, head
+
+
+@triton.jit
+def key_range(tile, scope, PART, BEYOND, QUERIES):
+    """Keys of PART for a tile of queries: those at base + i step, begin <= i < end. Returns begin, end and the span."""
+    first, positions, valid, starts = tile
     starts_pointer, sample, seq_length, stride, offset = scope
     if PART == "residues":
         last = tl.minimum(first + (QUERIES - 1) * stride, seq_length - 1)
@@ -48,7 +63,34 @@ def key_range(first, scope, PART, BEYOND, QUERIES):
             base, step = stride - 1 - offset, stride
     low, _ = limits(first, bounds_of(starts_pointer, sample, first, seq_length, 0), stride, offset, PART, BEYOND)
     _, high = limits(last, last * 0, stride, offset, PART, BEYOND)
-    return base, step, count_before(low, base, step), count_before(high + 1, base, step)
+    begin, end = count_before(low, base, step), count_before(high + 1, base, step)
+    low, high = limits(positions, starts, stride, offset, PART, BEYOND)
+    return begin, end, (base, step, end, low, high)
+
+
+@triton.jit
+def score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION):
+    """KEYS keys from number `index` of a span on: keys, values, their scores and which of these are active."""
+    k_rows, v_rows = rows
+    base, step, end, low, high = span
+    places = index + tl.arange(0, KEYS)
+    keys = base + places * step
+    k = load_rows(k_rows, keys, places < end, DIMS)
+    v = load_rows(v_rows, keys, places < end, DIMS)
+    active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+    return k, v, tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor, active
+
+
+@triton.jit
+def score_rows(queries, rows, chunk, tile, scope, factor, CHUNK, DIMS):
+    """Each query's own keys at `chunk` and further multiples of the stride before it: as ``score_keys``."""
+    first, positions, valid, starts = tile
+    starts_pointer, sample, seq_length, stride, offset = scope
+    k_rows, v_rows = rows
+    keys = positions[:, None] - offset - (chunk + tl.arange(0, CHUNK))[None, :] * stride
+    active = (keys >= starts[:, None]) & valid[:, None]
+    k_QCD, v_QCD = load_wide_rows(k_rows, keys, active, DIMS), load_wide_rows(v_rows, keys, active, DIMS)
+    return k_QCD, v_QCD, tl.sum(queries[:, None, :] * k_QCD, 2) * factor, active
 
 
 @triton.jit
@@ -132,9 +174,9 @@ def of_head(pointer, sample, head, strides):
 
 
 @triton.jit
-def of_own_head(pointer, sample, head, seq_length, num_heads, HEAD_DIM):
+def of_own_head(pointer, sample, head, seq_length, num_heads, DIMS):
     """Rows of a head of a contiguous [B, T, H, D]."""
-    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * HEAD_DIM, num_heads * HEAD_DIM
+    return pointer + (sample.to(tl.int64) * seq_length * num_heads + head) * DIMS[0], num_heads * DIMS[0]
 
 
 @triton.jit
@@ -144,36 +186,39 @@ def of_row(pointer, sample, head, seq_length, num_heads):
 
 
 @triton.jit
-def addresses(rows, positions, valid, HEAD_DIM, WIDTH):
+def addresses(rows, positions, valid, DIMS):
     """Of [*positions, WIDTH], and the mask: not `valid`, and beyond the head dimension."""
+    first, step = rows
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    WIDTH: tl.constexpr = DIMS[1]
     columns = tl.arange(0, WIDTH)
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != WIDTH:
         mask = mask & (columns < HEAD_DIM)
-    return rows[0] + tl.expand_dims(positions.to(tl.int64), -1) * rows[1] + columns, mask
+    return first + tl.expand_dims(positions.to(tl.int64), -1) * step + columns, mask
 
 
 @triton.jit
-def load_rows(rows, positions, valid, HEAD_DIM, WIDTH):
+def load_rows(rows, positions, valid, DIMS):
     """[*positions, WIDTH], zero where not `valid` and beyond the head dimension."""
-    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+    places, mask = addresses(rows, positions, valid, DIMS)
     return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_wide_rows(rows, positions, valid, HEAD_DIM, WIDTH):
-    return load_rows(rows, positions, valid, HEAD_DIM, WIDTH).to(tl.float32)
+def load_wide_rows(rows, positions, valid, DIMS):
+    return load_rows(rows, positions, valid, DIMS).to(tl.float32)
 
 
 @triton.jit
-def store_rows(rows, positions, valid, values, HEAD_DIM, WIDTH):
-    places, mask = addresses(rows, positions, valid, HEAD_DIM, WIDTH)
+def store_rows(rows, positions, valid, values, DIMS):
+    places, mask = addresses(rows, positions, valid, DIMS)
     tl.store(places, values.to(rows[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_gradient(pointer, previous_pointer, sums, positions, valid, own, HEAD_DIM, WIDTH):
+def store_gradient(pointer, previous_pointer, sums, positions, valid, own, DIMS):
     """`sums` plus those of an earlier launch."""
     if previous_pointer is not None:
-        sums += load_rows(of_own_head(previous_pointer, *own, HEAD_DIM), positions, valid, HEAD_DIM, WIDTH)
-    store_rows(of_own_head(pointer, *own, HEAD_DIM), positions, valid, sums, HEAD_DIM, WIDTH)
+        sums += load_rows(of_own_head(previous_pointer, *own, DIMS), positions, valid, DIMS)
+    store_rows(of_own_head(pointer, *own, DIMS), positions, valid, sums, DIMS)
