@@ -11,20 +11,25 @@ from typing import NoReturn
 
 from megasparse.config.loader import ConfigError
 from megasparse.launching.failures import ReplicaMismatchError, exit_now
+from megasparse.utils.files import describe_failure
 
-EXPECTED = (ValueError, ArithmeticError, ReplicaMismatchError)
-"""Errors whose message is for the user; all others come with their traceback."""
+EXPECTED = (ValueError, ArithmeticError, ReplicaMismatchError, OSError)
+"""Errors whose message is for the user; all others come with their traceback. Of those of the system, only what went
+wrong with a file: a disk that is full or read-only, a folder that was deleted."""
 SECONDS_FOR_RANK_0 = 15
 
 
 def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
-    """Print the error where it is to be heard, and end this process."""
+    """Print the error where it is to be heard, and end this process. Raises what is not for the user."""
+    if isinstance(error, OSError) and error.filename is None:
+        raise error
     # Wrong settings and unequal masks are the same on all ranks, so one of them says so; data may be bad on one alone.
     is_common = isinstance(error, ConfigError | ReplicaMismatchError)
+    message = describe_failure(error) if isinstance(error, OSError) else str(error)
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     elif not is_common:
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        print(f"error on rank {rank}: {message}", file=sys.stderr)
     elif isinstance(error, ConfigError):
         # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard.
         time.sleep(SECONDS_FOR_RANK_0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.utils.files import write_json
+from megasparse.utils.json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,8 @@ class TrackedRun:
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         path = self.folder / "metrics.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                line = json.loads(text)
-                yield int(line["step"]), line
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut off when the run was killed
+        for line in read_json_lines(path)[0] if path.is_file() else ():
+            yield line.values["step"], line.values
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:

@@ -51,7 +51,7 @@ from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
-from megasparse.utils.files import write_at_once, write_json
+from megasparse.utils.files import describe_failure, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 DENSITY_DIFFERENCE = 5e-4
@@ -119,9 +119,13 @@ def pretrain(
         # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
         from megasparse.reporting.report import write_report
 
-        page = write_report(prepared.folder)
+        try:
+            message = f"report: {write_report(prepared.folder)}"
+        except OSError as error:
+            # Like the sample: it can be made again from what is there.
+            message = f"warning: no report was left: {describe_failure(error)}"
         print_summary(summary)
-        built.progress.message(f"report: {page}")
+        built.progress.message(message)
     return summary
 
 
@@ -180,6 +184,7 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
     mesh.barrier()
     if mesh.is_first:
+        checkpointer.store.clear()
         _write_start(folder, config, prepared.plan)
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
@@ -329,4 +334,5 @@ def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], No
         if trainer.mesh.is_first:
             write_at_once(prepared.folder / "sample.txt", text)
     except Exception as error:
-        note(f"warning: no sample was left: {error}")
+        reason = describe_failure(error) if isinstance(error, OSError) else str(error)
+        note(f"warning: no sample was left: {reason}")

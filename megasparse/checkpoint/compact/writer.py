@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megasparse.checkpoint.compact.encoding import (
@@ -38,6 +37,7 @@ from megasparse.checkpoint.saved_state import (
     sparse_parameters,
 )
 from megasparse.checkpoint.store import CheckpointError, sha256
+from megasparse.checkpoint.tensor_files import save_tensors
 from megasparse.config.loader import save_config
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.topology import unpack_bits
@@ -130,7 +130,7 @@ class _ParameterWriter:
 
     def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         # Mapped tensors may share one storage, which safetensors refuses: take what is asked for, and no more.
-        save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
+        save_tensors({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
 
 
 def _kind(tensor: Tensor, fill: int | None) -> dict[str, Any]:
