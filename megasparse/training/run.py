@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from megasparse.checkpoint.store import CHECKPOINTS, CheckpointStore
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
+from megasparse.config.resuming import check_resume
 from megasparse.config.schema import RunConfig
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
@@ -169,8 +171,9 @@ def build(prepared: Prepared, environment: LaunchEnvironment, extensions: Extens
     stack: holds what must be closed when the run ends.
     """
     config, folder = prepared.config, prepared.folder
-    timeout = config.train.distributed_timeout_seconds
-    mesh = stack.enter_context(open_mesh(environment, timeout, config.parallel.tensor_parallel_size))
+    timeout, start_seconds = config.train.distributed_timeout_seconds, config.train.start_timeout_seconds
+    size = config.parallel.tensor_parallel_size
+    mesh = stack.enter_context(open_mesh(environment, timeout, size, start_seconds=start_seconds))
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
@@ -225,13 +228,20 @@ def check_start(config: RunConfig, world_size: int, device: str | None = None) -
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the run would overwrite another one."""
+    """Raise ConfigError where the run would overwrite another one, or is another one than it is to go on with."""
     traces = [folder / "metrics.jsonl", folder / "checkpoints"]
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
         raise ConfigError(
             f"run.name: {folder.absolute()} holds a run already; must be another run.name, or train.resume=auto to go "
             "on"
         )
+    saved = folder / "config.yaml"
+    if config.train.resume == "auto" and saved.is_file() and CheckpointStore(folder / CHECKPOINTS, 1).folders():
+        try:
+            before = load_config([saved])
+        except ConfigError:
+            return  # said when it goes on, if the checkpoint fits
+        check_resume(before, config)
 
 
 def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:

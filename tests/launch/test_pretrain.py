@@ -227,7 +227,7 @@ def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Pat
     again = run(command(corpus, straight.parent, "run.name=straight", ranks=1), expect=2)
     assert "holds a run already" in again.stdout
     wider = command(corpus, straight.parent, "run.name=straight", "train.resume=auto", "model.num_layers=3")
-    assert "model.num_layers is 2 there and 3 here" in run(wider, expect=2).stdout
+    assert "model.num_layers: 3, but the run to go on with has 2; must be 2" in run(wider, expect=2).stdout
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path, tmp_path: Path) -> None:
