@@ -70,8 +70,8 @@ FREE: dict[str, str] = {
     "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "
     "valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens sample_prompt profile_steps "
     "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds replica_check_interval",
-    "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps points "
-    "distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
+    "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
+    "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio row_floor balance_shards skip_optimizer_on_update lr_density_power lr_density_cap",
     "kernels": "block_sparse break_even hybrid_attention",
     "parallel": "tensor_parallel_size sequence_parallel",

@@ -5,8 +5,8 @@
     with new_file(folder / "weights.bin") as file:          # in a folder that itself takes its name at the end
         file.write(content)
 
-What cannot be written is an ``OSError`` that names the file, whatever call of the system has failed; ``describe_failure``
-says it in words. No symbolic link is followed.
+What cannot be written is an ``OSError`` that names the file, whatever call of the system has failed;
+``describe_failure`` says it in words. No symbolic link is followed.
 """
 
 from __future__ import annotations

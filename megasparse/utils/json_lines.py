@@ -1,9 +1,9 @@
 """Logs of JSON objects, one a line: written line by line, and read whatever has happened to them.
 
-    log = JsonLinesWriter(folder / "metrics.jsonl")
-    log.write({"step": 10, "loss": 2.5})
+log = JsonLinesWriter(folder / "metrics.jsonl")
+log.write({"step": 10, "loss": 2.5})
 
-    lines, damaged = read_json_lines(folder / "metrics.jsonl")       # damaged: [7] where line 7 is none
+lines, damaged = read_json_lines(folder / "metrics.jsonl")       # damaged: [7] where line 7 is none
 """
 
 from __future__ import annotations

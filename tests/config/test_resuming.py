@@ -54,7 +54,9 @@ def test_what_may_not_change_is_refused_by_name_with_both_values(field: str) -> 
     check_resume(after, after)
     section, name = field.split(".")
     old = [] if field == "sparsity.groups" else getattr(getattr(before, section), name)
-    with pytest.raises(ConfigError, match=rf"^{re.escape(field)}: .*, but the run .* has {re.escape(str(old))}; must be"):
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(field)}: .*, but the run .* has {re.escape(str(old))}; must be"
+    ):
         check_resume(before, after)
 
 

@@ -1,4 +1,4 @@
-"""The text that a run leaves at its end is the same however it came there: in one go, or gone on with at the very end."""
+"""The text that a run leaves at its end is the same however it came there, in one go or resumed at the very end."""
 
 from __future__ import annotations
 

@@ -48,9 +48,10 @@ def test_a_run_whose_folder_is_deleted_ends_with_status_2(corpus: Path, tmp_path
         (tmp_path / "gone").rename(tmp_path / "elsewhere")
         shutil.rmtree(tmp_path / "elsewhere")
         output = finish(process, expect=2).stdout
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "gone/metrics.jsonl: was deleted while the run wrote it" in line
-    assert "Traceback" not in output and not (tmp_path / "gone").exists()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'gone' / 'metrics.jsonl'}: was deleted while the run wrote it" in errors[0], errors
+    assert "Traceback" not in output, output
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
