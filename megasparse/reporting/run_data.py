@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megasparse.utils.format import finite
+from megasparse.utils.json_lines import name_lines
 
 MAX_TEXT_CHARACTERS = 60_000
 """Longer texts (configuration, sample) are cut, with a remark: the page is to stay below two megabytes."""
@@ -196,11 +197,11 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
         return []
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     by_step: dict[int, Record] = {}
-    newest, damaged, last_is_cut = -1, 0, False
-    for position, (_, line) in enumerate(lines, 1):
+    newest, damaged, last_is_cut = -1, list[int](), False
+    for position, (number, line) in enumerate(lines, 1):
         record = _parse_record(line)
         if record is None:
-            damaged += 1
+            damaged.append(number)
             last_is_cut = position == len(lines)
             continue
         step = record["step"]
@@ -210,10 +211,10 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
             newest = step
         by_step[step] = {**by_step.get(step, {}), **record}
     if last_is_cut:
-        damaged -= 1
+        damaged.pop()
         remarks.append(f"The last line of {path.name} is cut off, as after a kill; it is left out.")
     if damaged:
-        remarks.append(f"{damaged} lines of {path.name} cannot be read; they are left out.")
+        remarks.append(f"{path.name}: {name_lines(damaged)} cannot be read and is left out.")
     if not by_step:
         remarks.append(f"{path.name} holds no readable line.")
     return [by_step[step] for step in sorted(by_step)]
