@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 from megasparse.reporting.comparison import write_comparison
+from megasparse.utils.streams import use_utf8
 
 
 def main() -> int:
+    use_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/my-run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the page, such as compare.html")

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 from megasparse.config.reference import render_reference, replace_reference
+from megasparse.utils.streams import use_utf8
 
 PAGE = Path(__file__).resolve().parents[1] / "configs" / "README.md"
 
 
 def main() -> int:
+    use_utf8()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is out of date")
     arguments = parser.parse_args()
