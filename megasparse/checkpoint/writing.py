@@ -105,14 +105,14 @@ def write_part(partial: Path, rank: int, content: RankTensors) -> None:
                 raise CheckpointError(f"{key} holds a value that is not finite; no checkpoint is made of it")
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in content.tensors.items()}
         part = write_rank_file(partial / file_name(rank), specs, content.tensors.items())
-        write_json(partial / _part_name(rank), file_entry(part, content.runs))
+        write_json(partial / _part_name(rank), file_entry(part, content.runs), make_folder=False)
     except BaseException as error:
         reason = describe_failure(error) if isinstance(error, OSError) else str(error)
         with contextlib.suppress(OSError):
             # Makes room for the reason; the name alone needs none.
             (partial / file_name(rank)).unlink(missing_ok=True)
             (partial / _failure_name(rank)).touch()
-            write_at_once(partial / _failure_name(rank), reason)
+            write_at_once(partial / _failure_name(rank), reason, make_folder=False)
         raise
 
 

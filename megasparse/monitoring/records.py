@@ -79,7 +79,9 @@ class RunRecords:
         grey = (_shrink(mask.cpu().numpy().astype(np.float32)) * 255).round().astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(grey, mode="L").save(buffer, format="PNG")
-        write_at_once(target, buffer.getvalue())
+        for folder in (target.parent.parent, target.parent):
+            folder.mkdir(exist_ok=True)
+        write_at_once(target, buffer.getvalue(), make_folder=False)
 
     def close(self, *, failed: bool = False) -> None:
         """failed: the run ended with an error."""

@@ -59,7 +59,7 @@ class TrackedRun:
             return None
 
     def store(self, tracker: str, stored: StoredRun) -> None:
-        write_json(self._identifier_file(tracker), asdict(stored))
+        write_json(self._identifier_file(tracker), asdict(stored), make_folder=False)
 
     def _identifier_file(self, tracker: str) -> Path:
         return self.folder / f"{tracker}_run.json"

@@ -52,7 +52,7 @@ class Profile(Callback):
     def _write(self) -> Path:
         self._profile.stop()
         self._running = False
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         path = self._folder / f"rank-{self._rank:05d}.json"
         temporary = temporary_beside(path)
         self._profile.export_chrome_trace(str(temporary))

@@ -215,7 +215,7 @@ def train(prepared: Prepared, built: Built) -> dict[str, Any]:
     built.watchdog.beat("the end of the run", slow=True)
     summary = summarise(prepared.plan, trainer, reason)
     if mesh.is_first:
-        write_json(prepared.folder / "summary.json", summary)
+        write_json(prepared.folder / "summary.json", summary, make_folder=False)
     # Every rank takes part: the model may be divided among them.
     _leave_sample(prepared, trainer, built.progress.message)
     mesh.barrier()
@@ -342,7 +342,7 @@ def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], No
     try:
         text = sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
         if trainer.mesh.is_first:
-            write_at_once(prepared.folder / "sample.txt", text)
+            write_at_once(prepared.folder / "sample.txt", text, make_folder=False)
     except Exception as error:
         reason = describe_failure(error) if isinstance(error, OSError) else str(error)
         note(f"warning: no sample was left: {reason}")

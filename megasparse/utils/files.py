@@ -77,14 +77,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_at_once(path: Path, content: str | bytes) -> None:
-    """Writes or replaces a whole file atomically, text as UTF-8; makes the folder where missing.
+def write_at_once(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
+    """Writes or replaces a whole file atomically, text as UTF-8.
 
-    A symbolic link at `path` is replaced, and what it leads to is left alone.
+    make_folder: where it is missing; False: a folder that somebody has deleted meanwhile must not come back. A symbolic
+    link at `path` is replaced, and what it leads to is left alone.
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with new_file(temporary) as file:
@@ -97,9 +99,9 @@ def write_at_once(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, values: Any, *, indent: int = 1, allow_nan: bool = True) -> None:
+def write_json(path: Path, values: Any, *, indent: int = 1, allow_nan: bool = True, make_folder: bool = True) -> None:
     """Writes or replaces a JSON file atomically; nothing is written where `values` cannot be JSON."""
-    write_at_once(path, json.dumps(values, indent=indent, allow_nan=allow_nan) + "\n")
+    write_at_once(path, json.dumps(values, indent=indent, allow_nan=allow_nan) + "\n", make_folder=make_folder)
 
 
 def _named(error: OSError, path: Path) -> OSError:
