@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_files import files_of_at_most
 from tiny_states import STEP, TinyState, content, dense_config, write_model, write_run
 from tool_calls import call
 
@@ -271,6 +272,12 @@ def test_names_that_lead_elsewhere_are_refused(packed, tmp_path) -> None:
     write_values(tmp_path / "small", values)
     with pytest.raises(CheckpointError, match="is no name of a parameter"):
         read_manifest(tmp_path / "small")
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path) -> None:
+    with files_of_at_most(5000), pytest.raises(OSError, match="File too large") as raised:
+        pack(TinyState(dense_config()), dense_config(), tmp_path / "small", weights_only=True)
+    assert raised.value.filename.endswith(".safetensors") and not list(tmp_path.iterdir())
 
 
 BAD_PACKING = [
