@@ -51,7 +51,7 @@ def main() -> int:
                 begin_token=trained.begin_token,
             )
             print(text)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -45,6 +45,13 @@ def test_every_file_of_text_is_utf_8(folder) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("folder", ["launch", "tools"])
+def test_every_program_of_ours_bears_any_locale(folder) -> None:
+    for path in sources(folder):
+        names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
+        assert names & {"use_utf8", "run_tool"}, path
+
+
 @pytest.mark.parametrize(
     "source, expected",
     [

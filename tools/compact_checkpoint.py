@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.checkpoint.compact.encoding import parse_pattern
+from megasparse.checkpoint.compact.encoding import FORMS
 from megasparse.checkpoint.compact.manifest import CompactManifest, ParameterSize, size_report
 from megasparse.checkpoint.compact.reader import CompactReader, unpack_run
 from megasparse.checkpoint.compact.writer import pack
@@ -49,9 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     packing.add_argument("--step", type=int, metavar="N", help="the run's checkpoint (default: the newest good one)")
     packing.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
     packing.add_argument("--weights-only", action="store_true", help="weights and masks, nothing that a run goes on by")
-    form = packing.add_mutually_exclusive_group()
-    form.add_argument("--index", choices=("bits", "list"), help="form of the masks (default: the smaller, by layer)")
-    form.add_argument("--n-of-m", metavar="N:M", help="masks as N of every M weights; refused where they are not")
+    packing.add_argument("--index", choices=FORMS, help="form of the masks (default: the smaller, by layer)")
     unpacking = commands.add_parser("unpack", help="make a run folder, or a model folder where there are weights only")
     unpacking.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="compact folder")
     unpacking.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="new folder")
@@ -59,8 +57,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main_pack(arguments: argparse.Namespace) -> None:
-    if arguments.n_of_m is not None:
-        parse_pattern(arguments.n_of_m)
     weights_only = arguments.weights_only or arguments.model is not None
     if weights_only:
         source = open_source(arguments.run or arguments.model, arguments.step)
@@ -70,8 +66,7 @@ def main_pack(arguments: argparse.Namespace) -> None:
         saved, config = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"])
         companions = record_files(arguments.run)
     with progress_bar("packing", weight_bytes(saved)) as progress:
-        form = arguments.n_of_m or arguments.index
-        more = {"weights_only": weights_only, "form": form, "companions": companions, "progress": progress}
+        more = {"weights_only": weights_only, "form": arguments.index, "companions": companions, "progress": progress}
         manifest = pack(saved, config, arguments.output, **more)
     print_sizes(manifest)
     print(f"{arguments.output}: written")

@@ -38,7 +38,7 @@ def main() -> int:
         folder = write_job(config, job, REPOSITORY)
         print(f"written: {folder}")
         print(shlex.join(submit_command(folder)) if dry_run else submit(folder, variables))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

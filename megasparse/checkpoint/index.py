@@ -64,7 +64,7 @@ class Index:
 def write_index(index: Index, folder: Path) -> None:
     content = json.dumps(asdict(index), allow_nan=True)
     text = f'{{"format": {FORMAT}, "checksum": "{_checksum(content)}", "content":\n{content}\n}}\n'
-    write_at_once(folder / INDEX, text)
+    write_at_once(folder / INDEX, text, make_folder=False)
 
 
 def read_index(folder: Path) -> Index:

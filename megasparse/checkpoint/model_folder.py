@@ -29,18 +29,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megasparse.checkpoint.store import CheckpointError, sha256
-from megasparse.checkpoint.tensor_files import MAX_FILE_BYTES, TensorFiles, TensorFileWriter, TensorSpec, read_json
+from megasparse.checkpoint.tensor_files import (
+    MAX_FILE_BYTES,
+    TensorFiles,
+    TensorFileWriter,
+    TensorSpec,
+    read_json,
+    save_tensors,
+)
 from megasparse.config.loader import ConfigError, load_config, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 from megasparse.sparsity.groups import layer_settings
-from megasparse.utils.files import write_at_once, write_json
+from megasparse.utils.files import failures_named, write_at_once, write_json
 from megasparse.utils.folders import new_folder
 
 FORMAT = 1
@@ -240,11 +247,12 @@ class ModelFolderWriter:
 
     def topology(self, state: Mapping[str, Tensor]) -> None:
         """Which units are active, as ``Controller.state`` gives it."""
-        save_file({key: bits.contiguous() for key, bits in state.items()}, self._partial / TOPOLOGY)
+        save_tensors(state, self._partial / TOPOLOGY)
 
     def copy(self, name: str, source: Path) -> None:
         """A further file, such as the tokenizer's."""
-        shutil.copyfile(source, self._partial / name)
+        with failures_named(self._partial / name):
+            shutil.copyfile(source, self._partial / name)
 
     def write_text(self, name: str, text: str) -> None:
         """A further file from its content."""

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import CODES, DTYPES, TensorSpec
-from megasparse.utils.files import sync_and_close
+from megasparse.utils.files import new_file
 
 BLOCK_BYTES = 8192
 CHECKSUMS = "checksums"
@@ -51,8 +51,7 @@ def write_rank_file(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterab
     blocks = sum(-(-spec.num_bytes // BLOCK_BYTES) for spec in specs.values())
     header = _header({**specs, CHECKSUMS: TensorSpec((blocks,), torch.int64)})
     checksums: list[int] = []
-    file = path.open("wb")
-    try:
+    with new_file(path) as file:
         file.write(header)
         for name, tensor in tensors:
             assert TensorSpec(tuple(tensor.shape), tensor.dtype) == specs[name], f"{name}: {tensor.shape}"
@@ -62,15 +61,11 @@ def write_rank_file(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterab
         assert len(checksums) == blocks, "tensors are missing"
         trailer = np.asarray(checksums, dtype="<i8").tobytes()
         file.write(trailer)
-    except BaseException:
-        file.close()
-        raise
-    size = file.tell()
-    sync_and_close(file)
+        size = file.tell()
     return FilePart(size, f"{zlib.crc32(trailer, zlib.crc32(header)):08x}")
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor, checksums: list[int]) -> None:
+def _write_tensor(file: IO[bytes], tensor: Tensor, checksums: list[int]) -> None:
     content = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
     for start in range(0, len(content), PIECE_BLOCKS * BLOCK_BYTES):
         piece = content[start : start + PIECE_BLOCKS * BLOCK_BYTES]

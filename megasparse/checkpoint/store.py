@@ -45,12 +45,19 @@ class CheckpointStore:
         self.folder, self.keep = folder, keep
 
     def begin(self, step: int) -> Path:
-        """An empty temporary folder to write into; left-overs of interrupted saves are removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._named(PARTIAL):
-            shutil.rmtree(leftover)
+        """An empty temporary folder to write into; left-overs of interrupted saves are removed.
+
+        Raises OSError where the run folder, which holds all checkpoints, is not there.
+        """
+        self.folder.mkdir(exist_ok=True)
+        self.clear()
         self.partial(step).mkdir()
         return self.partial(step)
+
+    def clear(self) -> None:
+        """Remove what is left of interrupted saves."""
+        for leftover in self._named(PARTIAL):
+            shutil.rmtree(leftover)
 
     def commit(self, step: int, is_good: Callable[[Path], bool]) -> Path:
         """Turn the temporary folder of `step` into a checkpoint, then drop the oldest ones beyond `keep`.
@@ -58,6 +65,8 @@ class CheckpointStore:
         Its files must have reached the disk. is_good: whether a folder is a whole checkpoint; others do not count.
         """
         partial, final = self.partial(step), self.folder / self.name(step)
+        if final.is_symlink() or (final.exists() and not final.is_dir()):
+            raise CheckpointError(f"{final} is in the way: it is no folder")
         sync_folder(partial)
         if final.exists():
             aside = self.partial(step).with_name(f"partial-{final.name}0")

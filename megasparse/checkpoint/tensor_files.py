@@ -14,9 +14,10 @@ comes first, is written first: https://huggingface.co/docs/safetensors describes
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,10 +26,11 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megasparse.checkpoint.store import CheckpointError
-from megasparse.utils.files import write_json
+from megasparse.utils.files import failures_named, sync_and_close, write_json
 
 STEM = "model"
 MAX_FILE_BYTES = 5 * 10**9
@@ -165,6 +167,14 @@ def _listed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A whole safetensors file. Raises OSError where it cannot be written."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
@@ -233,7 +243,8 @@ class TensorFileWriter:
     def abandon(self) -> None:
         """Close the open file, if any, unfinished."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it writes again what could not be written
+                self._file.close()
             self._file = None
 
     def _name(self, number: int) -> str:
@@ -257,15 +268,15 @@ class TensorFileWriter:
 
     def _put(self, content: bytes | memoryview) -> None:
         assert self._file is not None
-        self._file.write(content)
+        with failures_named(self.folder / self._name(self._number)):
+            self._file.write(content)
         self._sha256.update(content)
         self._size += len(content)
 
     def _finish(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with failures_named(self.folder / self._name(self._number)):
+            sync_and_close(self._file)
         self.checksums[self._name(self._number)] = (self._size, self._sha256.hexdigest())
         self._file, self._number = None, self._number + 1
 

@@ -30,7 +30,7 @@ from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, Checkpoint
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import ShardSpec, shard_spec_of
-from megasparse.utils.files import write_at_once, write_json
+from megasparse.utils.files import describe_failure, write_at_once, write_json
 
 POLL_SECONDS = 0.02
 
@@ -125,10 +125,14 @@ def write_part(partial: Path, rank: int, content: RankTensors) -> None:
                 raise CheckpointError(f"{key} holds a value that is not finite; no checkpoint is made of it")
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in content.tensors.items()}
         part = write_rank_file(partial / file_name(rank), specs, content.tensors.items())
-        write_json(partial / _part_name(rank), file_entry(part, content.runs))
+        write_json(partial / _part_name(rank), file_entry(part, content.runs), make_folder=False)
     except BaseException as error:
+        reason = describe_failure(error) if isinstance(error, OSError) else str(error)
         with contextlib.suppress(OSError):
-            write_at_once(partial / _failure_name(rank), str(error))
+            # Makes room for the reason; the name alone needs none.
+            (partial / file_name(rank)).unlink(missing_ok=True)
+            (partial / _failure_name(rank)).touch()
+            write_at_once(partial / _failure_name(rank), reason, make_folder=False)
         raise
 
 
@@ -142,7 +146,8 @@ def commit(store: CheckpointStore, index: Index, world_size: int, timeout: float
     for rank in range(world_size):
         while not (partial / _part_name(rank)).is_file():
             if (partial / _failure_name(rank)).is_file():
-                raise CheckpointError(f"rank {rank}: {(partial / _failure_name(rank)).read_text(encoding='utf-8')}")
+                reason = (partial / _failure_name(rank)).read_text(encoding="utf-8")
+                raise CheckpointError(f"rank {rank}: {reason or f'could not write {file_name(rank)}'}")
             if not partial.is_dir():
                 raise CheckpointError(f"{partial} has been deleted")
             if time.monotonic() > until:
@@ -164,6 +169,7 @@ def write_checkpoint(
     Returns its folder.
     """
     facts, store = saved.facts, CheckpointStore(run_folder / CHECKPOINTS, keep)
+    run_folder.mkdir(parents=True, exist_ok=True)
     partial = store.begin(facts.step)
     topology = {f"{METHOD}/topology/{key}": bits.clone() for key, bits in saved.topology().items()}
     specs = {

@@ -341,6 +341,9 @@ class TrainConfig(Section):
     """Text that the sample continues."""
     profile_steps: NonNegativeInt = 0
     """Steps whose trace (torch profiler, all ranks) is written into the run folder, after the first few; 0: none."""
+    start_timeout_seconds: PositiveInt = 600
+    """How long the ranks wait at the start for each other to come; they come apart by what each does alone before:
+    importing, opening the data, compiling kernels."""
     distributed_timeout_seconds: PositiveInt = 1800
     """A collective that waits longer than this fails; a rank that makes no progress for longer than this, in the first
     step, a validation, a checkpoint, or at the start or the end of the run, ends the run."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
 from megasparse.data.corpus import DOCUMENT_RULES, CorpusOptions, CorpusReader
+from megasparse.utils.streams import use_utf8
 
 # The argument of each option of CorpusOptions, and the input that it is for.
 ARGUMENTS = {
@@ -90,10 +90,8 @@ def positive(text: str) -> int:
 
 
 def run_tool(name: str, main: Callable[[], None], *, report_errors: bool = True) -> int:
-    """Runs `main`; user errors become one line on standard error and exit status 2."""
-    # A terminal that cannot show a character of a token or a path must not decide about the work.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    """Runs `main`, whatever the locale; user errors become one line on standard error and exit status 2."""
+    use_utf8()
     try:
         main()
     except (ValueError, OSError) as error:

@@ -11,23 +11,28 @@ from typing import NoReturn
 
 from megasparse.config.loader import ConfigError
 from megasparse.launching.failures import MaskError, SkippedStepsError, exit_now
+from megasparse.utils.files import describe_failure
 
-EXPECTED = (ValueError, ArithmeticError, MaskError)
-"""Errors whose message is for the user; all others come with their traceback."""
+EXPECTED = (ValueError, ArithmeticError, MaskError, OSError)
+"""Errors whose message is for the user; all others come with their traceback. Of those of the system, only what went
+wrong with a file: a disk that is full or read-only, a folder that was deleted."""
 SECONDS_FOR_RANK_0 = 15
 
 
 def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
-    """Print the error where it is to be heard, and end this process."""
+    """Print the error where it is to be heard, and end this process. Raises what is not for the user."""
+    if isinstance(error, OSError) and error.filename is None:
+        raise error
     # Wrong settings and masks and skipped steps are common to all ranks, so one says so; data may be bad on one alone.
     is_common = isinstance(error, ConfigError | MaskError | SkippedStepsError)
+    message = describe_failure(error) if isinstance(error, OSError) else str(error)
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     elif not is_common:
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        print(f"error on rank {rank}: {message}", file=sys.stderr)
     elif isinstance(error, ConfigError):
         # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard. Who is still here
         # then may be the only one that is refused.
         time.sleep(SECONDS_FOR_RANK_0)
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        print(f"error on rank {rank}: {message}", file=sys.stderr)
     exit_now(4 if isinstance(error, MaskError) else 2)

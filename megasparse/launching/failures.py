@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -18,6 +19,10 @@ GO_ON = "go on from the newest checkpoint with train.resume=auto"
 
 LOST_PEER_STATUS = 3
 """Exit status of a rank that ends because of another one, or because it hangs."""
+
+SECONDS_FOR_THE_CAUSE = 3
+"""Launchers look about once a second, and end with the status of the process that ended first: it shall be that of the
+rank that knows why (a full disk for instance, which is no reason to start again)."""
 
 SIGNS = ("connection closed by peer", "connection reset", "timed out", "socket timeout", "broken pipe", "gloo", "nccl")
 
@@ -66,6 +71,7 @@ def exit_after_lost_peer(rank: int, advice: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(SECONDS_FOR_THE_CAUSE)
         exit_now(LOST_PEER_STATUS)
 
 

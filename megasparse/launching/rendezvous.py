@@ -21,8 +21,7 @@ from megasparse.config.loader import ConfigError
 from megasparse.launching.environment import LOOPBACK, LaunchEnvironment
 
 START_SECONDS = 600
-"""How long ranks wait for each other at the start. They come apart by what each does alone before: importing, opening
-the data, compiling the kernels."""
+"""How long ranks wait for each other at the start, where nobody says (`train.start_timeout_seconds`)."""
 
 MAX_NAMED = 8
 """Missing ranks that a message names."""

@@ -163,7 +163,8 @@ class Watchdog:
         path = self._folder / f"rank-{self._rank:05d}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
+            path.unlink(missing_ok=True)
+            with path.open("x", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             return f"The stacks could not be written: {error}"

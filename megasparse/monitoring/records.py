@@ -5,12 +5,13 @@
 
 ``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update (training methods may write
 files of their own), and ``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a
-restart, lines of steps that will be done again are removed. The numbers of a line of metrics go to the trackers too.
+restart, lines of steps that will be done again are removed, and so are damaged ones, with a warning. The numbers of a
+line of metrics go to the trackers as well.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from megasparse.monitoring.tracked_run import TrackedRun, numbered_lines, scalars_of
+from megasparse.monitoring.tracked_run import TrackedRun, scalars_of
 from megasparse.monitoring.trackers import start_trackers
 from megasparse.utils.files import write_at_once
+from megasparse.utils.json_lines import JsonLinesWriter, name_lines, read_json_lines
 
 PICTURE_SIDE = 128
 """Largest side of a topology picture, in pixels."""
@@ -33,7 +35,8 @@ class RunRecords:
     """Open files of a run folder, and its trackers.
 
     resume_step: finished steps of the checkpoint that the run goes on from. parameters: what trackers are to show of
-    the configuration and the plan. warn: told of trackers that fail.
+    the configuration and the plan. warn: told of trackers that fail, and of damaged lines. What cannot be written is an
+    OSError that names the file; so is a file that was deleted meanwhile, perhaps with its folder.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class RunRecords:
         self.folder = folder
         self._trackers = start_trackers(trackers, TrackedRun(folder, resume_step, parameters or {}), warn)
         for path in folder.glob("*.jsonl"):
-            _drop_lines_after(path, resume_step)
-        self._files = {name: (folder / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "topology")}
+            _drop_lines_after(path, resume_step, warn)
+        self._files = {name: JsonLinesWriter(folder / f"{name}.jsonl") for name in ("metrics", "topology")}
 
     def __enter__(self) -> Self:
         return self
@@ -69,16 +72,18 @@ class RunRecords:
         """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it. Numbers that are not
         finite, which JSON does not know, become null."""
         if name not in self._files:
-            self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(_without_nan(values), allow_nan=False) + "\n")
-        self._files[name].flush()
+            self._files[name] = JsonLinesWriter(self.folder / f"{name}.jsonl")
+        self._files[name].write(_without_nan(values))
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""
         target = self.folder / "topology" / layer / f"step-{step:08d}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
         grey = (_shrink(mask.cpu().numpy().astype(np.float32)) * 255).round().astype(np.uint8)
-        Image.fromarray(grey, mode="L").save(target)
+        buffer = io.BytesIO()
+        Image.fromarray(grey, mode="L").save(buffer, format="PNG")
+        for folder in (target.parent.parent, target.parent):
+            folder.mkdir(exist_ok=True)
+        write_at_once(target, buffer.getvalue(), make_folder=False)
 
     def close(self, *, failed: bool = False) -> None:
         """failed: the run ended with an error."""
@@ -97,9 +102,14 @@ def _without_nan(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
-    write_at_once(path, "".join(f"{line}\n" for number, line, _ in numbered_lines(path) if number <= step))
+    if path.is_symlink():
+        return  # refused when it is opened
+    lines, damaged = read_json_lines(path)
+    if damaged:
+        warn(f"{path}: {name_lines(damaged)} cannot be read, as after a power cut, and is no longer there")
+    write_at_once(path, b"".join(line.content + b"\n" for line in lines if line.values["step"] <= step))
 
 
 def _shrink(picture: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.utils.files import write_json
+from megasparse.utils.json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class TrackedRun:
 
     def last_step(self) -> int:
         """Finished steps of the last line of metrics; 0: there is none."""
-        return max((step for step, _, _ in self._lines()), default=0)
+        return max((step for step, _ in self._lines()), default=0)
 
     def history(self) -> Iterator[tuple[int, dict[str, float]]]:
         """The scalars that were logged up to the checkpoint, by rising step."""
-        return ((step, scalars_of(values)) for step, _, values in self._lines() if step <= self.resume_step)
+        return ((step, scalars_of(values)) for step, values in self._lines() if step <= self.resume_step)
 
     def stored(self, tracker: str) -> StoredRun | None:
         """None: there is none, or its file was damaged; the tracker then begins with the whole curve."""
@@ -61,24 +62,15 @@ class TrackedRun:
             return None
 
     def store(self, tracker: str, stored: StoredRun) -> None:
-        write_json(self._identifier_file(tracker), asdict(stored))
+        write_json(self._identifier_file(tracker), asdict(stored), make_folder=False)
 
     def _identifier_file(self, tracker: str) -> Path:
         return self.folder / f"{tracker}_run.json"
 
-    def _lines(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         path = self.folder / "metrics.jsonl"
-        return numbered_lines(path) if path.is_file() else iter(())
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(step, line, its values) of a log, without lines that were cut off when the run was killed."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            yield int(values["step"]), line, values
-        except (ValueError, KeyError, TypeError):
-            continue
+        for line in read_json_lines(path)[0] if path.is_file() else ():
+            yield line.values["step"], line.values
 
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megasparse.utils.format import finite
+from megasparse.utils.json_lines import name_lines
 
 Record = dict[str, Any]
 
@@ -198,11 +199,14 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
     text = _read_text(path, remarks)
     if text is None:
         return []
-    records = [_parse_record(line) for line in text.split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     by_step: dict[int, Record] = {}
-    newest = -1
-    for record in records:
+    newest, damaged, last_is_cut = -1, list[int](), False
+    for position, (number, line) in enumerate(lines, 1):
+        record = _parse_record(line)
         if record is None:
+            damaged.append(number)
+            last_is_cut = position == len(lines)
             continue
         step = record["step"]
         if essential_key in record:
@@ -210,11 +214,11 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
                 by_step = {other: kept for other, kept in by_step.items() if other < step}
             newest = step
         by_step[step] = {**by_step.get(step, {}), **record}
-    if records and records[-1] is None:
-        records.pop()
+    if last_is_cut:
+        damaged.pop()
         remarks.append(f"The last line of {path.name} is cut off, as after a kill; it is left out.")
-    if damaged := records.count(None):
-        remarks.append(f"{damaged} lines of {path.name} cannot be read; they are left out.")
+    if damaged:
+        remarks.append(f"{path.name}: {name_lines(damaged)} cannot be read and is left out.")
     if not by_step:
         remarks.append(f"{path.name} holds no readable line.")
     return [by_step[step] for step in sorted(by_step)]

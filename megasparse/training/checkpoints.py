@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from megasparse.launching.failures import MaskError
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
+from megasparse.utils.files import describe_failure
 
 MESSAGE_BYTES = 1000
 """Of a message that ranks tell each other, at most."""
@@ -264,9 +264,7 @@ class Checkpointer:
                 self.store.abandon(index.step)
 
     def _fail(self, error: Exception) -> None:
-        reason = str(error)
-        if isinstance(error, OSError) and error.errno:
-            reason = f"{error.filename or self.store.folder}: {os.strerror(error.errno)}"
+        reason = describe_failure(error) if isinstance(error, OSError) else str(error)
         self._failure = FailedSave(self._step, reason)
 
     def _join(self) -> None:

@@ -24,7 +24,7 @@ from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller, OpenWeight, TopologyReport
 from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.schedule import is_update_due
+from megasparse.sparsity.schedule import is_update_due, pattern_at
 from megasparse.training.callback import Engine, Step, TrainingMethod
 from megasparse.training.initial_checks import is_used, start_density, topology_density
 
@@ -86,6 +86,9 @@ class MixedSparsityTraining(TrainingMethod):
         return Multipliers(multiplier, multiplier)
 
     def begin_run(self, step: Step) -> None:
+        """With the patterns of the last step: a run that has none left to do still samples under them."""
+        schedule = self.controller.pattern_schedule
+        self.model.set_attention_patterns(schedule.layer_patterns(pattern_at(self.config, step.number, schedule)))
         self._draw(step)
 
     def begin_step(self, step: Step) -> None:

@@ -6,6 +6,7 @@ chrome://tracing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from megasparse.config.schema import RunConfig
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Callback, Step
+from megasparse.utils.files import temporary_beside
 
 SKIPPED = 3
 """Steps of a start before those that are profiled: in the first ones kernels are compiled and memory is taken."""
@@ -50,7 +52,9 @@ class Profile(Callback):
     def _write(self) -> Path:
         self._profile.stop()
         self._running = False
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         path = self._folder / f"rank-{self._rank:05d}.json"
-        self._profile.export_chrome_trace(str(path))
+        temporary = temporary_beside(path)
+        self._profile.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
         return path

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
+from megasparse.checkpoint.store import CHECKPOINTS, CheckpointStore
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
+from megasparse.config.resuming import check_resume
 from megasparse.config.schema import RunConfig
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
@@ -56,7 +57,7 @@ from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
-from megasparse.utils.files import write_at_once, write_json
+from megasparse.utils.files import describe_failure, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 DENSITY_DIFFERENCE = 5e-4
@@ -134,9 +135,13 @@ def pretrain(
             # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
             from megasparse.reporting.report import write_report
 
-            page = write_report(prepared.folder)
+            try:
+                message = f"report: {write_report(prepared.folder)}"
+            except OSError as error:
+                # Like the sample: it can be made again from what is there.
+                message = f"warning: no report was left: {describe_failure(error)}"
             print_summary(summary)
-            built.progress.message(f"report: {page}")
+            built.progress.message(message)
     return summary
 
 
@@ -173,7 +178,7 @@ def prepare(
     check_trackers(config.train.trackers)
     check_folder(folder, config)
     record = make_record(config, tokenizer)
-    going_on = config.train.resume == "auto" and any((folder / CHECKPOINTS).glob(f"{PREFIX}*"))
+    going_on = config.train.resume == "auto" and CheckpointStore(folder / CHECKPOINTS, 1).folders()
     changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
     return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed)
 
@@ -202,8 +207,9 @@ def build(
     stack: holds what must be closed when the run ends. agree: see ``open_mesh``.
     """
     config, folder = prepared.config, prepared.folder
-    timeout = config.train.distributed_timeout_seconds
-    mesh = stack.enter_context(open_mesh(environment, timeout, config.parallel.tensor_parallel_size, agree=agree))
+    timeout, start_seconds = config.train.distributed_timeout_seconds, config.train.start_timeout_seconds
+    size = config.parallel.tensor_parallel_size
+    mesh = stack.enter_context(open_mesh(environment, timeout, size, start_seconds=start_seconds, agree=agree))
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
@@ -218,6 +224,7 @@ def build(
     # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
     mesh.barrier()
     if mesh.is_first:
+        checkpointer.store.clear()
         _write_start(prepared, config)
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
@@ -245,7 +252,7 @@ def train(prepared: Prepared, built: Built) -> dict[str, Any]:
     built.watchdog.beat("the end of the run", slow=True)
     summary = summarise(prepared.plan, trainer, reason)
     if mesh.is_first:
-        write_json(prepared.folder / "summary.json", summary)
+        write_json(prepared.folder / "summary.json", summary, make_folder=False)
     # Every rank takes part: the model may be divided among them.
     _leave_sample(prepared, trainer, built.progress.message)
     mesh.barrier()
@@ -258,7 +265,7 @@ def check_start(config: RunConfig, world_size: int, device: str | None = None) -
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the run would overwrite another one."""
+    """Raise ConfigError where the run would overwrite another one, or is another one than it is to go on with."""
     traces = [folder / "metrics.jsonl", folder / "checkpoints"]
     if config.train.resume == "never" and any(trace.exists() for trace in traces):
         owner = owner_of(folder)
@@ -266,6 +273,13 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             f"run.name: {folder.absolute()} holds a run already{f' ({owner})' if owner else ''}; must be another "
             "run.name, or train.resume=auto to go on"
         )
+    saved = folder / "config.yaml"
+    if config.train.resume == "auto" and saved.is_file() and CheckpointStore(folder / CHECKPOINTS, 1).folders():
+        try:
+            before = load_config([saved])
+        except ConfigError:
+            return  # said when it goes on, if the checkpoint fits
+        check_resume(before, config)
 
 
 def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
@@ -370,6 +384,7 @@ def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], No
     try:
         text = sample_text(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=config.run.seed)
         if trainer.mesh.is_first:
-            write_at_once(prepared.folder / "sample.txt", text)
+            write_at_once(prepared.folder / "sample.txt", text, make_folder=False)
     except Exception as error:
-        note(f"warning: no sample was left: {error}")
+        reason = describe_failure(error) if isinstance(error, OSError) else str(error)
+        note(f"warning: no sample was left: {reason}")

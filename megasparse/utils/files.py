@@ -1,16 +1,40 @@
 """Writing files so that a name never stands for half-written data: write beside the target, sync, rename.
 
-write_at_once(folder / "sample.txt", text)
-write_json(folder / "summary.json", {"steps": 24})
+    write_at_once(folder / "sample.txt", text)
+    write_json(folder / "summary.json", {"steps": 24})
+    with new_file(folder / "weights.bin") as file:          # in a folder that itself takes its name at the end
+        file.write(content)
+
+What cannot be written is an ``OSError`` that names the file, whatever call of the system has failed;
+``describe_failure`` says it in words. No symbolic link is followed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+
+def describe_failure(error: OSError) -> str:
+    """`path: reason`, without the number of the error; what the error says where it names no path."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+
+
+@contextlib.contextmanager
+def failures_named(path: Path) -> Iterator[None]:
+    """Failures of the system inside name `path`: those of an open file name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and error.strerror:
+            raise
+        raise _named(error, path) from error
 
 
 def temporary_beside(path: Path) -> Path:
@@ -30,6 +54,20 @@ def sync_and_close(file: IO[bytes]) -> None:
     file.close()
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which must not be there yet; after the block its content has reached the disk."""
+    with failures_named(path), path.open("xb") as file:
+        try:
+            yield file
+            sync_and_close(file)
+        except BaseException:
+            # Closing writes again what has failed, and would fail again.
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -39,26 +77,32 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_at_once(path: Path, content: str | bytes) -> None:
-    """Writes or replaces a whole file atomically, text as UTF-8; makes the folder where missing.
+def write_at_once(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
+    """Writes or replaces a whole file atomically, text as UTF-8.
 
-    A symbolic link at `path` is replaced, and what it leads to is left alone.
+    make_folder: where it is missing; False: a folder that somebody has deleted meanwhile must not come back. A symbolic
+    link at `path` is replaced, and what it leads to is left alone.
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
-        with open(temporary, "wb") as file:
+        with new_file(temporary) as file:
             file.write(content)
-            sync_and_close(file)
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
-def write_json(path: Path, values: Any, *, indent: int = 1, allow_nan: bool = True) -> None:
+def write_json(path: Path, values: Any, *, indent: int = 1, allow_nan: bool = True, make_folder: bool = True) -> None:
     """Writes or replaces a JSON file atomically; nothing is written where `values` cannot be JSON."""
-    write_at_once(path, json.dumps(values, indent=indent, allow_nan=allow_nan) + "\n")
+    write_at_once(path, json.dumps(values, indent=indent, allow_nan=allow_nan) + "\n", make_folder=make_folder)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_files import files_of_at_most
 from tiny_states import STEP, TinyState, content, dense_config, write_model, write_run
 from tool_calls import call
 
@@ -105,39 +106,6 @@ def test_ages_that_are_alike_in_all_inactive_units_cost_nothing(tmp_path) -> Non
     assert compact.manifest.parameters[name].fill("weight_steps") == 3 and same_bits(
         compact.tensor(name, "weight_steps"), age
     )
-
-
-class PatternState(MaskedState):
-    """2 of every 4 weights of a row are active."""
-
-    def __init__(self, config) -> None:
-        dense = TinyState(dense_config())
-        masks = {}
-        for name, shape in dense.shapes.items():
-            if name.startswith("layers.") and len(shape) == 2:
-                chosen = torch.rand(shape[0], shape[1] // 4, 4).topk(2, dim=2).indices
-                mask = torch.zeros(shape[0], shape[1] // 4, 4, dtype=torch.bool).scatter_(2, chosen, True)
-                masks[name.removesuffix(".weight")] = pack_bits(mask)
-        super().__init__(dense, config, masks)
-
-
-def test_n_of_m_is_stored_where_the_topology_conforms_and_refused_elsewhere(tmp_path) -> None:
-    config = sparse_config(1)
-    saved = PatternState(config)
-    pack(saved, config, tmp_path / "small", weights_only=True, form="2:4")
-    compact = CompactReader(tmp_path / "small")
-    for name in saved.shapes:
-        assert same_bits(compact.tensor(name, "fp32"), saved.tensor(name, "fp32"))
-    stored = load_file(tmp_path / "small" / tensor_file(f"{UP}.weight"))
-    assert stored["fp32"].numel() == 128 * 32 // 2 and stored["index"].numel() == 128 * 32 // 2 * 2 // 8
-    with pytest.raises(CheckpointError, match="groups of 4 weights have other than 2 active ones"):
-        pack(sparse_state(config), config, tmp_path / "other", weights_only=True, form="2:4")
-    blocks = sparse_config(8)
-    with pytest.raises(CheckpointError, match="it lies in blocks of 8, and 2:4 is a pattern of single weights"):
-        pack(sparse_state(blocks), blocks, tmp_path / "other", weights_only=True, form="2:4")
-    with pytest.raises(CheckpointError, match="there is no sparse layer"):
-        pack(TinyState(dense_config()), dense_config(), tmp_path / "other", weights_only=True, form="2:4")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 
 def test_a_model_folder_comes_back_with_its_dtype(tmp_path) -> None:
@@ -284,7 +252,7 @@ def rewrite(folder: Path, **changes) -> None:
         ({"block_size": 7}, "manifest.json makes no sense"),
         ({"active": 1000}, "manifest.json makes no sense"),
         ({"active": 3}, "active units where 3 are announced|values of 3 active units"),
-        ({"index": "5:9"}, "do not hold"),
+        ({"index": "2:4"}, "a mask of form '2:4'; must be one of bits, list"),
         ({"kinds": {"fp32": {"dtype": "complex64", "fill": 0}}}, "manifest.json makes no sense"),
         ({"kinds": {"fp32": {"dtype": "float16", "fill": 0}}}, "holds fp32 as torch.float32, not torch.float16"),
         ({"kinds": {"fp32": {"dtype": "float32", "fill": None}}}, r"has fp32 of shape \(\d+, 8, 8\), not \(128, 32\)"),
@@ -306,11 +274,15 @@ def test_names_that_lead_elsewhere_are_refused(packed, tmp_path) -> None:
         read_manifest(tmp_path / "small")
 
 
+def test_a_folder_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path) -> None:
+    with files_of_at_most(5000), pytest.raises(OSError, match="File too large") as raised:
+        pack(TinyState(dense_config()), dense_config(), tmp_path / "small", weights_only=True)
+    assert raised.value.filename.endswith(".safetensors") and not list(tmp_path.iterdir())
+
+
 BAD_PACKING = [
     (["--run", "{run}", "--step", "7"], "has no checkpoint of step 7; must be 6"),
     (["--run", "{nothing}"], "has no good checkpoint"),
-    (["--run", "{run}", "--n-of-m", "4:2"], "--n-of-m: '4:2'; must be N:M with 0 < N < M"),
-    (["--run", "{run}", "--n-of-m", "2:4"], "--n-of-m: 2:4, and there is no sparse layer"),
 ]
 
 

@@ -13,7 +13,6 @@ from megasparse.checkpoint.compact.encoding import (
     common_fill,
     decode_places,
     encode_places,
-    parse_pattern,
     smallest_form,
     stored_bytes,
     with_active_values,
@@ -82,27 +81,8 @@ def test_masks_come_back(rows, columns, density, seed, form) -> None:
     assert torch.equal(decode_places(stored, form, (rows, columns), num_active), mask)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "1:2", "3:5"])
-def test_patterns_come_back_from_the_places_alone(pattern) -> None:
-    n, m = parse_pattern(pattern)
-    chosen = torch.rand(6, 3, m).topk(n, dim=2).indices
-    mask = torch.zeros(6, 3, m, dtype=torch.bool).scatter_(2, chosen, True).view(6, 3 * m)
-    stored = encode_places(mask, pattern)
-    assert stored.numel() == stored_bytes(pattern, mask.numel(), int(mask.sum()))
-    assert torch.equal(decode_places(stored, pattern, (6, 3 * m), int(mask.sum())), mask)
-    mask[0, int(mask[0].nonzero()[0])] = False
-    with pytest.raises(ValueError, match=f"1 of its 18 groups of {m} weights have other than {n} active ones"):
-        encode_places(mask, pattern)
-
-
 def test_the_shorter_form_is_taken() -> None:
     assert (smallest_form(3200, 99), smallest_form(3200, 101)) == ("list", "bits")
-
-
-@pytest.mark.parametrize("text", ["4:2", "2:2", "0:4", "2", "2:4:8", "a:b", "2:400"])
-def test_patterns_that_are_none_are_refused(text) -> None:
-    with pytest.raises(ValueError, match="must be N:M with 0 < N < M < 100"):
-        parse_pattern(text)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +93,6 @@ def test_patterns_that_are_none_are_refused(text) -> None:
         (torch.tensor([3, 12], dtype=torch.int32), "list", 2, "outside 0 to 11"),
         (torch.tensor([-1], dtype=torch.int32), "list", 1, "outside 0 to 11"),
         (torch.tensor([3, 3], dtype=torch.int32), "list", 2, "1 active units where 2 are announced"),
-        (torch.zeros(1, dtype=torch.uint8), "2:4", 6, "do not hold"),
     ],
 )
 def test_places_that_do_not_fit_are_refused(stored, form, num_active, reason) -> None:

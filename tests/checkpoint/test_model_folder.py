@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_files import files_of_at_most
 
 from megasparse.checkpoint.model_folder import ModelFolder, ModelFolderWriter, is_model_folder, load_weights
 from megasparse.checkpoint.store import CheckpointError
@@ -15,6 +16,7 @@ from megasparse.checkpoint.tensor_files import TensorFiles, TensorFileWriter, Te
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.models.build import build_model
+from megasparse.utils.files import describe_failure
 from megasparse.utils.folders import new_folder
 
 SETTINGS = [
@@ -45,6 +47,14 @@ def write(folder: Path, *overrides: str, dtype: torch.dtype = torch.float32, **o
 
 def content(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("limit", [0, 500, 5000])
+def test_a_folder_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, limit) -> None:
+    with files_of_at_most(limit), pytest.raises(OSError) as raised:
+        write(tmp_path / "model")
+    assert "model.safetensors: File too large" in describe_failure(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

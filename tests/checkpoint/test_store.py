@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 from saved_files import FILE, MODEL, SmallState, write_good
+from small_files import files_of_at_most
 
-from megasparse.checkpoint.index import INDEX
+from megasparse.checkpoint.index import INDEX, Index
+from megasparse.checkpoint.order import Run
 from megasparse.checkpoint.reader import damage, is_good
 from megasparse.checkpoint.store import CheckpointError, CheckpointStore, check_model
-from megasparse.checkpoint.writing import write_checkpoint
+from megasparse.checkpoint.writing import RankTensors, commit, write_checkpoint, write_part
 
 
 def names(run: Path) -> list[str]:
@@ -49,6 +54,37 @@ def test_damaged_folders_do_not_crowd_out_good_ones(tmp_path) -> None:
     assert not is_good(bad) and "bytes instead of" in damage(bad)
     write_good(tmp_path, 25, keep=1)
     assert names(tmp_path) == ["step-00000025", "step-00000030"]
+
+
+@pytest.mark.parametrize("has_target", [True, False])
+def test_a_link_in_the_place_of_a_checkpoint_is_not_followed(tmp_path, has_target) -> None:
+    write_good(tmp_path, 10)
+    if has_target:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "checkpoints" / "step-00000020").symlink_to(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="step-00000020 is in the way: it is no folder"):
+        write_good(tmp_path, 20)
+    assert not has_target or not list((tmp_path / "target").iterdir())
+    write_good(tmp_path, 30)
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_no_run_folder_is_made_anew(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError):
+        store_of(tmp_path / "deleted").begin(10)
+    assert not (tmp_path / "deleted").exists()
+
+
+@pytest.mark.parametrize("limit", [0, 20, 2000])
+def test_a_rank_without_room_is_told_at_once(tmp_path, limit) -> None:
+    """Even where there is none for the reason."""
+    store, content = store_of(tmp_path), RankTensors({"fp32/a": torch.ones(5000)}, {"fp32/a": [Run(0, 5000)]})
+    partial = store.begin(10)
+    with files_of_at_most(limit), pytest.raises(OSError, match="File too large"):
+        write_part(partial, 0, content)
+    reason = f"{partial / FILE}: File too large" if limit > 1000 else f"could not write {FILE}"
+    with pytest.raises(CheckpointError, match=f"rank 0: {reason}"):
+        commit(store, cast(Index, SimpleNamespace(step=10)), 1, timeout=600)
 
 
 def test_left_overs_of_interrupted_saves_are_no_checkpoints_and_go(tmp_path) -> None:

@@ -229,7 +229,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path,
     shutil.copytree(straight, tmp_path / "straight")
     before = contents(tmp_path / "straight")
     for override, message in {
-        "model.num_layers=3": "model.num_layers is 2 there and 3 here",
+        "model.num_layers=3": "model.num_layers: 3, but the run to go on with has 2; must be 2",
         "train.steps=20": "past the end of the run: train.steps is 20",
     }.items():
         refused = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto", override), expect=2)

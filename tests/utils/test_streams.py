@@ -26,6 +26,13 @@ def test_what_a_console_cannot_show_is_replaced(name: str, variables: dict[str, 
     assert done.returncode == 0, done.stderr
 
 
+def test_a_tool_bears_names_that_the_locale_has_not(tmp_path: Path) -> None:
+    (tmp_path / "r\u00fc\u2581n").mkdir()
+    command = [sys.executable, "tools/inspect_checkpoint.py", str(tmp_path / "r\u00fc\u2581n")]
+    done = processes.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **C_LOCALE}, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 def test_a_number_of_ranks_below_one_is_refused(number: str) -> None:
     for words in (["launch/pretrain.py", "--dry-run", "--world-size"], ["tools/plan.py", "--chip", "h100", "--count"]):

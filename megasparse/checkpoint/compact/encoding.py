@@ -7,14 +7,12 @@
     stored = encode_places(mask, "bits")
     assert torch.equal(mask, decode_places(stored, "bits", mask.shape, num_active))
 
-Values keep their bit patterns. A mask is stored as one bit per unit (`bits`), as the numbers of the active units
-(`list`), or, where exactly n of every m consecutive weights of a row are active, as their places in each group (`n:m`,
-such as `2:4`).
+Values keep their bit patterns. A mask is stored as one bit per unit (`bits`), or as the numbers of the active units
+(`list`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,10 +21,9 @@ from torch import Tensor
 
 from megasparse.sparsity.topology import pack_bits, unpack_bits
 
-BITS, LIST = "bits", "list"
+FORMS = BITS, LIST = "bits", "list"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ENTRIES_AT_ONCE = 2**22
-PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
 
 
 def active_values(matrix: Tensor, mask: Tensor, block_size: int) -> Tensor:
@@ -64,19 +61,10 @@ def common_fill(matrix: Tensor, mask: Tensor, block_size: int) -> int | None:
 
 
 def encode_places(mask: Tensor, form: str) -> Tensor:
-    """A mask as stored: uint8 bits, int32 numbers of units, or uint8 bits of places in groups.
-
-    Raises ValueError where `form` is n:m and the mask does not conform.
-    """
+    """A mask as stored: uint8 bits, or int32 numbers of units."""
     if form == BITS:
         return pack_bits(mask)
-    if form == LIST:
-        return torch.from_numpy(np.flatnonzero(mask.numpy()).astype(np.int32))
-    n, m = parse_pattern(form)
-    check_pattern(mask, n, m)
-    places = torch.from_numpy(np.flatnonzero(mask.numpy()) % m)
-    bits = (places.unsqueeze(1) >> torch.arange(_place_bits(m))) & 1
-    return pack_bits(bits.to(torch.bool))
+    return torch.from_numpy(np.flatnonzero(mask.numpy()).astype(np.int32))
 
 
 def decode_places(stored: Tensor, form: str, grid: tuple[int, int], num_active: int) -> Tensor:
@@ -84,13 +72,8 @@ def decode_places(stored: Tensor, form: str, grid: tuple[int, int], num_active: 
     num_units = grid[0] * grid[1]
     if form == BITS:
         mask = unpack_bits(stored, num_units)
-    elif form == LIST:
-        mask = _at(stored.to(torch.int64), num_units)
     else:
-        n, m = parse_pattern(form)
-        bits = unpack_bits(stored, num_units // m * n * _place_bits(m)).view(-1, _place_bits(m))
-        places = (bits.to(torch.int64) << torch.arange(_place_bits(m))).sum(dim=1)
-        mask = _at(places + torch.arange(num_units // m).repeat_interleave(n) * m, num_units)
+        mask = _at(stored.to(torch.int64), num_units)
     if int(mask.count_nonzero()) != num_active:
         raise ValueError(f"a mask of {int(mask.count_nonzero())} active units where {num_active} are announced")
     return mask.view(grid)
@@ -98,35 +81,12 @@ def decode_places(stored: Tensor, form: str, grid: tuple[int, int], num_active: 
 
 def stored_bytes(form: str, num_units: int, num_active: int) -> int:
     """Size of an encoded mask."""
-    if form == BITS:
-        return -(-num_units // 8)
-    if form == LIST:
-        return 4 * num_active
-    _, m = parse_pattern(form)
-    return -(-num_active * _place_bits(m) // 8)
+    return -(-num_units // 8) if form == BITS else 4 * num_active
 
 
 def smallest_form(num_units: int, num_active: int) -> str:
     """Bits, or the list of the active units where that is shorter."""
-    return min((BITS, LIST), key=lambda form: stored_bytes(form, num_units, num_active))
-
-
-def parse_pattern(text: str) -> tuple[int, int]:
-    """n and m of a pattern such as 2:4. Raises ValueError."""
-    match = PATTERN.fullmatch(text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ValueError(f"--n-of-m: {text!r}; must be N:M with 0 < N < M < 100, such as 2:4")
-    return int(match[1]), int(match[2])
-
-
-def check_pattern(mask: Tensor, n: int, m: int) -> None:
-    """Raise ValueError unless exactly n of every m consecutive units of a row are active."""
-    if mask.shape[1] % m:
-        raise ValueError(f"its rows of {mask.shape[1]} weights are no groups of {m}")
-    counts = mask.reshape(-1, m).sum(dim=1)
-    wrong = int((counts != n).sum())
-    if wrong:
-        raise ValueError(f"{wrong} of its {counts.numel()} groups of {m} weights have other than {n} active ones")
+    return min(FORMS, key=lambda form: stored_bytes(form, num_units, num_active))
 
 
 def _portions(matrix: Tensor, mask: Tensor, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,7 +112,3 @@ def _at(numbers: Tensor, num_units: int) -> Tensor:
         raise ValueError(f"numbers of active units outside 0 to {num_units - 1}")
     mask[numbers] = True
     return mask
-
-
-def _place_bits(m: int) -> int:
-    return (m - 1).bit_length()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.compact.encoding import stored_bytes
+from megasparse.checkpoint.compact.encoding import FORMS, stored_bytes
 from megasparse.checkpoint.saved_state import KINDS, SparseParameter
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.utils.files import write_json
@@ -40,7 +40,7 @@ class Stored:
     """Sparse layer whose weight it is; None: it is dense."""
     block_size: int = 1
     index: str = ""
-    """Form of the mask: `bits`, `list` or `n:m`."""
+    """Form of the mask: `bits` or `list`."""
     active: int = 0
     """Active units."""
 
@@ -165,6 +165,7 @@ def _check_parameter(name: str, stored: Stored) -> None:
     assert all(isinstance(n, int) and n >= 0 for n in stored.shape), f"{name}: shape {stored.shape}"
     sparse = stored.sparse
     if sparse is not None:
+        assert stored.index in FORMS, f"{name}: a mask of form {stored.index!r}; must be one of {', '.join(FORMS)}"
         assert len(stored.shape) == 2 and stored.block_size >= 1, f"{name}: {stored.shape} of units {stored.block_size}"
         assert not any(n % stored.block_size for n in stored.shape), (
             f"{name}: {stored.shape} of units {stored.block_size}"

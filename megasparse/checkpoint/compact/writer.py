@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megasparse.checkpoint.compact.encoding import (
@@ -37,10 +36,10 @@ from megasparse.checkpoint.saved_state import (
     layers_of,
     sparse_parameters,
 )
-from megasparse.checkpoint.store import CheckpointError, sha256
+from megasparse.checkpoint.store import sha256
+from megasparse.checkpoint.tensor_files import save_tensors
 from megasparse.config.loader import save_config
 from megasparse.config.schema import RunConfig
-from megasparse.sparsity.topology import unpack_bits
 from megasparse.utils.folders import new_folder
 
 INDEX, EVER_BITS = "index", "ever"
@@ -58,15 +57,12 @@ def pack(
 ) -> CompactManifest:
     """Write `saved` into the new folder `output`.
 
-    form: how every mask is stored: `bits`, `list` or `n:m`; None: the smaller of the first two, layer by layer.
+    form: how every mask is stored, `bits` or `list`; None: the smaller of the two, layer by layer.
     companions: further files, such as the tokenizer's, by the names that they get.
-    Raises CheckpointError, and leaves nothing, where `output` is there already, the state is damaged, or a mask does
-    not conform to n:m.
+    Raises CheckpointError, and leaves nothing, where `output` is there already or the state is damaged.
     """
     topology = saved.topology()
     sparse = sparse_parameters(config, saved.shapes, layers_of(topology))
-    if form not in (None, "bits", "list") and not sparse:
-        raise CheckpointError(f"--n-of-m: {form}, and there is no sparse layer")
     with new_folder(output) as folder:
         (folder / "tensors").mkdir()
         save_config(config, folder / CONFIG)
@@ -105,15 +101,10 @@ class _ParameterWriter:
         self, folder: Path, sparse: SparseParameter, active: Tensor, ever: Tensor | None, form: str | None
     ) -> Stored:
         """active, ever: packed bits of the units that are active and that have ever been."""
-        try:
-            mask = unpack_bits(active, sparse.num_units).view(sparse.grid)
-            num_active = int(mask.count_nonzero())
-            form = form or smallest_form(sparse.num_units, num_active)
-            if form not in ("bits", "list") and sparse.block_size > 1:
-                raise ValueError(f"it lies in blocks of {sparse.block_size}, and {form} is a pattern of single weights")
-            tensors = {INDEX: encode_places(mask, form)}
-        except ValueError as error:
-            raise CheckpointError(f"layer {sparse.layer}: {error}") from None
+        mask = sparse.mask(active)
+        num_active = int(mask.count_nonzero())
+        form = form or smallest_form(sparse.num_units, num_active)
+        tensors = {INDEX: encode_places(mask, form)}
         if ever is not None:
             tensors[EVER_BITS] = ever
         kinds = {}
@@ -130,7 +121,7 @@ class _ParameterWriter:
 
     def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         # Mapped tensors may share one storage, which safetensors refuses: take what is asked for, and no more.
-        save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
+        save_tensors({key: _own(tensor) for key, tensor in tensors.items()}, folder / tensor_file(self.name))
 
 
 def _kind(tensor: Tensor, fill: int | None) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Which settings may change when a run goes on from a checkpoint: one table of all fields.
+
+check_resume(load_config([folder / "config.yaml"]), config)         # ConfigError names field, old and new value
+
+What is saved belongs to the fields of `FIXED`: with other values the saved state would not fit, or would mean something
+else. All other fields are in `FREE`: a change takes effect from the next step on, and is announced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import ModelConfig, RunConfig, SparsityConfig
+
+Rule = Callable[[RunConfig, RunConfig], bool]
+"""(configuration that the run was last started with, that of now) -> whether the change must be refused."""
+
+
+def _always(before: RunConfig, after: RunConfig) -> bool:
+    return True
+
+
+def _gains_or_loses_masks(before: RunConfig, after: RunConfig) -> bool:
+    return "dense" in (before.sparsity.algorithm, after.sparsity.algorithm)
+
+
+def _lacks_step_counts(before: RunConfig, after: RunConfig) -> bool:
+    return _counts_steps(after.sparsity) and not _counts_steps(before.sparsity)
+
+
+def _counts_steps(sparsity: SparsityConfig) -> bool:
+    return sparsity.per_weight_step_counts or sparsity.regrowth_warmup_steps > 0
+
+
+def _changes_blocks(before: RunConfig, after: RunConfig) -> bool:
+    """As far as that can be told without the names of the layers; the topology that is loaded tells the rest."""
+    old, new = (
+        [(g.pattern, g.dense, g.block_size) for g in run.sparsity.groups if g.dense or g.block_size]
+        for run in (before, after)
+    )
+    return old != new
+
+
+def _starts_elsewhere(before: RunConfig, after: RunConfig) -> bool:
+    """The folder may have been deleted since, and then the setting is left out."""
+    return after.train.init_from is not None
+
+
+FIXED: dict[str, Rule] = {
+    "run.seed": _always,
+    **{f"model.{name}": _always for name in ModelConfig.model_fields},
+    "train.init_from": _starts_elsewhere,
+    "sparsity.algorithm": _gains_or_loses_masks,
+    "sparsity.block_size": _always,
+    "sparsity.head": _always,
+    "sparsity.low_rank": _always,
+    "sparsity.groups": _changes_blocks,
+    "sparsity.per_weight_step_counts": _lacks_step_counts,
+    "sparsity.regrowth_warmup_steps": _lacks_step_counts,
+}
+
+FREE: dict[str, str] = {
+    "run": "name folder",
+    "attention": "stride stride_offsets phases windows overrides dense_fallback",
+    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path",
+    "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction beta1 beta2 epsilon weight_decay "
+    "gradient_clipping",
+    "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "
+    "valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens sample_prompt profile_steps "
+    "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds replica_check_interval",
+    "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
+    "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
+    "growth_ratio row_floor balance_shards skip_optimizer_on_update lr_density_power lr_density_cap",
+    "kernels": "block_sparse break_even hybrid_attention",
+    "parallel": "tensor_parallel_size sequence_parallel",
+    "deepspeed": "zero_stage offload_optimizer extra",
+}
+"""Names by section."""
+
+
+def check_resume(before: RunConfig, after: RunConfig) -> None:
+    """Raise ConfigError for each field whose change the saved state does not allow, with both values."""
+    found = []
+    for field, refuses in FIXED.items():
+        old, new = (_value(run, field) for run in (before, after))
+        if old != new and refuses(before, after):
+            found.append(f"{field}: {new}, but the run to go on with has {old}; must be {old}, or another run.name")
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _value(config: RunConfig, field: str) -> Any:
+    section, name = field.split(".")
+    value = getattr(getattr(config, section), name)
+    return [group.model_dump(exclude_defaults=True) for group in value] if field == "sparsity.groups" else value

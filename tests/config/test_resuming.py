@@ -1,0 +1,84 @@
+"""Every field of the configuration either may change when a run goes on, or is refused by name with both values."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megasparse.config.loader import ConfigError, describe_fields, load_config
+from megasparse.config.resuming import FIXED, FREE, check_resume
+
+FIELDS = [name for name, *_ in describe_fields()]
+OTHER = {
+    "run.seed": "1",
+    "model.num_layers": "3",
+    "model.hidden_size": "96",
+    "model.num_attention_heads": "6",
+    "model.num_key_value_heads": "4",
+    "model.attention_head_dim": "32",
+    "model.ffn_hidden_size": "64",
+    "model.seq_length": "512",
+    "model.vocab_size": "100",
+    "model.vocab_size_multiple": "32",
+    "model.position_embedding": "rope",
+    "model.rope_theta": "5",
+    "model.rope_scaling": "{type: linear, factor: 2}",
+    "model.normalization": "rmsnorm",
+    "model.normalization_epsilon": "1e-6",
+    "model.activation": "swiglu",
+    "model.bias": "false",
+    "model.qkv_bias": "false",
+    "model.tie_embeddings": "false",
+    "model.init_std": "0.1",
+    "train.init_from": "elsewhere",
+    "sparsity.algorithm": "dense",
+    "sparsity.block_size": "32",
+    "sparsity.head": "true",
+    "sparsity.low_rank": "2",
+    "sparsity.groups": "[{pattern: layers.*, dense: true}]",
+    "sparsity.per_weight_step_counts": "true",
+    "sparsity.regrowth_warmup_steps": "3",
+}
+"""A value of every field of `FIXED` that is not its default."""
+
+
+def test_every_field_stands_in_one_part_of_the_table() -> None:
+    free = [f"{section}.{name}" for section, names in FREE.items() for name in names.split()]
+    assert sorted([*free, *FIXED]) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_what_may_not_change_is_refused_by_name_with_both_values(field: str) -> None:
+    before, after = load_config([]), load_config([], [f"{field}={OTHER[field]}"])
+    check_resume(after, after)
+    section, name = field.split(".")
+    old = [] if field == "sparsity.groups" else getattr(getattr(before, section), name)
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(field)}: .*, but the run .* has {re.escape(str(old))}; must be"
+    ):
+        check_resume(before, after)
+
+
+def test_all_of_them_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_resume(load_config([]), load_config([], ["model.num_layers=3", "run.seed=1"]))
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["run.seed", "model.num_layers"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], ["optimizer.lr=1e-3", "train.steps=2000", "sparsity.density=0.3", "deepspeed.zero_stage=3"]),
+        (["sparsity.algorithm=static"], ["sparsity.algorithm=rigl"]),
+        (["sparsity.per_weight_step_counts=true"], []),
+        (["sparsity.per_weight_step_counts=true"], ["sparsity.regrowth_warmup_steps=4"]),
+        (["train.init_from=elsewhere"], []),
+        (
+            ["sparsity.groups=[{pattern: head, density: 0.5}]"],
+            ["sparsity.groups=[{pattern: head, density: 0.25, growth: random}]"],
+        ),
+    ],
+)
+def test_what_may_change(before: list[str], after: list[str]) -> None:
+    check_resume(load_config([], before), load_config([], after))
