@@ -1,0 +1,163 @@
+"""One try: starts of the run with a fault in one of them, and what came of it.
+
+    attempt = Attempt(laboratory, "kill in a save", number=17, seed=0)
+    attempt.start(prepare=plant_something)          # a start with the fault
+    attempt.finish()                                # a start without, compared with the undisturbed run
+    print(attempt.verdict())
+
+A try is fully determined by kind, number and seed: `attempt.chance` draws all that is left to chance.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comparison import differences, newest_step
+from ranks import Ended, Ranks
+from tiny_run import LAYOUTS, LIMIT_SECONDS, Laboratory, Layout, start
+
+SURVIVED, REFUSED, SILENT, HUNG, TRACEBACK, LOST = "survived", "refused", "silent", "hung", "traceback", "lost"
+BAD = (SILENT, HUNG, TRACEBACK, LOST)
+TAIL_CHARACTERS = 1500
+"""Of what a bad try wrote, in its report."""
+
+SENTENCE_STATUSES = (2, 3, 4)
+"""Exit statuses that come with a sentence: something to mend, a lost peer, unequal masks."""
+BY_FAULT = tuple(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+GOES_ON = re.compile(r"going on from step ([\d,]+)")
+
+
+@dataclass
+class Verdict:
+    """What came of a try."""
+
+    outcome: str
+    reasons: list[str]
+    fault: str
+    """What was done, in words."""
+
+    @property
+    def is_bad(self) -> bool:
+        return self.outcome in BAD
+
+
+@dataclass
+class Attempt:
+    """See the head of this file. check=False: nothing is compared, to show that a comparison is needed."""
+
+    laboratory: Laboratory
+    kind: str
+    number: int
+    seed: int = 0
+    check: bool = True
+    fault: str = ""
+    found: list[tuple[str, str]] = field(default_factory=list)
+    """Outcomes and their reasons, one or more for each start."""
+    texts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(f"{self.seed}/{self.kind}/{self.number}")
+        self.layout: Layout = LAYOUTS[self.number % len(LAYOUTS)]
+        self.folder = self.laboratory.folder / "tries" / f"{self.kind.replace(' ', '-')}-{self.number}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.folder / "runs" / "run"
+
+    @property
+    def golden(self) -> Path:
+        return self.laboratory.golden(self.layout)
+
+    def begin_new(self) -> None:
+        """A working folder without a run."""
+        self.laboratory.new_folder(self.folder)
+
+    def begin_stopped(self, step: int) -> None:
+        """A working folder with the run, stopped after `step`."""
+        shutil.copytree(self.laboratory.stopped(self.layout, step), self.folder)
+
+    def begin_anywhere(self) -> None:
+        """A working folder without a run, or with one that was stopped after 6 steps."""
+        if self.chance.random() < 0.5:
+            self.begin_new()
+        else:
+            self.begin_stopped(6)
+
+    def launch(self, *overrides: str, **options) -> Ranks:
+        """Start the run; ``judge`` takes how it ended."""
+        return start(self.layout, self.folder, *overrides, name=f"output{len(self.texts)}", **options)
+
+    def start(
+        self,
+        *overrides: str,
+        meanwhile: Callable[[Ranks, float], None] = lambda ranks, seconds: None,
+        deaths: bool = False,
+        **options,
+    ) -> Ended:
+        """Start the run and wait for its end. deaths: ranks may die, for that is the fault."""
+        ranks = self.launch(*overrides, **options)
+        try:
+            ended = ranks.wait(LIMIT_SECONDS, lambda seconds: meanwhile(ranks, seconds))
+        finally:
+            ranks.end()
+        self.judge(ended, deaths=deaths)
+        return ended
+
+    def finish(self, *overrides: str, damaged: bool = False, **options) -> Ended:
+        """Start without a fault, to the end, and compare. damaged: checkpoints are, so that older ones may be taken."""
+        newest = newest_step(self.run)
+        ended = self.start(*overrides, **options)
+        self.compare(ended, newest=0 if damaged else newest)
+        return ended
+
+    def compare(self, ended: Ended, *, newest: int = 0) -> None:
+        """Of a start that should have come to the end: its result is that of the undisturbed run, or it was refused."""
+        if any(ended.statuses):
+            return
+        resumed = GOES_ON.search(ended.text)
+        step = int(resumed[1].replace(",", "")) if resumed else 0
+        if step < newest:
+            self.found.append((LOST, f"went on from step {step} although {newest} was committed"))
+        if self.check and (odd := differences(self.run, self.golden)):
+            self.found.append((SILENT, "; ".join(odd[:5])))
+
+    def judge(self, ended: Ended, *, deaths: bool = False) -> None:
+        """What the way in which ranks ended says."""
+        self.texts.append(ended.text)
+        if ended.hung:
+            self.found.append((HUNG, f"ranks or what they started were running after {ended.seconds:.0f} s"))
+            return
+        if "Traceback (most recent call last)" in ended.text or "terminate called" in ended.text:
+            self.found.append((TRACEBACK, _last_line_of_traceback(ended.text)))
+        for rank, (status, text) in enumerate(zip(ended.statuses, ended.outputs, strict=True)):
+            died_of_fault = status in BY_FAULT and (deaths or rank in ended.killed)
+            if status in SENTENCE_STATUSES and re.search("^error", text, re.MULTILINE):
+                if status != 3 or not (deaths or ended.killed):
+                    self.found.append((REFUSED, next(line for line in text.splitlines() if line.startswith("error"))))
+            elif status and not died_of_fault:
+                self.found.append((TRACEBACK, f"rank {rank} ended with status {status} and no sentence"))
+
+    def refused(self) -> bool:
+        return any(outcome == REFUSED for outcome, _ in self.found)
+
+    def verdict(self) -> Verdict:
+        """The worst of what was found."""
+        order = (HUNG, TRACEBACK, LOST, SILENT, REFUSED)
+        outcome = next((one for one in order if any(one == found for found, _ in self.found)), SURVIVED)
+        return Verdict(outcome, [reason for found, reason in self.found if found == outcome], self.fault)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _last_line_of_traceback(text: str) -> str:
+    after = text.partition("Traceback (most recent call last)")[2] or text.partition("terminate called")[2]
+    return next((line for line in after.splitlines()[1:] if line[:1].strip()), "terminate called")
