@@ -27,9 +27,13 @@ BAD = (SILENT, HUNG, TRACEBACK, LOST)
 TAIL_CHARACTERS = 1500
 """Of what a bad try wrote, in its report."""
 
-SENTENCE_STATUSES = (2, 3, 4)
+LOST_PEER_STATUS = 3
+SENTENCE_STATUSES = (2, LOST_PEER_STATUS, 4)
 """Exit statuses that come with a sentence: something to mend, a lost peer, unequal masks."""
-BY_FAULT = tuple(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+BY_FAULT = (
+    *(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
+    128 + signal.SIGINT,
+)
 GOES_ON = re.compile(r"going on from step ([\d,]+)")
 
 
@@ -95,6 +99,10 @@ class Attempt:
         """Start the run; ``judge`` takes how it ended."""
         return start(self.layout, self.folder, *overrides, name=f"output{len(self.texts)}", **options)
 
+    def launch_beside(self) -> Ranks:
+        """Start the run a second time, while it is running."""
+        return start(self.layout, self.folder, name=f"beside{len(self.texts)}")
+
     def start(
         self,
         *overrides: str,
@@ -137,16 +145,16 @@ class Attempt:
             return
         if "Traceback (most recent call last)" in ended.text or "terminate called" in ended.text:
             self.found.append((TRACEBACK, _last_line_of_traceback(ended.text)))
-        for rank, (status, text) in enumerate(zip(ended.statuses, ended.outputs, strict=True)):
-            died_of_fault = status in BY_FAULT and (deaths or rank in ended.killed)
-            if status in SENTENCE_STATUSES and re.search("^error", text, re.MULTILINE):
-                if status != 3 or not (deaths or ended.killed):
-                    self.found.append((REFUSED, next(line for line in text.splitlines() if line.startswith("error"))))
-            elif status and not died_of_fault:
+        # What all ranks find alike is said by the first one alone.
+        sentence = re.search("^error.*", ended.text, re.MULTILINE)
+        for rank, status in enumerate(ended.statuses):
+            is_of_fault = deaths or rank in ended.killed
+            if status in SENTENCE_STATUSES and sentence:
+                # That a peer was lost is no refusal where the fault was its death.
+                if status != LOST_PEER_STATUS or not (deaths or ended.killed):
+                    self.found.append((REFUSED, sentence[0]))
+            elif status and not (status in BY_FAULT and is_of_fault):
                 self.found.append((TRACEBACK, f"rank {rank} ended with status {status} and no sentence"))
-
-    def refused(self) -> bool:
-        return any(outcome == REFUSED for outcome, _ in self.found)
 
     def verdict(self) -> Verdict:
         """The worst of what was found."""

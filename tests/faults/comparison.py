@@ -26,8 +26,9 @@ def differences(run: Path, golden: Path) -> list[str]:
 
 
 def newest_step(run: Path) -> int:
-    """Of the newest folder that looks like a checkpoint; 0: there is none."""
-    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-[0-9]*[0-9]")), default=0)
+    """Of the newest checkpoint that was committed; 0: there is none."""
+    found = (index.parent for index in (run / "checkpoints").glob("step-*/index.json"))
+    return max((int(path.name[5:]) for path in found if path.name[5:].isdigit() and not path.is_symlink()), default=0)
 
 
 def _of_checkpoints(run: Path, golden: Path) -> list[str]:
@@ -37,8 +38,14 @@ def _of_checkpoints(run: Path, golden: Path) -> list[str]:
     mine, other = (folder / "checkpoints" / f"step-{step:08d}" for folder in (run, golden))
     names = {path.name for folder in (mine, other) for path in folder.iterdir()} - {"index.json"}
     found = [text for name in sorted(names) for text in _of_bytes(mine / name, other / name)]
-    first, second = (_without_clock(json.loads((folder / "index.json").read_text())["content"]) for folder in (mine, other))
+    first, second = (
+        _without_clock(json.loads((folder / "index.json").read_text())["content"]) for folder in (mine, other)
+    )
     return found + [f"index.json: {key} differs" for key in sorted(first) if first[key] != second.get(key)]
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    return _without_clock(json.loads((folder / "index.json").read_text(encoding="utf-8"))["content"])
 
 
 def _of_bytes(mine: Path, other: Path) -> list[str]:

@@ -83,8 +83,9 @@ def attempt(laboratory: Laboratory, kind: str, number: int, arguments: argparse.
 def report(one: Attempt, verdict: Verdict) -> str:
     """Of a try: how to repeat it, what was found, and the end of what it wrote."""
     texts = "\n".join(f"--- start {number + 1} ---\n{text[-TAIL_CHARACTERS:]}" for number, text in enumerate(one.texts))
+    again = f'python tests/faults/drive.py --kind "{one.kind}" --try {one.number} --seed {one.seed}'
     return (
-        f'=== {verdict.outcome}: python tests/faults/drive.py --kind "{one.kind}" --try {one.number} --seed {one.seed}\n'
+        f"=== {verdict.outcome}: {again}\n"
         f"{one.layout.name}: {verdict.fault}\n" + "\n".join(verdict.reasons) + f"\n{texts}\n==="
     )
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import disks
+import files
 import moments
+import numbers_gone_wrong
+import other_runs
 from attempt import Attempt
 
 KINDS: dict[str, Callable[[Attempt], None]] = {
@@ -19,5 +23,22 @@ KINDS: dict[str, Callable[[Attempt], None]] = {
     "signal at the end": moments.signal_in(moments.OF_THE_END),
     "signal at any time": moments.signal_at_any_time,
     "Ctrl-C twice": moments.signal_twice,
+    "flipped byte": files.in_checkpoints(files.flip_byte),
+    "zeroed page": files.in_checkpoints(files.zero_page),
+    "truncated file": files.in_checkpoints(files.truncate),
+    "file of another step": files.in_checkpoints(files.take_other_step),
+    "missing file": files.in_checkpoints(files.remove),
+    "damaged file of the run": files.damaged_run_file,
+    "damaged lines": files.damaged_lines,
+    "stray names": files.stray_names,
+    "power cut": disks.power_cut,
+    "disk full": disks.disk_full,
+    "read-only disk": disks.read_only,
+    "folder deleted": disks.folder_deleted,
+    "NaN in a gradient": numbers_gone_wrong.nan_gradient,
+    "mask bit": numbers_gone_wrong.mask_bit,
+    "ranks that differ": other_runs.ranks_that_differ,
+    "data replaced": other_runs.data_replaced,
+    "two runs at once": other_runs.two_runs,
 }
 SELECTED: list[tuple[str, int]] = []

@@ -1,6 +1,6 @@
 """What is planted in a rank before it runs: something happens at a chosen call of a function of the product.
 
-    at_call("megasparse.training.checkpoints:write_part", 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+at_call("megasparse.training.checkpoints:write_part", 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 
 def wrap(target: str, wrapper: Callable[..., Any]) -> None:
-    """Put ``wrapper(original, *arguments)`` in the place of a function. target: `module:name` or `module:Class.name`, as
-    its callers see it."""
+    """Put ``wrapper(original, *arguments)`` in the place of a function.
+
+    target: `module:name` or `module:Class.name`, as its callers see it.
+    """
     module, _, name = target.partition(":")
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:
         owner = getattr(owner, part)
     original = getattr(owner, last)
-    if isinstance(vars(owner).get(last) if path else None, staticmethod):
-        raise AssertionError(f"{target} is a static method")
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         return wrapper(original, *arguments, **named)

@@ -26,7 +26,7 @@ from ports import port_of, reserve_port
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
-LAUNCHER_GRACE_SECONDS = 2.0
+LAUNCHER_GRACE_SECONDS = 0.5
 """Between the SIGTERM and the SIGKILL of a launcher of which one rank has failed."""
 
 POLL_SECONDS = 0.005
@@ -65,7 +65,7 @@ def import_all() -> None:
     import megasparse.utils.streams
 
     torch.set_num_threads(1)
-    assert deepspeed and megasparse
+    assert deepspeed.ops.__compatible_ops__ and megasparse
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread has been started: forked ranks would miss it"
     gc.freeze()
 

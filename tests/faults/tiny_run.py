@@ -13,8 +13,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import write_corpus
 from ranks import Ranks, start_ranks
+from runs import write_corpus
 
 STEPS, SAVE_INTERVAL = 12, 2
 LIMIT_SECONDS = 90.0
@@ -128,10 +128,10 @@ class Laboratory:
         return folder
 
 
-def start(layout: Layout, folder: Path, *overrides: str, of_rank: dict[int, list[str]] | None = None, **options) -> Ranks:
+def start(
+    layout: Layout, folder: Path, *overrides: str, of_rank: dict[int, list[str]] | None = None, **options
+) -> Ranks:
     """Start the run in a working folder. overrides: settings of all ranks; of_rank: of some."""
     words = [*SETTINGS, *layout.settings(), *overrides]
     commands = [[*words, *(of_rank or {}).get(rank, [])] for rank in range(layout.ranks)]
     return start_ranks(commands, folder, **options)
-
-
