@@ -39,6 +39,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, where missing; they survive a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_files(folder: Path, pattern: str) -> None:
+    """Makes what has been written to the files of these names in a folder durable."""
+    for path in folder.glob(pattern):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    sync_folder(folder)
+
+
 def write_at_once(path: Path, content: str | bytes) -> None:
     """Writes or replaces a whole file atomically, text as UTF-8; makes the folder where missing.
 
@@ -46,7 +65,7 @@ def write_at_once(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""Disks that fail: a power cut, a disk that is full or read-only, a run folder that is deleted, a damaged kernel cache."""
+"""Disks that fail: a power cut, a disk that is full or read-only, a run folder that is deleted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "symlink")
 
 
 def power_cut(attempt: Attempt) -> None:
-    """At a moment of a save or at any time: what was not flushed is lost, or is not. All that was committed is there."""
+    """At a moment of a save, or after the end: what was not flushed is lost, or is not. What was committed is there."""
     chance = attempt.chance
     attempt.begin_new()
     recorder = Recorder(attempt.folder / "runs", attempt.folder / "flushed")
@@ -121,6 +121,8 @@ class FailingDisk:
     def __init__(self, folder: Path, number: int, first: int, last: int) -> None:
         self._folder, self._number, self._first, self._last = str(folder), number, first, last
         self._writes = 0
+        self._raw: set[int] = set()
+        """Descriptors of files below the folder."""
 
     def install(self) -> None:
         original = io.open
@@ -139,9 +141,19 @@ class FailingDisk:
         def opened_raw(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and self._is_below(path):
                 self.write(path)
+                own = original_open(path, flags, *arguments, **named)
+                self._raw.add(own)
+                return own
             return original_open(path, flags, *arguments, **named)
 
-        os.open = opened_raw
+        original_write = os.write
+
+        def written_raw(own: int, content: Any) -> int:
+            if own in self._raw:
+                self.write(os.readlink(f"/proc/self/fd/{own}"))
+            return original_write(own, content)
+
+        os.open, os.write = opened_raw, written_raw
 
     def write(self, path: Any) -> None:
         """Count a write, and let it fail where it is its turn."""
