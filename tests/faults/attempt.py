@@ -80,6 +80,11 @@ class Attempt:
     def golden(self) -> Path:
         return self.laboratory.golden(self.layout)
 
+    def random_time(self, first: float = 0.0) -> float:
+        """Seconds after a start, up to the end of an undisturbed run; first: the part of it that is left out."""
+        assert self.golden
+        return self.chance.uniform(first, 1.1) * self.laboratory.start_seconds
+
     def begin_new(self) -> None:
         """A working folder without a run."""
         self.laboratory.new_folder(self.folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 from attempt import LOST, SILENT, Attempt
 from comparison import newest_step
-from moments import OF_A_SAVE, RUN_SECONDS
+from moments import OF_A_SAVE
 from planted import at_call, wrap
 from power import Recorder, cut_power
 from ranks import Ranks
@@ -30,15 +30,15 @@ def power_cut(attempt: Attempt) -> None:
     attempt.begin_new()
     recorder = Recorder(attempt.folder / "runs", attempt.folder / "flushed")
     target = chance.choice(list(OF_A_SAVE))
-    call, rank, when = chance.randint(1, OF_A_SAVE[target]), chance.randrange(attempt.layout.ranks), "before"
-    attempt.fault = f"power cut {when} call {call} of {target} of rank {rank}, or at the end"
+    call, rank = chance.randint(1, OF_A_SAVE[target]), chance.randrange(attempt.layout.ranks)
+    attempt.fault = f"power cut before call {call} of {target} of rank {rank}, or at the end"
     cut = attempt.folder / "cut"
 
     def prepare(own: int) -> None:
         recorder.record_in_this_process()
         wrap("megasparse.checkpoint.store:CheckpointStore.commit", _marked(attempt.folder / "committed"))
         if own == rank:
-            at_call(target, call, cut.touch, when=when)
+            at_call(target, call, cut.touch)
 
     def watch(ranks: Ranks, _: float) -> None:
         if cut.exists():
@@ -68,7 +68,7 @@ def folder_deleted(attempt: Attempt) -> None:
     """At any time: noticed with a sentence, or, before the run has begun there, without consequence."""
     chance = attempt.chance
     attempt.begin_new()
-    at, gone = chance.uniform(0.5, RUN_SECONDS), [chance.choice(["runs/run", "runs/run/checkpoints"])]
+    at, gone = attempt.random_time(0.2), [chance.choice(["runs/run", "runs/run/checkpoints"])]
     attempt.fault = f"{gone[0]} is deleted after {at:.2f} s"
     path = attempt.folder / gone[0]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import disks
 import files
+import kernel_cache
 import moments
 import numbers_gone_wrong
 import other_runs
@@ -35,6 +36,7 @@ KINDS: dict[str, Callable[[Attempt], None]] = {
     "disk full": disks.disk_full,
     "read-only disk": disks.read_only,
     "folder deleted": disks.folder_deleted,
+    "damaged kernel cache": kernel_cache.damaged_cache,
     "NaN in a gradient": numbers_gone_wrong.nan_gradient,
     "mask bit": numbers_gone_wrong.mask_bit,
     "ranks that differ": other_runs.ranks_that_differ,

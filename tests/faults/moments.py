@@ -60,8 +60,6 @@ OF_A_START: Moments = {
 OF_THE_END: Moments = {f"{RUN}:summarise": 1, f"{RUN}:_leave_sample": 1, f"{RUN}:write_json": 2}
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-RUN_SECONDS = 3.0
-"""About how long a start takes, on a machine that is not too busy."""
 
 
 def kill_in(moments: Moments) -> Callable[[Attempt], None]:
@@ -103,7 +101,7 @@ def signal_at_any_time(attempt: Attempt) -> None:
 def signal_twice(attempt: Attempt) -> None:
     """Ctrl-C for all, and again shortly after: the second one interrupts at once."""
     attempt.begin_anywhere()
-    first = attempt.chance.uniform(0, RUN_SECONDS)
+    first = attempt.random_time()
     times = [first, first + attempt.chance.uniform(0, 0.2)]
 
     def send(ranks: Ranks, seconds: float) -> None:
@@ -139,7 +137,7 @@ def _planted(attempt: Attempt, moments: Moments, numbers: tuple[signal.Signals, 
 
 def _at_random_time(attempt: Attempt, numbers: tuple[signal.Signals, ...]) -> Callable[[Ranks, float], None]:
     chance = attempt.chance
-    at, number = chance.uniform(0, RUN_SECONDS), chance.choice(numbers)
+    at, number = attempt.random_time(), chance.choice(numbers)
     hit = list(range(attempt.layout.ranks)) if chance.random() < 0.5 else [chance.randrange(attempt.layout.ranks)]
     attempt.fault = f"{number.name} to ranks {hit} after {at:.3f} s"
 

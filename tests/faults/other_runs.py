@@ -64,7 +64,7 @@ def data_replaced(attempt: Attempt) -> None:
 def two_runs(attempt: Attempt) -> None:
     """A second start while the first one trains: it is refused, and the first one does not notice."""
     attempt.begin_anywhere()
-    at = attempt.chance.uniform(0, 2.5)
+    at = attempt.random_time()
     attempt.fault = f"a second start after {at:.2f} s"
     second: list[Ranks] = []
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ def import_all() -> None:
     import megasparse.training.run
     import megasparse.utils.streams
 
+    # Drawing the page takes longer than the run, and comes when all is saved.
+    report = types.ModuleType("megasparse.reporting.report")
+    report.write_report = lambda folder: folder / "report.html"
+    sys.modules[report.__name__] = report
     torch.set_num_threads(1)
     assert deepspeed.ops.__compatible_ops__ and megasparse
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread has been started: forked ranks would miss it"
@@ -191,7 +196,6 @@ def _be_rank(rank, words, folder, output, variables, prepare) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update({key: str(value) for key, value in variables.items()})
         sys.argv = [str(ENTRY), *words]
-        _leave_out_report()
         prepare(rank)
         runpy.run_path(str(ENTRY), run_name="__main__")
     except SystemExit as error:
@@ -206,10 +210,3 @@ def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _leave_out_report() -> None:
-    """Drawing the page takes longer than the run, and comes when all is saved."""
-    import megasparse.reporting.report
-
-    megasparse.reporting.report.write_report = lambda folder: folder / "report.html"
