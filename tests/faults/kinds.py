@@ -43,4 +43,19 @@ KINDS: dict[str, Callable[[Attempt], None]] = {
     "data replaced": other_runs.data_replaced,
     "two runs at once": other_runs.two_runs,
 }
-SELECTED: list[tuple[str, int]] = []
+SELECTED: list[tuple[str, int]] = [
+    ("kill in a save", 0),
+    ("kill in a step", 11),
+    ("signal in a step", 7),
+    ("signal in a save", 18),
+    ("signal in a start", 7),
+    ("power cut", 7),
+    ("flipped byte", 7),
+    ("zeroed page", 7),
+    ("truncated file", 7),
+    ("file of another step", 7),
+]
+"""Kinds that are cheap, and the numbers of tries. Most are of the layout of one rank, whose starts cost one second."""
+
+PROOF = ("file of another step", 62)
+"""Weights of step 4 under the index of step 6: a run that compares no checksums goes on from them."""

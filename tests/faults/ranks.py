@@ -193,7 +193,9 @@ def _be_rank(rank, words, folder, output, variables, prepare) -> None:
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, 1)
         os.dup2(target, 2)
+        # As Python sets them, whatever the driver was started with.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.update({key: str(value) for key, value in variables.items()})
         sys.argv = [str(ENTRY), *words]
         prepare(rank)
