@@ -49,7 +49,9 @@ class CheckpointStore:
 
         Raises OSError where the run folder, which holds all checkpoints, is not there.
         """
-        self.folder.mkdir(exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            sync_folder(self.folder.parent)
         self.clear()
         self.partial(step).mkdir()
         return self.partial(step)

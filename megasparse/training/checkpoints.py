@@ -31,7 +31,7 @@ from megasparse.launching.failures import MaskError
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
-from megasparse.utils.files import describe_failure
+from megasparse.utils.files import describe_failure, sync_files
 
 MESSAGE_BYTES = 1000
 """Of a message that ranks tell each other, at most."""
@@ -257,6 +257,8 @@ class Checkpointer:
                 self._copied.set()
             write_part(self.store.partial(index.step), self._mesh.rank, content)
             if self._mesh.is_first:
+                # Of what goes on from here no line of metrics may be missing after a power cut.
+                sync_files(self.store.folder.parent, "*.jsonl")
                 commit(self.store, index, self._mesh.world_size, self._config.train.distributed_timeout_seconds)
         except Exception as error:
             self._fail(error)

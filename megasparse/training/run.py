@@ -57,7 +57,7 @@ from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
-from megasparse.utils.files import describe_failure, write_at_once, write_json
+from megasparse.utils.files import describe_failure, make_folders, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 DENSITY_DIFFERENCE = 5e-4
@@ -368,7 +368,7 @@ def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note:
 def _write_start(prepared: Prepared, config: RunConfig) -> None:
     """config: with what the ranks have agreed on."""
     folder = prepared.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     save_config(config, folder / "config.yaml")
     write_json(folder / "plan.json", prepared.plan)
     write_json(folder / RECORD, prepared.record)

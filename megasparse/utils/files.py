@@ -77,6 +77,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folders(folder: Path) -> None:
+    """Makes a folder, and those above it, where missing; they survive a power cut."""
+    if not folder.is_dir():
+        make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_files(folder: Path, pattern: str) -> None:
+    """Makes what has been written to the files of these names in a folder durable."""
+    for path in folder.glob(pattern):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    sync_folder(folder)
+
+
 def write_at_once(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
     """Writes or replaces a whole file atomically, text as UTF-8.
 
@@ -86,7 +105,7 @@ def write_at_once(path: Path, content: str | bytes, *, make_folder: bool = True)
     if isinstance(content, str):
         content = content.encode("utf-8")
     if make_folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with new_file(temporary) as file:
