@@ -96,7 +96,7 @@ class Trainer:
             self._judge(step)
             step.beat("topology")
             with seconds.part("topology"):
-                for hook in () if step.skipped else (*self.methods, *self.callbacks):
+                for hook in () if step.skipped else (*self.callbacks, *self.methods):
                     hook.after_backward(step)
             step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer)
             step.beat("optimizer")
