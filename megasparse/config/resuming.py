@@ -64,12 +64,13 @@ FIXED: dict[str, Rule] = {
 FREE: dict[str, str] = {
     "run": "name folder",
     "attention": "stride stride_offsets phases windows overrides dense_fallback",
-    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path",
+    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path "
+    "allow_changed",
     "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction beta1 beta2 epsilon weight_decay "
     "gradient_clipping",
     "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "
     "valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens sample_prompt profile_steps "
-    "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds replica_check_interval",
+    "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds skip_step_sigma max_skipped_steps",
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio row_floor balance_shards skip_optimizer_on_update lr_density_power lr_density_cap",

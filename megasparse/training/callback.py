@@ -87,7 +87,7 @@ class Callback:
     def after_backward(self, step: Step) -> None:
         """After the last backward pass of the step; gradients are averaged over the ranks and not yet clipped. Methods
         come after all other callbacks: until then nothing of the step before has changed. Not called for a step that is
-        skipped because of its gradients."""
+        skipped because of its gradients, in which nothing changes."""
 
     def after_step(self, step: Step) -> None:
         """After the optimizer step; the state of training counts it as finished."""
