@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megasparse.config.loader import ConfigError
+from megasparse.utils.files import make_folders
 
 LOCK = "run.lock"
 LEASE_SECONDS = 120.0
@@ -77,7 +78,7 @@ def owner_of(folder: Path) -> str | None:
 
 def _try_lock(path: Path, note: Callable[[str], None]) -> int | None:
     """An open file that is locked; None where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:
