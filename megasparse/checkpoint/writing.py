@@ -1,7 +1,8 @@
 """Puts checkpoints on disk: each rank its own file, rank 0 the index.
 
 snapshot = HostCopy(engine)                              # once per run; keeps its memory
-tensors = snapshot.take({"method/topology/active/head": bits})
+copy = snapshot.begin({"method/topology/active/head": bits})
+tensors = copy()                                         # perhaps in a thread, before anything changes
 write_part(partial, rank=3, tensors)                     # every rank, perhaps in a thread
 commit(store, index, world_size=4, timeout=1800)         # rank 0, when it has written its own part
 
@@ -28,7 +29,7 @@ from megasparse.checkpoint.saved_state import ITEM_BYTES, WEIGHT, SavedState
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.parallel import shard_spec_of
+from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.utils.files import write_at_once, write_json
 
 POLL_SECONDS = 0.02
@@ -42,6 +43,18 @@ class RankTensors:
     runs: dict[str, list[Run]]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a parameter's weights or moments that a rank writes, as the engine holds them."""
+
+    key: str
+    """`<kind>/<parameter>`."""
+    spec: ShardSpec
+    start: int
+    """Position of the first entry in the rank's shard."""
+    entries: Tensor
+
+
 class HostCopy:
     """Copies a rank's part of the training state to the host, into memory that is kept for the next time."""
 
@@ -49,20 +62,28 @@ class HostCopy:
         self._engine = engine
         self._memory: dict[str, Tensor] = {}
 
+    def begin(self, others: Mapping[str, Tensor]) -> Callable[[], RankTensors]:
+        """What makes the copy of the state, and of `others` by name: it may be called in a thread, and must have
+        returned before weights or moments change. Every rank calls it; nothing is sent between ranks."""
+        pieces = list(self._pieces())
+        return lambda: self._copy(pieces, others)
+
     @torch.no_grad()
-    def take(self, others: Mapping[str, Tensor]) -> RankTensors:
-        """The state as it is now, and `others` by name; every rank calls it. Nothing is sent between ranks."""
-        tensors, runs = {}, {}
-        for key, pieces in self._pieces():
-            total = sum(run.numel for run, _ in pieces)
+    def _copy(self, pieces: list[_Piece], others: Mapping[str, Tensor]) -> RankTensors:
+        tensors: dict[str, Tensor] = {}
+        runs: dict[str, list[Run]] = {}
+        rank = self._engine.mesh.tensor_parallel.rank
+        for piece in pieces:
+            key, total = piece.key, piece.entries.numel()
             memory = self._memory.get(key)
-            if memory is None or memory.numel() != total or memory.dtype != pieces[0][1].dtype:
-                memory = self._memory[key] = torch.empty(total, dtype=pieces[0][1].dtype)
-            at = 0
-            for run, entries in pieces:
+            if memory is None or memory.numel() != total or memory.dtype != piece.entries.dtype:
+                memory = self._memory[key] = torch.empty(total, dtype=piece.entries.dtype)
+            at, runs[key] = 0, []
+            for run, entries in split(piece.spec, rank, piece.start, piece.entries, band_count(piece.spec)):
                 memory[at : at + run.numel].copy_(entries)
                 at += run.numel
-            tensors[key], runs[key] = memory, [run for run, _ in pieces]
+                runs[key].append(run)
+            tensors[key] = memory
         return RankTensors(tensors | {name: tensor.cpu() for name, tensor in others.items()}, runs)
 
     def parameters(self) -> dict[str, SavedParameter]:
@@ -76,8 +97,8 @@ class HostCopy:
         every = self._engine.model.named_parameters(remove_duplicate=False)
         return {alias: names[parameter] for alias, parameter in every if alias != names[parameter]}
 
-    def _pieces(self) -> Iterator[tuple[str, list[tuple[Run, Tensor]]]]:
-        """What this rank is the one to write, by `<kind>/<parameter>`."""
+    def _pieces(self) -> Iterator[_Piece]:
+        """What this rank is the one to write."""
         mesh = self._engine.mesh
         for name, parameter in self._engine.model.named_parameters():
             spec, access = shard_spec_of(parameter), self._engine.access({name: parameter})
@@ -90,11 +111,10 @@ class HostCopy:
                 # Each data-parallel rank holds everything: they share the writing.
                 rank, size = mesh.data_parallel.rank, mesh.data_parallel.size
                 first, last = fragment.numel * rank // size, fragment.numel * (rank + 1) // size
-            for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
-                own = flat.reshape(-1)[first:last]
-                pieces = split(spec, mesh.tensor_parallel.rank, fragment.start + first, own, band_count(spec))
-                if pieces:
-                    yield f"{kind}/{name}", pieces
+            if first < last:
+                for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
+                    own = flat.detach().reshape(-1)[first:last]
+                    yield _Piece(f"{kind}/{name}", spec, fragment.start + first, own)
 
 
 def write_part(partial: Path, rank: int, content: RankTensors) -> None:

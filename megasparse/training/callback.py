@@ -80,7 +80,8 @@ class Callback:
         """Before the forward passes."""
 
     def after_backward(self, step: Step) -> None:
-        """After the last backward pass of the step; gradients are averaged over the ranks and not yet clipped."""
+        """After the last backward pass of the step; gradients are averaged over the ranks and not yet clipped. Methods
+        come after all other callbacks: until then nothing of the step before has changed."""
 
     def after_step(self, step: Step) -> None:
         """After the optimizer step; the state of training counts it as finished."""

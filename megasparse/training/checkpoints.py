@@ -3,7 +3,8 @@
     checkpointer = Checkpointer(folder, config, mesh, engine, methods)
     found = checkpointer.restore()             # the newest good one, whatever layout wrote it
     with checkpointer:
-        checkpointer.save(state)               # copies the state to the host; a thread writes it
+        checkpointer.save(state)               # a thread copies the state to the host and writes it
+        checkpointer.wait_for_copy()           # before weights or moments change
         checkpointer.finish()                  # waits for the thread
 
 ``Checkpointing`` is the callback that saves where it is due.
@@ -15,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class Checkpointer:
         self._config, self._mesh, self._engine, self._methods = config, mesh, engine, methods
         self._copy = HostCopy(engine)
         self._thread: Thread | None = None
+        self._copied = Event()
         self._step = 0
         self._failure: FailedSave | None = None
 
@@ -80,7 +82,8 @@ class Checkpointer:
             self._join()
 
     def save(self, state: TrainState) -> None:
-        """Begin a checkpoint of the finished step; every rank calls it. Training may go on when it returns: a thread
+        """Begin a checkpoint of the finished step; every rank calls it. The next step may begin when it returns, and
+        change weights after ``wait_for_copy``: a thread copies the state, during the forward and backward passes, and
         writes the copy. Waits for the checkpoint before, whose failure is to be asked for first.
 
         Raises ReplicaMismatchError, before anything is written, where ranks hold different masks.
@@ -104,12 +107,18 @@ class Checkpointer:
         losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
         # A copy: it must hold still while training goes on.
         index = self._index(TrainState.from_dict(state.to_dict()), losses)
-        content = self._copy.take({name: tensor.clone() for name, tensor in others.items()})
+        copy = self._copy.begin({name: tensor.clone() for name, tensor in others.items()})
         if self._mesh.agree_any(failure is not None):
             self._fail(failure or CheckpointError("rank 0 could not begin a checkpoint"))
             return
-        self._thread = Thread(target=self._write, args=(content, index), name="checkpoint", daemon=True)
+        self._copied.clear()
+        self._thread = Thread(target=self._write, args=(copy, index), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Wait until weights and moments may change."""
+        if self._thread is not None:
+            self._copied.wait()
 
     def failure(self, *, wait: bool = False) -> FailedSave | None:
         """The last save, where it has failed as far as this rank knows; told once. wait: until it has ended."""
@@ -240,9 +249,13 @@ class Checkpointer:
             aliases=self._copy.aliases(),
         )
 
-    def _write(self, content: RankTensors, index: Index) -> None:
+    def _write(self, copy: Callable[[], RankTensors], index: Index) -> None:
         """In the thread."""
         try:
+            try:
+                content = copy()
+            finally:
+                self._copied.set()
             write_part(self.store.partial(index.step), self._mesh.rank, content)
             if self._mesh.is_first:
                 # Of what goes on from here no line of metrics may be missing after a power cut.
@@ -295,6 +308,9 @@ class Checkpointing(Callback):
     ) -> None:
         self._checkpointer, self._interval, self._state = checkpointer, interval, state
         self._note, self._beat, self._saved_step, self._saved = note, beat, state.step, False
+
+    def after_backward(self, step: Step) -> None:
+        self._checkpointer.wait_for_copy()
 
     def after_step(self, step: Step) -> None:
         self._tell(self._checkpointer.failure())

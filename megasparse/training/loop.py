@@ -88,7 +88,7 @@ class Trainer:
             flops = self._flops.step(step.work, running_kernels(engine.model))
             step.beat("topology")
             with seconds.part("topology"):
-                for hook in (*self.methods, *self.callbacks):
+                for hook in (*self.callbacks, *self.methods):
                     hook.after_backward(step)
             step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer)
             step.beat("optimizer")

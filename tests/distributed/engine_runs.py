@@ -217,6 +217,7 @@ def run_interrupted(mesh: Mesh, config: RunConfig, folder: Path, stop: int) -> d
     advance(mesh, engine, controller, 0, stop)
     checkpointer = Checkpointer(folder, config, mesh, engine, engine.rules)
     checkpointer.save(TrainState(step=stop))
+    checkpointer.wait_for_copy()
     # What is saved is the state of this step, although training goes on before it is written.
     outcome = {}
     for name in ("uninterrupted", "resumed"):

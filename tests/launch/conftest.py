@@ -18,5 +18,5 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two ranks with accumulation, from step 0 to the end in one go; nobody writes to it."""
     folder = tmp_path_factory.mktemp("straight")
-    run(command(corpus, folder, "run.name=straight"))
+    run(command(corpus, folder, "run.name=straight", launcher="deepspeed"))
     return folder / "straight"

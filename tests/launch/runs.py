@@ -63,14 +63,17 @@ def write_corpus(folder: Path, num_documents: int = 40) -> Path:
     return prefix
 
 
-def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    """The command line of a run: `deepspeed launch/pretrain.py ...` on so many ranks."""
+def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2, launcher: str = "ranks") -> list[str]:
+    """The command line of a run of the entry script on so many ranks, started by `deepspeed` or by ``ranks.py``."""
     settings = [*TINY, f"data.train=[{{path: {corpus}}}]", f"run.folder={folder}", *overrides]
     entry = str(REPOSITORY / "launch" / "pretrain.py")
     if ranks == 1:
         return [sys.executable, entry, *settings]
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", FREE_PORT, entry, *settings]
+    if launcher == "ranks":
+        return [sys.executable, str(Path(__file__).with_name("ranks.py")), str(ranks), FREE_PORT, entry, *settings]
+    assert launcher == "deepspeed", launcher
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    return [program, "--num_accelerators", str(ranks), "--master_port", FREE_PORT, entry, *settings]
 
 
 def run(

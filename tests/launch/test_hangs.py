@@ -23,7 +23,7 @@ SETTINGS = [
 
 
 def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: Path, tmp_path: Path) -> None:
-    with start(command(corpus, tmp_path, *SETTINGS)) as process:
+    with start(command(corpus, tmp_path, *SETTINGS, launcher="deepspeed")) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
         os.kill(rank_process(process, rank=1), signal.SIGSTOP)
         output, _ = process.communicate(timeout=LIMIT_SECONDS)

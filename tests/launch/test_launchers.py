@@ -26,7 +26,7 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def curve(ranks: int) -> list[tuple]:
         if ranks not in known:
             folder = tmp_path_factory.mktemp("expected")
-            runs.run(runs.command(corpus, folder, *SHORT, ranks=ranks))
+            runs.run(runs.command(corpus, folder, *SHORT, ranks=ranks, launcher="deepspeed"))
             known[ranks] = runs.curve(folder / "run")
             assert [row[0] for row in known[ranks]] == list(range(1, STOP_AFTER + 1))
         return known[ranks]
@@ -140,7 +140,7 @@ def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> N
 def test_ctrl_c_leaves_no_rank(corpus: Path, tmp_path: Path, launcher: str) -> None:
     """Sent to all processes in the foreground, as the terminal does."""
     ranks = 2 if launcher == "deepspeed" else 1
-    arguments = runs.command(corpus, tmp_path, "train.steps=100000", ranks=ranks)
+    arguments = runs.command(corpus, tmp_path, "train.steps=100000", ranks=ranks, launcher="deepspeed")
     if launcher == "torchrun":
         arguments = [beside_python("torchrun"), "--standalone", "--nproc_per_node", "2", *arguments[1:]]
     elif launcher == "mpirun":

@@ -123,7 +123,9 @@ def test_every_layout_makes_the_same_curve_and_topology(
 )
 def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
-    with start(command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks)) as process:
+    with start(
+        command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks, launcher="deepspeed")
+    ) as process:
         wait_for_steps(process, tmp_path / "stopped", 3)
         os.kill(process.pid if ranks == 1 else rank_process(process, rank=1), number)
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
@@ -138,7 +140,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
     corpus: Path, straight: Path, tmp_path: Path
 ) -> None:
     settings = ["run.name=straight", "train.save_interval=4", "train.keep_checkpoints=9"]
-    with start(command(corpus, tmp_path, *settings)) as process:
+    with start(command(corpus, tmp_path, *settings, launcher="deepspeed")) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
         os.kill(rank_process(process, rank=1), signal.SIGKILL)
         # The collectives of the run wait for 1,800 s: it ends because the others are told, not by their time-out.
@@ -158,8 +160,6 @@ def test_a_resumed_run_names_what_was_changed(corpus: Path, straight: Path, tmp_
     assert "train.steps: 24 -> 32" in output and "optimizer.lr: 0.005 -> 0.004" in output
     assert "train.resume" not in output.split("changed since")[1].splitlines()[0]
     assert metrics(tmp_path / "straight")[-1]["step"] == 32
-    shorter = command(corpus, tmp_path, "run.name=straight", "train.resume=auto", "train.steps=20")
-    assert "past the end of the run: train.steps is 20" in run(shorter, expect=2).stdout
 
 
 def test_the_closing_sample_never_decides_how_a_run_ends(corpus: Path, tmp_path: Path) -> None:
@@ -211,12 +211,9 @@ def assert_golden(run_folder: Path, algorithm: str) -> None:
 def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Path, tmp_path: Path) -> None:
     cases = {
         "train.stepz=3": "did you mean steps?",
-        "train.global_batch_size=6": "multiples of 4",
-        "model.hidden_size=72": "sparsity.block_size: 16 does not divide",
         "deepspeed.extra={train_batch_size: 4}": "derived from train.global_batch_size",
         "data.train=[{path: /nowhere/corpus}]": "/nowhere/corpus",
         "sparsity.update_interval=20": "would not become dense again",
-        "train.precision=fp16": "must be",
         "data.train=null": "data.train",
     }
     for override, message in cases.items():
@@ -226,15 +223,17 @@ def test_settings_are_refused_before_anything_starts(corpus: Path, straight: Pat
     assert not list(tmp_path.iterdir()), "a refused run left something behind"
     again = run(command(corpus, straight.parent, "run.name=straight", ranks=1), expect=2)
     assert "holds a run already" in again.stdout
-    wider = command(corpus, straight.parent, "run.name=straight", "train.resume=auto", "model.num_layers=3")
-    assert "model.num_layers is 2 there and 3 here" in run(wider, expect=2).stdout
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(corpus: Path, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "straight")
     before = contents(tmp_path / "straight")
-    for override in ("model.num_layers=3", "train.steps=20", "sparsity.block_size=8"):
-        run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto", override, ranks=2), expect=2)
+    for override, message in {
+        "model.num_layers=3": "model.num_layers is 2 there and 3 here",
+        "train.steps=20": "past the end of the run: train.steps is 20",
+    }.items():
+        refused = run(command(corpus, tmp_path, "run.name=straight", "train.resume=auto", override), expect=2)
+        assert message in refused.stdout, refused.stdout
         assert contents(tmp_path / "straight") == before, override
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megasparse.kernels.common import tables
+from megasparse.kernels.common.compiling import constant_when_compiled
 from megasparse.utils.dtypes import dtype_name
 
 FORMAT = "megasparse-attention-break-even-1"
@@ -78,7 +79,7 @@ def table_problem() -> str | None:
 
 
 # The compiler takes what these two return as a constant: files and caches are nothing that it could trace.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def mask_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> int:
     """Tokens from which `kernel` is no slower than attention with a boolean mask.
 
@@ -91,7 +92,7 @@ def mask_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch
     return row.lengths[0] if limit is None else limit
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> int:
     """Tokens below which dense causal attention was measured to be faster than `kernel`; 0: nowhere."""
     row = _nearest(kernel, pattern, stride, device, dtype, head_dim)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.common.build import build_failure, load_library, no_compiler
+from megasparse.kernels.common.compiling import constant_when_compiled
 from megasparse.kernels.hybrid_attention.operators import Attention, gradients_like, outputs_like, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -31,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::t
 TILE, ROWS, COLUMNS = 24, 6, 16
 
 
-@torch.compiler.assume_constant_result  # it looks for files, which cannot be traced
+@constant_when_compiled  # it looks for files, which cannot be traced
 def why_not(device: str, dtype: torch.dtype, head_dim: int = 0, planned: bool = False) -> str | None:
     """Why the kernel cannot run on a device type with a dtype, at any head dimension; None where it can.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.common import triton_device
+from megasparse.kernels.common.compiling import constant_when_compiled
 from megasparse.kernels.hybrid_attention import gpu_tiles
 from megasparse.kernels.hybrid_attention.gpu_tiles import Launch, Tile, executed_entries, launches, width
 from megasparse.kernels.hybrid_attention.operators import (
@@ -39,7 +40,7 @@ MAX_HEAD_DIM = 128
 
 
 # The compiler takes the answer as a constant: the environment is nothing that it could trace.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not(device: str, dtype: torch.dtype, head_dim: int, planned: bool = False) -> str | None:
     """Why these kernels cannot run on a device type with a dtype and a head dimension; None where they can.
 
