@@ -29,7 +29,9 @@ OF_A_STEP: Moments = {
     "megasparse.monitoring.records:RunRecords.record": 6,
 }
 OF_A_SAVE: Moments = {
-    f"{WRITING}:HostCopy.take": 6,
+    f"{WRITING}:HostCopy.begin": 6,
+    f"{WRITING}:HostCopy._copy": 6,
+    f"{CHECKPOINTS}:Checkpointer.wait_for_copy": 12,
     f"{STORE}:CheckpointStore.begin": 6,
     f"{CHECKPOINTS}:write_part": 6,
     "megasparse.checkpoint.rank_file:_write_tensor": 400,
