@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megasparse.utils.files import make_folder, sync_folder
+from megasparse.utils.files import make_folders, sync_folder
 
 FORMAT = 2
 INDEX = "index.json"
@@ -46,7 +46,7 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """An empty temporary folder to write into; left-overs of interrupted saves are removed."""
-        make_folder(self.folder)
+        make_folders(self.folder)
         for leftover in self._named(PARTIAL):
             shutil.rmtree(leftover)
         self.partial(step).mkdir()

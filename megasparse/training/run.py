@@ -51,7 +51,7 @@ from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
-from megasparse.utils.files import make_folder, write_at_once, write_json
+from megasparse.utils.files import make_folders, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 DENSITY_DIFFERENCE = 5e-4
@@ -312,7 +312,7 @@ def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note:
 
 
 def _write_start(folder: Path, config: RunConfig, plan: dict[str, Any]) -> None:
-    make_folder(folder)
+    make_folders(folder)
     save_config(config, folder / "config.yaml")
     write_json(folder / "plan.json", plan)
 

@@ -39,10 +39,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
+def make_folders(folder: Path) -> None:
     """Makes a folder, and those above it, where missing; they survive a power cut."""
     if not folder.is_dir():
-        make_folder(folder.parent)
+        make_folders(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
 
@@ -65,7 +65,7 @@ def write_at_once(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    make_folder(path.parent)
+    make_folders(path.parent)
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:

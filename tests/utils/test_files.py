@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megasparse.utils.files import make_folder, sync_files, write_at_once, write_json
+from megasparse.utils.files import make_folders, sync_files, write_at_once, write_json
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -62,10 +62,10 @@ def flushed(monkeypatch):
 
 
 def test_new_folders_are_flushed_into_those_that_hold_them(tmp_path, flushed):
-    make_folder(tmp_path / "runs" / "run" / "checkpoints")
+    make_folders(tmp_path / "runs" / "run" / "checkpoints")
     assert flushed == [str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "runs" / "run")]
     flushed.clear()
-    make_folder(tmp_path / "runs")
+    make_folders(tmp_path / "runs")
     assert not flushed
 
 
