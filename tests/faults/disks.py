@@ -14,10 +14,10 @@ from typing import Any
 
 from attempt import LOST, SILENT, Attempt
 from comparison import newest_step
+from forked_ranks import Ranks
 from moments import OF_A_SAVE
 from planted import at_call, wrap
 from power import Recorder, cut_power
-from ranks import Ranks
 from tiny_run import STEPS
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "symlink")

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 
 from attempt import Attempt
+from forked_ranks import Ranks
 from planted import at_call
-from ranks import Ranks
 
 ENGINE = "megasparse.engine.training_engine:TrainingEngine"
 CHECKPOINTS = "megasparse.training.checkpoints"

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ranks import Ranks, start_ranks
+from forked_ranks import Ranks, start_ranks
 from runs import write_corpus
 
 STEPS, SAVE_INTERVAL = 12, 2
