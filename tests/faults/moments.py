@@ -35,7 +35,7 @@ OF_A_SAVE: Moments = {
     f"{STORE}:CheckpointStore.begin": 6,
     f"{CHECKPOINTS}:write_part": 6,
     "megasparse.checkpoint.rank_file:_write_tensor": 400,
-    "megasparse.checkpoint.rank_file:sync_and_close": 6,
+    "os:fsync": 40,
     f"{WRITING}:write_json": 6,
     f"{WRITING}:parse_file": 12,
     f"{WRITING}:write_index": 6,
