@@ -64,8 +64,7 @@ FIXED: dict[str, Rule] = {
 FREE: dict[str, str] = {
     "run": "name folder",
     "attention": "stride stride_offsets phases windows overrides dense_fallback",
-    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path "
-    "allow_changed",
+    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path allow_changed",
     "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction beta1 beta2 epsilon weight_decay "
     "gradient_clipping",
     "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "

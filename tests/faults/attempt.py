@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comparison import differences, newest_step
+from forked_ranks import Ended, Ranks
 from planted import wrap
-from ranks import Ended, Ranks
 from tiny_run import LAYOUTS, LIMIT_SECONDS, Laboratory, Layout, start
 
 SURVIVED, REFUSED, SILENT, HUNG, TRACEBACK, LOST = "survived", "refused", "silent", "hung", "traceback", "lost"

@@ -14,10 +14,10 @@ from typing import Any
 
 from attempt import LOST, SILENT, Attempt
 from comparison import newest_step
+from forked_ranks import Ranks
 from moments import OF_A_SAVE
 from planted import at_call, wrap
 from power import Recorder, cut_power
-from ranks import Ranks
 from tiny_run import STEPS
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "symlink")
@@ -99,7 +99,8 @@ def _failing_disk(attempt: Attempt, number: int) -> None:
         if own == rank:
             FailingDisk(attempt.folder / "runs", number, first, last).install()
 
-    ended = attempt.start(prepare=prepare)
+    # What rank 0 waits for at every save where another rank cannot even say that it has failed.
+    ended = attempt.start("train.distributed_timeout_seconds=15", prepare=prepare)
     if any(ended.statuses):
         attempt.finish()
     else:

@@ -23,8 +23,8 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "launch")]
 
 from attempt import SILENT, TAIL_CHARACTERS, Attempt, Verdict  # noqa: E402
+from forked_ranks import import_all  # noqa: E402
 from kinds import KINDS, PROOF, SELECTED  # noqa: E402
-from ranks import import_all  # noqa: E402
 from table import read_results, table  # noqa: E402
 from tiny_run import Laboratory  # noqa: E402
 

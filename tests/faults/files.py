@@ -84,7 +84,7 @@ def damaged_lines(attempt: Attempt) -> None:
     """A line of metrics or of topology updates: kept or dropped, the user must hear of it."""
     attempt.begin_stopped(STOPPED_AT)
     path = attempt.run / attempt.chance.choice(["metrics.jsonl", "topology.jsonl"])
-    damage = attempt.chance.choice([flip_byte, zero_page, truncate, _add_garbage, _double_a_line, _join_lines])
+    damage = attempt.chance.choice([_spoil_byte, zero_page, truncate, _add_garbage, _join_lines])
     attempt.fault = f"{path.name}: {damage(path, attempt.chance)}"
     # What went wrong beside the lines counts as ever; the lines themselves may be gone where that was said.
     attempt.finish()
@@ -119,11 +119,13 @@ def _add_garbage(path: Path, chance: random.Random) -> str:
     return f"{garbage[:12]!r} at its end"
 
 
-def _double_a_line(path: Path, chance: random.Random) -> str:
-    lines = path.read_text().splitlines(keepends=True)
-    at = chance.randrange(len(lines))
-    path.write_text("".join([*lines[: at + 1], *lines[at:]]))
-    return f"line {at + 1} stands twice"
+def _spoil_byte(path: Path, chance: random.Random) -> str:
+    """So that the line is no UTF-8 any more: another digit would be a line like any other."""
+    content = bytearray(path.read_bytes())
+    at = chance.randrange(len(content))
+    content[at] ^= 128
+    path.write_bytes(content)
+    return f"the highest bit of byte {at} of {len(content)} is flipped"
 
 
 def _join_lines(path: Path, chance: random.Random) -> str:

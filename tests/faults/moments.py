@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 
 from attempt import Attempt
+from forked_ranks import Ranks
 from planted import at_call
-from ranks import Ranks
 
 ENGINE = "megasparse.engine.training_engine:TrainingEngine"
 CHECKPOINTS = "megasparse.training.checkpoints"
@@ -29,11 +29,13 @@ OF_A_STEP: Moments = {
     "megasparse.monitoring.records:RunRecords.record": 6,
 }
 OF_A_SAVE: Moments = {
-    f"{WRITING}:HostCopy.take": 6,
+    f"{WRITING}:HostCopy.begin": 6,
+    f"{WRITING}:HostCopy._copy": 6,
+    f"{CHECKPOINTS}:Checkpointer.wait_for_copy": 12,
     f"{STORE}:CheckpointStore.begin": 6,
     f"{CHECKPOINTS}:write_part": 6,
     "megasparse.checkpoint.rank_file:_write_tensor": 400,
-    "megasparse.checkpoint.rank_file:sync_and_close": 6,
+    "os:fsync": 40,
     f"{WRITING}:write_json": 6,
     f"{WRITING}:parse_file": 12,
     f"{WRITING}:write_index": 6,

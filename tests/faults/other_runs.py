@@ -7,7 +7,7 @@ import re
 
 from attempt import REFUSED, SILENT, Attempt
 from comparison import read_lines
-from ranks import Ranks
+from forked_ranks import Ranks
 from tiny_run import LIMIT_SECONDS
 
 OTHER_SETTINGS = [

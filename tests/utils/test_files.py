@@ -1,10 +1,11 @@
-"""Files are written at once: with the user's permissions, in place of links, and not at all after an error."""
+"""Files are written at once: with the user's permissions, in place of links, and not at all after an error. What is
+flushed survives a power cut."""
 
 import os
 
 import pytest
 
-from megasparse.utils.files import write_at_once, write_json
+from megasparse.utils.files import make_folders, sync_files, write_at_once, write_json
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -45,3 +46,31 @@ def test_what_is_no_json_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "file.json", float("nan"), allow_nan=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """Paths that ``os.fsync`` is called for."""
+    paths, fsync = [], os.fsync
+
+    def noted(handle):
+        paths.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return paths
+
+
+def test_new_folders_are_flushed_into_those_that_hold_them(tmp_path, flushed):
+    make_folders(tmp_path / "runs" / "run" / "checkpoints")
+    assert flushed == [str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "runs" / "run")]
+    flushed.clear()
+    make_folders(tmp_path / "runs")
+    assert not flushed
+
+
+def test_files_of_a_pattern_are_flushed_with_their_names(tmp_path, flushed):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "sample.txt").write_text("text")
+    sync_files(tmp_path, "*.jsonl")
+    assert flushed == [str(tmp_path / "metrics.jsonl"), str(tmp_path)]
