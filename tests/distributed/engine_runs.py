@@ -215,6 +215,7 @@ def run_interrupted(mesh: Mesh, config: RunConfig, folder: Path, stop: int) -> d
     """A run that saves after `stop` steps and goes on, and one that is built anew and goes on from the files."""
     engine, controller = build(mesh, config)
     advance(mesh, engine, controller, 0, stop)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(folder, config, mesh, engine, engine.rules)
     checkpointer.save(TrainState(step=stop))
     checkpointer.wait_for_copy()

@@ -37,6 +37,7 @@ def save_all(mesh: Mesh, layouts: list[Layout], overrides: list[str], folder: Pa
         for step in range(max(PHASES.values()) + STEPS_AFTER):
             for phase, stop in PHASES.items():
                 if step == stop:
+                    (folder / str(layout)).mkdir(parents=True, exist_ok=True)
                     checkpointer = Checkpointer(folder / str(layout) / phase, config, own, engine, engine.rules)
                     checkpointer.save(TrainState(step=stop))
                     checkpointer.finish()

@@ -60,6 +60,7 @@ def save_and_go_on(mesh: Mesh, layout: Layout, overrides: list[str], folder: Pat
     train_on(mesh, engine, controller, 0, STOP)
     state = TrainState(step=STOP, consumed_samples=STOP * 8, last_loss=1 / 3)
     state.window.loss = 1.0 + mesh.data_parallel.rank
+    folder.parent.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(folder, config, mesh, engine, engine.rules)
     checkpointer.save(state)
     checkpointer.finish()

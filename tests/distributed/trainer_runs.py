@@ -70,6 +70,7 @@ def train_run(
 ) -> list[dict[str, Any]]:
     """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
     methods, engine = build_engine(config, config.model.vocab_size, mesh, objective)
+    folder.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
     train_data, valid_data = build_data(config, config.model.vocab_size)
     lines, state = Lines(), checkpointer.restore().state or TrainState()
