@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megasparse.config.loader import ConfigError
-from megasparse.utils.files import make_folders
+from megasparse.utils.files import failures_named, make_folders
 
 LOCK = "run.lock"
 LEASE_SECONDS = 120.0
@@ -57,7 +57,8 @@ def hold_folder(folder: Path, note: Callable[[str], None], lease_seconds: float 
                 )
             time.sleep(POLL_SECONDS)
         try:
-            _write_owner(handle)
+            with failures_named(path):
+                _write_owner(handle)
             yield
         finally:
             _release(handle, path)

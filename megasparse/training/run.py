@@ -154,7 +154,7 @@ def take_folder(prepared: Prepared, held: ExitStack, note: Callable[[str], None]
     except ConfigError as error:
         return str(error)
     except OSError as error:
-        return f"run.folder: {error.filename}: {error.strerror}; must be a folder that can be written"
+        return f"run.folder: {describe_failure(error)}; must be a folder that can be written"
     return None
 
 

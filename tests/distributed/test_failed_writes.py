@@ -56,7 +56,7 @@ def test_a_full_disk_is_named_wherever_a_run_meets_it_and_the_run_goes_on_when_t
     assert ends[-1] == FINISHED and len(ends) > 8
     for end in ends[:-1]:
         assert "No space left on device" in end and str(disk) in end and "\n" not in end, end
-    for place in ("config.yaml", "checkpoint of step"):
+    for place in ("run.lock", "checkpoint of step"):
         assert any(place in end for end in ends), (place, ends)
     assert all(goes_on for _, goes_on in found), found
 
