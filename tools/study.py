@@ -74,5 +74,9 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="print what every arm costs and the time; run nothing")
     options = parser.parse_args()
     status: list[int] = []
-    failed = run_tool("study", lambda: status.append(main(options)))
+    try:
+        failed = run_tool("study", lambda: status.append(main(options)))
+    except KeyboardInterrupt:
+        # Before any run was started.
+        sys.exit(130)
     sys.exit(failed or status[0])

@@ -31,6 +31,7 @@ from megasparse.utils.format import format_decimal, format_seconds
 
 POLL_SECONDS = 0.1
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: the signal to a process when its parent dies."""
 
@@ -154,4 +155,4 @@ class Crew:
 
 def _end_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

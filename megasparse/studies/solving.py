@@ -85,7 +85,7 @@ def _solve_steps(config: RunConfig, budget: float) -> RunConfig:
 
     @cache
     def flops(steps: int) -> float:
-        return _plan(_with_steps(config, steps))["flops"]["algorithmic"]
+        return _plan(with_fields(config, "train", steps=steps))["flops"]["algorithmic"]
 
     tried, steps = list[int](), config.train.steps
     while steps not in tried and len(tried) < ROUNDS:
@@ -98,7 +98,7 @@ def _solve_steps(config: RunConfig, budget: float) -> RunConfig:
             f"{format_flops(flops(steps))}; must be that of at least {round(0.5 / TOLERANCE)} steps, or train.steps "
             "nearer to what it allows"
         )
-    return _with_steps(config, steps)
+    return with_fields(config, "train", steps=steps)
 
 
 def _possible(steps: int, flops: Callable[[int], float]) -> int:
@@ -115,8 +115,7 @@ def _possible(steps: int, flops: Callable[[int], float]) -> int:
 
 
 def _solve_width(config: RunConfig, budget: float) -> RunConfig:
-    """The width whose cost is nearest to the budget, in the steps of the configuration; heads and blocks
-    divide it."""
+    """The width whose cost is nearest to the budget at the given steps; heads and blocks divide it."""
     model, sparsity = config.model, config.sparsity
     if model.ffn_hidden_size is not None:
         raise ConfigError(
@@ -128,10 +127,10 @@ def _solve_width(config: RunConfig, budget: float) -> RunConfig:
 
     @cache
     def flops(number: int) -> float:
-        return _plan(_with_width(config, number * unit))["flops"]["algorithmic"]
+        return _plan(with_fields(config, "model", hidden_size=number * unit))["flops"]["algorithmic"]
 
     nearest = _nearest(flops, budget, MAX_WIDTH // unit)
-    return _with_width(config, nearest * unit)
+    return with_fields(config, "model", hidden_size=nearest * unit)
 
 
 def _nearest(flops: Callable[[int], float], budget: float, largest: int) -> int:
@@ -154,14 +153,6 @@ def _block_size(sparsity: Any) -> int:
 
 def _plan(config: RunConfig) -> dict[str, Any]:
     return make_plan(config, world_size=1)
-
-
-def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    return with_fields(config, "train", steps=steps)
-
-
-def _with_width(config: RunConfig, width: int) -> RunConfig:
-    return with_fields(config, "model", hidden_size=width)
 
 
 def with_fields(config: RunConfig, section: str, **fields: Any) -> RunConfig:

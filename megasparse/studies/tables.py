@@ -24,19 +24,22 @@ Row = dict[str, str]
 
 
 def plan_rows(arms: Sequence[SolvedArm], budget: float, seconds: Mapping[str, float]) -> list[Row]:
-    """What each arm will cost. seconds: of a run, by arm; may lack some."""
+    """What each arm will cost. seconds: of a run, by arm; may lack some.
+
+    budget: share of it that is spent. of dense: share of what the same model and steps would cost with every weight.
+    active: mean over the steps of the active parameters, embeddings included; per active: tokens for each of them.
+    """
     return [
         {
             "arm": arm.name,
-            "solved": arm.solve,
-            "layers x width": f"{arm.config.model.num_layers} x {arm.config.model.hidden_size}",
+            "shape": f"{arm.config.model.num_layers} x {arm.config.model.hidden_size}",
             "steps": f"{arm.config.train.steps:,}",
             "tokens": format_count(arm.tokens),
             "FLOPs": format_flops(arm.flops),
-            "of the budget": format_share(arm.flops / budget),
-            "of itself dense": format_share(arm.plan["flops"]["ratio"]),
-            "mean active": format_count(arm.mean_active),
-            "tokens per active": format_compact(arm.tokens / arm.mean_active),
+            "budget": format_share(arm.flops / budget),
+            "of dense": format_share(arm.plan["flops"]["ratio"]),
+            "active": format_count(arm.mean_active),
+            "per active": format_compact(arm.tokens / arm.mean_active),
             "lr": ", ".join(f"{rate:g}" for rate in arm.rates),
             "a run": format_seconds(seconds.get(arm.name)),
         }
@@ -65,16 +68,15 @@ def arm_rows(results: Mapping[str, Any]) -> list[Row]:
     return [
         {
             "arm": arm["arm"],
-            "validation loss": format_decimal(arm["mean"], 4),
-            "spread": format_decimal(arm["spread"], 4),
+            "validation loss": _plus_minus(arm["mean"], arm["spread"]),
             "n": str(arm["n"]),
             "lr": format_compact(arm["lr"]),
-            "layers x width": f"{arm['num_layers']} x {arm['hidden_size']}",
+            "shape": f"{arm['num_layers']} x {arm['hidden_size']}",
             "steps": f"{arm['steps']:,}",
             "tokens": format_count(arm["tokens"]),
             "FLOPs": format_flops(arm["flops"]),
-            "of the budget": format_share(arm["flops"] / results["budget_flops"]),
-            "training time": format_seconds(arm["seconds"]),
+            "budget": format_share(arm["flops"] / results["budget_flops"]),
+            "training": format_seconds(arm["seconds"]),
         }
         for arm in results["arms"]
     ]
@@ -103,6 +105,10 @@ def sweep_rows(results: Mapping[str, Any]) -> list[Row]:
         for arm in results["arms"]
         for rate, loss in arm["sweep"].items()
     ]
+
+
+def _plus_minus(mean: float | None, spread: float | None) -> str:
+    return format_decimal(mean, 4) + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _interval(mean: float, half_width: float | None) -> str:
