@@ -33,6 +33,7 @@ ORDER = (
     "evaluation",
     "planning",
     "tuning",
+    "studies",
 )
 
 MAX_FILE_LINES = 600

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +26,8 @@ from pydantic_core import ErrorDetails
 from megasparse.config.renamed import REMOVED_SETTINGS, RENAMED_SETTINGS, RENAMED_VALUES
 from megasparse.config.schema import RunConfig
 from megasparse.utils.files import write_at_once
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 # Where a field has several types, pydantic adds the one that it tried to the place of an error.
 CHOICE = re.compile(r"(list|literal|tuple|dict)\[.*\]$|constrained-")
@@ -60,12 +62,17 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
 def check_config(values: dict[str, Any]) -> RunConfig:
     """A ``RunConfig`` from nested plain values, as found in YAML. Raises ConfigError."""
+    return check_values(RunConfig, values)
+
+
+def check_values(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """An instance of a strict model from nested plain values. Raises ConfigError."""
     try:
         _refuse_control_characters(values)
         # JSON mode reads lists as tuples and whole numbers as floats, yet takes no string for a number.
-        return RunConfig.model_validate_json(json.dumps(values))
+        return schema.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(details) for details in error.errors())) from None
+        raise ConfigError("\n".join(_describe(details, schema) for details in error.errors())) from None
     except TypeError as error:
         raise ConfigError(f"settings must be text, numbers, true, false, null, lists and sections: {error}") from None
     except RecursionError:
@@ -159,7 +166,7 @@ def _refuse_resolvers(plain: Any) -> None:
 def _refuse_control_characters(values: Any) -> None:
     """Names and paths become lines of scripts and of consoles. What a model reads may be any text."""
     for name, text in _texts(values):
-        if name != "train.sample_prompt" and (found := control_character(text)):
+        if not name.endswith("train.sample_prompt") and (found := control_character(text)):
             raise ConfigError(f"{name}: {text!r} holds the control character {found!r}; must be one line of plain text")
 
 
@@ -200,7 +207,7 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
     return merged
 
 
-def _describe(details: ErrorDetails) -> str:
+def _describe(details: ErrorDetails, schema: type[BaseModel]) -> str:
     """One line for one pydantic error: field, value, and what it must be."""
     location = ".".join(str(part) for part in details["loc"] if not CHOICE.match(str(part)))
     setting = ".".join(part for part in details["loc"] if isinstance(part, str))
@@ -210,7 +217,7 @@ def _describe(details: ErrorDetails) -> str:
             return f"{location}: was renamed; must be given as {RENAMED_SETTINGS[setting]}"
         if setting in REMOVED_SETTINGS:
             return f"{location}: was removed: {REMOVED_SETTINGS[setting]}; must be left out"
-        return f"{location}: unknown setting; {_suggest(details['loc'])}"
+        return f"{location}: unknown setting; {_suggest(details['loc'], schema)}"
     if kind == "value_error":
         return f"{location}.{context['error']}" if location else str(context["error"])
     value = json.dumps(details["input"], default=str)
@@ -221,9 +228,8 @@ def _describe(details: ErrorDetails) -> str:
     return f"{location}: {value} is not allowed; {details['msg'].replace('Input should', 'it should')}"
 
 
-def _suggest(location: tuple[int | str, ...]) -> str:
-    """The known names at the place of an unknown one, the likeliest first."""
-    model: type[BaseModel] = RunConfig
+def _suggest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """The known names at the place of an unknown one below `model`, the likeliest first."""
     for part in location[:-1]:
         if isinstance(part, int) or part not in model.model_fields:
             continue

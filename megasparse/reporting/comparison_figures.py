@@ -46,7 +46,7 @@ def draw_losses(runs: Sequence[ComparedRun], cost: Cost) -> FigureOnPage | None:
         for run, x, y in validation:
             plot_dots(ax, x, y, run.role, width, markersize=4.2)
         loss_axis(ax, np.concatenate([y for _, _, y in training + validation]))
-        _cost_axis(ax, cost, max(x[-1] for _, x, _ in training + validation), width)
+        cost_axis(ax, cost, max(x[-1] for _, x, _ in training + validation), width)
         return figure
 
     drawn = {run.label for run, _, _ in training + validation}
@@ -73,7 +73,7 @@ def draw_densities(runs: Sequence[ComparedRun]) -> FigureOnPage | None:
             _line(ax, run, x, y, width)
         value_axis(ax, "density", 1.05, format_share)
         ax.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
-        _cost_axis(ax, COSTS[0], max(x[-1] for _, x, _ in curves), width)
+        cost_axis(ax, COSTS[0], max(x[-1] for _, x, _ in curves), width)
         return figure
 
     keys = _keys(runs, {run.label for run, _, _ in curves})
@@ -88,7 +88,7 @@ def _keys(runs: Sequence[ComparedRun], drawn: set[str]) -> tuple[Key, ...]:
     return tuple(Key(run.role, run.label, run.mark) for run in runs if run.label in drawn)
 
 
-def _cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
+def cost_axis(ax: Axes, cost: Cost, end: float, width: float) -> None:
     """From nothing spent to the end of the longest run, in units that people read."""
     ticks = 7 if width == WIDE else 4
     ax.set_xlim(0.0, 1.01 * end if end > 0 else 1.0)

@@ -1,0 +1,1 @@
+"""Studies: several recipes at equal cost, over several seeds, and what may be concluded from them."""

@@ -1,0 +1,120 @@
+"""What a study has found, as plain numbers: ``results.json``, from which table and page are made.
+
+    results = collect(study, arms, budget, jobs, failures)
+    write_results(results, folder / "results.json")
+
+Curves are those of validation, rounded to five digits, a list for each column: small enough to be committed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megasparse.reporting.run_data import RunData, column, read_run
+from megasparse.studies.format import Study
+from megasparse.studies.jobs import Job
+from megasparse.studies.solving import SolvedArm
+from megasparse.studies.statistics import CONFIDENCE, paired, spread
+from megasparse.utils.files import write_at_once
+from megasparse.utils.format import finite
+
+COSTS = ("step", "tokens", "flops_algorithmic", "seconds")
+DIGITS = 5
+
+
+def collect(
+    study: Study,
+    arms: Sequence[SolvedArm],
+    budget: float,
+    sweep: Sequence[Job],
+    jobs: Sequence[Job],
+    failures: Mapping[str, str],
+) -> dict[str, Any]:
+    """sweep: the runs with which learning rates were chosen; jobs: those that are compared."""
+    rows = [_arm(arm, sweep, [job for job in jobs if job.arm == arm.name]) for arm in arms]
+    finished = next((job.summary() for job in jobs if job.finished), {})
+    return {
+        "study": study.name,
+        "budget_flops": budget,
+        "seeds": study.seeds,
+        "hardware": finished.get("hardware"),
+        "versions": finished.get("versions"),
+        "confidence": CONFIDENCE,
+        "arms": rows,
+        "differences": [
+            difference
+            for baseline in study.baselines
+            for row in rows
+            if row["arm"] != baseline and (difference := _difference(row, _named(rows, baseline)))
+        ],
+        "failures": dict(failures),
+    }
+
+
+def write_results(results: Mapping[str, Any], path: Path) -> None:
+    """As JSON with each list of numbers on one line."""
+    lists = re.compile(r"\[[\d\s.,e+-]+\]")
+    text = lists.sub(lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
+    write_at_once(path, text + "\n")
+
+
+def _arm(arm: SolvedArm, sweep: Sequence[Job], jobs: Sequence[Job]) -> dict[str, Any]:
+    runs = [_run(job) for job in jobs if job.val_loss is not None]
+    losses = [run["val_loss"] for run in runs]
+    return {
+        "arm": arm.name,
+        "solve": arm.solve,
+        "lr": jobs[0].rate if jobs else None,
+        "sweep": {f"{job.rate:g}": job.val_loss for job in sweep if job.arm == arm.name},
+        "steps": arm.config.train.steps,
+        "hidden_size": arm.config.model.hidden_size,
+        "num_layers": arm.config.model.num_layers,
+        "tokens": arm.tokens,
+        "parameters": arm.plan["parameters"]["total"],
+        "mean_active_parameters": arm.mean_active,
+        "mean_density": arm.plan["schedule"]["mean_density"],
+        "flops": arm.flops,
+        "flops_dense": arm.plan["flops"]["dense"],
+        "n": len(losses),
+        "mean": fmean(losses) if losses else None,
+        "spread": spread(losses),
+        "seconds": fmean(run["seconds"] for run in runs) if runs else None,
+        "runs": runs,
+    }
+
+
+def _run(job: Job) -> dict[str, Any]:
+    summary = job.summary()
+    return {
+        "seed": job.seed,
+        "val_loss": summary["val_loss"],
+        "flops": summary["flops_algorithmic"],
+        "seconds": summary["seconds"],
+        "curve": _curve(read_run(job.folder)),
+    }
+
+
+def _curve(run: RunData) -> dict[str, list[float]]:
+    """Each cost at each validation, and its loss."""
+    lines = [line for line in run.metrics if finite(line.get("val_loss")) is not None]
+    found = {name: column(lines, name)[1] for name in ("val_loss", *COSTS)}
+    rounded = {name: [float(f"{value:.{DIGITS}g}") for value in values] for name, values in found.items()}
+    return rounded | {"step": [int(step) for step in found["step"]]}
+
+
+def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Over the seeds with which both have finished."""
+    ours, theirs = ({run["seed"]: run["val_loss"] for run in one["runs"]} for one in (row, baseline))
+    if not (common := [seed for seed in ours if seed in theirs]):
+        return None
+    found = paired([ours[seed] for seed in common], [theirs[seed] for seed in common])
+    return {"arm": row["arm"], "baseline": baseline["arm"], **vars(found)}
+
+
+def _named(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(row for row in rows if row["arm"] == name)
