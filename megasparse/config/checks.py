@@ -23,7 +23,7 @@ SCHEDULE_FIELDS = {
 }
 ALL_SCHEDULE_FIELDS = SCHEDULE_FIELDS["mst"]
 FIXED_TOPOLOGY = ("static", "spdf")
-OF_GROWTH = {"growth", "growth_ratio", "regrowth_warmup_steps"}
+OF_GROWTH = {"growth", "growth_ratio", "regrown", "regrowth_warmup_steps"}
 OF_DROPPING = {"drop_score", "drop_anneal", "drop_score_lambda"}
 
 

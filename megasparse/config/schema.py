@@ -421,6 +421,9 @@ class SparsityConfig(Section):
     """Which inactive units are grown; unset: the algorithm's (mst mixed, set random, rigl gradient)."""
     growth_ratio: NonNegativeFloat = 3.0
     """r of mixed growth: r / (r + 1) of the new units by gradient, the rest at random."""
+    regrown: Literal["reset", "keep"] = "reset"
+    """Units that are dropped and grown again in the same topology update begin anew at 0, or keep weights and moments
+    (as in the authors' code)."""
     row_floor: bool = False
     """Keep at least one active block in every row of blocks."""
     balance_shards: bool = False

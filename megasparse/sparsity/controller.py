@@ -175,8 +175,8 @@ class Controller:
     def update_topology(self, access: StateAccess) -> TopologyReport:
         """Carry out the topology update that ``begin_step`` announced: choose units, edit the state, tell the layers.
 
-        After it, weights and moments are exactly 0 outside the new topology and at new units, and gradients are 0
-        outside it. All ranks must call it.
+        After it, weights and moments are exactly 0 outside the new topology and at new units (`sparsity.regrown` says
+        whether those just dropped are new), and gradients are 0 outside it. All ranks must call it.
         """
         decision = self.decision
         assert decision is not None and decision.changes_topology, "begin_step announced no topology update"
@@ -189,6 +189,7 @@ class Controller:
                 drop_score=self.settings[name].drop_score,
                 drop_score_lambda=self.config.sparsity.drop_score_lambda,
                 row_floor=self.config.sparsity.row_floor,
+                keep_regrown=self.config.sparsity.regrown == "keep",
             )
             for name, counts in decision.counts.items()
         ]
