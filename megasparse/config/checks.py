@@ -164,6 +164,12 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "data.reset_positions changes nothing under model.position_embedding rope, which knows distances only"
     if "optimizer.decay_fraction" in given and config.optimizer.schedule != "wsd":
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
+    elif "optimizer.decay_fraction" in given and config.optimizer.decay_start == "dense":
+        yield "optimizer.decay_start dense replaces optimizer.decay_fraction"
+    if config.optimizer.decay_start == "dense" and config.optimizer.schedule == "constant":
+        yield "optimizer.decay_start is not used by optimizer.schedule constant"
+    elif config.optimizer.decay_start == "dense" and config.sparsity.algorithm == "dense":
+        yield "optimizer.decay_start dense changes nothing in a run that is dense from its beginning"
     for name in ("model.rope_theta", "model.rope_scaling"):
         if name in given and config.model.position_embedding != "rope":
             yield f"{name} is used by model.position_embedding rope only"

@@ -293,6 +293,9 @@ class OptimizerConfig(Section):
     """Decay after the warm-up; wsd: constant, then a linear decay over `decay_fraction` of the steps."""
     decay_fraction: Fraction = 0.2
     """Share of the steps in which wsd decays."""
+    decay_start: Literal["schedule", "dense"] = "schedule"
+    """schedule: cosine and linear decay from the end of the warm-up on, wsd as `decay_fraction` says; dense: the rate
+    stays at its peak until the model has become dense, and decays from there to the end."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """AdamW: decay of the first moment."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95

@@ -70,6 +70,16 @@ class DensitySchedule:
         return (progress - segment.start) / (segment.end - segment.start)
 
     @property
+    def dense_from(self) -> float | None:
+        """Progress from which on the density is 1 to the end; None where it never is."""
+        start = None
+        for segment in reversed(self.segments):
+            if (segment.first, segment.last) != (1.0, 1.0):
+                break
+            start = segment.start
+        return start
+
+    @property
     def min_density(self) -> float:
         return min(min(segment.first, segment.last) for segment in self.segments)
 

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import math
 
-from megasparse.config.schema import OptimizerConfig
+from megasparse.config.schema import OptimizerConfig, RunConfig
+from megasparse.sparsity.schedule import build_density_schedule
 
 
-def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
-    """Base learning rate of optimizer step `step` (0-based) of `steps`."""
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, decay_start: int | None = None) -> float:
+    """Base learning rate of optimizer step `step` (0-based) of `steps`.
+
+    decay_start: step up to which the rate stays at its peak; None: as the schedule has it.
+    """
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
-    lowest = optimizer.lr * optimizer.min_lr_ratio
-    share = (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
-    if optimizer.schedule == "constant":
+    start = max(optimizer.warmup_steps, decay_start or 0)
+    if optimizer.schedule == "constant" or step < start:
         return optimizer.lr
+    lowest = optimizer.lr * optimizer.min_lr_ratio
+    share = (step - start) / max(steps - start, 1)
     if optimizer.schedule == "cosine":
         return lowest + (optimizer.lr - lowest) * (1 + math.cos(math.pi * share)) / 2
     if optimizer.schedule == "linear":
         return optimizer.lr + (lowest - optimizer.lr) * share
     assert optimizer.schedule == "wsd", optimizer.schedule
-    decay_steps = max(optimizer.decay_fraction * steps, 1)
+    decay_steps = max(optimizer.decay_fraction * steps if decay_start is None else steps - start, 1)
     return optimizer.lr + (lowest - optimizer.lr) * max(0.0, 1 - (steps - step) / decay_steps)
+
+
+def decay_start(config: RunConfig) -> int | None:
+    """The step in which a topology update makes the model dense for good, where `optimizer.decay_start` asks for it.
+
+    None where the decay starts as the schedule has it, as in runs that are dense from their beginning.
+    """
+    dense_from = build_density_schedule(config.sparsity).dense_from
+    if config.optimizer.decay_start != "dense" or not dense_from:
+        return None
+    steps, interval = config.train.steps, config.sparsity.update_interval
+    return next((step for step in range(0, steps, interval) if step / steps >= dense_from), steps)

@@ -138,6 +138,18 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             "data.reset_positions changes nothing under model.position_embedding rope",
         ),
         (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1", "optimizer.decay_start=dense"],
+            "optimizer.decay_start dense replaces optimizer.decay_fraction",
+        ),
+        (
+            ["optimizer.schedule=constant", "optimizer.decay_start=dense"],
+            "optimizer.decay_start is not used by optimizer.schedule constant",
+        ),
+        (
+            ["sparsity.algorithm=dense", "optimizer.decay_start=dense"],
+            "optimizer.decay_start dense changes nothing in a run that is dense from its beginning",
+        ),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],
 )
@@ -156,6 +168,7 @@ def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
         ["sparsity.algorithm=spdf", "sparsity.restoration_start=0.5"],
         ["sparsity.warmup_shape=steps", "sparsity.shape_steps=3"],
         ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1"],
+        ["optimizer.schedule=wsd", "optimizer.decay_start=dense"],
         ["data.document_masking=true", "data.reset_positions=true"],
     ],
 )

@@ -234,6 +234,10 @@ def test_wrong_state_is_refused_with_the_layer_named() -> None:
     [
         (["sparsity.update_interval=9", "sparsity.restoration_end=0.95"], ["update_interval: 9", "such as 39"]),
         (["sparsity.restoration_end=1.0"], ["update_interval: 4", "none, unless the restoration ends"]),
+        (
+            ["optimizer.decay_start=dense", "sparsity.algorithm=gradual"],
+            ["optimizer.decay_start: dense", "gradual", "never becomes dense", "must be schedule"],
+        ),
         (["sparsity.update_interval=40"], ["update_interval: 40 leaves no topology update", "below 40"]),
         (
             ["sparsity.row_floor=true", "sparsity.density=0.05"],
