@@ -134,6 +134,8 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
         yield from sentences(ALL_SCHEDULE_FIELDS | {"density"}, "sparsity.points replaces")
     else:
         yield from sentences(ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[algorithm])
+    if "init_density_power" in given and sparsity.starts_dense:
+        yield "sparsity.init_density_power changes nothing in a run that begins dense"
     if algorithm in FIXED_TOPOLOGY:
         yield from sentences(OF_GROWTH | OF_DROPPING)
         return
@@ -170,6 +172,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "optimizer.decay_start is not used by optimizer.schedule constant"
     elif config.optimizer.decay_start == "dense" and config.sparsity.algorithm == "dense":
         yield "optimizer.decay_start dense changes nothing in a run that is dense from its beginning"
+    if "sparsity.init_density_power" in given and config.train.init_from is not None:
+        yield "sparsity.init_density_power is not used with train.init_from, which has the initial weights"
     for name in ("model.rope_theta", "model.rope_scaling"):
         if name in given and config.model.position_embedding != "rope":
             yield f"{name} is used by model.position_embedding rope only"

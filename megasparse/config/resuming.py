@@ -56,6 +56,7 @@ FIXED: dict[str, Rule] = {
     "sparsity.block_size": _always,
     "sparsity.head": _always,
     "sparsity.low_rank": _always,
+    "sparsity.init_density_power": _always,
     "sparsity.groups": _changes_blocks,
     "sparsity.per_weight_step_counts": _lacks_step_counts,
     "sparsity.regrowth_warmup_steps": _lacks_step_counts,

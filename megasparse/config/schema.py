@@ -434,6 +434,9 @@ class SparsityConfig(Section):
     the tensor-parallel size."""
     skip_optimizer_on_update: bool = False
     """The optimizer makes no step on a topology update (paper preset)."""
+    init_density_power: NonNegativeFloat = 0.0
+    """q: where a run begins below density 1, initial weights of a sparse matrix are multiplied by (its density)^-q.
+    With 0.5 its outputs vary as those of the dense matrix (Dey et al. 2024, arXiv 2405.15743)."""
     lr_density_power: NonNegativeFloat = 0.5
     """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap)."""
     lr_density_cap: Annotated[float, Field(ge=1.0)] = 4.0
@@ -448,6 +451,14 @@ class SparsityConfig(Section):
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []
     """Exceptions by weight name."""
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the schedule begins at density 1."""
+        if self.points is not None and self.algorithm != "dense":
+            return self.points[0][1] == 1.0
+        falls = self.algorithm in ("mst", "gradual") and self.warmup_end > 0
+        return self.algorithm == "dense" or self.density == 1.0 or falls
 
     @model_validator(mode="after")
     def _boundaries_are_ordered(self) -> SparsityConfig:

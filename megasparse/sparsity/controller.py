@@ -123,7 +123,8 @@ class Controller:
         return {name: sum(shards) for name, shards in self.shard_active.items()}
 
     def start_topologies(self, opened: OpenWeight = nullcontext) -> None:
-        """Give a run that starts sparse its random first topology; call before the optimizer copies the weights.
+        """Give a run that starts sparse its random first topology, and its weights the scale of their density; call
+        before the optimizer copies the weights.
 
         opened: context in which a weight's data is at hand (ZeRO stage 3 keeps it in pieces).
         """
@@ -132,10 +133,11 @@ class Controller:
             target = unit_target(densities[name], topology.num_units)
             if target < topology.num_units:
                 self._adopt(name, self._random_topology(name, target))
-                weight = self.layers[name].weight
+                weight, power = self.layers[name].weight, self.config.sparsity.init_density_power
                 with torch.no_grad(), opened(weight):
                     inactive = ~topology.weights_slice(0, weight.numel())
                     weight.view(-1).masked_fill_(inactive.to(weight.device), 0)
+                    weight.mul_(self._active_density(name) ** -power)
         self._remember_active()
         self._kept_digests = self._digests()
 

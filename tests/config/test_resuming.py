@@ -36,6 +36,7 @@ OTHER = {
     "sparsity.block_size": "32",
     "sparsity.head": "true",
     "sparsity.low_rank": "2",
+    "sparsity.init_density_power": "0.5",
     "sparsity.groups": "[{pattern: layers.*, dense: true}]",
     "sparsity.per_weight_step_counts": "true",
     "sparsity.regrowth_warmup_steps": "3",
