@@ -8,7 +8,7 @@ overrides; nothing else in the package parses settings.
 from __future__ import annotations
 
 from itertools import pairwise
-from math import lcm
+from math import inf, lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -437,10 +437,12 @@ class SparsityConfig(Section):
     init_density_power: NonNegativeFloat = 0.0
     """q: where a run begins below density 1, initial weights of a sparse matrix are multiplied by (its density)^-q.
     With 0.5 its outputs vary as those of the dense matrix (Dey et al. 2024, arXiv 2405.15743)."""
-    lr_density_power: NonNegativeFloat = 0.5
-    """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap)."""
-    lr_density_cap: Annotated[float, Field(ge=1.0)] = 4.0
-    """Largest multiplier; the weight decay is divided by the multiplier."""
+    lr_density_power: NonNegativeFloat | Literal["auto"] = 0.5
+    """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap). auto: 1 without a cap
+    where the run is born sparse (from random weights, beginning below density 1); 0.5 and a cap of 4 where the masks
+    come from trained weights."""
+    lr_density_cap: Annotated[float, Field(ge=1.0)] | None = 4.0
+    """Largest multiplier, null: none; the weight decay is divided by the multiplier."""
     regrowth_warmup_steps: NonNegativeInt = 0
     """The update of a new weight grows linearly over this many steps."""
     per_weight_step_counts: bool = False
@@ -479,6 +481,10 @@ class SparsityConfig(Section):
             )
         if self.row_floor and self.block_size == 1:
             raise ValueError("row_floor: true needs blocks, but unit is 1; must be false, or a unit above 1")
+        if self.lr_density_power == "auto" and self.lr_density_cap != 4.0:
+            raise ValueError(
+                f"lr_density_cap: {self.lr_density_cap} contradicts lr_density_power auto, which sets it; must be unset"
+            )
         if self.row_floor and self.balance_shards:
             raise ValueError("row_floor: true contradicts balance_shards; must be false, or balance_shards false")
         return self
@@ -523,6 +529,19 @@ class RunConfig(Section):
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def is_born_sparse(self) -> bool:
+        """Whether the run begins with random weights, not all of them active."""
+        return self.train.init_from is None and not self.sparsity.starts_dense
+
+    @property
+    def lr_density_rule(self) -> tuple[float, float]:
+        """p and c: the learning rate of a sparse matrix is multiplied by min(density^-p, c)."""
+        power, cap = self.sparsity.lr_density_power, self.sparsity.lr_density_cap
+        if power == "auto":
+            return (1.0, inf) if self.is_born_sparse else (0.5, 4.0)
+        return power, inf if cap is None else cap
 
 
 def divisors(number: int) -> list[int]:

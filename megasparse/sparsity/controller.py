@@ -246,8 +246,8 @@ class Controller:
 
     def lr_multiplier(self, name: str) -> float:
         """min(density^-p, cap) of one layer at its present density; its weight decay is divided by the same."""
-        sparsity = self.config.sparsity
-        return min(self._active_density(name) ** -sparsity.lr_density_power, sparsity.lr_density_cap)
+        power, cap = self.config.lr_density_rule
+        return min(self._active_density(name) ** -power, cap)
 
     def state(self) -> dict[str, Tensor]:
         """Topologies as packed bits of the whole layers, one tensor per layer and kind, the same for every layout.

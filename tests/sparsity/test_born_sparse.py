@@ -52,3 +52,24 @@ def test_a_run_that_begins_dense_keeps_its_weights() -> None:
 def test_which_schedules_start_dense(algorithm, more) -> None:
     sparsity = load_config([], [f"sparsity.algorithm={algorithm}", f"sparsity.{more}"]).sparsity
     assert sparsity.starts_dense == (build_density_schedule(sparsity).density(0.0) == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sparsity.algorithm=set", "sparsity.lr_density_power=auto"], 16.0),
+        (["sparsity.algorithm=set", "sparsity.lr_density_power=auto", "train.init_from=folder"], 4.0),
+        (["sparsity.algorithm=gradual", "sparsity.lr_density_power=auto"], 4.0),
+        (["sparsity.algorithm=set"], 4.0),
+        (["sparsity.algorithm=set", "sparsity.lr_density_power=1"], 4.0),
+        (["sparsity.algorithm=set", "sparsity.lr_density_power=0.75", "sparsity.lr_density_cap=null"], 8.0),
+    ],
+)
+def test_the_learning_rate_follows_the_origin_of_the_mask(overrides, expected) -> None:
+    config = load_config([], [*MODEL, "sparsity.density=0.0625", "sparsity.block_size=1", *overrides])
+    controller = Controller(config, build_model(config, 64).sparse_layers())
+    for name, topology in controller.topologies.items():
+        controller.expect_active(name, topology.num_units // 16)
+        assert controller.lr_multiplier(name) == pytest.approx(expected)
+        controller.expect_active(name, topology.num_units)
+        assert controller.lr_multiplier(name) == 1.0
