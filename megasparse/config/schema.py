@@ -449,6 +449,9 @@ class SparsityConfig(Section):
     """AdamW corrects the bias of its moments by the steps of each weight instead of by the global step."""
     low_rank: NonNegativeInt = 0
     """Rank of a dense low-rank branch beside each sparse matrix; 0: none."""
+    fold_low_rank: bool = False
+    """When the model has become dense for good, the product of each branch is added to its matrix, and the branch is
+    computed no more."""
     head: bool = False
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []

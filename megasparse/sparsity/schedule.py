@@ -155,6 +155,17 @@ def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule
     return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
 
 
+def first_dense_step(config: RunConfig) -> int | None:
+    """The step in which a topology update makes the model dense for good; 0 where it is so from its beginning, None
+    where it never becomes so."""
+    steps, dense_from = config.train.steps, build_density_schedule(config.sparsity).dense_from
+    if dense_from is None:
+        return None
+    return next(
+        (step for step in range(0, steps, config.sparsity.update_interval) if step / steps >= dense_from), steps
+    )
+
+
 def is_update_due(step: int, update_interval: int) -> bool:
     """Whether the topology may change before optimizer step `step` (0-based) is applied."""
     # At step 0 there are no gradients' moments yet and no exploration to reward.

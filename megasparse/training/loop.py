@@ -17,12 +17,12 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
 from megasparse.data import BatchLoader, split_samples
+from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
-from megasparse.training.lr_schedule import decay_start, learning_rate
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 

@@ -155,6 +155,7 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             ["sparsity.init_density_power=0.5", "train.init_from=folder", "sparsity.algorithm=static"],
             "sparsity.init_density_power is not used with train.init_from",
         ),
+        (["sparsity.fold_low_rank=true"], "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megasparse.config.schema import OptimizerConfig, RunConfig
-from megasparse.sparsity.schedule import build_density_schedule
+from megasparse.sparsity.schedule import first_dense_step
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, decay_start: int | None = None) -> float:
@@ -34,8 +34,4 @@ def decay_start(config: RunConfig) -> int | None:
 
     None where the decay starts as the schedule has it, as in runs that are dense from their beginning.
     """
-    dense_from = build_density_schedule(config.sparsity).dense_from
-    if config.optimizer.decay_start != "dense" or not dense_from:
-        return None
-    steps, interval = config.train.steps, config.sparsity.update_interval
-    return next((step for step in range(0, steps, interval) if step / steps >= dense_from), steps)
+    return (first_dense_step(config) or None) if config.optimizer.decay_start == "dense" else None

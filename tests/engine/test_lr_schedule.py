@@ -8,7 +8,7 @@ import pytest
 
 from megasparse.config.loader import load_config
 from megasparse.config.schema import OptimizerConfig
-from megasparse.training.lr_schedule import decay_start, learning_rate
+from megasparse.engine.lr_schedule import decay_start, learning_rate
 
 
 def settings(**values: object) -> OptimizerConfig:
