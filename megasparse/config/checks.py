@@ -23,7 +23,7 @@ SCHEDULE_FIELDS = {
 }
 ALL_SCHEDULE_FIELDS = SCHEDULE_FIELDS["mst"]
 FIXED_TOPOLOGY = ("static", "spdf")
-OF_GROWTH = {"growth", "growth_ratio", "regrowth_warmup_steps"}
+OF_GROWTH = {"growth", "growth_ratio", "regrown", "regrowth_warmup_steps"}
 OF_DROPPING = {"drop_score", "drop_anneal", "drop_score_lambda"}
 
 
@@ -134,6 +134,10 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
         yield from sentences(ALL_SCHEDULE_FIELDS | {"density"}, "sparsity.points replaces")
     else:
         yield from sentences(ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[algorithm])
+    if "fold_low_rank" in given and not sparsity.low_rank:
+        yield "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"
+    if "init_density_power" in given and sparsity.starts_dense:
+        yield "sparsity.init_density_power changes nothing in a run that begins dense"
     if algorithm in FIXED_TOPOLOGY:
         yield from sentences(OF_GROWTH | OF_DROPPING)
         return
@@ -164,6 +168,14 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "data.reset_positions changes nothing under model.position_embedding rope, which knows distances only"
     if "optimizer.decay_fraction" in given and config.optimizer.schedule != "wsd":
         yield "optimizer.decay_fraction is used by optimizer.schedule wsd only"
+    elif "optimizer.decay_fraction" in given and config.optimizer.decay_start == "dense":
+        yield "optimizer.decay_start dense replaces optimizer.decay_fraction"
+    if config.optimizer.decay_start == "dense" and config.optimizer.schedule == "constant":
+        yield "optimizer.decay_start is not used by optimizer.schedule constant"
+    elif config.optimizer.decay_start == "dense" and config.sparsity.algorithm == "dense":
+        yield "optimizer.decay_start dense changes nothing in a run that is dense from its beginning"
+    if "sparsity.init_density_power" in given and config.train.init_from is not None:
+        yield "sparsity.init_density_power is not used with train.init_from, which has the initial weights"
     for name in ("model.rope_theta", "model.rope_scaling"):
         if name in given and config.model.position_embedding != "rope":
             yield f"{name} is used by model.position_embedding rope only"

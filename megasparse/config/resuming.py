@@ -9,6 +9,7 @@ else. All other fields are in `FREE`: a change takes effect from the next step o
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from megasparse.config.loader import ConfigError
@@ -48,6 +49,11 @@ def _starts_elsewhere(before: RunConfig, after: RunConfig) -> bool:
     return after.train.init_from is not None
 
 
+def _becomes_auto(before: RunConfig, after: RunConfig) -> bool:
+    """Whether saved masks come from trained weights is known only to runs that had `auto` from their beginning."""
+    return after.sparsity.lr_density_power == "auto"
+
+
 FIXED: dict[str, Rule] = {
     "run.seed": _always,
     **{f"model.{name}": _always for name in ModelConfig.model_fields},
@@ -56,7 +62,9 @@ FIXED: dict[str, Rule] = {
     "sparsity.block_size": _always,
     "sparsity.head": _always,
     "sparsity.low_rank": _always,
+    "sparsity.init_density_power": _always,
     "sparsity.groups": _changes_blocks,
+    "sparsity.lr_density_power": _becomes_auto,
     "sparsity.per_weight_step_counts": _lacks_step_counts,
     "sparsity.regrowth_warmup_steps": _lacks_step_counts,
 }
@@ -65,14 +73,14 @@ FREE: dict[str, str] = {
     "run": "name folder",
     "attention": "stride stride_offsets phases windows overrides dense_fallback",
     "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path allow_changed",
-    "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction beta1 beta2 epsilon weight_decay "
-    "gradient_clipping",
+    "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction decay_start beta1 beta2 epsilon "
+    "weight_decay gradient_clipping",
     "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "
     "valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens sample_prompt profile_steps "
     "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds skip_step_sigma max_skipped_steps",
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
-    "growth_ratio row_floor balance_shards skip_optimizer_on_update lr_density_power lr_density_cap",
+    "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap",
     "kernels": "block_sparse break_even hybrid_attention",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer extra",
@@ -87,6 +95,12 @@ def check_resume(before: RunConfig, after: RunConfig) -> None:
         old, new = (_value(run, field) for run in (before, after))
         if old != new and refuses(before, after):
             found.append(f"{field}: {new}, but the run to go on with has {old}; must be {old}, or another run.name")
+    if after.sparsity.lr_density_power == "auto" and before.lr_density_rule != after.lr_density_rule:
+        power, cap = before.lr_density_rule
+        found.append(
+            "sparsity.lr_density_power: auto, but with the settings of now the run would have begun otherwise than it "
+            f"has; must be {power}, with lr_density_cap {'null' if cap == inf else cap}"
+        )
     if found:
         raise ConfigError("\n".join(found))
 

@@ -8,7 +8,7 @@ overrides; nothing else in the package parses settings.
 from __future__ import annotations
 
 from itertools import pairwise
-from math import lcm
+from math import inf, lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -293,6 +293,9 @@ class OptimizerConfig(Section):
     """Decay after the warm-up; wsd: constant, then a linear decay over `decay_fraction` of the steps."""
     decay_fraction: Fraction = 0.2
     """Share of the steps in which wsd decays."""
+    decay_start: Literal["schedule", "dense"] = "schedule"
+    """schedule: cosine and linear decay from the end of the warm-up on, wsd as `decay_fraction` says; dense: the rate
+    stays at its peak until the model has become dense, and decays from there to the end."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """AdamW: decay of the first moment."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
@@ -421,6 +424,9 @@ class SparsityConfig(Section):
     """Which inactive units are grown; unset: the algorithm's (mst mixed, set random, rigl gradient)."""
     growth_ratio: NonNegativeFloat = 3.0
     """r of mixed growth: r / (r + 1) of the new units by gradient, the rest at random."""
+    regrown: Literal["reset", "keep"] = "reset"
+    """Units that are dropped and grown again in the same topology update begin anew at 0, or keep weights and moments
+    (as in the authors' code)."""
     row_floor: bool = False
     """Keep at least one active block in every row of blocks."""
     balance_shards: bool = False
@@ -428,20 +434,36 @@ class SparsityConfig(Section):
     the tensor-parallel size."""
     skip_optimizer_on_update: bool = False
     """The optimizer makes no step on a topology update (paper preset)."""
-    lr_density_power: NonNegativeFloat = 0.5
-    """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap)."""
-    lr_density_cap: Annotated[float, Field(ge=1.0)] = 4.0
-    """Largest multiplier; the weight decay is divided by the multiplier."""
+    init_density_power: NonNegativeFloat = 0.0
+    """q: where a run begins below density 1, initial weights of a sparse matrix are multiplied by (its density)^-q.
+    With 0.5 its outputs vary as those of the dense matrix (Dey et al. 2024, arXiv 2405.15743)."""
+    lr_density_power: NonNegativeFloat | Literal["auto"] = 0.5
+    """p: the learning rate of a sparse matrix is multiplied by min(density^-p, lr_density_cap). auto: 1 without a cap
+    where the run is born sparse (from random weights, beginning below density 1); 0.5 and a cap of 4 where the masks
+    come from trained weights."""
+    lr_density_cap: Annotated[float, Field(ge=1.0)] | None = 4.0
+    """Largest multiplier, null: none; the weight decay is divided by the multiplier."""
     regrowth_warmup_steps: NonNegativeInt = 0
     """The update of a new weight grows linearly over this many steps."""
     per_weight_step_counts: bool = False
     """AdamW corrects the bias of its moments by the steps of each weight instead of by the global step."""
     low_rank: NonNegativeInt = 0
     """Rank of a dense low-rank branch beside each sparse matrix; 0: none."""
+    fold_low_rank: bool = False
+    """When the model has become dense for good, the product of each branch is added to its matrix, and the branch is
+    computed no more."""
     head: bool = False
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []
     """Exceptions by weight name."""
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the schedule begins at density 1."""
+        if self.points is not None and self.algorithm != "dense":
+            return self.points[0][1] == 1.0
+        falls = self.algorithm in ("mst", "gradual") and self.warmup_end > 0
+        return self.algorithm == "dense" or self.density == 1.0 or falls
 
     @model_validator(mode="after")
     def _boundaries_are_ordered(self) -> SparsityConfig:
@@ -462,6 +484,10 @@ class SparsityConfig(Section):
             )
         if self.row_floor and self.block_size == 1:
             raise ValueError("row_floor: true needs blocks, but unit is 1; must be false, or a unit above 1")
+        if self.lr_density_power == "auto" and self.lr_density_cap != 4.0:
+            raise ValueError(
+                f"lr_density_cap: {self.lr_density_cap} contradicts lr_density_power auto, which sets it; must be unset"
+            )
         if self.row_floor and self.balance_shards:
             raise ValueError("row_floor: true contradicts balance_shards; must be false, or balance_shards false")
         return self
@@ -506,6 +532,19 @@ class RunConfig(Section):
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def is_born_sparse(self) -> bool:
+        """Whether the run begins with random weights, not all of them active."""
+        return self.train.init_from is None and not self.sparsity.starts_dense
+
+    @property
+    def lr_density_rule(self) -> tuple[float, float]:
+        """p and c: the learning rate of a sparse matrix is multiplied by min(density^-p, c)."""
+        power, cap = self.sparsity.lr_density_power, self.sparsity.lr_density_cap
+        if power == "auto":
+            return (1.0, inf) if self.is_born_sparse else (0.5, 4.0)
+        return power, inf if cap is None else cap
 
 
 def divisors(number: int) -> list[int]:

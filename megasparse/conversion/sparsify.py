@@ -50,6 +50,11 @@ def check_only_sparsity(before: RunConfig, after: RunConfig) -> None:
         raise ConfigError(f"{odd[0]}: only section sparsity can change here; must be sparsity.<field>=<value>")
     if after.sparsity.algorithm == "dense":
         raise ConfigError("sparsity.algorithm: dense has no topology; must be one of static, set, rigl, gradual, ...")
+    if after.sparsity.lr_density_power == "auto":
+        raise ConfigError(
+            "sparsity.lr_density_power: auto would not know that these masks come from trained weights; must be a "
+            "number, such as 0.5"
+        )
 
 
 def sparsify(

@@ -53,6 +53,8 @@ class StepWork:
     """Sparse layers whose weight gradient is computed in full."""
     computed: dict[str, float] = field(default_factory=dict)
     """Share of the tokens for which a linear layer or an attention (by name) is computed; left out: 1."""
+    low_rank_branches: bool = True
+    """Whether those of the sparse layers are computed."""
 
 
 class FlopCounter:
@@ -95,6 +97,8 @@ class FlopCounter:
             executed += share * product * (2 * done + (1.0 if wants_dense else done))
             recomputed += share * product * done if name != "head" else 0.0
         for name, product in self._rest.items():
+            if name in self._products and not work.low_rank_branches:
+                continue
             cost = work.computed.get(name, 1.0) * product
             algorithmic += 3 * cost
             executed += 3 * cost

@@ -161,6 +161,10 @@ class SparseLinear(Linear):
         self.side_in = self._drawn("side_in", inner)
         self.side_out = divided_parameter(outer, self.tensor_parallel.rank)
 
+    def leave_side_path_out(self) -> None:
+        """The low-rank branch has been folded into the weight: it is not computed any more, its parameters stay."""
+        self.low_rank = 0
+
     def topology_changed(self, num_active: int | None = None) -> None:
         """Must be called after every change of `mask`. The count of active units, where the caller knows it, saves a
         round trip to the device. Where it stays the same the lists of `index` are changed in place, and otherwise made

@@ -36,6 +36,16 @@ def check_schedule(
             f"sparsity.update_interval: {sparsity.update_interval} leaves no topology update between the end of the "
             f"restoration and train.steps {steps}, so the model would not become dense again; must be {allowed}"
         )
+    if config.optimizer.decay_start == "dense" and schedule.dense_from is None:
+        raise ConfigError(
+            f"optimizer.decay_start: dense, but by the schedule of sparsity.algorithm {sparsity.algorithm} the model "
+            "never becomes dense; must be schedule"
+        )
+    if sparsity.fold_low_rank and sparsity.algorithm != "dense" and schedule.dense_from is None:
+        raise ConfigError(
+            f"sparsity.fold_low_rank: true, but by the schedule of sparsity.algorithm {sparsity.algorithm} the model "
+            "never becomes dense; must be false"
+        )
     for name, topology in topologies.items():
         if topology.num_units > MAX_UNITS:
             raise ConfigError(

@@ -123,7 +123,8 @@ class Controller:
         return {name: sum(shards) for name, shards in self.shard_active.items()}
 
     def start_topologies(self, opened: OpenWeight = nullcontext) -> None:
-        """Give a run that starts sparse its random first topology; call before the optimizer copies the weights.
+        """Give a run that starts sparse its random first topology, and its weights the scale of their density; call
+        before the optimizer copies the weights.
 
         opened: context in which a weight's data is at hand (ZeRO stage 3 keeps it in pieces).
         """
@@ -132,10 +133,11 @@ class Controller:
             target = unit_target(densities[name], topology.num_units)
             if target < topology.num_units:
                 self._adopt(name, self._random_topology(name, target))
-                weight = self.layers[name].weight
+                weight, power = self.layers[name].weight, self.config.sparsity.init_density_power
                 with torch.no_grad(), opened(weight):
                     inactive = ~topology.weights_slice(0, weight.numel())
                     weight.view(-1).masked_fill_(inactive.to(weight.device), 0)
+                    weight.mul_(self._active_density(name) ** -power)
         self._remember_active()
         self._kept_digests = self._digests()
 
@@ -175,8 +177,8 @@ class Controller:
     def update_topology(self, access: StateAccess) -> TopologyReport:
         """Carry out the topology update that ``begin_step`` announced: choose units, edit the state, tell the layers.
 
-        After it, weights and moments are exactly 0 outside the new topology and at new units, and gradients are 0
-        outside it. All ranks must call it.
+        After it, weights and moments are exactly 0 outside the new topology and at new units (`sparsity.regrown` says
+        whether those just dropped are new), and gradients are 0 outside it. All ranks must call it.
         """
         decision = self.decision
         assert decision is not None and decision.changes_topology, "begin_step announced no topology update"
@@ -189,6 +191,7 @@ class Controller:
                 drop_score=self.settings[name].drop_score,
                 drop_score_lambda=self.config.sparsity.drop_score_lambda,
                 row_floor=self.config.sparsity.row_floor,
+                keep_regrown=self.config.sparsity.regrown == "keep",
             )
             for name, counts in decision.counts.items()
         ]
@@ -243,8 +246,8 @@ class Controller:
 
     def lr_multiplier(self, name: str) -> float:
         """min(density^-p, cap) of one layer at its present density; its weight decay is divided by the same."""
-        sparsity = self.config.sparsity
-        return min(self._active_density(name) ** -sparsity.lr_density_power, sparsity.lr_density_cap)
+        power, cap = self.config.lr_density_rule
+        return min(self._active_density(name) ** -power, cap)
 
     def state(self) -> dict[str, Tensor]:
         """Topologies as packed bits of the whole layers, one tensor per layer and kind, the same for every layout.

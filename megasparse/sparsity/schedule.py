@@ -70,6 +70,16 @@ class DensitySchedule:
         return (progress - segment.start) / (segment.end - segment.start)
 
     @property
+    def dense_from(self) -> float | None:
+        """Progress from which on the density is 1 to the end; None where it never is."""
+        start = None
+        for segment in reversed(self.segments):
+            if (segment.first, segment.last) != (1.0, 1.0):
+                break
+            start = segment.start
+        return start
+
+    @property
     def min_density(self) -> float:
         return min(min(segment.first, segment.last) for segment in self.segments)
 
@@ -143,6 +153,17 @@ def pattern_at(config: RunConfig, finished_steps: int, schedule: PatternSchedule
     """The attention pattern of the last of so many steps: the one that the weights were trained under."""
     progress = max(min(finished_steps, config.train.steps) - 1, 0) / config.train.steps
     return schedule.pattern(progress, build_density_schedule(config.sparsity).phase(progress))
+
+
+def first_dense_step(config: RunConfig) -> int | None:
+    """The step in which a topology update makes the model dense for good; 0 where it is so from its beginning, None
+    where it never becomes so."""
+    steps, dense_from = config.train.steps, build_density_schedule(config.sparsity).dense_from
+    if dense_from is None:
+        return None
+    return next(
+        (step for step in range(0, steps, config.sparsity.update_interval) if step / steps >= dense_from), steps
+    )
 
 
 def is_update_due(step: int, update_interval: int) -> bool:

@@ -37,6 +37,12 @@ class EvolvingLayer:
     drop_score: str
     drop_score_lambda: float
     row_floor: bool
+    keep_regrown: bool = False
+    """Units that are dropped and grown again in the same update keep their weights and moments."""
+
+    def untouched(self, piece: LayerPiece, evolved: Evolved) -> Tensor:
+        """Units of a piece whose weights and moments stay as they are, bool [n]."""
+        return evolved.kept | (evolved.grown & piece.active) if self.keep_regrown else evolved.kept
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,13 @@ def _update_blocks(
         whole = torch.zeros(2, layer.topology.num_units, dtype=torch.bool, device=flat.device)
         for piece in several:
             evolved = next(results)
-            whole[0, piece.indices], whole[1, piece.indices] = evolved.kept, evolved.kept | evolved.grown
-        kept, active = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
+            whole[0, piece.indices] = layer.untouched(piece, evolved)
+            whole[1, piece.indices] = evolved.kept | evolved.grown
+        untouched, active = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
         changes[layer.topology.name] = _adopt(layer.topology, active)
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
-            _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, kept))
+            _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, untouched))
     return changes
 
 
@@ -162,17 +169,19 @@ def _update_weights(
     pieces = [_weight_pieces(layer, fragments.get(layer.topology.name)) for layer in layers]
     results = evolve([piece for several in pieces for piece in several], seed, step, access.whole.sum_)
     # Of the pieces of one layer at most one is this rank's: the others are empty.
-    own, position = [], 0
+    own, untouched, position = [], [], 0
     for layer, several in zip(layers, pieces, strict=True):
-        own.append(results[position + (layer.topology.rank if len(several) > 1 else 0)])
+        number = layer.topology.rank if len(several) > 1 else 0
+        own.append(results[position + number])
+        untouched.append(layer.untouched(several[number], own[-1]))
         position += len(several)
     changes = {}
     for layer, active in zip(layers, _exchange_masks(layers, fragments, own, access), strict=True):
         changes[layer.topology.name] = _adopt(layer.topology, active)
-    for layer, evolved in zip(layers, own, strict=True):
+    for layer, units in zip(layers, untouched, strict=True):
         fragment = fragments.get(layer.topology.name)
         if fragment is not None:
-            _edit(fragment, layer.topology, evolved.kept)
+            _edit(fragment, layer.topology, units)
     return changes
 
 
@@ -249,10 +258,10 @@ def _adopt(topology: Topology, active: Tensor) -> Change:
 
 
 @torch.no_grad()
-def _edit(fragment: StateFragment, topology: Topology, kept: Tensor) -> None:
-    """Weights and moments of all but kept weights become 0, gradients of inactive ones too."""
+def _edit(fragment: StateFragment, topology: Topology, untouched: Tensor) -> None:
+    """Weights and moments of all but untouched weights become 0, gradients of inactive ones too."""
     for tensor in (fragment.master, *fragment.moments.values()):
-        _clear(tensor, kept)
+        _clear(tensor, untouched)
     _clear(fragment.gradient, topology.weights_slice(fragment.start, fragment.numel))
 
 

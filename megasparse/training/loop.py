@@ -17,12 +17,12 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
 from megasparse.data import BatchLoader, split_samples
+from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
-from megasparse.training.lr_schedule import learning_rate
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 
@@ -45,6 +45,7 @@ class Trainer:
         model = self.engine.model
         self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
         self._first_step = self.state.step + 1
+        self._decay_start = decay_start(self.config)
 
     def run(self, stop: StopSignal) -> str:
         """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary.
@@ -98,7 +99,7 @@ class Trainer:
             with seconds.part("topology"):
                 for hook in () if step.skipped else (*self.callbacks, *self.methods):
                     hook.after_backward(step)
-            step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer)
+            step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer, self._decay_start)
             step.beat("optimizer")
             with seconds.part("optimizer"):
                 norm = engine.step(step.lr, skip_update=step.skip_update)

@@ -13,9 +13,10 @@ from megasparse.config.schema import RunConfig
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.training.callback import MethodFactory, TrainingMethod
+from megasparse.training.low_rank_folding import low_rank_folding
 from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
-METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining,)
+METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding)
 
 
 def build_methods(

@@ -129,7 +129,10 @@ def walk_schedule(
             method.begin_step(step)
         work = step.work
         patterns = None if work.patterns is None else tuple(work.patterns)
-        kind = tuple(work.densities.values()), work.dense_gradient_layers, tuple(work.computed.items()), patterns
+        kind = (
+            *(tuple(work.densities.values()), work.dense_gradient_layers, tuple(work.computed.items()), patterns),
+            work.low_rank_branches,
+        )
         if kind not in costs:
             active = sum(work.densities.get(name, 1.0) * size for name, size in sizes.items())
             costs[kind] = counter.step(work), active / sum(sizes.values()) if sizes else 1.0

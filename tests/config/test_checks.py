@@ -138,6 +138,24 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             "data.reset_positions changes nothing under model.position_embedding rope",
         ),
         (["optimizer.decay_fraction=0.1"], "optimizer.decay_fraction is used by optimizer.schedule wsd only"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1", "optimizer.decay_start=dense"],
+            "optimizer.decay_start dense replaces optimizer.decay_fraction",
+        ),
+        (
+            ["optimizer.schedule=constant", "optimizer.decay_start=dense"],
+            "optimizer.decay_start is not used by optimizer.schedule constant",
+        ),
+        (
+            ["sparsity.algorithm=dense", "optimizer.decay_start=dense"],
+            "optimizer.decay_start dense changes nothing in a run that is dense from its beginning",
+        ),
+        (["sparsity.init_density_power=0.5"], "sparsity.init_density_power changes nothing in a run that begins dense"),
+        (
+            ["sparsity.init_density_power=0.5", "train.init_from=folder", "sparsity.algorithm=static"],
+            "sparsity.init_density_power is not used with train.init_from",
+        ),
+        (["sparsity.fold_low_rank=true"], "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],
 )
@@ -156,6 +174,8 @@ def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
         ["sparsity.algorithm=spdf", "sparsity.restoration_start=0.5"],
         ["sparsity.warmup_shape=steps", "sparsity.shape_steps=3"],
         ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.1"],
+        ["optimizer.schedule=wsd", "optimizer.decay_start=dense"],
+        ["sparsity.points=[[0,0.2],[0.8,1]]", "sparsity.init_density_power=0.5"],
         ["data.document_masking=true", "data.reset_positions=true"],
     ],
 )

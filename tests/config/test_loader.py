@@ -276,6 +276,7 @@ def test_a_file_of_version_0_1_is_refused_with_every_new_name_at_once(tmp_path) 
 def test_contradictions_inside_a_section_are_refused() -> None:
     for overrides, message in [
         (["sparsity.algorithm=static", "sparsity.drop_fraction=0.2"], "sparsity.drop_fraction: 0.2 contradicts"),
+        (["sparsity.lr_density_power=auto", "sparsity.lr_density_cap=8"], "sparsity.lr_density_cap: 8.0 contradicts"),
         (["sparsity.row_floor=true", "sparsity.block_size=1"], "sparsity.row_floor: true needs blocks"),
         (
             ["model.position_embedding=rope", "model.hidden_size=12", "model.num_attention_heads=4"],

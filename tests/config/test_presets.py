@@ -49,7 +49,9 @@ PARAMETERS = {
 }
 # The tokenizer of the quickstart is made by launch/quickstart.sh; a plan needs only its size.
 WITHOUT_TOKENIZER = ["data.tokenizer=null", "data.tokenizer_path=null", "model.vocab_size=2048"]
-HAS_TOKENIZER = ("quickstart", "wide-sparse")
+PRESETS = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*.yaml"))
+BASELINES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("baselines/*.yaml"))
+HAS_TOKENIZER = ("quickstart", "quickstart-base", "wide-sparse", *BASELINES)
 
 
 @cache
@@ -72,7 +74,7 @@ def test_a_plan_says_in_which_units_its_layers_are_sparse() -> None:
     assert rows and all(f"blocks of {row['block_size']}:" in describe_kernel(row) for row in rows)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
 def test_every_preset_plans_and_gives_no_setting_in_vain(name: str) -> None:
     result = plan(name)
     assert result["flops"]["algorithmic"] > 0 and result["parallel"]["accumulation_steps"] >= 1
@@ -117,6 +119,26 @@ def test_the_wide_sparse_model_costs_as_much_as_the_dense_quickstart() -> None:
     assert wide["parameters"]["total"] > 3 * dense["parameters"]["total"]
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_cost_as_much_as_the_quickstart(name: str) -> None:
+    expected = plan("quickstart")["flops"]["algorithmic"]
+    assert plan(name)["flops"]["algorithmic"] == pytest.approx(expected, rel=0.01)
+    assert changed_settings(load_config([CONFIGS / "quickstart-base.yaml"]), load_config([CONFIGS / f"{name}.yaml"]))
+
+
+def test_smet_has_the_settings_that_its_comment_names() -> None:
+    config = load_config([CONFIGS / "baselines" / "smet.yaml"])
+    sparsity, optimizer = config.sparsity, config.optimizer
+    assert (sparsity.algorithm, sparsity.growth, sparsity.drop_fraction, sparsity.drop_anneal) == (
+        "set",
+        None,
+        0.1,
+        "run",
+    )
+    assert sparsity.per_weight_step_counts and config.lr_density_rule == (1.0, float("inf"))
+    assert optimizer.weight_decay == optimizer.gradient_clipping == 0.0
+
+
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_presets_have_the_size_of_their_name(name: str) -> None:
     assert plan(name)["parameters"]["total"] == pytest.approx(PARAMETERS[name], rel=0.03)
@@ -141,8 +163,8 @@ def test_the_paper_presets_differ_in_size_alone() -> None:
 
 def test_the_table_of_presets_states_their_plans() -> None:
     page = (CONFIGS / "README.md").read_text().split("## Layouts and clusters", 1)[0]
-    rows = dict(re.findall(r"^\| `([\w.-]+)\.yaml` \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE))
-    assert sorted(rows) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    rows = dict(re.findall(r"^\| `([\w./-]+)\.yaml` \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE))
+    assert sorted(rows) == sorted([*PRESETS, *BASELINES])
     for name, cells in rows.items():
         ratio = re.match(r"[\d.]+", cells)
         if ratio is not None:

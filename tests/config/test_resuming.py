@@ -36,7 +36,9 @@ OTHER = {
     "sparsity.block_size": "32",
     "sparsity.head": "true",
     "sparsity.low_rank": "2",
+    "sparsity.init_density_power": "0.5",
     "sparsity.groups": "[{pattern: layers.*, dense: true}]",
+    "sparsity.lr_density_power": "auto",
     "sparsity.per_weight_step_counts": "true",
     "sparsity.regrowth_warmup_steps": "3",
 }
@@ -82,3 +84,19 @@ def test_all_of_them_are_told_at_once() -> None:
 )
 def test_what_may_change(before: list[str], after: list[str]) -> None:
     check_resume(load_config([], before), load_config([], after))
+
+
+BORN_SPARSE = ["sparsity.points=[[0,0.2],[0.8,1]]", "sparsity.lr_density_power=auto"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rule"),
+    [
+        (BORN_SPARSE, ["sparsity.points=[[0,1],[0.1,0.2],[0.8,1]]"], "1.0, with lr_density_cap null"),
+        ([*BORN_SPARSE, "train.init_from=elsewhere"], ["train.init_from=null"], "0.5, with lr_density_cap 4.0"),
+    ],
+)
+def test_the_origin_of_the_masks_is_not_forgotten(before: list[str], after: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"sparsity.lr_density_power: auto, .* must be {rule}"):
+        check_resume(load_config([], before), load_config([], [*before, *after]))
+    check_resume(load_config([], before), load_config([], [*before, "sparsity.update_interval=7"]))

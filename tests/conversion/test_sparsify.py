@@ -192,6 +192,10 @@ BAD = [
     (["--density", "0.2", "--block-size", "8", "--keep-dense", "*"], "every layer stays dense"),
     (["--density", "0.2", "--algorithm", "lottery"], 'sparsity.algorithm: "lottery" is not allowed'),
     (["--density", "0.2", "--block-size", "8", "--algorithm", "dense"], "sparsity.algorithm: dense has no topology"),
+    (
+        ["--density", "0.2", "--block-size", "8", "sparsity.lr_density_power=auto"],
+        "sparsity.lr_density_power: auto would not know",
+    ),
     (["--density", "0.2", "--block-size", "8", "train.steps=9"], "train.steps: 24 -> 9: only section sparsity can"),
     (["--density", "0.02", "--block-size", "8", "--row-floor"], "sparsity.row_floor: layer"),
     (["--density", "0.2", "--block-size", "8", "--algorithm=spdf", *EARLY], "is dense at step 6"),

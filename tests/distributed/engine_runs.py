@@ -248,6 +248,8 @@ def run_interruptions(mesh: Mesh, cases: list[tuple[str, list[str], Layout]], fo
     for name, overrides, layout in cases:
         # After step 10: ultra-sparse, between two topology updates.
         config = run_config(overrides, layout)
+        # The store makes no run folder: one that is gone was deleted.
+        (folder / name).mkdir(parents=True, exist_ok=True)
         results[name] = run_interrupted(meshes[layout.tensor], config, folder / name, stop=10)
     return results
 

@@ -1,4 +1,4 @@
-"""Runs that start from a model folder: what their engines hold at the start; runs on every rank."""
+"""Runs that start from a model folder, or born sparse: what their engines hold at the start; runs on every rank."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from megasparse.training.initial_weights import load_initial_weights
 
 MODEL = ["model.hidden_size=64", "sparsity.block_size=16", "model.vocab_size=97", "model.tie_embeddings=false"]
 STATIC = [*MODEL, "sparsity.algorithm=static", "sparsity.density=0.25"]
+
+BORN_SPARSE = [*STATIC, "sparsity.init_density_power=0.5"]
 
 
 def write_folder(folder: Path, overrides: list[str], topology_seed: int | None = None) -> None:
@@ -60,7 +62,8 @@ def masters(mesh: Mesh, engine: TrainingEngine) -> dict[str, Tensor]:
 
 def start(mesh: Mesh, config: RunConfig) -> dict:
     engine, controller = build(mesh, config)
-    load_initial_weights(config, engine.rules, engine)
+    if config.train.init_from is not None:
+        load_initial_weights(config, engine.rules, engine)
     check_state(engine, controller)
     found = masters(mesh, engine)
     for name, parameter in engine.model.named_parameters():

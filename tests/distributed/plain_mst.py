@@ -121,7 +121,7 @@ class PlainTraining:
         chance = (hashed(indices, *key, GROWTH_STREAM) >> np.uint32(8)).astype(np.float32) / 2**24
         grown |= best(chance, tie, ~(kept | grown), grow - by_gradient)
         self.masks[layer] = self.expanded(kept | grown, weight)
-        gone = ~self.expanded(kept, weight)
+        gone = ~self.expanded(kept | (grown & active) if sparsity.regrown == "keep" else kept, weight)
         for tensor in (weight, self.first[parameter], self.second[parameter], self.age[parameter]):
             tensor[gone] = 0
         return True

@@ -1,5 +1,6 @@
-"""Runs that start from a model folder, at several tensor-parallel sizes and ZeRO stages: the same weights, bit for bit,
-with the vocabulary padded anew, and the same first losses; topologies are taken over where they fit."""
+"""Runs that start from a model folder, or born sparse, at several tensor-parallel sizes and ZeRO stages: the same
+weights, bit for bit, with the vocabulary padded anew, and the same first losses; topologies are taken over where they
+fit."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import Layout
+from engine_runs import Layout, run_config
 from harness import run_distributed
-from initial_runs import MODEL, STATIC, run_starts, write_folder
+from initial_runs import BORN_SPARSE, MODEL, STATIC, run_starts, write_folder
 
 from megasparse.checkpoint.model_folder import ModelFolder, pad_rows
+from megasparse.models.build import build_model
+from megasparse.sparsity.topology import unpack_bits
 
 LAYOUTS = {
     1: [Layout(zero=0)],
@@ -40,6 +43,7 @@ def results(ranks: int, folder: Path) -> dict[str, dict]:
             (f"dense {layout}", [*MODEL, from_dense], layout),
             (f"sparse {layout}", [*STATIC, from_sparse], layout),
             (f"random {layout}", [*STATIC, from_dense], layout),
+            (f"born {layout}", BORN_SPARSE, layout),
         ]
         if layout.zero:
             cases.append((f"bf16 {layout}", [*MODEL, from_dense, "train.precision=bf16"], layout))
@@ -59,6 +63,8 @@ def reference(folders) -> dict[str, list[float]]:
 
 def test_masters_are_the_folders_weights_bit_for_bit(starts, folders) -> None:
     for name, result in starts.items():
+        if name.startswith("born"):
+            continue
         source = ModelFolder(folders / ("sparse" if name.startswith("sparse") else "dense"))
         for parameter, found in result["masters"].items():
             wanted = pad_rows(source.tensor(parameter), found.shape[0])
@@ -66,6 +72,18 @@ def test_masters_are_the_folders_weights_bit_for_bit(starts, folders) -> None:
                 wanted = torch.where(found == 0, 0, wanted)
             assert torch.equal(found, wanted), f"{name}: {parameter}"
         assert result["masters"]["head.weight"].shape[0] == 128
+
+
+def test_weights_born_sparse_have_the_scale_of_their_density(starts) -> None:
+    drawn = {name: weight.detach() for name, weight in build_model(run_config(MODEL), 97).named_parameters()}
+    for result in (result for name, result in starts.items() if name.startswith("born")):
+        for name, found in result["masters"].items():
+            wanted, bits = drawn[name], result["topology"].get(f"active/{name.removesuffix('.weight')}")
+            if bits is not None:
+                grid = found.shape[0] // 16, found.shape[1] // 16
+                mask = torch.kron(unpack_bits(bits, grid[0] * grid[1]).view(grid), torch.ones(16, 16)).bool()
+                wanted = torch.where(mask, wanted * float(mask.double().mean()) ** -0.5, 0)
+            assert torch.equal(found, wanted), name
 
 
 def test_topologies_are_taken_over_where_they_fit(starts, folders) -> None:

@@ -38,6 +38,13 @@ RECIPES = {
         "model.tie_embeddings=false",
     ],
     "random_growth": [*BLOCKS, "sparsity.growth=random", "sparsity.lr_density_power=0.0"],
+    "regrown_weights": [*WEIGHTS, "sparsity.regrown=keep"],
+    "regrown_blocks": [
+        "model.hidden_size=64",
+        "sparsity.block_size=8",
+        "sparsity.regrown=keep",
+        "sparsity.regrowth_warmup_steps=4",
+    ],
     "gradient_scores": [*WEIGHTS, "sparsity.drop_score=magnitude_gradient", "sparsity.drop_score_lambda=0.5"],
 }
 EVERYWHERE = ("blocks", "weights")

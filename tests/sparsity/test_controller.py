@@ -79,6 +79,50 @@ def test_grown_weights_start_at_zero_and_inactive_gradients_are_zero() -> None:
                 assert (active & ~before[name]).any()
 
 
+def plain_update(controller: Controller, state: FakeState) -> int:
+    """One topology update, compared with `regrown` by its definition; how many values it erased."""
+    old = {name: tensors.clone() for name, tensors in state.state.items()}
+    before = {
+        name: topology.weights_slice(0, topology.numel).clone() for name, topology in controller.topologies.items()
+    }
+    controller.update_topology(state)
+    erased = 0
+    for name, fragment in state.fragments().items():
+        part = slice(fragment.start, fragment.start + fragment.numel)
+        stayed = (before[name] & controller.topologies[name].weights_slice(0, before[name].numel()))[part]
+        for tensor, was in zip((fragment.master, *fragment.moments.values()), old[name][[0, 2, 3]], strict=True):
+            kept = torch.where(stayed, was[part], 0)
+            if controller.config.sparsity.regrown == "keep":
+                assert torch.equal(tensor, kept)
+            erased += int((tensor != kept).sum())
+    return erased
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_what_is_dropped_and_grown_again_keeps_its_values_where_asked(block_size, num_shards) -> None:
+    """While the density rises most of it is: restoration then erases nothing."""
+
+    def erased(rank: int, ranks, regrown: str) -> int:
+        controller, layers = make(
+            f"sparsity.block_size={block_size}", f"sparsity.regrown={regrown}",
+            "sparsity.points=[[0, 0.3], [0.1, 0.3], [0.9, 1], [1, 1]]", "sparsity.update_interval=2",
+        )  # fmt: skip
+        pieces = {name: cuts(64 * 32, [1000])[rank] for name in layers}
+        state = FakeState(layers, *((pieces, ranks) if num_shards == 2 else ()))
+        total = 0
+        for step in range(40):
+            decision = controller.begin_step(step)
+            state.new_gradients(step)
+            total += plain_update(controller, state) if decision.changes_topology else 0
+            state.optimizer_step(controller.topologies)
+        assert controller.density() == 1.0
+        return total
+
+    assert sum(on_shards(num_shards, lambda rank, ranks: erased(rank, ranks, "keep"))) == 0
+    assert sum(on_shards(num_shards, lambda rank, ranks: erased(rank, ranks, "reset"))) > 0
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("num_shards", [2, 3])
 def test_the_topology_does_not_depend_on_the_layout(block_size, num_shards) -> None:
@@ -190,6 +234,10 @@ def test_wrong_state_is_refused_with_the_layer_named() -> None:
     [
         (["sparsity.update_interval=9", "sparsity.restoration_end=0.95"], ["update_interval: 9", "such as 39"]),
         (["sparsity.restoration_end=1.0"], ["update_interval: 4", "none, unless the restoration ends"]),
+        (
+            ["optimizer.decay_start=dense", "sparsity.algorithm=gradual"],
+            ["optimizer.decay_start: dense", "gradual", "never becomes dense", "must be schedule"],
+        ),
         (["sparsity.update_interval=40"], ["update_interval: 40 leaves no topology update", "below 40"]),
         (
             ["sparsity.row_floor=true", "sparsity.density=0.05"],

@@ -71,7 +71,7 @@ def whole_state(block_size: int, density: float, levels: int, seed: int) -> tupl
     return masks, state
 
 
-def decide(masks, state, block_size: int, counts, mesh: SimulatedMesh | None, points: Sequence[int]):
+def decide(masks, state, block_size: int, counts, mesh: SimulatedMesh | None, points: Sequence[int], keep=False):
     """One topology update; masks of the whole layers as packed bits, this rank's shards of the state, statistics."""
     ranks: SimulatedRanks | CommunicationGroup = mesh.tensor_parallel if mesh else CommunicationGroup()
     topologies = {}
@@ -79,7 +79,7 @@ def decide(masks, state, block_size: int, counts, mesh: SimulatedMesh | None, po
         grid = weight_partition(name, ranks.size).blocks(block_size)
         topologies[name] = Topology(name, grid.shard(mask, ranks.rank).clone(), block_size, grid, ranks.rank)
     layers = [
-        EvolvingLayer(topologies[name], counts(name, ranks.size), stream, "magnitude_gradient", 0.5, False)
+        EvolvingLayer(topologies[name], counts(name, ranks.size), stream, "magnitude_gradient", 0.5, False, keep)
         for stream, name in enumerate(masks)
     ]
     pieces = Pieces(state, topologies, mesh, points)
@@ -110,13 +110,14 @@ def even_counts(masks, active_share: float):
     block_size=st.sampled_from([1, 2]),
     levels=st.sampled_from([1, 3, 1000]),
     seed=st.integers(0, 10**6),
+    keep=st.booleans(),
 )
-def test_every_layout_takes_the_decision_of_one_rank(data, layout, block_size, levels, seed) -> None:
+def test_every_layout_takes_the_decision_of_one_rank(data, layout, block_size, levels, seed, keep) -> None:
     masks, state = whole_state(block_size, data.draw(st.floats(0.1, 1.0)), levels, seed)
     counts = even_counts(masks, data.draw(st.floats(0.05, 0.9)))
     points = data.draw(st.lists(st.integers(0, 256), min_size=layout[0] - 1, max_size=layout[0] - 1))
-    expected, whole_pieces, numbers = decide(masks, state, block_size, counts, None, [])
-    results = on_mesh(*layout, lambda mesh: decide(masks, state, block_size, counts, mesh, points))
+    expected, whole_pieces, numbers = decide(masks, state, block_size, counts, None, [], keep)
+    results = on_mesh(*layout, lambda mesh: decide(masks, state, block_size, counts, mesh, points, keep))
     for found, _, statistics in results:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], bits) for name, bits in expected.items())
