@@ -70,7 +70,7 @@ def test_a_changed_byte_is_refused_and_nothing_else_is_changed(corpus, stopped) 
 
 def test_another_model_is_refused(corpus, stopped) -> None:
     refused = run(resume(corpus, stopped, "model.num_layers=3"), expect=2).stdout
-    assert "model.num_layers is 2 there and 3 here" in refused
+    assert "model.num_layers: 3, but the run to go on with has 2; must be 2" in refused
 
 
 def test_one_process_samples_from_what_the_ranks_have_left(started) -> None:
