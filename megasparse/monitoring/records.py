@@ -108,7 +108,7 @@ def _drop_lines_after(path: Path, step: int, warn: Callable[[str], None]) -> Non
         return  # refused when it is opened
     lines, damaged = read_json_lines(path)
     if damaged:
-        warn(f"{path}: {name_lines(damaged)} cannot be read, as after a power cut, and is no longer there")
+        warn(f"{path}: {name_lines(damaged)} cannot be read, as after a power cut: removed")
     write_at_once(path, b"".join(line.content + b"\n" for line in lines if line.values["step"] <= step))
 
 

@@ -218,7 +218,7 @@ def _read_records(path: Path, essential_key: str, remarks: list[str]) -> list[Re
         damaged.pop()
         remarks.append(f"The last line of {path.name} is cut off, as after a kill; it is left out.")
     if damaged:
-        remarks.append(f"{path.name}: {name_lines(damaged)} cannot be read and is left out.")
+        remarks.append(f"{path.name}: {name_lines(damaged)} cannot be read: left out.")
     if not by_step:
         remarks.append(f"{path.name} holds no readable line.")
     return [by_step[step] for step in sorted(by_step)]

@@ -56,7 +56,7 @@ def test_a_damaged_line_is_named_and_neither_stops_a_restart_nor_stays(
     warnings: list[str] = []
     RunRecords(tmp_path, resume_step=5, warn=warnings.append).close()
     assert path.read_bytes() == b"\n".join(good[:2]) + b"\n"
-    assert warnings == [f"{path}: line 2 cannot be read, as after a power cut, and is no longer there"]
+    assert warnings == [f"{path}: line 2 cannot be read, as after a power cut: removed"]
     assert list(TrackedRun(tmp_path, 5, {}).history()) == (
         [(1, {"loss": 1.0}), (3, {"loss": 3.0})] * (name == "metrics")
     )
@@ -67,7 +67,7 @@ def test_readers_name_a_damaged_line_too(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + damage + b'\n{"step": 3, "loss": 3.0}\n')
     run = read_run(tmp_path)
     assert [line["step"] for line in run.metrics] == [1, 3]
-    assert "metrics.jsonl: line 2 cannot be read and is left out." in run.remarks
+    assert "metrics.jsonl: line 2 cannot be read: left out." in run.remarks
 
 
 def test_a_whole_line_without_its_end_is_kept_and_the_next_stands_below(tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     text = text_of(report_of(folder))
     for words in (
         "plan.json is not valid JSON", "summary.json does not hold a JSON object",
-        "2 lines of metrics.jsonl cannot be read", "1 pictures cannot be read", "broken",
+        "metrics.jsonl: lines 1, 2 cannot be read: left out.", "1 pictures cannot be read", "broken",
     ):  # fmt: skip
         assert words in text, words
 
