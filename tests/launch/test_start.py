@@ -58,4 +58,5 @@ def test_a_run_whose_folder_is_deleted_ends_with_status_2(corpus: Path, tmp_path
 def test_a_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = run(command(corpus, tmp_path / "file", "run.name=x", ranks=1), expect=2).stdout
-    assert f"error: {tmp_path / 'file' / 'x'}: Not a directory" in output and "Traceback" not in output
+    named = f"error: run.folder: {tmp_path / 'file'}: File exists; must be a folder that can be written"
+    assert named in output and "Traceback" not in output
