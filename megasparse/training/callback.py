@@ -76,7 +76,11 @@ class Step:
 
 
 class Callback:
-    """Hooks that do nothing; override those that are wanted."""
+    """Hooks that do nothing; override those that are wanted.
+
+    Between the end of a step and ``after_backward`` of the next one weights and moments may still be being copied for a
+    checkpoint: hooks that run in between must not change them.
+    """
 
     def begin_run(self, step: Step) -> None:
         """Before the first step of this start. step: the one that was finished last; index -1 at the very beginning."""

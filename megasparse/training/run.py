@@ -132,14 +132,8 @@ def pretrain(
             )
             summary = train(prepared, built)
         if environment.rank == 0:
-            # The process group has ended: drawing takes seconds, and no rank need wait for it, nor import what draws.
-            from megasparse.reporting.report import write_report
-
-            try:
-                message = f"report: {write_report(prepared.folder)}"
-            except OSError as error:
-                # Like the sample: it can be made again from what is there.
-                message = f"warning: no report was left: {describe_failure(error)}"
+            # The process group has ended: drawing takes seconds, for which no other rank need wait.
+            message = _leave_report(prepared.folder)
             print_summary(summary)
             built.progress.message(message)
     return summary
@@ -372,6 +366,17 @@ def _write_start(prepared: Prepared, config: RunConfig) -> None:
     save_config(config, folder / "config.yaml")
     write_json(folder / "plan.json", prepared.plan)
     write_json(folder / RECORD, prepared.record)
+
+
+def _leave_report(folder: Path) -> str:
+    """Where it is, or why there is none: like the sample, it can be made again from what is there."""
+    # Here: the other ranks need not import what draws.
+    from megasparse.reporting.report import write_report
+
+    try:
+        return f"report: {write_report(folder)}"
+    except OSError as error:
+        return f"warning: no report was left: {describe_failure(error)}"
 
 
 def _leave_sample(prepared: Prepared, trainer: Trainer, note: Callable[[str], None]) -> None:
