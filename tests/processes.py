@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,9 @@ class Process(subprocess.Popen):
         environment = {**(os.environ if env is None else env), self.mark: "1"}
         words = [str(word) for word in arguments]
         try:
-            super().__init__(words, env=environment, text=True, start_new_session=True, **options)
+            super().__init__(
+                words, env=environment, text=True, start_new_session=True, preexec_fn=_heed_interrupts, **options
+            )
         except BaseException:
             # Ctrl-C between its start and our knowing of it.
             self._kill_all()
@@ -70,6 +73,11 @@ class Process(subprocess.Popen):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(left, timeout=1)
+
+
+def _heed_interrupts() -> None:
+    """Shells start what runs in the background with Ctrl-C ignored, which a program inherits and would never end by."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(
