@@ -26,7 +26,7 @@ def test_the_second_run_is_refused_until_the_first_is_dead(corpus: Path, tmp_pat
             ("auto", f"is in use by another run: {named}; must"),
             ("never", f"already ({named}); "),
         ):
-            other = [*words, f"train.resume={resume}", "run.seed=2"]
+            other = [*words, f"train.resume={resume}", "optimizer.lr=1e-3"]
             refused = run(command(corpus, tmp_path, *other, ranks=ranks if resume == "auto" else 1), expect=2).stdout
             assert message in refused and "Traceback" not in refused, refused
         assert (folder / "config.yaml").read_bytes() == before and first.poll() is None
