@@ -99,8 +99,7 @@ def _failing_disk(attempt: Attempt, number: int) -> None:
         if own == rank:
             FailingDisk(attempt.folder / "runs", number, first, last).install()
 
-    # What rank 0 waits for at every save where another rank cannot even say that it has failed.
-    ended = attempt.start("train.distributed_timeout_seconds=15", prepare=prepare)
+    ended = attempt.start(prepare=prepare)
     if any(ended.statuses):
         attempt.finish()
     else:
