@@ -223,7 +223,7 @@ def build(
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
     if mesh.is_first:
-        records = stack.enter_context(_open_records(prepared, config, state.step, progress.message))
+        records = stack.enter_context(_open_records(prepared, config, state, progress.message))
     trainer = Trainer(config, mesh, engine, methods, prepared.train_data, state, watchdog=watchdog)
     interval = config.train.save_interval
     trainer.callbacks = [
@@ -348,11 +348,12 @@ def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) 
     return found.state, [*notes, f"going on from step {found.state.step}"]
 
 
-def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note: Callable[[str], None]) -> RunRecords:
+def _open_records(prepared: Prepared, config: RunConfig, state: TrainState, note: Callable[[str], None]) -> RunRecords:
     """Of rank 0."""
     return RunRecords(
         prepared.folder,
-        resume_step=resume_step,
+        resume_step=state.step,
+        lines=state.lines,
         trackers=config.train.trackers,
         parameters={**config.model_dump(mode="json"), "plan": prepared.plan},
         warn=lambda text: note(f"warning: {text}"),
