@@ -81,8 +81,10 @@ def folder_deleted(attempt: Attempt) -> None:
     ended = attempt.start(meanwhile=delete)
     if any(ended.statuses):
         attempt.finish()
-    elif at_deletion and at_deletion[0] < STEPS and newest_step(attempt.run) < STEPS:
-        attempt.found.append((SILENT, "the run ended well, and its folder is gone"))
+    elif at_deletion and newest_step(attempt.run) < STEPS:
+        # After the last commit nothing is written there any more.
+        if at_deletion[0] < STEPS:
+            attempt.found.append((SILENT, "the run ended well, and its folder is gone"))
     else:
         attempt.compare(ended)
 
