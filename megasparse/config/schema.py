@@ -500,6 +500,9 @@ class KernelsConfig(Section):
     """Density above which auto takes dense products; unset: as measured (tools/tune_kernels.py)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
+    elementwise: Literal["auto", "torch", "cpu"] = "auto"
+    """Kernel of activations, norms and rotary positions: torch's operators, or C++ kernels on CPUs that go through
+    memory once; auto takes the latter where they can run."""
 
 
 class ParallelConfig(Section):

@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.first_head = ranks.rank * self.local_heads
         self.rope_theta = config.rope_theta if config.position_embedding == "rope" else None
         self.rope_scaling = config.rope_scaling
-        self.stride, self.kernel = attention.stride, kernel
+        self.stride, self.kernel, self.elementwise = attention.stride, kernel, factory.elementwise
         self.offsets = attention.head_offsets(self.num_heads)
         self.patterns: tuple[str, ...] = ("full",) * self.num_heads
         widths = [heads * self.head_dim for heads in (self.num_heads, config.key_value_heads, config.key_value_heads)]
@@ -78,7 +78,10 @@ class Attention(nn.Module):
         v_BGTD = v.view(B, T, self.local_groups, self.head_dim).transpose(1, 2)
         first = 0 if cache is None else cache.length
         if self.rope_theta is not None:
-            q_BHTD, k_BGTD = (rotate(x, self.rope_theta, self.rope_scaling, first=first) for x in (q_BHTD, k_BGTD))
+            q_BHTD, k_BGTD = (
+                rotate(x, self.rope_theta, self.rope_scaling, first=first, kernel=self.elementwise)
+                for x in (q_BHTD, k_BGTD)
+            )
         own = slice(self.first_head, self.first_head + self.local_heads)
         patterns, offsets = self.patterns[own], self.offsets[own]
         kept = None if cache is None else cache.store(k_BGTD, v_BGTD)

@@ -43,6 +43,8 @@ class LayerFactory:
     """The ranks that share each layer."""
     break_even: float | None = None
     """Density above which the kernel `auto` takes dense products; None: as measured."""
+    elementwise: str = "auto"
+    """Kernel of what lies between the products."""
 
     def column(
         self,
@@ -73,7 +75,8 @@ class LayerFactory:
     def norm(self, config: ModelConfig) -> Normalization:
         """A normalisation between layers."""
         kind, size, epsilon, bias = config.normalization, config.hidden_size, config.normalization_epsilon, config.bias
-        return Normalization(kind, size, epsilon=epsilon, bias=bias, tensor_parallel=self.tensor_parallel)
+        settings: dict[str, Any] = {"tensor_parallel": self.tensor_parallel, "kernel": self.elementwise}
+        return Normalization(kind, size, epsilon=epsilon, bias=bias, **settings)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}

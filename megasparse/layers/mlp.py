@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megasparse.config.schema import ModelConfig
+from megasparse.kernels.elementwise import activation
 from megasparse.layers.factory import LayerFactory
 from megasparse.utils.activations import ACTIVATIONS
 
@@ -22,7 +23,9 @@ class MLP(nn.Module):
     def __init__(self, name: str, config: ModelConfig, factory: LayerFactory, *, output_std: float) -> None:
         super().__init__()
         C, width, bias, std = config.hidden_size, config.mlp_width, config.bias, config.init_std
-        self.activation, self.gated = ACTIVATIONS[config.activation].function, ACTIVATIONS[config.activation].gated
+        kind = ACTIVATIONS[config.activation]
+        self.gated = kind.gated
+        self.activation = activation(config.activation, kind.function, gated=kind.gated, kernel=factory.elementwise)
         if self.gated:
             self.gate_up = factory.column(f"{name}.gate_up", C, (width, width), bias, std)
         else:
@@ -30,7 +33,4 @@ class MLP(nn.Module):
         self.down = factory.row(f"{name}.down", width, C, bias, output_std)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        if not self.gated:
-            return self.down(self.activation(self.up(x_BTC)))
-        gate_BTF, up_BTF = self.gate_up(x_BTC).chunk(2, dim=-1)
-        return self.down(self.activation(gate_BTF) * up_BTF)
+        return self.down(self.activation(self.gate_up(x_BTC) if self.gated else self.up(x_BTC)))

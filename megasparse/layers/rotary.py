@@ -15,6 +15,7 @@ from math import pi
 import torch
 
 from megasparse.config.schema import RopeScaling
+from megasparse.kernels import elementwise
 
 
 @lru_cache(maxsize=8)
@@ -41,15 +42,17 @@ def _scaled(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0, 1))
 
 
-def rotate(x_BHTD: torch.Tensor, theta: float, scaling: RopeScaling | None = None, *, first: int = 0) -> torch.Tensor:
-    """Turn queries or keys by their positions first .. first + T - 1; returned in the dtype of the input."""
+def rotate(
+    x_BHTD: torch.Tensor, theta: float, scaling: RopeScaling | None = None, *, first: int = 0, kernel: str = "auto"
+) -> torch.Tensor:
+    """Turn queries or keys by their positions first .. first + T - 1; returned in the dtype of the input.
+
+    kernel: of `kernels.elementwise`.
+    """
     T, D = x_BHTD.shape[-2:]
     end = first + T
     # Generation comes here with one position after the other: a table of twice the length serves many of them.
     length = end if first == 0 else 1 << (end - 1).bit_length()
     tables = rotary_tables(length, D, theta, x_BHTD.device, scaling)
     cos_TD, sin_TD = (table[first:end] for table in tables)
-    # The float32 tables promote lower types, so the arithmetic is float32 at least.
-    first, second = x_BHTD.chunk(2, dim=-1)
-    turned = torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD), dim=-1)
-    return turned.to(x_BHTD.dtype)
+    return elementwise.rotate(x_BHTD, cos_TD, sin_TD, kernel=kernel)

@@ -188,7 +188,12 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         f"{count['zero_stage']}; micro-batch {count['micro_batch_size']:,} x {count['accumulation_steps']:,} "
         "accumulation steps",
         "Kernels": "\n".join(
-            [f"device: {kernels['device']}", *layers, f"hybrid attention: {kernels['hybrid_attention']}"]
+            [
+                f"device: {kernels['device']}",
+                *layers,
+                f"hybrid attention: {kernels['hybrid_attention']}",
+                f"activations, norms, rotary positions: {kernels['elementwise']}",
+            ]
         ),
         "Methods": "\n".join(plan.get("methods", [])),
     }

@@ -22,6 +22,7 @@ from megasparse.cost.attention_kernels import (
     check_attention,
     resolve_dense_fallback,
 )
+from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_warnings
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
@@ -102,12 +103,14 @@ def plan_run(
             "device": device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
+            "elementwise": elementwise_kernel(config, device, planned=planned_kernels),
         },
         "warnings": [
             *unused_settings(config),
             *initial_warnings(config, vocab_size, controller),
             *kernels.warnings(),
             *attention_warnings(config, device, planned=planned_kernels),
+            *elementwise_warnings(config, device, planned=planned_kernels),
         ],
     }
 

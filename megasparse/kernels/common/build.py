@@ -34,6 +34,8 @@ LOCK_SECONDS = 2 * BUILD_SECONDS
 SILENT_SECONDS = 2
 """So long another process is waited for without a word."""
 
+COMMON = Path(__file__).parent
+"""Of headers that several kernels include."""
 NOWHERE = Path(os.devnull) / "megasparse"
 """In place of a cache folder where there is none: nothing can be there, and nothing can be written."""
 
@@ -57,7 +59,7 @@ def cache_folder() -> Path:
 def load_library(source: Path, *definitions: str) -> ctypes.CDLL:
     """The kernels of a C++ file, compiled. Raises BuildError where there is no compiler, or it fails.
 
-    source: headers of ours lie beside it. definitions: macros to define, for tests.
+    source: headers of ours lie beside it, or here. definitions: macros to define, for tests.
     """
     compiler = find_compiler()
     flags, runtime = [*compile_flags(), *(f"-D{name}" for name in definitions)], openmp_runtime()
@@ -199,7 +201,7 @@ def _run(command: list[str]) -> str:
 
 def _digest(source: Path, compiler: list[str], commands: list[list[str]]) -> str:
     state = hashlib.sha256()
-    for path in (*sorted(source.parent.glob("*.h")), source):
+    for path in (*sorted(COMMON.glob("*.h")), *sorted(source.parent.glob("*.h")), source):
         state.update(path.read_bytes())
     for text in (_run([*compiler, "--version"]), repr(compiler), repr(commands), platform.machine(), _processor()):
         state.update(text.encode())
