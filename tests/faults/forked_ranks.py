@@ -27,7 +27,7 @@ from ports import port_of, reserve_port
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
-LAUNCHER_GRACE_SECONDS = 0.5
+LAUNCHER_GRACE_SECONDS = 2.0
 """Between the SIGTERM and the SIGKILL of a launcher of which one rank has failed."""
 
 POLL_SECONDS = 0.005
