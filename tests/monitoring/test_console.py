@@ -75,6 +75,7 @@ PLAN = {
             },
         ],
         "hybrid_attention": "reference",
+        "elementwise": "torch",
     },  # fmt: skip
     "warnings": ["hybrid_attention: [bold]slow[/bold] reference"],
 }
