@@ -158,6 +158,20 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("train.precision: fp16 needs a GPU; on this machine it must be fp32, bf16")
 
 
+class DividedAtOnce(deepspeed.zero.Init):
+    """DeepSpeed's context that divides parameters as soon as their module is made, for `tensor_overrides=()`.
+
+    By default it replaces torch's constructors, so that a parameter has its final dtype and device from the first; then
+    whatever else is made meanwhile gets them too, and random scores of float32 came out as bfloat16 of half their
+    length. Here constructors stay torch's own, and parameters are cast when their module is complete.
+    """
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.dtype)
+        super()._post_init_method(module)
+
+
 @contextlib.contextmanager
 def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
     """Build the model inside: at ZeRO stage 3 every layer is divided as soon as it is made, so that no rank ever holds
@@ -167,8 +181,8 @@ def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
         return
     prepare_deepspeed(mesh)
     settings = deepspeed_dict(config, mesh.data_parallel.size)
-    with deepspeed.zero.Init(
-        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, remote_device=None
+    with DividedAtOnce(
+        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, tensor_overrides=()
     ):
         yield lambda weight: deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 
