@@ -24,6 +24,7 @@ DERIVED_KEYS = {
     "tensorboard": "train.trackers",
     "wandb": "train.trackers",
     "steps_per_print": "train.log_interval",
+    "timers.throughput": "MegaSparse's own tokens_per_s",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
     "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
@@ -43,6 +44,8 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own line per n steps would stand beside ours.
         "steps_per_print": 2**31 - 1,
+        # Its timer, which nobody reads, waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
     }
     if config.deepspeed.offload_optimizer != "none":
