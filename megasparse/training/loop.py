@@ -44,6 +44,8 @@ class Trainer:
     def __post_init__(self) -> None:
         model = self.engine.model
         self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
+        if self.mesh.device.type == "cuda":
+            self.state.ledger.seconds.use_device()
         self._first_step = self.state.step + 1
         self._decay_start = decay_start(self.config)
 

@@ -100,6 +100,7 @@ class TrainState:
         self.window.steps += 1
 
     def to_dict(self) -> dict[str, Any]:
+        self.ledger.seconds.settle()
         return asdict(self)
 
     @classmethod
