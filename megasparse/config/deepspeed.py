@@ -32,8 +32,11 @@ DERIVED_KEYS = {
 }
 
 
-def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``. Raises ConfigError for an expert key that is derived."""
+def deepspeed_dict(config: RunConfig, data_parallel_size: int, device: str = "cpu") -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``. Raises ConfigError for an expert key that is derived.
+
+    device: type of the device that trains.
+    """
     check_extra(config.deepspeed.extra)
     train = config.train
     derived: dict[str, Any] = {
@@ -52,6 +55,11 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         derived["zero_optimization"]["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
         # Our optimizer steps on the CPU too; DeepSpeed's own knows nothing of densities.
         derived["zero_force_ds_cpu_optimizer"] = False
+    elif device == "cuda" and data_parallel_size > 1 and config.deepspeed.zero_stage in (1, 2):
+        # A bucket of gradients is reduced while the backward pass fills the next one. DeepSpeed's own size, 500 million
+        # elements, holds all of most models, so that nothing would overlap; this one is Megatron-LM's.
+        bucket = max(40_000_000, 1_000_000 * data_parallel_size)
+        derived["zero_optimization"] |= {"overlap_comm": True, "reduce_bucket_size": bucket}
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":

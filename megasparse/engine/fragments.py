@@ -7,7 +7,8 @@ A rank's pieces of weights, moments and gradients, as views that are edited in p
   where a parameter's piece lies (``_hp_mapping``) has no public form.
 - ``Stage3State``: stage 3; a rank holds one slice of each parameter, of the same size on every rank.
 
-``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs.
+``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs. Before views are
+used ``wait_for_reductions`` orders them after the reductions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megasparse.parallel import CommunicationGroup, Mesh
@@ -56,6 +58,18 @@ def state_access(
         )
     kind = Stage3State if stage == 3 else Stage1And2State
     return kind(engine.optimizer, optimizer, weights, mesh)
+
+
+def wait_for_reductions(optimizer: Any) -> None:
+    """Let what is given to the device from now on, such as an edit of gradients, come after their reductions.
+
+    DeepSpeed reduces on a stream of its own where communication overlaps with the backward pass. The host does not
+    wait. optimizer: DeepSpeed's, or ours at stage 0.
+    """
+    for name in ("reduction_stream", "reduce_and_partition_stream"):
+        stream = getattr(optimizer, name, None)
+        if stream is not None:
+            get_accelerator().current_stream().wait_stream(stream)
 
 
 class Stage0State:

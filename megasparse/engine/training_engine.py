@@ -27,7 +27,7 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import state_access
+from megasparse.engine.fragments import state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
@@ -87,7 +87,7 @@ class TrainingEngine:
         self._engine, *_ = deepspeed.initialize(
             model=self._with_objective,
             optimizer=self.optimizer,
-            config=deepspeed_dict(config, mesh.data_parallel.size),
+            config=deepspeed_dict(config, mesh.data_parallel.size, mesh.device.type),
             mpu=mesh,
             dist_init_required=False,
         )
@@ -116,7 +116,9 @@ class TrainingEngine:
     def backward(self, loss: Tensor) -> None:
         """Gradients; the last micro-batch of a step also averages them over the ranks."""
         self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if self._engine.is_gradient_accumulation_boundary():
+            wait_for_reductions(self._engine.optimizer)
+        else:
             self._engine.step()
 
     def gradient_norm(self) -> float:
@@ -180,7 +182,7 @@ def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
         yield contextlib.nullcontext
         return
     prepare_deepspeed(mesh)
-    settings = deepspeed_dict(config, mesh.data_parallel.size)
+    settings = deepspeed_dict(config, mesh.data_parallel.size, mesh.device.type)
     with DividedAtOnce(
         data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, tensor_overrides=()
     ):
