@@ -6,48 +6,15 @@ import time
 from collections import Counter
 
 import pytest
+from fake_device import FakeDevice
 
 from megasparse.cost.ledger import Ledger
 from megasparse.utils import clocks
 from megasparse.utils.clocks import DeviceClock, HostClock
 
 
-class Device:
-    """Takes as long for each piece of work as it is told; is done with nothing before somebody waits for it."""
-
-    def __init__(self) -> None:
-        self.queued = self.done = 0.0
-        self.events = self.waits = 0
-
-    def work(self, milliseconds: float) -> None:
-        self.queued += milliseconds
-
-    def new_event(self) -> Event:
-        self.events += 1
-        return Event(self)
-
-
-class Event:
-    def __init__(self, device: Device) -> None:
-        self.device, self.time = device, None
-
-    def record(self) -> None:
-        self.time = self.device.queued
-
-    def query(self) -> bool:
-        return self.time <= self.device.done
-
-    def synchronize(self) -> None:
-        self.device.waits += 1
-        self.device.done = max(self.device.done, self.time)
-
-    def elapsed_time(self, end: Event) -> float:
-        assert self.query() and end.query(), "torch raises for an event that has not passed"
-        return end.time - self.time
-
-
 def test_parts_of_a_step_are_the_devices_and_read_with_one_wait() -> None:
-    device, ledger = Device(), Ledger()
+    device, ledger = FakeDevice(), Ledger()
     ledger.seconds.use_device(lambda add: DeviceClock(add, device.new_event))
     for _ in range(5):
         with ledger.seconds.step():
@@ -66,20 +33,20 @@ def test_parts_of_a_step_are_the_devices_and_read_with_one_wait() -> None:
 
 def test_events_are_used_again_and_do_not_pile_up(monkeypatch) -> None:
     monkeypatch.setattr(clocks, "MAX_PENDING", 8)
-    device, seconds = Device(), Counter()
+    device, seconds = FakeDevice(), Counter()
     clock = DeviceClock(lambda name, value: seconds.update({name: value}), device.new_event)
     for _ in range(100):
         with clock.span("forward"):
             device.work(10)
         # The host lags behind by itself now and then: nobody waits.
-        device.done = device.queued
+        device.catch_up()
     assert device.waits == 0 and device.events <= 2 * 10
     clock.settle()
     assert seconds["forward"] == pytest.approx(1.0)
 
 
 def test_a_piece_that_fails_is_counted() -> None:
-    device, seconds = Device(), Counter()
+    device, seconds = FakeDevice(), Counter()
     for clock in (
         DeviceClock(lambda name, value: seconds.update({name: value}), device.new_event),
         HostClock(lambda name, value: seconds.update({f"{name} of the host": value})),
