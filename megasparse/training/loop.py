@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
-from megasparse.data import BatchLoader, split_samples
+from megasparse.data import BatchLoader, page_locked, split_samples
 from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
@@ -76,7 +77,7 @@ class Trainer:
 
     def loader(self) -> BatchLoader:
         """This rank's micro-batches from the present position to the end of the run."""
-        train = self.config.train
+        train, device = self.config.train, self.mesh.device
         return BatchLoader(
             self.train_data,
             global_batch_size=train.global_batch_size,
@@ -85,6 +86,7 @@ class Trainer:
             data_parallel_size=self.mesh.data_parallel.size,
             consumed_samples=self.state.consumed_samples,
             num_steps=train.steps - self.state.step,
+            prepare=partial(page_locked, device=device) if device.type == "cuda" else None,
         )
 
     def train_step(self, loader: BatchLoader) -> Step:
@@ -119,7 +121,7 @@ class Trainer:
         engine, seconds = self.engine, self.state.ledger.seconds
         step.beat("data")
         with seconds.part("data"):
-            batch = split_samples(next(loader).to(self.mesh.device))
+            batch = split_samples(next(loader).to(self.mesh.device, non_blocking=True))
         step.beat("forward")
         with seconds.part("forward"):
             loss = engine.forward(*batch)
