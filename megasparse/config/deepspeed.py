@@ -28,7 +28,7 @@ DERIVED_KEYS = {
     "zero_optimization.stage": "deepspeed.zero_stage",
     "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
     "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
-    "data_types.grad_accum_dtype": "train.precision",
+    "data_types.grad_accum_dtype": "deepspeed.gradient_accumulation_dtype",
 }
 
 
@@ -60,6 +60,8 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int, device: str = "cp
         # elements, holds all of most models, so that nothing would overlap; this one is Megatron-LM's.
         bucket = max(40_000_000, 1_000_000 * data_parallel_size)
         derived["zero_optimization"] |= {"overlap_comm": True, "reduce_bucket_size": bucket}
+    if config.deepspeed.gradient_accumulation_dtype == "fp32":
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":

@@ -75,3 +75,10 @@ def test_communication_overlaps_with_the_backward_pass_on_gpus(stage) -> None:
     off = {"zero_stage": stage, "extra": {"zero_optimization": {"overlap_comm": False}}}
     derived = deepspeed_dict(check_config({"train": TRAIN, "deepspeed": off}), 4, "cuda")
     assert derived["zero_optimization"]["overlap_comm"] is False
+
+
+def test_gradients_are_summed_in_float32_where_that_is_asked_for() -> None:
+    section = {"zero_stage": 2, "gradient_accumulation_dtype": "fp32"}
+    derived = deepspeed_dict(check_config({"train": TRAIN, "deepspeed": section}), 1)
+    assert derived["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in deepspeed_dict(check_config({"train": TRAIN}), 1)
