@@ -27,7 +27,7 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import state_access, wait_for_reductions
+from megasparse.engine.fragments import judged_gradients, state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
@@ -82,6 +82,7 @@ class TrainingEngine:
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
         self._losses: Tensor | float = 0.0
+        self._is_judged = False
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
@@ -124,26 +125,39 @@ class TrainingEngine:
     def gradient_norm(self) -> float:
         """Global norm of the averaged gradients as the backward passes left them, before clipping; the same bits on
         every rank, which all call it. Not finite where a gradient or a loss of any rank is not."""
+        return self.gradient_norm_and({})[0]
+
+    def gradient_norm_and(self, values: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """The norm, and scalars of this rank: all that the host wants to know of a step, for one wait."""
         losses, self._losses = self._losses, 0.0
+        norm, *others = torch.stack([self._norm(losses), *values.values()]).tolist()
+        self._is_judged = True
+        return norm, dict(zip(values, others, strict=True))
+
+    def _norm(self, losses: Tensor | float = 0.0) -> Tensor:
         access = self.access(dict(self.model.named_parameters()))
         return global_gradient_norm(access, self.model, self.mesh, losses)
 
-    def step(self, lr: float, *, skip_update: bool = False) -> float:
+    def step(self, lr: float, *, skip_update: bool = False) -> Tensor:
         """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
-        clipping.
+        clipping; a scalar on the device, which who reads it waits for.
 
-        skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
-        Raises RuntimeError where DeepSpeed leaves out a step by itself.
+        skip_update: leave weights, moments and step count as they are; only copy the master weights to the model. To be
+        set where ``gradient_norm`` was not finite. Where that was not asked for, DeepSpeed itself looks at the
+        gradients, and RuntimeError is raised if it leaves out the step.
         """
         set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
         # At stage 0 DeepSpeed keeps it to itself.
-        norm = self.gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
-        self._engine.step()
-        self.optimizer.skip_updates = False
+        norm = self._norm() if self._engine.zero_optimization_stage() == 0 else None
+        # Of float16 DeepSpeed must know by itself whether it is to lower the loss scale.
+        is_known = self._is_judged and self.config.train.precision != "fp16"
+        with judged_gradients(self._engine.optimizer) if is_known else contextlib.nullcontext():
+            self._engine.step()
+        self._is_judged = self.optimizer.skip_updates = False
         if not (skip_update or self._engine.was_step_applied()):
             raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
