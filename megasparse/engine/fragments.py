@@ -75,11 +75,11 @@ def wait_for_reductions(optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def judged_gradients(optimizer: Any) -> Iterator[None]:
-    """Take a step without DeepSpeed's own search for what is not finite, whose answer is known.
+def finite_gradients(optimizer: Any) -> Iterator[None]:
+    """Take a step without DeepSpeed's own search for what is not finite: the caller knows that nothing is.
 
-    It takes kernels for each parameter and makes the host wait for the device, at stages 1 and 2 once more for every
-    parameter group. optimizer: DeepSpeed's, or ours at stage 0.
+    The search takes kernels for each parameter and makes the host wait for the device, at stages 1 and 2 once more for
+    every parameter group. optimizer: DeepSpeed's, or ours at stage 0.
     """
     modules = [module for module in (stage_1_and_2, stage3) if hasattr(module, "is_invalid_grad_norm")]
     with contextlib.ExitStack() as replaced:

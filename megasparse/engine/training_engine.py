@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -27,7 +28,7 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import judged_gradients, state_access, wait_for_reductions
+from megasparse.engine.fragments import finite_gradients, state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
@@ -82,7 +83,8 @@ class TrainingEngine:
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
         self._losses: Tensor | float = 0.0
-        self._is_judged = False
+        self._is_finite = False
+        """Gradients of the present step, as far as is known."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
@@ -131,7 +133,7 @@ class TrainingEngine:
         """The norm, and scalars of this rank: all that the host wants to know of a step, for one wait."""
         losses, self._losses = self._losses, 0.0
         norm, *others = torch.stack([self._norm(losses), *values.values()]).tolist()
-        self._is_judged = True
+        self._is_finite = math.isfinite(norm)
         return norm, dict(zip(values, others, strict=True))
 
     def _norm(self, losses: Tensor | float = 0.0) -> Tensor:
@@ -142,19 +144,19 @@ class TrainingEngine:
         """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
         clipping; a scalar on the device, which who reads it waits for.
 
-        skip_update: leave weights, moments and step count as they are; only copy the master weights to the model. To be
-        set where ``gradient_norm`` was not finite. Where that was not asked for, DeepSpeed itself looks at the
-        gradients, and RuntimeError is raised if it leaves out the step.
+        skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
+        Raises RuntimeError where DeepSpeed leaves out a step by itself. It looks only where ``gradient_norm`` was not
+        asked for or was not finite.
         """
         set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
         # At stage 0 DeepSpeed keeps it to itself.
         norm = self._norm() if self._engine.zero_optimization_stage() == 0 else None
         # Of float16 DeepSpeed must know by itself whether it is to lower the loss scale.
-        is_known = self._is_judged and self.config.train.precision != "fp16"
-        with judged_gradients(self._engine.optimizer) if is_known else contextlib.nullcontext():
+        is_known = self._is_finite and self.config.train.precision != "fp16"
+        with finite_gradients(self._engine.optimizer) if is_known else contextlib.nullcontext():
             self._engine.step()
-        self._is_judged = self.optimizer.skip_updates = False
+        self._is_finite = self.optimizer.skip_updates = False
         if not (skip_update or self._engine.was_step_applied()):
             raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)

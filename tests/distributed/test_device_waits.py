@@ -19,7 +19,7 @@ from megasparse.training.build_engine import build_engine
 from megasparse.training.loop import Trainer
 from megasparse.training.state import TrainState
 
-SPARSE = ["train.steps=6", "sparsity.points=[[0,0.5],[1,0.5]]"]
+SPARSE = ["train.steps=5", "sparsity.points=[[0,0.5],[1,0.5]]"]
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 """What a tensor is asked with for values that the device may not have computed yet."""
 
