@@ -128,6 +128,8 @@ def measure_steps(trainer, loader, steps: int) -> dict[str, Any]:
             ordinary, topology = [], []
         started = time.perf_counter()
         result = trainer.train_step(loader)
+        # The device may still be at it.
+        trainer.state.ledger.seconds.settle()
         (topology if result.records else ordinary).append(time.perf_counter() - started)
     parts = trainer.state.ledger.by_part()
     return {

@@ -85,18 +85,19 @@ def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
 def seconds_per_step(trainer: Trainer, loader: BatchLoader, steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
-        # A step ends with the loss and the gradient norm on the host, so the device is done too.
         trainer.train_step(loader)
+    # The last step ends on the host before it ends on the device.
+    trainer.state.ledger.seconds.settle()
     return (time.perf_counter() - started) / steps
 
 
 def seconds_by_part(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
     """Of one step; `data` is the time that the loop waited for it."""
-    timer, waited = PartTimer(trainer), trainer.state.ledger.seconds.parts["data"]
+    timer, waited = PartTimer(trainer), trainer.state.ledger.by_part()["data"]
     with timer.attached():
         trainer.train_step(loader)
     found = timer.seconds()
-    found["data"] = trainer.state.ledger.seconds.parts["data"] - waited
+    found["data"] = trainer.state.ledger.by_part()["data"] - waited
     found["other"] -= found["data"]
     return found
 

@@ -72,6 +72,14 @@ def _check_precision(config: RunConfig) -> None:
             f"deepspeed.offload_optimizer: {config.deepspeed.offload_optimizer} needs deepspeed.zero_stage 1, 2 or 3; "
             "at stage 0 it must be none"
         )
+    # At stage 1 DeepSpeed would take another optimizer, whose state our views do not know, or with offload ignore it.
+    deepspeed = config.deepspeed
+    is_mixed = config.train.precision != "fp32" and deepspeed.gradient_accumulation_dtype == "fp32"
+    if is_mixed and deepspeed.zero_stage == 1:
+        raise ConfigError(
+            f"deepspeed.gradient_accumulation_dtype: fp32 with train.precision {config.train.precision} needs "
+            "deepspeed.zero_stage 2 or 3; at stage 1 it must be precision"
+        )
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:

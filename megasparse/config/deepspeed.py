@@ -24,15 +24,19 @@ DERIVED_KEYS = {
     "tensorboard": "train.trackers",
     "wandb": "train.trackers",
     "steps_per_print": "train.log_interval",
+    "timers.throughput": "MegaSparse's own tokens_per_s",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
     "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
-    "data_types.grad_accum_dtype": "train.precision",
+    "data_types.grad_accum_dtype": "deepspeed.gradient_accumulation_dtype",
 }
 
 
-def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``. Raises ConfigError for an expert key that is derived."""
+def deepspeed_dict(config: RunConfig, data_parallel_size: int, device: str = "cpu") -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``. Raises ConfigError for an expert key that is derived.
+
+    device: type of the device that trains.
+    """
     check_extra(config.deepspeed.extra)
     train = config.train
     derived: dict[str, Any] = {
@@ -43,12 +47,21 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own line per n steps would stand beside ours.
         "steps_per_print": 2**31 - 1,
+        # Its timer, which nobody reads, waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
     }
     if config.deepspeed.offload_optimizer != "none":
         derived["zero_optimization"]["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
         # Our optimizer steps on the CPU too; DeepSpeed's own knows nothing of densities.
         derived["zero_force_ds_cpu_optimizer"] = False
+    elif device == "cuda" and data_parallel_size > 1 and config.deepspeed.zero_stage in (1, 2):
+        # A bucket of gradients is reduced while the backward pass fills the next one. DeepSpeed's own size, 500 million
+        # elements, holds all of most models, so that nothing would overlap; this one is Megatron-LM's.
+        bucket = max(40_000_000, 1_000_000 * data_parallel_size)
+        derived["zero_optimization"] |= {"overlap_comm": True, "reduce_bucket_size": bucket}
+    if config.deepspeed.gradient_accumulation_dtype == "fp32":
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":

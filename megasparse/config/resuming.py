@@ -83,7 +83,7 @@ FREE: dict[str, str] = {
     "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap",
     "kernels": "block_sparse break_even hybrid_attention elementwise",
     "parallel": "tensor_parallel_size sequence_parallel",
-    "deepspeed": "zero_stage offload_optimizer extra",
+    "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",
 }
 """Names by section."""
 

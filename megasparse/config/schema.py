@@ -517,6 +517,9 @@ class DeepSpeedConfig(Section):
     """Divided over the data-parallel ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """cpu: optimizer state lies in host memory and is updated there (stages 1 to 3)."""
+    gradient_accumulation_dtype: Literal["precision", "fp32"] = "precision"
+    """In what the gradients of the micro-batches of a step are added up: that of train.precision, or fp32, which loses
+    nothing however many they are (stages 2 and 3)."""
     extra: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, passed on as they are; keys that MegaSparse derives are
     refused."""

@@ -12,9 +12,8 @@ layers say which kernels compute them; a plan asks ``LayerKernels``.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -23,8 +22,10 @@ from megasparse.cost.layer_kernels import LayerKernels, saves_work
 from megasparse.kernels.hybrid_attention import executed_entries
 from megasparse.layers import Attention, Linear, SparseLinear, active_entries
 from megasparse.models.gpt import GPT
+from megasparse.utils.clocks import Add, Clock, DeviceClock, HostClock
 
 PARTS = ("data", "forward", "backward", "optimizer", "topology")
+STEP = "step"
 
 
 @dataclass
@@ -134,24 +135,35 @@ class FlopCounter:
 
 @dataclass
 class Seconds:
-    """Wall-clock seconds of the training steps, by part; validation and checkpoints are not part of a step."""
+    """Seconds of the training steps, by part; validation and checkpoints are not part of a step.
+
+    On a CPU of the host's clock, on a GPU of its own: then they are complete after ``settle`` only, which waits for it.
+    """
 
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     total: float = 0.0
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[name] += time.perf_counter() - started
+    def __post_init__(self) -> None:
+        self._clock: Clock = HostClock(self._add)
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.total += time.perf_counter() - started
+    def use_device(self, make_clock: Callable[[Add], Clock] = DeviceClock) -> None:
+        """From now on measure what the device does instead of how fast it is given work."""
+        self._clock = make_clock(self._add)
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return self._clock.span(name)
+
+    def step(self) -> AbstractContextManager[None]:
+        return self._clock.span(STEP)
+
+    def settle(self) -> None:
+        self._clock.settle()
+
+    def _add(self, name: str, seconds: float) -> None:
+        if name == STEP:
+            self.total += seconds
+        else:
+            self.parts[name] += seconds
 
 
 @dataclass
@@ -162,6 +174,7 @@ class Ledger:
     seconds: Seconds = field(default_factory=Seconds)
 
     def state(self) -> dict:
+        self.seconds.settle()
         return asdict(self)
 
     @classmethod
@@ -170,4 +183,5 @@ class Ledger:
 
     def by_part(self) -> dict[str, float]:
         """Seconds by part; `other` is what no part claims."""
+        self.seconds.settle()
         return {**self.seconds.parts, "other": self.seconds.total - sum(self.seconds.parts.values())}

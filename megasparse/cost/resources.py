@@ -39,12 +39,13 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
     optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
+    summed = 4 if config.deepspeed.gradient_accumulation_dtype == "fp32" else size
     parts = {
         "weights": local * size if stage < 3 else local * size // share + min(local, MAX_LIVE_PARAMETERS) * size,
         # One byte per unit, active or not, one bit per unit that was ever active.
         "masks": masks + masks // 8,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
-        "gradients": local * size if stage < 2 else local * size // share + min(local, BUCKET) * size,
+        "gradients": local * size if stage < 2 else local * summed // share + min(local, BUCKET) * size,
         "optimizer": 0 if offloaded else optimizer,
         "activations": activation_bytes(config),
         "logits": logits_bytes(config, model),

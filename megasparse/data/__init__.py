@@ -7,7 +7,7 @@ from megasparse.data.facts import DataFacts, EndOfDocument, read_facts
 from megasparse.data.fingerprints import fingerprint, run_fingerprint
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megasparse.data.loader import Batch, BatchLoader, split_samples
+from megasparse.data.loader import Batch, BatchLoader, page_locked, split_samples
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed, permuted_index
 from megasparse.data.tokenizer import TOKENIZER_KINDS, Tokenizer, load_tokenizer
 
@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint",
     "load_tokenizer",
     "open_tokenizer",
+    "page_locked",
     "permuted_index",
     "read_facts",
     "run_fingerprint",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 
@@ -34,6 +36,15 @@ def split_samples(samples: torch.Tensor) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], documents[:, :-1])
 
 
+def page_locked(samples: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of host samples in page-locked memory, from which `device`, a GPU, copies without holding up the host."""
+    import torch
+
+    # A thread starts on GPU 0 and would take memory there.
+    with torch.cuda.device(device):
+        return samples.pin_memory()
+
+
 class BatchLoader:
     """Iterator over micro-batches, torch int64 [micro_batch_size, *shape of a sample]; a context manager.
 
@@ -41,7 +52,7 @@ class BatchLoader:
     begins at sample `consumed_samples`; the property of that name grows by `global_batch_size` when the last
     micro-batch of a step has been handed out, and is what a checkpoint saves. The iterator is endless, or ends after
     `num_steps` steps. An exception of the dataset is raised by the `next` that would have returned the failed batch,
-    and the loader is then closed.
+    and the loader is then closed. `prepare` is called with each batch by the background thread.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class BatchLoader:
         consumed_samples: int = 0,
         num_steps: int | None = None,
         prefetch: int = 4,
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
@@ -66,7 +78,7 @@ class BatchLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.accumulation_steps = global_batch_size // (micro_batch_size * data_parallel_size)
-        self.num_steps = num_steps
+        self.num_steps, self._prepare = num_steps, prepare
         self._start = self._consumed = consumed_samples
         self._micro_step = 0
         self._queue: queue.Queue = queue.Queue(prefetch)
@@ -119,7 +131,8 @@ class BatchLoader:
     def _load(self, numbers: range) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(np.stack([self.dataset[number] for number in numbers]))
+        samples = torch.from_numpy(np.stack([self.dataset[number] for number in numbers]))
+        return samples if self._prepare is None else self._prepare(samples)
 
     def _take(self):
         """The next item; StopIteration if the loader is closed from elsewhere while waiting."""

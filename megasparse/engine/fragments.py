@@ -7,17 +7,21 @@ A rank's pieces of weights, moments and gradients, as views that are edited in p
   where a parameter's piece lies (``_hp_mapping``) has no public form.
 - ``Stage3State``: stage 3; a rank holds one slice of each parameter, of the same size on every rank.
 
-``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs.
+``state_access`` picks the right one and checks, once, that the installed DeepSpeed has what it needs. Before views are
+used ``wait_for_reductions`` orders them after the reductions.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor, nn
 
 from megasparse.parallel import CommunicationGroup, Mesh
@@ -56,6 +60,40 @@ def state_access(
         )
     kind = Stage3State if stage == 3 else Stage1And2State
     return kind(engine.optimizer, optimizer, weights, mesh)
+
+
+def wait_for_reductions(optimizer: Any) -> None:
+    """Let what is given to the device from now on, such as an edit of gradients, come after their reductions.
+
+    DeepSpeed reduces on a stream of its own where communication overlaps with the backward pass. The host does not
+    wait. optimizer: DeepSpeed's, or ours at stage 0.
+    """
+    for name in ("reduction_stream", "reduce_and_partition_stream"):
+        stream = getattr(optimizer, name, None)
+        if stream is not None:
+            get_accelerator().current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def finite_gradients(optimizer: Any) -> Iterator[None]:
+    """Take a step without DeepSpeed's own search for what is not finite: the caller knows that nothing is.
+
+    The search takes kernels for each parameter and makes the host wait for the device, at stages 1 and 2 once more for
+    every parameter group. optimizer: DeepSpeed's, or ours at stage 0.
+    """
+    modules = [module for module in (stage_1_and_2, stage3) if hasattr(module, "is_invalid_grad_norm")]
+    with contextlib.ExitStack() as replaced:
+        for module in modules:
+            replaced.callback(setattr, module, "is_invalid_grad_norm", module.is_invalid_grad_norm)
+            module.is_invalid_grad_norm = _never
+        if getattr(optimizer, "check_grad_overflow", False):
+            replaced.callback(setattr, optimizer, "check_grad_overflow", True)
+            optimizer.check_grad_overflow = False
+        yield
+
+
+def _never(norm: Any) -> bool:
+    return False
 
 
 class Stage0State:

@@ -5,8 +5,6 @@ norm = global_gradient_norm(engine.access(parameters), engine.model, engine.mesh
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,9 @@ from megasparse.sparsity.topology import Topology
 
 
 @torch.no_grad()
-def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0) -> float:
-    """Norm over all parameters, the same bits on every rank, which all call it between ``backward`` and ``step``.
+def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0) -> Tensor:
+    """Norm over all parameters, a float64 scalar on the device, the same bits on every rank, which all call it between
+    ``backward`` and ``step``.
 
     access: to all parameters by name. losses: a sum of this rank's losses. NaN or infinity where any gradient or loss
     of any rank is. Gradients of inactive weights, which exist in steps that may grow them, do not count as long as they
@@ -38,7 +37,7 @@ def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Te
         if not shard_spec_of(parameters[name]).is_divided:
             holders *= mesh.tensor_parallel.size
         total += _square(fragment, topologies.get(id(parameters[name]))).to(mesh.device) / holders
-    return math.sqrt(float(mesh.world.sum_(total)))
+    return mesh.world.sum_(total).sqrt()
 
 
 def _square(fragment: StateFragment, topology: Topology | None) -> Tensor:

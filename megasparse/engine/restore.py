@@ -172,10 +172,13 @@ def _set_model_weight(parameter: Any, fragment: StateFragment | None, owners: Ra
 def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, Any], step: int) -> None:
     """Optimizers make them in their first step, which is over."""
     state = engine.optimizer.state[flat]
-    state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
+    by_weight = engine.optimizer.keeps_weight_steps and group["masked"]
+    # Where each weight has its own count, the host asks for that of all.
+    device = torch.device("cpu") if by_weight else flat.device
+    state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
     state["exp_avg"] = torch.zeros_like(flat)
     state["exp_avg_sq"] = torch.zeros_like(flat)
-    if engine.optimizer.keeps_weight_steps and group["masked"]:
+    if by_weight:
         state["weight_steps"] = torch.zeros_like(flat, dtype=torch.int16)
 
 

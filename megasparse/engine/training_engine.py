@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -27,7 +28,7 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import state_access
+from megasparse.engine.fragments import finite_gradients, state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
@@ -82,12 +83,14 @@ class TrainingEngine:
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
         self._losses: Tensor | float = 0.0
+        self._is_finite = False
+        """Gradients of the present step, as far as is known."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
             model=self._with_objective,
             optimizer=self.optimizer,
-            config=deepspeed_dict(config, mesh.data_parallel.size),
+            config=deepspeed_dict(config, mesh.data_parallel.size, mesh.device.type),
             mpu=mesh,
             dist_init_required=False,
         )
@@ -116,32 +119,47 @@ class TrainingEngine:
     def backward(self, loss: Tensor) -> None:
         """Gradients; the last micro-batch of a step also averages them over the ranks."""
         self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if self._engine.is_gradient_accumulation_boundary():
+            wait_for_reductions(self._engine.optimizer)
+        else:
             self._engine.step()
 
     def gradient_norm(self) -> float:
         """Global norm of the averaged gradients as the backward passes left them, before clipping; the same bits on
         every rank, which all call it. Not finite where a gradient or a loss of any rank is not."""
+        return self.gradient_norm_and({})[0]
+
+    def gradient_norm_and(self, values: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """The norm, and scalars of this rank: all that the host wants to know of a step, for one wait."""
         losses, self._losses = self._losses, 0.0
+        norm, *others = torch.stack([self._norm(losses), *values.values()]).tolist()
+        self._is_finite = math.isfinite(norm)
+        return norm, dict(zip(values, others, strict=True))
+
+    def _norm(self, losses: Tensor | float = 0.0) -> Tensor:
         access = self.access(dict(self.model.named_parameters()))
         return global_gradient_norm(access, self.model, self.mesh, losses)
 
-    def step(self, lr: float, *, skip_update: bool = False) -> float:
+    def step(self, lr: float, *, skip_update: bool = False) -> Tensor:
         """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
-        clipping.
+        clipping; a scalar on the device, which who reads it waits for.
 
         skip_update: leave weights, moments and step count as they are; only copy the master weights to the model.
-        Raises RuntimeError where DeepSpeed leaves out a step by itself.
+        Raises RuntimeError where DeepSpeed leaves out a step by itself. It looks only where ``gradient_norm`` was not
+        asked for or was not finite.
         """
         set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
         # At stage 0 DeepSpeed keeps it to itself.
-        norm = self.gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
-        self._engine.step()
-        self.optimizer.skip_updates = False
+        norm = self._norm() if self._engine.zero_optimization_stage() == 0 else None
+        # Of float16 DeepSpeed must know by itself whether it is to lower the loss scale.
+        is_known = self._is_finite and self.config.train.precision != "fp16"
+        with finite_gradients(self._engine.optimizer) if is_known else contextlib.nullcontext():
+            self._engine.step()
+        self._is_finite = self.optimizer.skip_updates = False
         if not (skip_update or self._engine.was_step_applied()):
             raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -158,6 +176,20 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("train.precision: fp16 needs a GPU; on this machine it must be fp32, bf16")
 
 
+class DividedAtOnce(deepspeed.zero.Init):
+    """DeepSpeed's context that divides parameters as soon as their module is made, for `tensor_overrides=()`.
+
+    By default it replaces torch's constructors, so that a parameter has its final dtype and device from the first; then
+    whatever else is made meanwhile gets them too, and random scores of float32 came out as bfloat16 of half their
+    length. Here constructors stay torch's own, and parameters are cast when their module is complete.
+    """
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.dtype)
+        super()._post_init_method(module)
+
+
 @contextlib.contextmanager
 def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
     """Build the model inside: at ZeRO stage 3 every layer is divided as soon as it is made, so that no rank ever holds
@@ -166,9 +198,9 @@ def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
         yield contextlib.nullcontext
         return
     prepare_deepspeed(mesh)
-    settings = deepspeed_dict(config, mesh.data_parallel.size)
-    with deepspeed.zero.Init(
-        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, remote_device=None
+    settings = deepspeed_dict(config, mesh.data_parallel.size, mesh.device.type)
+    with DividedAtOnce(
+        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, tensor_overrides=()
     ):
         yield lambda weight: deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 

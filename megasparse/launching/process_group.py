@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megasparse.launching.environment import LaunchEnvironment, choose_accelerator
+from megasparse.launching.environment import OPEN_MPI, TORCH, LaunchEnvironment, choose_accelerator
 from megasparse.launching.rendezvous import START_SECONDS, open_store
 from megasparse.parallel.mesh import Mesh, make_mesh
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables with the GPUs that a process may see."""
 
 
 @contextlib.contextmanager
@@ -39,6 +42,8 @@ def open_mesh(
     device, backend = _device(environment.local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     store = open_store(environment, start_seconds)
+    if device.type == "cuda":
+        tell_deepspeed(device.index, os.environ)
     agree(store)
     store.set_timeout(timeout)
     rank, world_size = environment.rank, environment.world_size
@@ -53,6 +58,31 @@ def open_mesh(
 
 def _device(local_rank: int) -> tuple[torch.device, str]:
     if choose_accelerator(os.environ) == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank), "nccl"
+        index = device_index(local_rank, torch.cuda.device_count(), os.environ)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index), "nccl"
     return torch.device("cpu"), "gloo"
+
+
+def device_index(local_rank: int, count: int, variables: Mapping[str, str]) -> int:
+    """Number of this rank's GPU among the `count` that the process sees.
+
+    Launchers such as srun with --gpus-per-task show each rank its own one, which is number 0 for all of them. Raises
+    ValueError where there is no GPU for the rank.
+    """
+    if local_rank < count:
+        return local_rank
+    shown = next((name for name in VISIBLE if name in variables), VISIBLE[0])
+    if count == 1 and len(variables.get(shown, "").split(",")) == 1 and variables.get(shown):
+        return 0
+    raise ValueError(
+        f"{shown}: {variables.get(shown)} in the environment of local rank {local_rank}, for which torch finds "
+        f"{count} GPU{'s' if count != 1 else ''}; must be one GPU for each rank of a host, or start fewer ranks"
+    )
+
+
+def tell_deepspeed(index: int, variables: MutableMapping[str, str]) -> None:
+    """DeepSpeed takes the local rank for the number of the GPU, and compares it with that of Open MPI."""
+    for name in (TORCH.local_rank, OPEN_MPI.local_rank):
+        if name in variables:
+            variables[name] = str(index)

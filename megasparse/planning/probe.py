@@ -30,7 +30,8 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import DTYPES, LayerKernels
 from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
-from megasparse.kernels.block_sparse.measure import measure_row, medians
+from megasparse.kernels.block_sparse.measure import measure_row
+from megasparse.kernels.common.medians import medians
 from megasparse.kernels.hybrid_attention import executed_entries, hybrid_attention
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.chips import HERE, Chip
@@ -165,7 +166,7 @@ class _Crew:
 
     def median(self, make: Callable[[], Callable[[], None]]) -> float:
         """Median seconds of what `make` makes for each rank, while all of them work."""
-        return statistics.median(self.each(lambda: medians([make()], "cpu", ROUNDS)[0]))
+        return statistics.median(self.each(lambda: medians([make()], "cpu", ROUNDS)[0].device))
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
         barrier = threading.Barrier(self._ranks)

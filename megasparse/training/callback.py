@@ -55,8 +55,8 @@ class Step:
     """Leave weights and moments as they are; a method may set it after the backward passes."""
     lr: float = 0.0
     """Base learning rate."""
-    gradient_norm: float = 0.0
-    """Over all ranks, before clipping; not finite where a gradient or a loss is not."""
+    norm: Tensor | float = 0.0
+    """The gradient norm; after the optimizer step a scalar on the device."""
     line_due: bool = False
     """A line of metrics is to be written after this step."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +73,13 @@ class Step:
     def number(self) -> int:
         """Steps that are finished with it."""
         return self.index + 1
+
+    @property
+    def gradient_norm(self) -> float:
+        """Over all ranks, before clipping; not finite where a gradient or a loss is not. In ``after_step`` it is that
+        of the gradients that were used, and the first to ask waits until the device has made the step."""
+        self.norm = float(self.norm)
+        return self.norm
 
 
 class Callback:

@@ -6,17 +6,19 @@ saved of the work, is the business of methods and callbacks, which the loop know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
-from megasparse.data import BatchLoader, split_samples
+from megasparse.data import BatchLoader, page_locked, split_samples
 from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
@@ -44,6 +46,8 @@ class Trainer:
     def __post_init__(self) -> None:
         model = self.engine.model
         self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
+        if self.mesh.device.type == "cuda":
+            self.state.ledger.seconds.use_device()
         self._first_step = self.state.step + 1
         self._decay_start = decay_start(self.config)
 
@@ -74,7 +78,7 @@ class Trainer:
 
     def loader(self) -> BatchLoader:
         """This rank's micro-batches from the present position to the end of the run."""
-        train = self.config.train
+        train, device = self.config.train, self.mesh.device
         return BatchLoader(
             self.train_data,
             global_batch_size=train.global_batch_size,
@@ -83,6 +87,7 @@ class Trainer:
             data_parallel_size=self.mesh.data_parallel.size,
             consumed_samples=self.state.consumed_samples,
             num_steps=train.steps - self.state.step,
+            prepare=partial(page_locked, device=device) if device.type == "cuda" else None,
         )
 
     def train_step(self, loader: BatchLoader) -> Step:
@@ -92,9 +97,9 @@ class Trainer:
         with seconds.step():
             for hook in (*self.methods, *self.callbacks):
                 hook.begin_step(step)
-            losses = [self._micro_batch(loader, step) for _ in range(engine.accumulation_steps)]
+            parts = [self._micro_batch(loader, step) for _ in range(engine.accumulation_steps)]
             flops = self._flops.step(step.work, running_kernels(engine.model))
-            self._judge(step)
+            losses = self._judge(step, parts)
             step.beat("topology")
             with seconds.part("topology"):
                 for hook in () if step.skipped else (*self.callbacks, *self.methods):
@@ -102,12 +107,12 @@ class Trainer:
             step.lr = learning_rate(step.index, self.config.train.steps, self.config.optimizer, self._decay_start)
             step.beat("optimizer")
             with seconds.part("optimizer"):
-                norm = engine.step(step.lr, skip_update=step.skip_update)
+                used_norm = engine.step(step.lr, skip_update=step.skip_update)
         state.ledger.flops.add(flops)
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
-        state.advance(losses if isfinite(step.gradient_norm) else (), loader.consumed_samples, tokens)
+        state.advance(losses if isfinite(step.gradient_norm) else {}, loader.consumed_samples, tokens)
         if not step.skipped:
-            step.gradient_norm = norm
+            step.norm = used_norm
         for method in self.methods:
             method.after_step(step)
         return step
@@ -117,7 +122,7 @@ class Trainer:
         engine, seconds = self.engine, self.state.ledger.seconds
         step.beat("data")
         with seconds.part("data"):
-            batch = split_samples(next(loader).to(self.mesh.device))
+            batch = split_samples(next(loader).to(self.mesh.device, non_blocking=True))
         step.beat("forward")
         with seconds.part("forward"):
             loss = engine.forward(*batch)
@@ -126,18 +131,21 @@ class Trainer:
             engine.backward(loss)
         return {"loss": loss.detach(), **engine.parts}
 
-    def _judge(self, step: Step) -> None:
+    def _judge(self, step: Step, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         """Skip the step where its gradients are not finite or too large; all ranks decide alike, before anything has
-        changed."""
+        changed. Returns the means of the losses of the micro-batches, which the host learns at the same time: only here
+        does an ordinary step wait for the device."""
         norms = self.state.norms
         step.beat("gradient norm")
         with self.state.ledger.seconds.part("optimizer"):
-            step.gradient_norm = self.engine.gradient_norm()
+            means = {name: torch.stack([part[name] for part in parts]).double().mean() for name in parts[0]}
+            step.norm, losses = self.engine.gradient_norm_and(means)
         step.skipped = norms.objection(step.gradient_norm, self.config.train.skip_step_sigma)
         norms.count(step.gradient_norm, skipped=step.skipped is not None)
         if step.skipped:
             step.skip_update = True
             step.notes.append(f"warning: step {step.number:,} is skipped: {step.skipped}")
+        return losses
 
     def _beat_of(self, number: int) -> Beat:
         """What tells the watchdog of step `number`. The first one of a start may be slow: it compiles kernels."""

@@ -55,6 +55,7 @@ class Metrics(Callback):
 
     def _write_line(self, step: Step) -> None:
         state, ledger = self._state, self._state.ledger
+        ledger.seconds.settle()
         tokens_per_s = state.window.tokens / max(ledger.seconds.total - state.window.seconds, 1e-9)
         losses = self._mean_losses()
         state.last_loss = losses.get("loss", state.last_loss)

@@ -280,6 +280,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
     """The final numbers of a run, as written to ``summary.json``."""
     state, config = trainer.state, trainer.config
+    state.ledger.seconds.settle()
     kernels = list(running_kernels(trainer.engine.model).values())
     return {
         "run": config.run.name,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite, sqrt
 from statistics import fmean
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from megasparse.cost.ledger import Ledger
 
@@ -86,22 +83,23 @@ class TrainState:
     lines: dict[str, int] = field(default_factory=dict)
     """Lines of each file of records by its name; rank 0 counts them."""
 
-    def advance(self, losses: Sequence[Mapping[str, Tensor]], consumed_samples: int, tokens: int) -> None:
-        """Count a finished step. losses: `loss` and its named parts, of each micro-batch of this rank; none for a step
-        that has a loss or gradient which is not finite."""
+    def advance(self, losses: Mapping[str, float], consumed_samples: int, tokens: int) -> None:
+        """Count a finished step. losses: `loss` and its named parts, means over the micro-batches of this rank; empty
+        for a step that has a loss or gradient which is not finite."""
         self.step += 1
         self.consumed_samples = consumed_samples
         self.tokens += tokens
         self.window.tokens += tokens
         if not losses:
             return
-        means = {name: float(torch.stack([part[name] for part in losses]).double().mean()) for name in losses[0]}
-        self.window.loss += means.pop("loss")
-        for name, mean in means.items():
-            self.window.parts[name] = self.window.parts.get(name, 0.0) + mean
+        self.window.loss += losses["loss"]
+        for name, loss in losses.items():
+            if name != "loss":
+                self.window.parts[name] = self.window.parts.get(name, 0.0) + loss
         self.window.steps += 1
 
     def to_dict(self) -> dict[str, Any]:
+        self.ledger.seconds.settle()
         return asdict(self)
 
     @classmethod

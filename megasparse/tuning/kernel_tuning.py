@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.break_even import TABLE, Row
-from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, measure_row, speedup
+from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, host_seconds, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
 from megasparse.kernels.common.tables import BreakEvenTable, Measurement, merged
 from megasparse.kernels.hybrid_attention import fast_kernel
@@ -138,7 +138,12 @@ def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Speed-up and efficiency at density 0.1, and the break-even density."""
+    """Speed-up and efficiency at density 0.1, the break-even density, and how long the host takes to hand it out."""
+
+    def host(row: Row) -> dict[str, str]:
+        seconds = host_seconds(row, 0.1)
+        return {} if seconds is None else {"host ms at 0.1": f"{1e3 * seconds:.2f}"}
+
     table = [
         {
             "layer": f"{row.in_features} -> {row.out_features}",
@@ -150,6 +155,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             "x at 0.1": f"{speedup(row, 0.1):.2f}",
             "e at 0.1": f"{efficiency(row, 0.1):.2f}",
             "break-even": f"{row.break_even:.2f}",
+            **host(row),
         }
         for row in rows
     ]

@@ -27,6 +27,11 @@ def test_a_good_run_passes() -> None:
             ["deepspeed.zero_stage=0", "train.precision=fp32", "deepspeed.offload_optimizer=cpu"],
             ["deepspeed.offload_optimizer: cpu", "at stage 0 it must be none"],
         ),
+        (
+            1,
+            ["deepspeed.gradient_accumulation_dtype=fp32", "train.precision=bf16", "deepspeed.zero_stage=1"],
+            ["deepspeed.gradient_accumulation_dtype: fp32", "zero_stage 2 or 3", "it must be precision"],
+        ),
         (3, ["parallel.tensor_parallel_size=2"], ["parallel.tensor_parallel_size: 2", "world size 3", "[1, 3]"]),
         (
             8,

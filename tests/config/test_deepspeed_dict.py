@@ -58,3 +58,27 @@ def test_a_section_that_is_none_is_refused(value) -> None:
     config = check_config({"train": TRAIN, "deepspeed": {"extra": {"zero_optimization": value}}})
     with pytest.raises(ConfigError, match="deepspeed.extra.zero_optimization: .* must be a section"):
         deepspeed_dict(config, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_communication_overlaps_with_the_backward_pass_on_gpus(stage) -> None:
+    config = check_config({"train": TRAIN, "deepspeed": {"zero_stage": stage}})
+    on_gpus = deepspeed_dict(config, 4, "cuda")["zero_optimization"]
+    assert on_gpus == {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 40_000_000}
+    big = {"train": {"global_batch_size": 64, "micro_batch_size": 1}, "deepspeed": {"zero_stage": stage}}
+    assert deepspeed_dict(check_config(big), 64, "cuda")["zero_optimization"]["reduce_bucket_size"] == 64_000_000
+    for alone in (deepspeed_dict(config, 4), deepspeed_dict(config, 1, "cuda")):
+        assert alone["zero_optimization"] == {"stage": stage}
+    offloaded = {"zero_stage": stage, "offload_optimizer": "cpu"}
+    derived = deepspeed_dict(check_config({"train": TRAIN, "deepspeed": offloaded}), 4, "cuda")
+    assert "overlap_comm" not in derived["zero_optimization"]
+    off = {"zero_stage": stage, "extra": {"zero_optimization": {"overlap_comm": False}}}
+    derived = deepspeed_dict(check_config({"train": TRAIN, "deepspeed": off}), 4, "cuda")
+    assert derived["zero_optimization"]["overlap_comm"] is False
+
+
+def test_gradients_are_summed_in_float32_where_that_is_asked_for() -> None:
+    section = {"zero_stage": 2, "gradient_accumulation_dtype": "fp32"}
+    derived = deepspeed_dict(check_config({"train": TRAIN, "deepspeed": section}), 1)
+    assert derived["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in deepspeed_dict(check_config({"train": TRAIN}), 1)

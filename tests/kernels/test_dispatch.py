@@ -20,7 +20,15 @@ from megasparse.kernels.block_sparse import (
     sparse_linear,
 )
 from megasparse.kernels.block_sparse.break_even import FALLBACK, SHIPPED, TABLE, Row, measured
-from megasparse.kernels.block_sparse.measure import LAYERS, break_even, efficiency, measure_row, parse_shape, speedup
+from megasparse.kernels.block_sparse.measure import (
+    LAYERS,
+    break_even,
+    efficiency,
+    host_seconds,
+    measure_row,
+    parse_shape,
+    speedup,
+)
 from megasparse.kernels.common import build
 from megasparse.kernels.common.tables import BreakEvenTable, Measurement, find_nearest, merged, read_once
 from megasparse.utils.hardware import hardware_name
@@ -91,7 +99,13 @@ def test_the_own_table_wins_on_the_hardware_and_threads_it_was_measured_with(own
     assert measured("cpu", "cpu", F32, 64, 2048) == 0.75
     # Of a dtype that was not measured here the shipped table knows, or nobody.
     assert measured("cpu", "cpu", torch.bfloat16, 64, 2048) == FALLBACK
-    assert measured("cpu", "cuda", F32, 64, 2048) == FALLBACK
+    assert measured("cpu", "cuda", F32, 64, 2048) == 0.3
+
+
+@pytest.mark.parametrize(("block", "wanted"), [(16, 0.075), (32, 0.15), (64, 0.3), (128, 0.45), (256, 0.45)])
+def test_without_measurements_large_blocks_are_trusted_more_on_gpus(own, block, wanted) -> None:
+    assert measured("triton", "cuda", torch.bfloat16, block, 16384) == pytest.approx(wanted)
+    assert measured("none", "cpu", torch.bfloat16, block, 16384) == FALLBACK
 
 
 def test_the_nearest_row_counts(own) -> None:
@@ -265,6 +279,18 @@ def test_a_measured_row_on_a_tiny_layer() -> None:
     assert speedup(found, 0.1) == found.dense_seconds / found.seconds["0.25"]
     assert efficiency(found, 0.1) == pytest.approx(0.25 * speedup(found, 0.1))
     json.dumps(found.seconds)
+    assert found.host_seconds == {} and host_seconds(found, 0.1) is None
+
+
+def test_host_seconds_are_kept_beside_those_of_the_device(own) -> None:
+    known = replace(row(0.5), host_seconds={"dense": 0.25, "0.1": 0.75})
+    TABLE.write(own, [measurement(known)])
+    (found,) = TABLE.read(own)
+    assert found.rows == (known,) and host_seconds(found.rows[0], 0.2) == 0.75
+    entries = json.loads(own.read_text())
+    del entries["measurements"][0]["rows"][0]["host_seconds"]
+    own.write_text(json.dumps(entries))
+    assert TABLE.read(own)[0].rows == (row(0.5),), "tables of before can be read"
 
 
 def test_shapes_by_name_or_widths() -> None:

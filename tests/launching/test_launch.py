@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasparse.launching import LaunchEnvironment, choose_accelerator
+from megasparse.launching import LaunchEnvironment, choose_accelerator, process_group
 from megasparse.launching.environment import expand_hosts
 from megasparse.launching.rendezvous import open_store
 
@@ -182,3 +182,30 @@ def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
     assert choose_accelerator(variables) == "cpu" == variables["DS_ACCELERATOR"]
     unset: dict[str, str] = {}
     assert choose_accelerator(unset) == unset["DS_ACCELERATOR"]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "count", "visible", "wanted"),
+    [(3, 8, None, 3), (0, 1, None, 0), (3, 1, "GPU-d0b4", 0), (3, 1, "3", 0), (1, 4, "4,5,6,7", 1)],
+)
+def test_each_rank_has_a_gpu(clean_environment, monkeypatch, local_rank, count, visible, wanted) -> None:
+    chosen, variables = [], os.environ
+    monkeypatch.setitem(variables, "DS_ACCELERATOR", "cuda")
+    if visible is not None:
+        monkeypatch.setitem(variables, "CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert process_group._device(local_rank) == (torch.device("cuda", wanted), "nccl") and chosen == [wanted]
+    # DeepSpeed has its own idea of the device, and compares it.
+    told = {"LOCAL_RANK": str(local_rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(local_rank), "RANK": "7"}
+    process_group.tell_deepspeed(wanted, told)
+    assert told == {"LOCAL_RANK": str(wanted), "OMPI_COMM_WORLD_LOCAL_RANK": str(wanted), "RANK": "7"}
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "count", "visible"), [(1, 1, None), (4, 4, None), (2, 2, "0,1"), (0, 0, ""), (1, 1, "0,9")]
+)
+def test_ranks_without_a_gpu_are_refused(local_rank, count, visible) -> None:
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES: .*local rank {local_rank}, .*finds {count} GPU"):
+        process_group.device_index(local_rank, count, variables)

@@ -43,8 +43,9 @@ def test_flops_agree_with_the_plan_of_the_run(words) -> None:
     chosen = result["layout"]["words"].split()
     plan = make_plan(load_config([], [*SMALL, *words, *chosen]), 8, "cuda")
     assert result["flops"]["dense"] == pytest.approx(plan["flops"]["dense"], rel=1e-9)
-    for kind in ("algorithmic", "executed"):
-        assert result["flops"][kind] == pytest.approx(plan["flops"][kind], rel=0.01), kind
+    # Where the schedule is steep, at the break-even of 0.15, kernels change between two densities of the forecast.
+    for kind, tolerance in (("algorithmic", 0.01), ("executed", 0.02)):
+        assert result["flops"][kind] == pytest.approx(plan["flops"][kind], rel=tolerance), kind
     assert result["memory"]["total"] == plan["memory"]["total"]
     sent = result["sent"]
     assert sent["gradient_reduce"] + sent["weight_gather"] == pytest.approx(plan["communication"]["data_parallel"])

@@ -4,15 +4,15 @@
 rows are
 
     {"backend": "cpu", "dtype": "float32", "block": 64, "tokens": 2048, "in": 768, "out": 3072,
-     "break_even": 0.93, "dense_seconds": 0.4, "seconds": {"0.1": 0.04, ...}}
+     "break_even": 0.93, "dense_seconds": 0.4, "seconds": {"0.1": 0.04, ...}, "host_seconds": {"dense": 0.1, ...}}
 
-A row of the same backend and dtype fits; block, tokens and widths say how near it is. Where no row fits, FALLBACK is
-assumed.
+A row of the same backend and dtype fits; block, tokens and widths say how near it is. Where no row fits, ``unmeasured``
+tells what is assumed. Seconds are the device's; those that the host needs to hand the work out are kept beside them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,11 @@ from megasparse.kernels.common.tables import BreakEvenTable
 from megasparse.utils.dtypes import dtype_name
 
 FALLBACK = 0.5
-"""For backends that nobody measured: saves most of what can be saved, and costs little where it is wrong."""
+"""For backends on CPUs that nobody measured: saves most of what can be saved, and costs little where it is wrong."""
+
+GPU_FALLBACK = {64: 0.3, 128: 0.45}
+"""By block, on GPUs that nobody measured: forecast from the tiles of an H100. A tile of the input serves one column of
+blocks, so that traffic caps the share of the dense speed in proportion to the block."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Row:
     dense_seconds: float
     seconds: dict[str, float]
     """By density."""
+    host_seconds: dict[str, float] = field(default_factory=dict)
+    """Of the host, which hands the work out, by density and `dense`; empty where the host does it itself."""
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -64,7 +70,17 @@ def measured(
     """Density above which dense products are faster than `backend`. widths: (in, out); None: of any layer."""
     sizes = block_size, tokens, *(widths or (None, None))
     row = TABLE.nearest(device, (backend, dtype_name(dtype)), sizes)
-    return FALLBACK if row is None else row.break_even
+    return unmeasured(device, block_size) if row is None else row.break_even
+
+
+def unmeasured(device: str, block_size: int) -> float:
+    """The break-even density that is assumed where no row fits."""
+    if device != "cuda":
+        return FALLBACK
+    smallest, largest = min(GPU_FALLBACK), max(GPU_FALLBACK)
+    if block_size >= largest:
+        return GPU_FALLBACK[largest]
+    return GPU_FALLBACK[smallest] * min(block_size / smallest, 1.0)
 
 
 def _row(entry: dict[str, Any]) -> Row:
@@ -73,8 +89,12 @@ def _row(entry: dict[str, Any]) -> Row:
         raise ValueError(f"break_even: {break_even} is out of range; must be 0 to 1")
     backend, dtype = (str(entry[name]) for name in ("backend", "dtype"))
     block, tokens, inner, outer = (int(entry[name]) for name in ("block", "tokens", "in", "out"))
-    seconds = {str(density): float(value) for density, value in entry["seconds"].items()}
-    return Row(backend, dtype, block, tokens, inner, outer, break_even, float(entry["dense_seconds"]), seconds)
+    dense = float(entry["dense_seconds"])
+    seconds, host = (
+        {str(density): float(value) for density, value in times.items()}
+        for times in (entry["seconds"], entry.get("host_seconds", {}))
+    )
+    return Row(backend, dtype, block, tokens, inner, outer, break_even, dense, seconds, host)
 
 
 SHIPPED = Path(__file__).with_name("break_even.json")

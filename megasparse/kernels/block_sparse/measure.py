@@ -5,7 +5,7 @@ row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(76
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -54,8 +54,9 @@ def measure_row(
     passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
         passes.append(training_pass(partial(sparse_linear, index=index, kernel=backend), (x, weight, bias), dy))
-    dense_seconds, *seconds = medians(passes, device, rounds)
-    by_density = {index.density: value for (_, index), value in zip(layers, seconds, strict=True)}
+    dense, *ours = medians(passes, device, rounds)
+    by_density = {index.density: value.device for (_, index), value in zip(layers, ours, strict=True)}
+    host = {f"{index.density:.4g}": value.host for (_, index), value in zip(layers, ours, strict=True)}
     return Row(
         backend=backend,
         dtype=dtype_name(dtype),
@@ -63,10 +64,15 @@ def measure_row(
         tokens=tokens,
         in_features=in_features,
         out_features=out_features,
-        break_even=round(break_even(dense_seconds, by_density), 3),
-        dense_seconds=round(dense_seconds, 7),
-        seconds={f"{density:.4g}": round(value, 7) for density, value in by_density.items()},
+        break_even=round(break_even(dense.device, by_density), 3),
+        dense_seconds=round(dense.device, 7),
+        seconds=rounded({f"{density:.4g}": value for density, value in by_density.items()}),
+        host_seconds=rounded({"dense": dense.host, **host}) if device == "cuda" else {},
     )
+
+
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 7) for name, value in seconds.items()}
 
 
 def break_even(dense_seconds: float, seconds: dict[float, float]) -> float:
@@ -94,6 +100,11 @@ def speedup(row: Row, density: float) -> float:
 def efficiency(row: Row, density: float) -> float:
     """Speed-up times density: 1 where an active weight costs what a dense one does."""
     return speedup(row, density) * float(_nearest(row, density))
+
+
+def host_seconds(row: Row, density: float) -> float | None:
+    """Of the host at the measured density that is nearest; None where it does the work itself."""
+    return row.host_seconds.get(_nearest(row, density))
 
 
 def _nearest(row: Row, density: float) -> str:

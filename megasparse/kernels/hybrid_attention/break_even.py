@@ -14,7 +14,7 @@ kernel is never slower; where it is slower at the longest one, it is taken beyon
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Row:
     heads: int
     seconds: dict[str, dict[str, float]]
     """By tokens: of the kernel, of the boolean `mask`, and of `dense` causal attention."""
+    host_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of the host, which hands the work out; empty where the host does it itself."""
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -93,15 +95,18 @@ def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.d
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    seconds = {
-        str(int(tokens)): {name: float(times[name]) for name in ("kernel", "mask", "dense")}
-        for tokens, times in entry["seconds"].items()
-    }
+    seconds, host = (
+        {
+            str(int(tokens)): {name: float(times[name]) for name in ("kernel", "mask", "dense")}
+            for tokens, times in by_tokens.items()
+        }
+        for by_tokens in (entry["seconds"], entry.get("host_seconds", {}))
+    )
     if not seconds:
         raise ValueError("seconds: empty; must be times by number of tokens")
     kernel, dtype, pattern = (str(entry[name]) for name in ("kernel", "dtype", "pattern"))
     stride, head_dim, heads = (int(entry[name]) for name in ("stride", "head_dim", "heads"))
-    return Row(kernel, dtype, pattern, stride, head_dim, heads, seconds)
+    return Row(kernel, dtype, pattern, stride, head_dim, heads, seconds, host)
 
 
 SHIPPED = Path(__file__).with_name("break_even.json")

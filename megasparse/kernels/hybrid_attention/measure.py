@@ -38,6 +38,7 @@ def measure_rows(
     """One row for each pattern but `full` that the kernel computes."""
     patterns = [pattern for pattern in PATTERNS if pattern != "full" and KERNELS[kernel].computes(pattern)]
     seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
+    host: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     for seq_length in sorted(set(lengths)):
         # Heads of a token lie together, as the projection of a layer leaves them.
         shape = 1, seq_length, heads, head_dim
@@ -52,5 +53,10 @@ def measure_rows(
         dense, masked, *ours = medians([training_pass(each, (q, k, v), dy) for each in attentions], device, rounds)
         for pattern, own in zip(patterns, ours, strict=True):
             times = {"kernel": own, "mask": masked, "dense": dense}
-            seconds[pattern][str(seq_length)] = {name: round(value, 7) for name, value in times.items()}
-    return [Row(kernel, dtype_name(dtype), pattern, stride, head_dim, heads, seconds[pattern]) for pattern in patterns]
+            seconds[pattern][str(seq_length)] = {name: round(value.device, 7) for name, value in times.items()}
+            if device == "cuda":
+                host[pattern][str(seq_length)] = {name: round(value.host, 7) for name, value in times.items()}
+    return [
+        Row(kernel, dtype_name(dtype), pattern, stride, head_dim, heads, seconds[pattern], host[pattern])
+        for pattern in patterns
+    ]
