@@ -1,0 +1,234 @@
+"""Section `training`: whole training runs of a tiny model on the GPUs against the same runs on the CPU.
+
+At ZeRO 0 to 3, dense to sparse and back, and sparse from the start; every run is also saved in its midst and continued
+from the files, to equal bits. With several GPUs as many ranks take part as divide the batch.
+
+How far a loss may be from that of the CPU follows from the dtype. float32: sums in another order, 1e-5 relative while no
+topology has changed; afterwards two scores that tie but for rounding may be chosen differently, and a block of so many
+moves the loss by less than 5e-3. bfloat16: logits carry 2^-9 of up to about 8, 0.02, and the weights drift: 0.05.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.config.loader import load_config
+from megasparse.config.schema import RunConfig
+from megasparse.gpu_check.context import Context
+from megasparse.gpu_check.processes import LAST_LINES, end, start
+from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.parallel import Mesh
+
+BATCH, STEPS, STOP, INTERVAL = 8, 16, 8, 3
+MODEL = [
+    "run.name=check",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.seq_length=32",
+    "model.vocab_size=64",
+    # The gradient of key biases is zero but for rounding, which Adam would blow up to full steps.
+    "model.bias=false",
+    "optimizer.epsilon=1e-6",
+    "optimizer.lr=0.003",
+    "attention.stride=8",
+    "sparsity.block_size=16",
+    "sparsity.density=0.3",
+    f"sparsity.update_interval={INTERVAL}",
+    "sparsity.warmup_end=0.3",
+    f"train.steps={STEPS}",
+    f"train.global_batch_size={BATCH}",
+    "train.trackers=[]",
+]
+STARTS = {"dense": [], "sparse": ["sparsity.points=[[0,0.3],[0.6,0.3],[1,1]]"]}
+TIGHT = 1e-5
+TOLERANCES = {"fp32": 5e-3, "bf16": 5e-2}
+"""Absolute, of losses of about 4."""
+PAUSE = 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and its twin that is continued from a checkpoint."""
+
+    precision: str
+    stage: int
+    start: str
+
+    @property
+    def reference(self) -> Job:
+        """The run on the CPU that it must agree with: the stage changes nothing that is computed."""
+        return Job(self.precision, 1, self.start)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"precision": self.precision, "zero_stage": self.stage, "start": self.start}
+
+
+def jobs(rehearse: bool) -> list[Job]:
+    if rehearse:
+        return [Job("fp32", 2, "sparse")]
+    exact = [Job("fp32", stage, kind) for stage in (1, 3, 2, 0) for kind in STARTS]
+    return [Job("fp32", 1, "dense"), *(Job("bf16", stage, "dense") for stage in (1, 2, 3)), *exact[1:]]
+
+
+def run(context: Context) -> None:
+    todo = jobs(context.rehearse)
+    references = list(dict.fromkeys(job.reference for job in todo))
+    with tempfile.TemporaryDirectory() as name:
+        folder, limit = Path(name), 0.95 * context.left
+        ranks = 1 if context.rehearse else _ranks()
+        device = context.device
+        places = {rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        works = [(partial(train_all, references, False, folder / "cpu"), {"DS_ACCELERATOR": "cpu"})]
+        for place in places.values():
+            variables = {"DS_ACCELERATOR": device, **place, **world}
+            works.append((partial(train_all, todo, True, folder / "device"), variables))
+        processes = [
+            start(work, limit, folder / f"{number}.txt", **variables)
+            for number, (work, variables) in enumerate(works)
+        ]
+        try:
+            told = 0
+            while any(process.is_alive() for process in processes) and context.left > 0.03 * context.seconds:
+                time.sleep(PAUSE)
+                told = _tell(context, todo, folder, told, ranks)
+            told = _tell(context, todo, folder, told, ranks)
+        finally:
+            for process in processes:
+                end(process)
+        if told < len(todo):
+            _explain(folder, len(processes))
+            raise RuntimeError(f"{len(todo) - told} of {len(todo)} runs have not come to their end")
+
+
+def train_all(todo: Sequence[Job], resumes: bool, folder: Path) -> None:
+    """On each rank: one run after another; rank 0 writes a file with what came out of each."""
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        torch.set_num_threads(1)
+    environment = LaunchEnvironment.from_variables(os.environ)
+    folder.mkdir(exist_ok=True)
+    with open_mesh(environment, timeout_seconds=120) as mesh:
+        for job in todo:
+            found = train(job, mesh, folder / f"saved-{job}" if resumes else None)
+            if mesh.rank == 0:
+                part = _file(folder, job).with_suffix(".part")
+                part.write_text(json.dumps(found), encoding="utf-8")
+                part.rename(_file(folder, job))
+
+
+def make_config(job: Job, ranks: int) -> RunConfig:
+    settings = [
+        f"deepspeed.zero_stage={job.stage}",
+        f"train.precision={job.precision}",
+        f"train.micro_batch_size={BATCH // ranks}",
+    ]
+    if job.stage == 3:
+        # Models this small would otherwise stay whole on every rank.
+        settings.append("deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0")
+    kernel = "triton" if os.environ["DS_ACCELERATOR"] == "cuda" else "reference"
+    settings.append(f"kernels.block_sparse={kernel}")
+    return load_config([], [*MODEL, *settings, *STARTS[job.start]])
+
+
+def train(job: Job, mesh: Mesh, folder: Path | None) -> dict[str, Any]:
+    """Losses of all steps, and whether the run that goes on from `folder` ends with the same bits."""
+    from megasparse.gpu_check.random_run import open_trainer
+    from megasparse.training.checkpoints import Checkpointer
+
+    config = make_config(job, mesh.world_size)
+    with open_trainer(config, mesh) as (trainer, loader):
+        losses = _losses(trainer, loader, STOP)
+        if folder is not None:
+            checkpointer = Checkpointer(folder, config, mesh, trainer.engine, trainer.methods)
+            if mesh.rank == 0:
+                folder.mkdir()
+            mesh.barrier()
+            checkpointer.save(trainer.state)
+            checkpointer.finish()
+        losses += _losses(trainer, loader, STEPS - STOP)
+        ending = _digest(trainer)
+    if folder is None:
+        return {"losses": losses}
+    with open_trainer(config, mesh, folder) as (trainer, loader):
+        again = _losses(trainer, loader, STEPS - STOP)
+        return {"losses": losses, "resumed": again == losses[STOP:] and _digest(trainer) == ending}
+
+
+def _losses(trainer: Any, loader: Any, steps: int) -> list[float]:
+    """Mean losses of the next steps over all ranks."""
+    found, ranks = [], trainer.mesh.data_parallel
+    for _ in range(steps):
+        before = trainer.state.window.loss
+        trainer.train_step(loader)
+        mine = torch.tensor(trainer.state.window.loss - before, dtype=torch.float64, device=trainer.mesh.device)
+        found.append(float(ranks.sum_(mine)) / ranks.size)
+    # Sums of the window lose their last bits where it is long; resumed runs go on with the same sums.
+    return found
+
+
+def _digest(trainer: Any) -> str:
+    """Of this rank's master weights and moments."""
+    state = hashlib.sha256()
+    for name, fragment in sorted(trainer.engine.state.fragments().items()):
+        state.update(name.encode())
+        for tensor in (fragment.master, fragment.moments["exp_avg"], fragment.moments["exp_avg_sq"]):
+            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def _tell(context: Context, todo: Sequence[Job], folder: Path, told: int, ranks: int) -> int:
+    """Rows of the runs that have come out since; how many are told now, in their order."""
+    while told < len(todo):
+        job = todo[told]
+        ours, theirs = _file(folder / "device", job), _file(folder / "cpu", job.reference)
+        if not (ours.exists() and theirs.exists()):
+            break
+        found, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs))
+        differences = [abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)]
+        tolerance = TOLERANCES[job.precision]
+        # A sparse start has chosen its topology by hashes, which do not round.
+        first = max(differences[: INTERVAL - 1])
+        right = max(differences) <= tolerance and (job.precision != "fp32" or first <= TIGHT * expected["losses"][0])
+        numbers = {"largest_difference": max(differences), "first_difference": first, "tolerance": tolerance}
+        settings = {**job.settings, "ranks": ranks}
+        context.row("losses", settings, numbers, right=right)
+        context.row("resumed", settings, {"steps": STEPS - STOP}, right=found["resumed"])
+        told += 1
+    return told
+
+
+def _file(folder: Path, job: Job) -> Path:
+    return folder / f"{job.precision}-{job.stage}-{job.start}.json"
+
+
+def _explain(folder: Path, count: int) -> None:
+    """Print how the processes ended."""
+    for number in range(count):
+        text = (folder / f"{number}.txt").read_text(encoding="utf-8", errors="replace")
+        print(f"process {number}:", *text.strip().splitlines()[-LAST_LINES:], sep="\n")
+
+
+def _ranks() -> int:
+    """As many GPUs as divide the batch. Counted by the driver's list: to ask CUDA would forbid the fork."""
+    visible = torch.cuda._device_count_nvml() if hasattr(torch.cuda, "_device_count_nvml") else -1
+    return next(count for count in (8, 4, 2, 1) if count <= max(visible, 1))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
