@@ -54,8 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
     names = ", ".join(section.name for section in SECTIONS)
     parser.add_argument("--sections", metavar="A,B", help=f"of {names} (default: all)")
-    parser.add_argument("--minutes", type=above_zero, default=MINUTES, metavar="N", help=f"at most (default: {MINUTES})")
-    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=above_zero, default=MINUTES, metavar="N", help=f"at most (default: {MINUTES})"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu_check.json"), metavar="FILE", help="default: %(default)s"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU; every number is marked")
     return parser.parse_args()
 

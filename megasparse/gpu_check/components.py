@@ -70,7 +70,7 @@ def _compare(make: Make, device: str, tolerance: float) -> dict[str, float]:
 
 
 def _head_loss(dtype: torch.dtype, rehearse: bool, device: str) -> Results:
-    vocabulary, rows, width, tokens = (43, 48, 16, 21) if rehearse else (50257, 50304, 256, 1023)
+    vocabulary, rows, width, tokens = (43, 48, 16, 21) if rehearse else (50257, 50304, 256, 255)
     generator = torch.Generator().manual_seed(0)
     head = Linear("head", width, rows, bias=False, init_std=0.1).to(device, dtype)
     x = torch.randn(1, tokens, width, generator=generator).to(device, dtype).requires_grad_()
@@ -105,8 +105,8 @@ def _topology(units: int, ties: bool, device: str) -> Results:
             drop, growth = (drop * 4).floor(), (growth * 4).floor()
         active = torch.rand(count, generator=generator) < 0.4
         counts = step_counts(int(active.sum()), count // 3, count, drop_fraction=0.3, gradient_share=0.75)
-        pieces = torch.arange(count), active, drop, growth
-        layers.append(LayerPiece(stream, *(piece.to(device) for piece in pieces), counts))
+        places, active, drop, growth = (each.to(device) for each in (torch.arange(count), active, drop, growth))
+        layers.append(LayerPiece(stream, places, active, drop, growth, counts))
     evolved = evolve(layers, seed=3, step=4)
     kinds = {"kept": [layer.kept for layer in evolved], "grown": [layer.grown for layer in evolved]}
     return {f"{kind} {number}": mask for kind, masks in kinds.items() for number, mask in enumerate(masks)}

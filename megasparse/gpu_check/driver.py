@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401: imported once, before the sections are forked
+import torch
 
 from megasparse.gpu_check.context import LEFT_OUT, Context, read_rows
 from megasparse.gpu_check.processes import DONE, UNAVAILABLE, Outcome, run_limited
@@ -28,6 +28,8 @@ FORMAT = "megasparse-gpu-check-1"
 RIGHT, WRONG, UNKNOWN = 0, 1, 3
 """Exit statuses: all compared numbers are right; some are wrong; some that were asked for could not be compared."""
 NOT_STARTED = "not started"
+RESERVED = 0.03
+"""Share of the time for imports before the check begins, and for the end of what is killed."""
 LEAST_SECONDS = 5.0
 """With less time left no section is begun."""
 
@@ -42,7 +44,7 @@ def check(
     rehearse: tiny shapes on the CPU by Triton's interpreter, every number marked. say: told of each section's begin
     and end. Raises ValueError where there is no GPU to check, OSError where `output` cannot be written.
     """
-    deadline = time.monotonic() + 60 * minutes
+    deadline = time.monotonic() + 60 * minutes * (1.0 - RESERVED)
     report = new_report(minutes, rehearse)
     write_json(output, report, allow_nan=False)
     with tempfile.TemporaryDirectory() as name:
@@ -100,6 +102,16 @@ def entry(section: Section, outcome: Outcome, limit: float, rows: list[dict[str,
 
 
 def verdict(entries: dict[str, dict[str, Any]]) -> tuple[int, str]:
+    """Exit status and what to know, the other sections' troubles at the end."""
+    status, sentence = _numerics(entries)
+    others = {name: each for name, each in entries.items() if not each["decides"] or each["state"] == UNAVAILABLE}
+    troubles = [f"{name} {each['state']}" for name, each in others.items() if each["state"] != DONE]
+    wrong = {name: sum(row["right"] is False for row in each["rows"]) for name, each in others.items()}
+    troubles += [f"{count} comparisons of {name} wrong" for name, count in wrong.items() if count]
+    return status, sentence + (f"; besides: {', '.join(troubles)}" if troubles else "")
+
+
+def _numerics(entries: dict[str, dict[str, Any]]) -> tuple[int, str]:
     """Exit status and a sentence, from the sections that decide.
 
     A section that lacks a package does not decide: nothing of it could ever be compared on this machine.

@@ -117,10 +117,10 @@ def _copy(context: Context) -> None:
 
 def _launch(context: Context) -> None:
     """What one launch costs the host: an operation of torch, and a Triton kernel."""
-    small = torch.zeros(8, device=context.device)
-    context.row("launch", {"of": "torch"}, {"host_seconds": context.clock.times(lambda: small.add_(1.0)).host})
-    from megasparse.gpu_check.read_kernel import read_repeatedly
+    from megasparse.gpu_check.read_kernel import BLOCK, read_repeatedly
 
+    small = torch.zeros(BLOCK, device=context.device)
+    context.row("launch", {"of": "torch"}, {"host_seconds": context.clock.times(lambda: small.add_(1.0)).host})
     numbers = {"host_seconds": context.clock.times(lambda: read_repeatedly(small, small, 1, 1)).host}
     context.row("launch", {"of": "triton"}, numbers)
 

@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements, where an offset in 32 bits would wrap around: the last rows are what they must be.
+"""Tensors of more than 2^31 elements, where an offset in 32 bits would wrap around: the last rows are right.
 
 A product's last tokens are compared with float64; the last head of an attention with the same head alone, bit for bit.
 """
@@ -47,13 +47,20 @@ def run(context: Context, compare: Compare) -> None:
         for name, work in each:
             elements = tokens * width if kind == "product" else length * heads * head_dim
             settings = {"kernel": f"{kind}, {name}", "elements": elements}
-            free = float("inf") if rehearse else torch.cuda.mem_get_info()[0]
+            free = _free_bytes(rehearse)
             if free < needs[kind]:
-                context.row("large", settings, {"missing_bytes": needs[kind] - free}, note="too little memory: left out")
+                context.row(
+                    "large", settings, {"missing_bytes": needs[kind] - free}, note="too little memory: left out"
+                )
                 continue
             compare(context, "large", settings, work)
-            if not rehearse:
-                torch.cuda.empty_cache()
+
+
+def _free_bytes(rehearse: bool) -> float:
+    if rehearse:
+        return float("inf")
+    torch.cuda.empty_cache()
+    return float(torch.cuda.mem_get_info()[0])
 
 
 def _product(name: str, device: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> dict[str, float]:
@@ -92,7 +99,7 @@ def _attention(device: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> 
 
 
 def _last_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    *leaves, dy = tensors
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    y = hybrid_attention(*leaves, "local", STRIDE, "triton")
+    q, k, v, dy = (tensor.detach() for tensor in tensors)
+    leaves = [leaf.requires_grad_() for leaf in (q, k, v)]
+    y = hybrid_attention(q, k, v, "local", STRIDE, "triton")
     return [result[:, -1].clone() for result in (y.detach(), *torch.autograd.grad(y, leaves, dy))]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
+
+import torch
 
 from megasparse.gpu_check import attention_numerics, large_numerics, product_numerics
 from megasparse.gpu_check.context import Context
@@ -42,7 +45,7 @@ class Case(Protocol):
 def run(context: Context) -> None:
     # Attention and products take turns, so that a check that runs out of time has seen some of both.
     for case in context.in_time(cases(context.rehearse), "numerics"):
-        compare(context, case.name, case.settings, lambda case=case: case.compare(context.device))
+        compare(context, case.name, case.settings, partial(case.compare, context.device))
     if context.left > 0.1 * context.seconds:
         large_numerics.run(context, compare)
 
@@ -56,15 +59,16 @@ def cases(rehearse: bool) -> list[Case]:
     return [case for *_, case in sorted(placed, key=lambda each: each[:2])]
 
 
-def compare(
-    context: Context, name: str, settings: dict[str, Any], work: Callable[[], dict[str, float]]
-) -> None:
+def compare(context: Context, name: str, settings: dict[str, Any], work: Callable[[], dict[str, float]]) -> None:
     """A row with what `work` found: right where the error is within its bound and both runs have equal bits."""
     try:
         numbers = work()
     except Exception as error:
         traceback.print_exc()
         context.row(name, settings, right=False, note=f"{type(error).__name__}: {error}"[:LAST_WORDS])
+        if not context.rehearse:
+            # After an illegal access nothing can run in this process any more: this raises, and the section ends.
+            torch.cuda.synchronize()
         return
     # NaN is not at most 1.
     right = numbers["error_over_bound"] <= 1 and numbers["unequal_bits"] == 0

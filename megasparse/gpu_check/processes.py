@@ -9,7 +9,9 @@ fork. At the limit the process is killed with all that it has started, and its l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -26,8 +28,10 @@ DONE, FAILED, STOPPED, UNAVAILABLE = "done", "failed", "stopped", "unavailable"
 LAST_LINES = 12
 MISSING_PACKAGE = 77
 """Exit status of a process that lacks a package of somebody else."""
-STACKS_SECONDS = 2.0
-"""Before the limit, the process writes down where its threads are."""
+STACKS_SECONDS = 1.0
+"""For a process at its limit to write down where its threads are."""
+DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 KILLED_SECONDS = 10.0
 """How long the end of a killed process is waited for: one that hangs in a driver may never end."""
 
@@ -45,10 +49,15 @@ class Outcome:
 def run_limited(function: Callable[[], Any], seconds: float, log: Path) -> Outcome:
     """Call `function` in a process of its own, for `seconds` at most; `log` gets what it prints."""
     started = time.monotonic()
-    process = start(function, seconds, log)
+    process = start(function, log)
+    assert process.pid is not None
     try:
         process.join(seconds)
         in_time = not process.is_alive()
+        if not in_time:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGUSR2)
+            process.join(STACKS_SECONDS)
     finally:
         end(process)
     state = FAILED
@@ -66,10 +75,10 @@ def run_limited(function: Callable[[], Any], seconds: float, log: Path) -> Outco
     return Outcome(state, elapsed, (*lines, ending))
 
 
-def start(function: Callable[[], Any], seconds: float, log: Path, **variables: str) -> BaseProcess:
+def start(function: Callable[[], Any], log: Path, **variables: str) -> BaseProcess:
     """Begin it, in a session of its own. variables: added to its environment."""
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_work, args=(function, seconds, log, variables))
+    process = context.Process(target=_work, args=(function, log, variables))
     process.start()
     return process
 
@@ -84,8 +93,17 @@ def end(process: BaseProcess) -> None:
         process.join(KILLED_SECONDS)
 
 
-def _work(function: Callable[[], Any], seconds: float, log: Path, variables: dict[str, str]) -> None:
+def require(package: str) -> None:
+    """Raise ModuleNotFoundError where a package is not installed, before anything is begun that needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"{package} is not installed", name=package)
+
+
+def _work(function: Callable[[], Any], log: Path, variables: dict[str, str]) -> None:
     os.setsid()
+    # Linux: what outlives its caller, in a session of its own, would keep the device busy for nobody.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -93,7 +111,8 @@ def _work(function: Callable[[], Any], seconds: float, log: Path, variables: dic
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(variables)
     faulthandler.enable(file=sys.stderr)
-    faulthandler.dump_traceback_later(max(seconds - STACKS_SECONDS, 0.9 * seconds), file=sys.stderr)
+    # Not by faulthandler's own timer: that is a thread, and leaves a lock held in what this process forks.
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr)
     status = 0
     try:
         function()

@@ -162,7 +162,8 @@ def unequal(*pairs: Tensor) -> dict[str, float]:
 def _matrix(rows: int, columns: int, case: ProductCase, device: str) -> Tensor:
     made = torch.randn(rows, columns, device=device).to(case.dtype)
     if case.inputs == "cut out":
-        wide = torch.full((rows, columns + 16), torch.nan, device=device, dtype=case.dtype)
-        wide[:, :columns] = made
-        return wide[:, :columns]
+        # No row begins at a multiple of 16 bytes.
+        wide = torch.full((rows, columns + 3), torch.nan, device=device, dtype=case.dtype)
+        wide[:, 1 : columns + 1] = made
+        return wide[:, 1 : columns + 1]
     return made.t().contiguous().t() if case.inputs == "transposed" else made

@@ -71,9 +71,7 @@ class SparseProducts:
         self.block = BLOCKS[layer[0]]
         torch.manual_seed(0)
         self.x, self.dense_weight, self.dy = operands(context, layer)
-        self.weight, self.index = random_layer(
-            self.dense_weight, self.block, density, torch.Generator().manual_seed(0)
-        )
+        self.weight, self.index = random_layer(self.dense_weight, self.block, density, torch.Generator().manual_seed(0))
 
     def case(self, name: str) -> dict[str, Any]:
         widths = {"model": self.layer[0], "in": self.inner, "out": self.outer, "tokens": self.tokens}

@@ -1,7 +1,7 @@
 """A trainer on random tokens, without a data set: for checks and benchmarks of the training step.
 
-    with open_trainer(config, mesh) as (trainer, loader):
-        trainer.train_step(loader)
+with open_trainer(config, mesh) as (trainer, loader):
+    trainer.train_step(loader)
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def open_trainer(
     config: RunConfig, mesh: Mesh, checkpoint: Path | None = None
 ) -> Iterator[tuple[Trainer, BatchLoader]]:
     """A trainer that writes nothing, with its loader. checkpoint: folder from whose last checkpoint it goes on."""
-    methods, engine = build_engine(config, config.model.vocab_size, mesh)
-    state = TrainState()
+    vocab_size, state = config.model.vocab_size, None
+    assert vocab_size is not None, "there is no tokenizer to tell it"
+    methods, engine = build_engine(config, vocab_size, mesh)
     if checkpoint is not None:
         state = Checkpointer(checkpoint, config, mesh, engine, methods).restore().state
-    data = RandomTokens(config.model.vocab_size, config.model.seq_length)
-    trainer = Trainer(config, mesh, engine, methods, data, state)
+        assert state is not None, f"no checkpoint in {checkpoint}"
+    data = RandomTokens(vocab_size, config.model.seq_length)
+    trainer = Trainer(config, mesh, engine, methods, data, state or TrainState())
     with trainer.loader() as loader:
         yield trainer, loader

@@ -1,4 +1,4 @@
-"""A Triton kernel that reads a buffer again and again: it measures the bandwidth of the cache that the buffer fits into.
+"""A Triton kernel that reads a buffer again and again: for the bandwidth of the cache that the buffer fits into.
 
 Imports Triton: only to be imported where there is one.
 """
