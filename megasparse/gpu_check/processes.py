@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 DONE, FAILED, STOPPED, UNAVAILABLE = "done", "failed", "stopped", "unavailable"
-LAST_LINES = 12
+LAST_LINES = 30
+"""Enough for the stack of a process that crashed or hung, and what it has printed before."""
 MISSING_PACKAGE = 77
 """Exit status of a process that lacks a package of somebody else."""
-STACKS_SECONDS = 1.0
+STACKS_SECONDS = 2.0
 """For a process at its limit to write down where its threads are."""
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
