@@ -94,7 +94,7 @@ class AttentionCase:
         numbers = (torch.arange(self.tokens, device=dy.device) // 41).expand(2, -1) if self.documents else None
         offsets = [(7 * head) % self.stride for head in range(self.heads)] if self.offsets else 0
         y = hybrid_attention(q, k, v, self.pattern, self.stride, kernel, numbers, offsets=offsets)
-        return dict(zip(OUTPUTS, (y, *torch.autograd.grad(y, leaves, dy)), strict=True))
+        return dict(zip(OUTPUTS, (y.detach(), *torch.autograd.grad(y, leaves, dy)), strict=True))
 
 
 def cases(rehearse: bool) -> list[AttentionCase]:

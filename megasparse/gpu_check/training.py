@@ -16,6 +16,7 @@ import os
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ import torch
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.gpu_check.context import Context
+from megasparse.gpu_check.numerics import LAST_WORDS
 from megasparse.gpu_check.processes import LAST_LINES, end, require, start
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.parallel import Mesh
@@ -130,7 +132,12 @@ def train_all(todo: Sequence[Job], resumes: bool, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with open_mesh(environment, timeout_seconds=120) as mesh:
         for job in todo:
-            found = train(job, mesh, folder / f"saved-{job}" if resumes else None)
+            try:
+                found = train(job, mesh, folder / f"saved-{job}" if resumes else None)
+            except Exception as error:
+                # The other runs say more than none.
+                traceback.print_exc()
+                found = {"error": f"{type(error).__name__}: {error}"[:LAST_WORDS]}
             if mesh.rank == 0:
                 part = _file(folder, job).with_suffix(".part")
                 part.write_text(json.dumps(found), encoding="utf-8")
@@ -204,15 +211,20 @@ def _tell(context: Context, todo: Sequence[Job], folder: Path, told: int, ranks:
         if not (ours.exists() and theirs.exists()):
             break
         found, expected = (json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs))
+        told += 1
+        settings = {**job.settings, "ranks": ranks}
+        if error := found.get("error", expected.get("error")):
+            context.row("losses", settings, right=False, note=error)
+            continue
         differences = [abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)]
         tolerance = TOLERANCES[job.precision]
         first = max(differences[: INTERVAL - 1])
-        right = max(differences) <= tolerance and (job.precision != "fp32" or first <= TIGHT * expected["losses"][0])
+        # One by one: a maximum may pass over NaN.
+        right = all(difference <= tolerance for difference in differences)
+        right = right and (job.precision != "fp32" or first <= TIGHT * expected["losses"][0])
         numbers = {"largest_difference": max(differences), "first_difference": first, "tolerance": tolerance}
-        settings = {**job.settings, "ranks": ranks}
         context.row("losses", settings, numbers, right=right)
         context.row("resumed", settings, {"steps": STEPS - STOP}, right=found["resumed"])
-        told += 1
     return told
 
 
