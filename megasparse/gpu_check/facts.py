@@ -101,7 +101,7 @@ def _machine(context: Context) -> None:
 def _driver(number: int) -> str:
     command = ["nvidia-smi", f"--id={number}", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not told ({error})"
     return done.stdout.strip() or "not told"
