@@ -8,6 +8,8 @@ compared numbers are right; 1, some are wrong; 2, the command cannot run; 3, som
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +48,10 @@ def main() -> int:
         print(f"check_gpu: interrupted; finished sections are in {arguments.output}", file=sys.stderr)
         return 130
     print_report(arguments.output)
+    if multiprocessing.active_children():
+        # One that was killed and hangs in a driver all the same would be waited for.
+        sys.stdout.flush()
+        os._exit(status)
     return status
 
 

@@ -100,8 +100,8 @@ class AttentionCase:
 def cases(rehearse: bool) -> list[AttentionCase]:
     if rehearse:
         return [
-            AttentionCase("sparse", torch.float32, 19, 4, 16, 2, 1, True, True),
-            AttentionCase("fixed", torch.float32, 17, 8, 16, 2, 2, False, False),
+            AttentionCase("sparse", torch.float32, 9, 4, 16, 2, 1, True, True),
+            AttentionCase("fixed", torch.float32, 11, 8, 16, 1, 1, False, False),
         ]
     return [
         AttentionCase(pattern, dtype, *situation)

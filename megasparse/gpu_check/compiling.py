@@ -47,7 +47,8 @@ def launches(context: Context) -> Launches:
     for name, launch in [*products.launches(context), *attention.launches(context)]:
         groups.setdefault(name, []).append(launch)
     if context.rehearse:
-        return {name: groups[name][:1] for name in list(groups)[:2]}
+        few = [name for name in groups if name.startswith("product")][:2]
+        return {name: groups[name][:1] for name in few}
     return groups
 
 

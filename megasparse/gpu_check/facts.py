@@ -35,8 +35,8 @@ def run(context: Context) -> None:
     _machine(context)
     _copy(context)
     _launch(context)
-    _cublas(context)
     _cache(context)
+    _cublas(context)
 
 
 def layers(rehearse: bool) -> list[Layer]:

@@ -31,7 +31,7 @@ def run(context: Context, compare: Compare) -> None:
     width, block, heads, head_dim = (32, 16, 2, 16) if rehearse else (WIDTH, BLOCK, HEADS, HEAD_DIM)
     # A few hundred rows beyond 2^31 elements, an odd count.
     tokens = 25 if rehearse else 2**31 // WIDTH + TAIL + 1
-    length = 21 if rehearse else 2**31 // (HEADS * HEAD_DIM) + TAIL + 1
+    length = 9 if rehearse else 2**31 // (HEADS * HEAD_DIM) + TAIL + 1
     dtype = torch.float32 if rehearse else torch.bfloat16
     size = torch.finfo(dtype).bits // 8
     # x, dy and the result with its twin; of attention q, k, v, dy, the output, three gradients and what they need.

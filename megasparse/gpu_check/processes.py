@@ -108,8 +108,8 @@ def _work(function: Callable[[], Any], log: Path, variables: dict[str, str]) -> 
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    form: Any = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
-    sys.stdout, sys.stderr = os.fdopen(1, "w", **form), os.fdopen(2, "w", **form)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.environ.update(variables)
     faulthandler.enable(file=sys.stderr)
     # Not by faulthandler's own timer: that is a thread, and leaves a lock held in what this process forks.

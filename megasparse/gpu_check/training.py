@@ -95,8 +95,9 @@ def jobs(rehearse: bool) -> list[Job]:
 def run(context: Context) -> None:
     require("deepspeed")
     if context.rehearse:
-        # Imported before the fork: twice would take longer than the runs. It touches no GPU here.
-        importlib.import_module("megasparse.gpu_check.random_run")
+        # Imported before the fork: twice would take longer than the runs. Neither touches a GPU here.
+        for module in ("megasparse.gpu_check.random_run", "torch._dynamo"):
+            importlib.import_module(module)
     todo = jobs(context.rehearse)
     references = list(dict.fromkeys(job.reference for job in todo))
     with tempfile.TemporaryDirectory() as name:
