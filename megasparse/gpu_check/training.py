@@ -3,9 +3,10 @@
 At ZeRO 0 to 3, dense to sparse and back, and sparse from the start; every run is also saved in its midst and continued
 from the files, to equal bits. With several GPUs as many ranks take part as divide the batch.
 
-How far a loss may be from that of the CPU follows from the dtype. float32: sums in another order, 1e-5 relative while
-no topology has changed; afterwards two scores that tie but for rounding may be chosen differently, and a block of so
-many moves the loss by less than 5e-3. bfloat16: logits carry 2^-9 of up to about 8, 0.02, and the weights drift: 0.05.
+How far a loss may be from that of the CPU: float32 sums in another order, 1e-5 relative while no topology has changed;
+afterwards two scores that tie but for rounding may be chosen differently, so 5e-4. bfloat16 2e-3. Measured on a CPU,
+two ranks against one: 7e-7 and 4e-4. What faults would do there, in both dtypes: an input gradient that is zero 1e-2 to
+2e-2, one that is 10 % short 1e-3 to 3e-3, a block row that a weight gradient lacks 5e-3 to 9e-3.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ MODEL = [
 ]
 STARTS = {"dense": [], "sparse": ["sparsity.points=[[0,0.3],[0.5,0.3],[0.75,1]]"]}
 TIGHT = 1e-5
-TOLERANCES = {"fp32": 5e-3, "bf16": 5e-2}
+TOLERANCES = {"fp32": 5e-4, "bf16": 2e-3}
 """Absolute, of losses of about 4."""
 PAUSE = 0.05
 
@@ -87,9 +88,10 @@ class Job:
 
 def jobs(rehearse: bool) -> list[Job]:
     if rehearse:
-        return [Job("fp32", 2, "sparse")]
+        return [Job("bf16", 3, "sparse")]
     exact = [Job("fp32", stage, kind) for stage in (1, 3, 2, 0) for kind in STARTS]
-    return [Job("fp32", 1, "dense"), *(Job("bf16", stage, "dense") for stage in (1, 2, 3)), *exact[1:]]
+    # A run that is sparse from the start to its midst depends most on the kernels.
+    return [Job("fp32", 1, "dense"), *(Job("bf16", stage, "sparse") for stage in (1, 2, 3)), *exact[1:]]
 
 
 def run(context: Context) -> None:
