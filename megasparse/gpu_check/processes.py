@@ -18,15 +18,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 DONE, FAILED, STOPPED, UNAVAILABLE = "done", "failed", "stopped", "unavailable"
-LAST_LINES = 30
+LAST_LINES = 40
 """Enough for the stack of a process that crashed or hung, and what it has printed before."""
+UNTOLD = ("/multiprocessing/", "Extension modules:")
+"""What stands in lines of a stack that say nothing of where a process was."""
 MISSING_PACKAGE = 77
 """Exit status of a process that lacks a package of somebody else."""
 STACKS_SECONDS = 2.0
@@ -51,14 +53,11 @@ def run_limited(function: Callable[[], Any], seconds: float, log: Path) -> Outco
     """Call `function` in a process of its own, for `seconds` at most; `log` gets what it prints."""
     started = time.monotonic()
     process = start(function, log)
-    assert process.pid is not None
     try:
         process.join(seconds)
         in_time = not process.is_alive()
         if not in_time:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGUSR2)
-            process.join(STACKS_SECONDS)
+            write_stacks([process])
     finally:
         end(process)
     state = FAILED
@@ -71,9 +70,14 @@ def run_limited(function: Callable[[], Any], seconds: float, log: Path) -> Outco
     elapsed = time.monotonic() - started
     if state == DONE:
         return Outcome(state, elapsed)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
     ending = f"killed at its limit of {seconds:.0f} s" if state == STOPPED else f"exit status {process.exitcode}"
-    return Outcome(state, elapsed, (*lines, ending))
+    return Outcome(state, elapsed, (*last_lines(log), ending))
+
+
+def last_lines(log: Path) -> list[str]:
+    """The end of what a process has printed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return [line for line in lines if not any(words in line for words in UNTOLD)][-LAST_LINES:]
 
 
 def start(function: Callable[[], Any], log: Path, **variables: str) -> BaseProcess:
@@ -82,6 +86,15 @@ def start(function: Callable[[], Any], log: Path, **variables: str) -> BaseProce
     process = context.Process(target=_work, args=(function, log, variables))
     process.start()
     return process
+
+
+def write_stacks(processes: Sequence[BaseProcess]) -> None:
+    """Let processes write to their logs where their threads are."""
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGUSR2)
+    time.sleep(STACKS_SECONDS)
 
 
 def end(process: BaseProcess) -> None:

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.gpu_check.context import Context
 from megasparse.gpu_check.numerics import LAST_WORDS
-from megasparse.gpu_check.processes import LAST_LINES, end, require, start
+from megasparse.gpu_check.processes import end, last_lines, require, start, write_stacks
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.parallel import Mesh
 
@@ -101,25 +102,16 @@ def run(context: Context) -> None:
         for module in ("megasparse.gpu_check.random_run", "torch._dynamo"):
             importlib.import_module(module)
     todo = jobs(context.rehearse)
-    references = list(dict.fromkeys(job.reference for job in todo))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        ranks = 1 if context.rehearse else _ranks()
-        device = context.device
-        places = {rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        works = [(partial(train_all, references, False, folder / "cpu"), {"DS_ACCELERATOR": "cpu"})]
-        for place in places.values():
-            variables = {"DS_ACCELERATOR": device, **place, **world}
-            works.append((partial(train_all, todo, True, folder / "device"), variables))
-        processes = [
-            start(work, folder / f"{number}.txt", **variables) for number, (work, variables) in enumerate(works)
-        ]
+        folder, ranks = Path(name), 1 if context.rehearse else _ranks()
+        processes = _start(context.device, todo, folder, ranks)
+        told = 0
         try:
-            told = 0
-            while any(process.is_alive() for process in processes) and context.left > 0.03 * context.seconds:
-                if any(process.exitcode for process in processes):
-                    break  # the others would wait for it
+            # Where one fails, the others would wait for it.
+            while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
+                if context.left < 0.05 * context.seconds:
+                    write_stacks(processes)
+                    break
                 time.sleep(PAUSE)
                 told = _tell(context, todo, folder, told, ranks)
             told = _tell(context, todo, folder, told, ranks)
@@ -128,7 +120,20 @@ def run(context: Context) -> None:
                 end(process)
         if told < len(todo):
             _explain(folder, len(processes))
-            raise RuntimeError(f"{len(todo) - told} of {len(todo)} runs have not come to their end")
+            raise RuntimeError(f"{len(todo) - told} of {len(todo)} runs have failed or not ended in time")
+
+
+def _start(device: str, todo: Sequence[Job], folder: Path, ranks: int) -> list[BaseProcess]:
+    """The ranks on the device with all runs, and a process on the CPU with those that they are compared with."""
+    references = list(dict.fromkeys(job.reference for job in todo))
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    reference = partial(train_all, references, False, folder / "cpu")
+    processes = [start(reference, folder / "0.txt", DS_ACCELERATOR="cpu")]
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": device, **world}
+        work = partial(train_all, todo, True, folder / "device")
+        processes.append(start(work, folder / f"{rank + 1}.txt", **place))
+    return processes
 
 
 def train_all(todo: Sequence[Job], resumes: bool, folder: Path) -> None:
@@ -242,8 +247,7 @@ def _file(folder: Path, job: Job) -> Path:
 def _explain(folder: Path, count: int) -> None:
     """Print how the processes ended."""
     for number in range(count):
-        text = (folder / f"{number}.txt").read_text(encoding="utf-8", errors="replace")
-        print(f"process {number}:", *text.strip().splitlines()[-LAST_LINES:], sep="\n")
+        print(f"process {number}:", *last_lines(folder / f"{number}.txt"), sep="\n")
 
 
 def _ranks() -> int:
