@@ -120,7 +120,7 @@ def measure(case: StepCase, rehearse: bool, file: Path) -> None:
             _steps(trainer, loader, 1 if rehearse else WARM_STEPS)
             seconds = _steps(trainer, loader, 1 if rehearse else TIMED_STEPS)
             numbers = {"wall_seconds": statistics.median(seconds)}
-            profiled, kernels = _profiled(trainer, loader, 1 if rehearse else PROFILED_STEPS)
+            profiled, kernels = _profiled(trainer, loader, rehearse)
     numbers |= {**profiled, "peak_bytes": _peak_bytes(rehearse), "planned_bytes": planned_bytes(config)}
     file.write_text(json.dumps({"numbers": numbers, "kernels": kernels}), encoding="utf-8")
 
@@ -143,22 +143,21 @@ def _steps(trainer: Any, loader: Any, count: int) -> list[float]:
     return seconds
 
 
-def _profiled(trainer: Any, loader: Any, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _profiled(trainer: Any, loader: Any, rehearse: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Of one step, by the profiler: seconds of all kernels, numbers of launches and of waits for the device; and the
     kernels that take longest."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+    count = 1 if rehearse else PROFILED_STEPS
+    activities = [ProfilerActivity.CPU] if rehearse else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as found:
         _steps(trainer, loader, count)
     events = found.key_averages()
     # Operations of the host carry the times of their kernels too, and annotations span many kernels.
-    wanted = DeviceType.CUDA if torch.cuda.is_available() else DeviceType.CPU
+    wanted = DeviceType.CPU if rehearse else DeviceType.CUDA
     own = [e for e in events if e.device_type == wanted and not getattr(e, "is_user_annotation", False)]
-    kernels = [(_seconds(event) / count, event.count / count, event.key) for event in own]
+    kernels = [(_seconds(event, rehearse) / count, event.count / count, event.key) for event in own]
     numbers = {
         "kernel_seconds": sum(seconds for seconds, *_ in kernels),
         "launches": _calls(events, LAUNCHES) / count,
@@ -168,11 +167,9 @@ def _profiled(trainer: Any, loader: Any, count: int) -> tuple[dict[str, float], 
     return numbers, [{"kernel": key[:NAME], "seconds": seconds, "calls": calls} for seconds, calls, key in longest]
 
 
-def _seconds(event: Any) -> float:
+def _seconds(event: Any, rehearse: bool) -> float:
     """Of the event itself; in a rehearsal those of the host."""
-    if torch.cuda.is_available():
-        return event.self_device_time_total / 1e6
-    return event.self_cpu_time_total / 1e6
+    return (event.self_cpu_time_total if rehearse else event.self_device_time_total) / 1e6
 
 
 def _calls(events: Iterable[Any], names: tuple[str, ...]) -> float:
