@@ -33,6 +33,7 @@ ORDER = (
     "evaluation",
     "planning",
     "tuning",
+    "gpu_check",
     "studies",
 )
 

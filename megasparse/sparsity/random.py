@@ -36,11 +36,12 @@ def random_scores(indices: Tensor, *key: int) -> Tensor:
 
     A radix select looks at bit patterns: even ones leave it few units at the threshold.
     """
-    scores = torch.empty(indices.shape, dtype=torch.float32, device=indices.device)
-    for source, target in chunks(indices, scores.view(torch.int32)):
+    # Made as integers: while a model is built at ZeRO stage 3, DeepSpeed turns new floats into the model's dtype.
+    bits = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
+    for source, target in chunks(indices, bits):
         # The upper 24 of 32 bits; the sign and the highest bit of the exponent stay 0.
         target.copy_((_hashed(source, *key) >> 2) & 0x3FFFFFC0)
-    return scores
+    return bits.view(torch.float32)
 
 
 def _hashed(indices: Tensor, *key: int) -> Tensor:

@@ -89,3 +89,16 @@ def test_numbers_do_not_depend_on_the_cut() -> None:
     assert torch.equal(whole, torch.cat(pieces))
     order = torch.randperm(1000)
     assert torch.equal(whole[order], random_words(indices[order], 1, 2, 3))
+
+
+def test_scores_do_not_depend_on_how_new_floats_are_made(monkeypatch) -> None:
+    """While a model is built at ZeRO stage 3, DeepSpeed turns new floating tensors into the model's dtype."""
+    indices, make = torch.arange(100), torch.empty
+    expected = random_scores(indices, 3)
+
+    def as_deepspeed(*size, **options) -> torch.Tensor:
+        made = make(*size, **options)
+        return made.to(torch.bfloat16) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", as_deepspeed)
+    assert torch.equal(random_scores(indices, 3), expected)
