@@ -18,6 +18,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor, nn
 
 from megasparse.parallel import CommunicationGroup, Mesh
@@ -56,6 +58,18 @@ def state_access(
         )
     kind = Stage3State if stage == 3 else Stage1And2State
     return kind(engine.optimizer, optimizer, weights, mesh)
+
+
+def release(engine: Any) -> None:
+    """Let go of an engine's model, for another engine to come. Hooks on gradients hold it where Python's garbage
+    collection does not see them, and ZeRO stage 3 keeps modules in a list and in a cache that no engine owns."""
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():
+            # The cache is inside the wrapper that marks the method in traces.
+            for cell in getattr(method, "__closure__", None) or ():
+                getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 class Stage0State:

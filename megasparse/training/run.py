@@ -301,6 +301,7 @@ def grow(prepared: Prepared, built: Built) -> None:
     """Go on with the whole model, in the same way as a run that was stopped here; every rank calls it."""
     built.watchdog.beat("the copy of the layers", slow=True)
     built.closing.close()
+    built.trainer.engine.close()
     # Engines hold themselves in cycles: the small one must go before the whole one comes.
     del built.trainer
     gc.collect()
