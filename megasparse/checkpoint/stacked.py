@@ -20,6 +20,9 @@ from megasparse.checkpoint.saved_state import WEIGHT, RunFacts
 from megasparse.config.stages import copies, layer_number, original
 from megasparse.parallel import ShardSpec
 
+LOSSES = ("loss", "val_loss")
+"""What is known of a model folder that its copy has not."""
+
 
 class Original(Protocol):
     """What is asked of the state of the small model; ``fragment`` and ``method_state`` of checkpoints only."""
@@ -59,7 +62,9 @@ class StackedState:
     def facts(self) -> RunFacts:
         facts = self.saved.facts
         model = {**facts.model, "num_layers": self.num_layers}
-        return RunFacts(facts.step, model, facts.train_state, facts.window_losses)
+        # The losses that are known are not those of this model.
+        known = {name: fact for name, fact in facts.train_state.items() if name not in LOSSES}
+        return RunFacts(facts.step, model, known, facts.window_losses)
 
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]

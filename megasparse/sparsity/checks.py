@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.config.stages import growth_step, original
+from megasparse.config.stages import growth_step
 from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.groups import layer_settings
+from megasparse.sparsity.groups import check_copied_settings
 from megasparse.sparsity.schedule import DensitySchedule, build_density_schedule
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology
@@ -81,12 +81,7 @@ def check_stacked_layers(config: RunConfig, names: Iterable[str]) -> None:
     """
     small, sparsity = config.stacking.num_layers, config.sparsity
     assert small is not None, "the run has no small model"
-    for name in names:
-        if layer_settings(sparsity, name) != layer_settings(sparsity, original(name, small)):
-            raise ConfigError(
-                f"sparsity.groups: layer {name} has other settings than {original(name, small)}, whose copy it becomes "
-                f"(stacking.num_layers {small}); must be patterns that take both, such as layers.*.mlp.*"
-            )
+    check_copied_settings(sparsity, names, small)
     growth = growth_step(config) or 0
     schedule = build_density_schedule(sparsity)
     # The topology of step s shows from s + 1 on, so what is asked for at the growth itself is not yet there.

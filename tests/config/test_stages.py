@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from study_files import SETTINGS
+from extensions_setup import SETTINGS
 
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, load_config
@@ -40,10 +40,7 @@ def test_exceptions_of_attention_that_copies_share_are_allowed(layers: str) -> N
     check_run(load_config([], words), 1)
 
 
-TINY = [
-    *WORDS, "data.tokenizer=bytes", "sparsity.block_size=16", "sparsity.update_interval=1",
-    *(f"model.{name}={value}" for name, value in SETTINGS["model"].items() if name != "num_layers"),
-]  # fmt: skip
+TINY = [*SETTINGS, *WORDS]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_layers_that_cannot_take_over_what_the_small_model_has_are_refused(words
     "words",
     [
         ["sparsity.groups=[{pattern: layers.*.mlp.*, density: 0.5}]"],
-        ["sparsity.depth_boost=0.5", "sparsity.points=[[0,1],[0.3,1],[0.5,0.5],[0.8,1]]"],
+        ["sparsity.depth_boost=0.5", "sparsity.points=[[0,1],[0.3,1],[0.5,0.5],[0.7,1]]"],
     ],
 )
 def test_layers_that_can_are_not(words: list[str]) -> None:
