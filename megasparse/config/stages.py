@@ -33,6 +33,17 @@ def small_stage(config: RunConfig) -> RunConfig:
     return with_layers(config, num_layers)
 
 
+def stages(config: RunConfig) -> list[RunConfig]:
+    """The configurations of the stages of a run, one or two."""
+    return [config] if growth_step(config) is None else [small_stage(config), config]
+
+
+def steps_of(stage: RunConfig) -> tuple[int, int]:
+    """The first step of a stage and the one after its last."""
+    growth, steps = growth_step(stage) or 0, stage.train.steps
+    return (0, growth) if is_small(stage) else (growth, steps)
+
+
 def is_small(config: RunConfig) -> bool:
     """Whether it is the configuration of a first stage: none that a user may give has so few layers."""
     return config.model.num_layers == config.stacking.num_layers

@@ -18,7 +18,7 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
-from megasparse.config.stages import growth_step, original, small_stage
+from megasparse.config.stages import original, stages, steps_of
 from megasparse.cost.attention_kernels import (
     attention_kernels,
     attention_warnings,
@@ -70,29 +70,29 @@ def plan_run(
     methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
     """
     check_extra(config.deepspeed.extra)
-    stages = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
-    whole = stages[-1]
+    planned = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
+    whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     check_attention(config, device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
-    for stage in stages:
+    for stage in planned:
         flops.add(stage.flops)
     return {
         "run": config.run.name,
-        "parameters": {**_parameters(model, controller), "mean_active": _mean(stages, lambda stage: stage.active)},
+        "parameters": {**_parameters(model, controller), "mean_active": _mean(planned, lambda stage: stage.active)},
         "tokens": {"total": tokens_per_step * train.steps, "per_step": tokens_per_step},
         "steps": train.steps,
         "documents": _documents(config),
         "schedule": {
             "phases": stretches(config, controller),
-            "mean_density": _mean(stages, lambda stage: stage.density),
+            "mean_density": _mean(planned, lambda stage: stage.density),
             "min_density": controller.schedule.min_density,
             "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
         },
-        "stages": [stage.facts() for stage in stages],
-        "methods": [*_stage_lines(stages), *(line for method in made for line in method.plan_lines())],
+        "stages": [stage.facts() for stage in planned],
+        "methods": [*_stage_lines(planned), *(line for method in made for line in method.plan_lines())],
         "flops": {
             "dense": flops.dense,
             "algorithmic": flops.algorithmic,
@@ -109,7 +109,7 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
-            *initial_warnings(stages[0].config, vocab_size, stages[0].controller),
+            *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
             *kernels.warnings(),
             *attention_warnings(config, device, planned=planned_kernels),
         ],
@@ -161,37 +161,36 @@ def plan_stages(
     planned_kernels: bool = True,
 ) -> list[PlannedStage]:
     """The stages of a run, each walked through from its first step to its last. For arguments see ``plan_run``."""
-    steps, growth = config.train.steps, growth_step(config)
-    spans = [(config, 0, steps)] if growth is None else [(small_stage(config), 0, growth), (config, growth, steps)]
     # Rank 0's shard: the shapes of all shards are alike.
-    ranks, stages = CommunicationGroup(0, config.parallel.tensor_parallel_size), list[PlannedStage]()
-    for own, start, end in spans:
+    ranks, planned = CommunicationGroup(0, config.parallel.tensor_parallel_size), list[PlannedStage]()
+    for own in stages(config):
         with torch.device("meta"):
             model = build_model(own, vocab_size, ranks)
         made = build_methods(own, model, ranks, methods)
         kernels = LayerKernels(own, model, device, planned=planned_kernels)
-        stage = PlannedStage(own, model, made, kernels, start, end, Flops())
-        if stages:
+        stage = PlannedStage(own, model, made, kernels, *steps_of(own), Flops())
+        if planned:
             names = [name for name, layer in model.named_modules() if isinstance(layer, Linear)]
             check_stacked_layers(config, names)
-            before = stages[-1].controller.shard_active
+            small = planned[-1]
             for name in stage.controller.topologies:
-                stage.controller.shard_active[name] = before[original(name, stages[-1].config.model.num_layers)]
-        stage.flops, stage.density = walk_schedule(own, model, made, kernels, start, end)
-        stages.append(stage)
-    return stages
+                source = original(name, small.config.model.num_layers)
+                stage.controller.shard_active[name] = small.controller.shard_active[source]
+        stage.flops, stage.density = walk_schedule(own, model, made, kernels, stage.start, stage.end)
+        planned.append(stage)
+    return planned
 
 
-def _mean(stages: Sequence[PlannedStage], value: Callable[[PlannedStage], float]) -> float:
+def _mean(planned: Sequence[PlannedStage], value: Callable[[PlannedStage], float]) -> float:
     """Over the steps of a run."""
-    return sum((stage.end - stage.start) * value(stage) for stage in stages) / stages[-1].end
+    return sum((stage.end - stage.start) * value(stage) for stage in planned) / planned[-1].end
 
 
-def _stage_lines(stages: Sequence[PlannedStage]) -> list[str]:
+def _stage_lines(planned: Sequence[PlannedStage]) -> list[str]:
     return [
         f"{small.config.model.num_layers} layers until step {small.end:,}, then copied to "
         f"{whole.config.model.num_layers}"
-        for small, whole in pairwise(stages)
+        for small, whole in pairwise(planned)
     ]
 
 
