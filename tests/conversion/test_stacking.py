@@ -10,10 +10,12 @@ from tiny_states import TinyState, content, dense_config, write_model, write_run
 from tool_calls import call
 
 from megasparse.checkpoint.model_folder import ModelFolder
-from megasparse.config.loader import load_config
+from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import AttentionConfig, PatternOverride, StackingConfig
 from megasparse.inference.trained import open_trained
 from megasparse.training.plan import make_plan
+
+STACKED = ["model.num_layers=4", "stacking.num_layers=2"]
 
 
 def grow(model: Path, output: Path, layers: int = 6) -> tuple[int, str]:
@@ -100,3 +102,17 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path) -> None:
     status, output = grow(tmp_path / "small", tmp_path / "deep")
     assert status == 2 and str(tmp_path / "deep") in output
     assert content(tmp_path / "deep") == {"mine.txt": b"mine"}
+
+
+def test_a_run_that_grows_starts_from_a_folder_of_its_small_model(tmp_path) -> None:
+    config = dense_config()
+    write_model(tmp_path / "small", TinyState(config), config)
+    assert grow(tmp_path / "small", tmp_path / "deep", 4)[0] == 0
+
+    def plan(folder: str) -> dict:
+        words = [*STACKED, f"train.init_from={tmp_path / folder}"]
+        return make_plan(load_config([tmp_path / "small" / "config.yaml"], words), 1)
+
+    assert plan("small")["stages"][0]["num_layers"] == 2
+    with pytest.raises(ConfigError, match=r"model.num_layers: 2 here, 4 in train.init_from"):
+        plan("deep")
