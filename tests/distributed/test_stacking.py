@@ -76,6 +76,8 @@ def test_interrupted_runs_go_on_bit_for_bit(undisturbed, corpus) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
     assert [line["num_layers"] for line in lines(folder, "longer")] == [2, 2, 4, 4]
+    begun, first = lines(folder, "begun"), lines(folder, "undisturbed")[0]
+    assert [line["num_layers"] for line in begun] == [2, 2, 4] and begun[0]["loss"] < first["loss"] - 0.1
 
 
 LAYOUTS = {"data": [], "tensor": ["parallel.tensor_parallel_size=2", "deepspeed.zero_stage=3"]}
