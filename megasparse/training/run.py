@@ -277,6 +277,9 @@ def enter_stage(
             closing.enter_context(checkpointer)
             return Stage(own, methods, engine, checkpointer, found.state or TrainState(), found)
         passed_over = found.passed_over
+        engine.close()
+        del methods, engine, checkpointer
+        gc.collect()
     raise AssertionError("the small model has no stage after it")
 
 
