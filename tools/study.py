@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
     if study.prepare == "quickstart":
         prepare_quickstart()
-    studied, console = Studied(study, arguments.study), make_console()
+    studied, console = Studied(study, arguments.study, arguments.known), make_console()
     if arguments.dry_run:
         studied.dry_run(console)
         return 0
@@ -71,6 +71,14 @@ def prepare_quickstart() -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__, EXAMPLES)
     parser.add_argument("--study", required=True, type=Path, metavar="FILE", help="YAML file of the study")
+    parser.add_argument(
+        "--known",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="results.json of another study, whose runs of the same settings and data are not run again",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what every arm costs and the time; run nothing")
     options = parser.parse_args()
     status: list[int] = []

@@ -30,7 +30,7 @@ from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, Checkpoint
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import ShardSpec, shard_spec_of
-from megasparse.utils.files import describe_failure, write_at_once, write_json
+from megasparse.utils.files import write_json
 
 POLL_SECONDS = 0.02
 
@@ -118,7 +118,8 @@ class HostCopy:
 
 
 def write_part(partial: Path, rank: int, content: RankTensors) -> None:
-    """Write a rank's file and then its part of the index; or, where that fails, why, for rank 0. Raises the failure."""
+    """Write a rank's file and then its part of the index. Raises CheckpointError for values that are not finite, and
+    OSError; then nothing is left of the file."""
     try:
         for key in content.runs:
             if content.tensors[key].is_floating_point() and not bool(content.tensors[key].isfinite().all()):
@@ -126,28 +127,30 @@ def write_part(partial: Path, rank: int, content: RankTensors) -> None:
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in content.tensors.items()}
         part = write_rank_file(partial / file_name(rank), specs, content.tensors.items())
         write_json(partial / _part_name(rank), file_entry(part, content.runs), make_folder=False)
-    except BaseException as error:
-        reason = describe_failure(error) if isinstance(error, OSError) else str(error)
+    except BaseException:
         with contextlib.suppress(OSError):
-            # Makes room for the reason; the name alone needs none.
             (partial / file_name(rank)).unlink(missing_ok=True)
-            (partial / _failure_name(rank)).touch()
-            write_at_once(partial / _failure_name(rank), reason, make_folder=False)
         raise
 
 
-def commit(store: CheckpointStore, index: Index, world_size: int, timeout: float) -> Path:
+def commit(
+    store: CheckpointStore,
+    index: Index,
+    world_size: int,
+    timeout: float,
+    failure_of: Callable[[int], str | None] = lambda rank: None,
+) -> Path:
     """Wait for the parts of all ranks, write the index, and let the checkpoint appear; returns its folder.
 
+    failure_of: why a rank cannot write, once it has told. It tells by other ways than the disk that has failed it.
     Raises CheckpointError where a rank could not write, or did not within `timeout` seconds; OSError.
     """
     partial, files = store.partial(index.step), {}
     until = time.monotonic() + timeout
     for rank in range(world_size):
         while not (partial / _part_name(rank)).is_file():
-            if (partial / _failure_name(rank)).is_file():
-                reason = (partial / _failure_name(rank)).read_text(encoding="utf-8")
-                raise CheckpointError(f"rank {rank}: {reason or f'could not write {file_name(rank)}'}")
+            if reason := failure_of(rank):
+                raise CheckpointError(f"rank {rank}: {reason}")
             if not partial.is_dir():
                 raise CheckpointError(f"{partial} has been deleted")
             if time.monotonic() > until:
@@ -216,7 +219,3 @@ def file_name(rank: int) -> str:
 
 def _part_name(rank: int) -> str:
     return f"rank-{rank:05d}.part.json"
-
-
-def _failure_name(rank: int) -> str:
-    return f"rank-{rank:05d}.failed"

@@ -44,7 +44,7 @@ def open_mesh(
     rank, world_size = environment.rank, environment.world_size
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield make_mesh(rank, world_size, device, backend, timeout, tensor_parallel_size)
+        yield make_mesh(rank, world_size, device, backend, timeout, tensor_parallel_size, store)
     finally:
         # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
         with contextlib.suppress(RuntimeError):

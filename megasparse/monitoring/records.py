@@ -34,8 +34,9 @@ PICTURE_SIDE = 128
 class RunRecords:
     """Open files of a run folder, and its trackers.
 
-    resume_step: finished steps of the checkpoint that the run goes on from. parameters: what trackers are to show of
-    the configuration and the plan. warn: told of trackers that fail, and of damaged lines. What cannot be written is an
+    resume_step: finished steps of the checkpoint that the run goes on from. lines: how many each file should have up to
+    there, kept up to date from there on. parameters: what trackers are to show of the configuration and the plan. warn:
+    told of trackers that fail, and of lines that are damaged or missing. What cannot be written is an
     OSError that names the file; so is a file that was deleted meanwhile, perhaps with its folder.
     """
 
@@ -44,14 +45,22 @@ class RunRecords:
         folder: Path,
         *,
         resume_step: int,
+        lines: dict[str, int] | None = None,
         trackers: Sequence[str] = (),
         parameters: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self._trackers = start_trackers(trackers, TrackedRun(folder, resume_step, parameters or {}), warn)
-        for path in folder.glob("*.jsonl"):
-            _drop_lines_after(path, resume_step, warn)
+        self._lines = {} if lines is None else lines
+        kept = {path.stem: _drop_lines_after(path, resume_step, warn) for path in folder.glob("*.jsonl")}
+        for name, count in self._lines.items():
+            if kept.get(name, 0) < count:
+                warn(
+                    f"{folder / name}.jsonl: {count - kept.get(name, 0):,} of {count:,} lines up to step "
+                    f"{resume_step:,} are missing"
+                )
+        self._lines.update({name: count for name, count in kept.items() if name not in self._lines})
         self._files = {name: JsonLinesWriter(folder / f"{name}.jsonl") for name in ("metrics", "topology")}
 
     def __enter__(self) -> Self:
@@ -74,6 +83,7 @@ class RunRecords:
         if name not in self._files:
             self._files[name] = JsonLinesWriter(self.folder / f"{name}.jsonl")
         self._files[name].write(_without_nan(values))
+        self._lines[name] = self._lines.get(name, 0) + 1
 
     def picture(self, layer: str, mask: Tensor, step: int) -> None:
         """Write the mask of a layer, bool [rows, columns], as a grey picture; large masks are averaged."""
@@ -102,14 +112,16 @@ def _without_nan(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def _drop_lines_after(path: Path, step: int, warn: Callable[[str], None]) -> None:
-    """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing."""
+def _drop_lines_after(path: Path, step: int, warn: Callable[[str], None]) -> int:
+    """Keep the whole lines of finished steps only; atomically, so that a kill here loses nothing. Their number."""
     if path.is_symlink():
-        return  # refused when it is opened
+        return 0  # refused when it is opened
     lines, damaged = read_json_lines(path)
     if damaged:
         warn(f"{path}: {name_lines(damaged)} cannot be read, as after a power cut: removed")
-    write_at_once(path, b"".join(line.content + b"\n" for line in lines if line.values["step"] <= step))
+    kept = [line.content + b"\n" for line in lines if line.values["step"] <= step]
+    write_at_once(path, b"".join(kept))
+    return len(kept)
 
 
 def _shrink(picture: np.ndarray) -> np.ndarray:

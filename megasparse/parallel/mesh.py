@@ -9,7 +9,7 @@ in. It is also the `mpu` that DeepSpeed asks for its groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -32,6 +32,8 @@ class Mesh:
     """Ranks that share each layer and see the same samples."""
     control: CommunicationGroup
     """All ranks over gloo, for decisions on the host: asking them never waits for the device."""
+    store: dist.Store = field(default_factory=dist.HashStore)
+    """Where the ranks have met: short messages of one rank, which the others need not wait for."""
 
     @property
     def rank(self) -> int:
@@ -52,6 +54,15 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.agree_any(False)
+
+    def post(self, key: str, text: str) -> None:
+        """Leave a message for other ranks; a thread may do it. Raises RuntimeError where rank 0 is gone."""
+        self.store.set(f"megasparse/{key}", text)
+
+    def posted(self, key: str) -> str | None:
+        """The message that a rank has left under this key, where there is one by now."""
+        key = f"megasparse/{key}"
+        return self.store.get(key).decode() if self.store.check([key]) else None
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """Stack the equally long 1-D host tensors of all ranks: [world_size, n]."""
@@ -86,9 +97,15 @@ class Mesh:
 
 
 def make_mesh(
-    rank: int, world_size: int, device: torch.device, backend: str, timeout: timedelta, tensor_parallel_size: int
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    backend: str,
+    timeout: timedelta,
+    tensor_parallel_size: int,
+    store: dist.Store,
 ) -> Mesh:
-    """The mesh over the process group that exists. All ranks make all groups, in one order."""
+    """The mesh over the process group that exists. All ranks make all groups, in one order. store: common to all."""
     ranks = torch.arange(world_size).view(-1, tensor_parallel_size)
     world = CommunicationGroup(rank, world_size, dist.group.WORLD)
 
@@ -103,4 +120,4 @@ def make_mesh(
     control = world
     if world.size > 1:
         control = CommunicationGroup(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
-    return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control)
+    return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control, store)

@@ -1,6 +1,6 @@
 """The runs of a study and their files: which there are, which have finished, what they reached.
 
-    jobs = seed_jobs(place, arm, rate, seeds)
+    jobs = with_known(seed_jobs(place, arm, rate, seeds), known)
     write_configs(jobs)                          # refuses what was begun with other settings
     jobs[0].summary(), jobs[0].finished
 
@@ -10,9 +10,10 @@ prints in `logs/`.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from megasparse.config.schema import RunConfig
 from megasparse.studies.solving import SolvedArm, with_fields
 from megasparse.utils.format import finite
 
+LEFT_OUT = {"run": {"name", "folder"}, "train": {"resume", "save_interval", "keep_checkpoints", "trackers"}}
+"""Settings that change nothing of what is found."""
 SAVES = 10
 """Checkpoints of a run that asks for none, so that it can be killed."""
 
@@ -35,6 +38,8 @@ class Job:
     config: RunConfig
     place: Path
     """Folder of the study."""
+    known: Mapping[str, Any] | None = None
+    """What was found with the same settings on the same data elsewhere, as ``results.py`` writes it."""
 
     @property
     def name(self) -> str:
@@ -53,7 +58,9 @@ class Job:
         return self.place / "logs" / f"{self.name}.txt"
 
     def summary(self) -> dict[str, Any]:
-        """Empty where there is none that can be read."""
+        """Empty where there is none that can be read. Of a run that is known: what is known of it."""
+        if self.known is not None:
+            return {**self.known, "finished": True}
         try:
             found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -69,6 +76,19 @@ class Job:
         """Final one of a run that has finished; None: there is none, or it is not finite."""
         summary = self.summary()
         return finite(summary.get("val_loss")) if summary.get("finished") is True else None
+
+
+def digest(job: Job, data: object) -> str:
+    """Equal for runs that find the same: of all settings that are not the default, and of a fingerprint of the data."""
+    settings = job.config.model_dump(mode="json", exclude_defaults=True, exclude=LEFT_OUT)
+    return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_known(
+    jobs: Sequence[Job], known: Mapping[str, Mapping[str, Any]], digest_of: Callable[[Job], str]
+) -> list[Job]:
+    """The jobs, those told that are known and have not been run here. known: by digest."""
+    return [job if job.finished else replace(job, known=known.get(digest_of(job))) for job in jobs]
 
 
 def sweep_jobs(place: Path, arm: SolvedArm, seed: int) -> list[Job]:
@@ -91,6 +111,7 @@ def best_rate(arm: SolvedArm, sweep: Sequence[Job]) -> float | None:
 
 def write_configs(jobs: Sequence[Job]) -> None:
     """Write each configuration. Raises ConfigError where one of the runs was begun with another."""
+    jobs = [job for job in jobs if job.known is None]
     for job in jobs:
         if job.config_file.is_file() and job.folder.exists():
             changes = changed_settings(load_config([job.config_file]), job.config)

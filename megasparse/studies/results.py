@@ -1,7 +1,8 @@
 """What a study has found, as plain numbers: ``results.json``, from which table and page are made.
 
-    results = collect(study, arms, budget, jobs, failures)
+    results = collect(study, arms, budget, sweep, jobs, failures, digest_of)
     write_results(results, folder / "results.json")
+    known = read_known([Path("results.json")])           # so that another study need not run again what this one has
 
 Curves are those of validation, rounded to five digits, a list for each column: small enough to be committed.
 """
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megasparse.config.loader import ConfigError
 from megasparse.reporting.run_data import RunData, column, read_run
 from megasparse.studies.format import Study
 from megasparse.studies.jobs import Job
 from megasparse.studies.solving import SolvedArm
 from megasparse.studies.statistics import CONFIDENCE, paired, spread
-from megasparse.utils.files import write_at_once
+from megasparse.utils.files import describe_failure, write_at_once
 from megasparse.utils.format import finite
 
 COSTS = ("step", "tokens", "flops_algorithmic", "seconds")
@@ -34,9 +36,10 @@ def collect(
     sweep: Sequence[Job],
     jobs: Sequence[Job],
     failures: Mapping[str, str],
+    digest_of: Callable[[Job], str],
 ) -> dict[str, Any]:
     """sweep: the runs with which learning rates were chosen; jobs: those that are compared."""
-    rows = [_arm(arm, sweep, [job for job in jobs if job.arm == arm.name]) for arm in arms]
+    rows = [_arm(arm, sweep, [job for job in jobs if job.arm == arm.name], digest_of) for arm in arms]
     finished = next((job.summary() for job in jobs if job.finished), {})
     return {
         "study": study.name,
@@ -56,6 +59,20 @@ def collect(
     }
 
 
+def read_known(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The runs in files of results by their digests. Raises ConfigError for a file that is none."""
+    known: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+            runs = [run for arm in arms for run in (*arm["sweep"], *arm["runs"])]
+            known |= {run["digest"]: run for run in runs if finite(run["val_loss"]) is not None}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = describe_failure(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"--known: {path}: {reason}; must be a results.json of a study") from None
+    return known
+
+
 def write_results(results: Mapping[str, Any], path: Path) -> None:
     """As JSON with each list of numbers on one line."""
     lists = re.compile(r"\[[\d\s.,e+-]+\]")
@@ -63,14 +80,14 @@ def write_results(results: Mapping[str, Any], path: Path) -> None:
     write_at_once(path, text + "\n")
 
 
-def _arm(arm: SolvedArm, sweep: Sequence[Job], jobs: Sequence[Job]) -> dict[str, Any]:
-    runs = [_run(job) for job in jobs if job.val_loss is not None]
+def _arm(arm: SolvedArm, sweep: Sequence[Job], jobs: Sequence[Job], digest_of: Callable[[Job], str]) -> dict[str, Any]:
+    runs = [_run(job, digest_of) for job in jobs if job.val_loss is not None]
     losses = [run["val_loss"] for run in runs]
     return {
         "arm": arm.name,
         "solve": arm.solve,
         "lr": jobs[0].rate if jobs else None,
-        "sweep": {f"{job.rate:g}": job.val_loss for job in sweep if job.arm == arm.name},
+        "sweep": [_run(job, digest_of) for job in sweep if job.arm == arm.name and job.finished],
         "steps": arm.config.train.steps,
         "hidden_size": arm.config.model.hidden_size,
         "num_layers": arm.config.model.num_layers,
@@ -88,13 +105,19 @@ def _arm(arm: SolvedArm, sweep: Sequence[Job], jobs: Sequence[Job]) -> dict[str,
     }
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: Job, digest_of: Callable[[Job], str]) -> dict[str, Any]:
+    """Of one that has finished; the loss is None where it is not finite."""
+    if job.known is not None:
+        return dict(job.known)
     summary = job.summary()
     return {
+        "digest": digest_of(job),
         "seed": job.seed,
-        "val_loss": summary["val_loss"],
+        "lr": job.rate,
+        "val_loss": job.val_loss,
         "flops": summary["flops_algorithmic"],
         "seconds": summary["seconds"],
+        "hardware": summary["hardware"],
         "curve": _curve(read_run(job.folder)),
     }
 

@@ -36,6 +36,7 @@ PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: the signal to a process when its parent dies."""
 
 Command = Callable[[Job], list[str]]
+After = Callable[[dict[str, str]], object]
 
 
 class Stopped(Exception):
@@ -95,8 +96,11 @@ class Crew:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Run all that have not finished; why those failed that did. Raises Stopped."""
+    def run(self, jobs: Sequence[Job], after: After = lambda failures: None) -> dict[str, str]:
+        """Run all that have not finished; why those failed that did. Raises Stopped.
+
+        after: told the failures so far when a run has ended.
+        """
         waiting, failures = deque(job for job in jobs if not job.finished), dict[str, str]()
         if len(waiting) < len(jobs):
             self._tell(f"{len(jobs) - len(waiting)} of {len(jobs)} runs have finished before")
@@ -110,6 +114,7 @@ class Crew:
                     del self._running[slot]
                     if self._signal is None:
                         self._tell_end(one, failures)
+                        after(failures)
         if self._signal is not None:
             raise Stopped(self._signal)
         return failures

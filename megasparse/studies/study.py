@@ -10,13 +10,14 @@ Whatever has finished is not run again, so a study can be killed at any moment, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from megasparse.config.schema import RunConfig
+from megasparse.data.fingerprints import run_fingerprint
 from megasparse.launching.run_lock import hold_folder
 from megasparse.monitoring.console import print_table
 from megasparse.planning.assumptions import parse_assumptions
@@ -24,9 +25,9 @@ from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
 from megasparse.planning.probe import here_chip, measure
 from megasparse.studies.format import Study
-from megasparse.studies.jobs import Job, best_rate, seed_jobs, sweep_jobs, write_configs
+from megasparse.studies.jobs import Job, best_rate, digest, seed_jobs, sweep_jobs, with_known, write_configs
 from megasparse.studies.page import write_page
-from megasparse.studies.results import collect, write_results
+from megasparse.studies.results import collect, read_known, write_results
 from megasparse.studies.running import Command, Crew, make_slots
 from megasparse.studies.solving import solve
 from megasparse.studies.tables import arm_rows, difference_rows, plan_rows, sweep_rows, total_seconds
@@ -38,9 +39,13 @@ RESULTS, PAGE = "results.json", "study.html"
 class Studied:
     """A study whose arms are solved. Raises ConfigError where one cannot be."""
 
-    def __init__(self, study: Study, file: Path) -> None:
+    def __init__(self, study: Study, file: Path, known: Sequence[Path] = ()) -> None:
+        """known: results of earlier studies, of which runs with the same settings and data are taken."""
         self.study = study
         self.place = Path(study.folder) / study.name
+        self.known = read_known(known)
+        self._data: dict[str, Any] = {}
+        """Fingerprints of the data by arm: each reads some megabytes."""
         self.arms, self.budget = solve(study, file)
         self.sweep = [job for arm in self.arms for job in sweep_jobs(self.place, arm, study.sweep_seed)]
         self.slots = make_slots(study.processes, len(self.sweep) + len(self.arms) * len(study.seeds))
@@ -61,8 +66,9 @@ class Studied:
         """Run what has not finished, and write results and page. Raises Stopped, and ConfigError for a folder that is
         in use or holds runs with other settings."""
         with hold_folder(self.place, tell), Crew(self.slots, command, tell) as crew:
+            self.sweep = self._with_known(self.sweep)
             write_configs(self.sweep)
-            failures = crew.run(self.sweep)
+            failures = crew.run(self.sweep, lambda failures: self._write([], failures))
             jobs = list[Job]()
             for arm in self.arms:
                 rate = best_rate(arm, self.sweep)
@@ -73,12 +79,28 @@ class Studied:
                 if len(arm.rates) > 1:
                     tell(f"{arm.name}: learning rate {rate:g} of {', '.join(f'{one:g}' for one in arm.rates)}")
                 jobs += seed_jobs(self.place, arm, rate, self.study.seeds)
+            # Seed by seed: of what is stopped early all arms have been run on the same seeds.
+            jobs = self._with_known(sorted(jobs, key=lambda job: self.study.seeds.index(job.seed)))
             write_configs(jobs)
-            failures |= crew.run(jobs)
-            results = collect(self.study, self.arms, self.budget, self.sweep, jobs, failures)
-            write_results(results, self.place / RESULTS)
+            before = dict(failures)
+            failures |= crew.run(jobs, lambda failures: self._write(jobs, before | failures))
+            results = self._write(jobs, failures)
             write_page(results, self.place / PAGE)
         return results
+
+    def _write(self, jobs: Sequence[Job], failures: Mapping[str, str]) -> dict[str, Any]:
+        """The results so far."""
+        results = collect(self.study, self.arms, self.budget, self.sweep, jobs, failures, self._digest)
+        write_results(results, self.place / RESULTS)
+        return results
+
+    def _with_known(self, jobs: Sequence[Job]) -> list[Job]:
+        return with_known(jobs, self.known, self._digest) if self.known else list(jobs)
+
+    def _digest(self, job: Job) -> str:
+        if job.arm not in self._data:
+            self._data[job.arm] = run_fingerprint(job.config)
+        return digest(job, self._data[job.arm])
 
 
 def print_results(results: Mapping[str, Any], console: Console) -> None:

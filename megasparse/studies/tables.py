@@ -101,9 +101,9 @@ def difference_rows(results: Mapping[str, Any]) -> list[Row]:
 def sweep_rows(results: Mapping[str, Any]) -> list[Row]:
     """Validation losses with which learning rates were chosen."""
     return [
-        {"arm": arm["arm"], "lr": rate, "validation loss": format_decimal(loss, 4)}
+        {"arm": arm["arm"], "lr": f"{run['lr']:g}", "validation loss": format_decimal(run["val_loss"], 4)}
         for arm in results["arms"]
-        for rate, loss in arm["sweep"].items()
+        for run in arm["sweep"]
     ]
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class Checkpointer:
         self._thread: Thread | None = None
         self._copied = Event()
         self._step = 0
+        self._saves = 0
         self._failure: FailedSave | None = None
 
     def __enter__(self) -> Checkpointer:
@@ -94,7 +96,7 @@ class Checkpointer:
         Raises MaskError, before anything is written, where a rank's masks are wrong.
         """
         self._join()
-        self._step, self._failure = state.step, None
+        self._step, self._saves, self._failure = state.step, self._saves + 1, None
         others = {
             f"{METHOD}/{method.name}/{key}": tensor
             for method in self._methods
@@ -294,15 +296,28 @@ class Checkpointer:
             if self._mesh.is_first:
                 # Of what goes on from here no line of metrics may be missing after a power cut.
                 sync_files(self.store.folder.parent, "*.jsonl")
-                commit(self.store, index, self._mesh.world_size, self._config.train.distributed_timeout_seconds)
+                seconds = self._config.train.distributed_timeout_seconds
+                commit(self.store, index, self._mesh.world_size, seconds, self._failure_of)
         except Exception as error:
-            self._fail(error)
+            failure = self._fail(error)
             if self._mesh.is_first:
                 self.store.abandon(index.step)
+            else:
+                with contextlib.suppress(RuntimeError):
+                    self._mesh.post(self._key(self._mesh.rank), failure.reason)
 
-    def _fail(self, error: Exception) -> None:
+    def _failure_of(self, rank: int) -> str | None:
+        """Why another rank cannot write its part of this checkpoint, once it has told."""
+        return self._mesh.posted(self._key(rank))
+
+    def _key(self, rank: int) -> str:
+        """Under it a rank tells its failure. All ranks count the saves alike, those of each model of a run anew."""
+        return f"save {self._saves} of {self._config.model.num_layers} layers failed on rank {rank}"
+
+    def _fail(self, error: Exception) -> FailedSave:
         reason = describe_failure(error) if isinstance(error, OSError) else str(error)
         self._failure = FailedSave(self._step, reason)
+        return self._failure
 
     def _join(self) -> None:
         if self._thread is not None:

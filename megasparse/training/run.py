@@ -247,7 +247,7 @@ def build(
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
     if mesh.is_first:
-        records = stack.enter_context(_open_records(prepared, config, state.step, progress.message))
+        records = stack.enter_context(_open_records(prepared, config, state, progress.message))
     built = Built(config, mesh, extensions, progress, watchdog, records, notes, closing)
     profile = [Profile(config, folder, mesh)] if config.train.profile_steps else []
     built.trainer = make_trainer(stage, prepared, built, profile)
@@ -304,6 +304,7 @@ def grow(prepared: Prepared, built: Built) -> None:
     """Go on with the whole model, in the same way as a run that was stopped here; every rank calls it."""
     built.watchdog.beat("the copy of the layers", slow=True)
     built.closing.close()
+    lines = built.trainer.state.lines
     built.trainer.engine.close()
     # Engines hold themselves in cycles: the small one must go before the whole one comes.
     del built.trainer
@@ -311,6 +312,8 @@ def grow(prepared: Prepared, built: Built) -> None:
     if built.mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     stage = enter_stage(built.config, prepared, built.mesh, built.extensions, built.closing, going_on=True)
+    # The records, which go on, count them.
+    stage.state.lines = lines
     for note in _notes(stage, []):
         built.progress.message(note)
     built.trainer = make_trainer(stage, prepared, built)
@@ -432,11 +435,12 @@ def _notes(stage: Stage, changes: list[str]) -> list[str]:
     return [*notes, f"going on from step {step}{copied}"]
 
 
-def _open_records(prepared: Prepared, config: RunConfig, resume_step: int, note: Callable[[str], None]) -> RunRecords:
+def _open_records(prepared: Prepared, config: RunConfig, state: TrainState, note: Callable[[str], None]) -> RunRecords:
     """Of rank 0."""
     return RunRecords(
         prepared.folder,
-        resume_step=resume_step,
+        resume_step=state.step,
+        lines=state.lines,
         trackers=config.train.trackers,
         parameters={**config.model_dump(mode="json"), "plan": prepared.plan},
         warn=lambda text: note(f"warning: {text}"),

@@ -83,6 +83,8 @@ class TrainState:
     norms: GradientNorms = field(default_factory=GradientNorms)
     window: Window = field(default_factory=Window)
     ledger: Ledger = field(default_factory=Ledger)
+    lines: dict[str, int] = field(default_factory=dict)
+    """Lines of each file of records by its name; rank 0 counts them."""
 
     def advance(self, losses: Sequence[Mapping[str, Tensor]], consumed_samples: int, tokens: int) -> None:
         """Count a finished step. losses: `loss` and its named parts, of each micro-batch of this rank; none for a step

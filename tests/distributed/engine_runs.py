@@ -84,9 +84,8 @@ def run_config(overrides: list[str], layout: Layout = Layout()) -> RunConfig:  #
 def divided(mesh: Mesh, tensor_parallel_size: int) -> Mesh:
     """The mesh of the same processes with another tensor-parallel size."""
     environment = LaunchEnvironment.from_variables(os.environ)
-    return make_mesh(
-        environment.rank, environment.world_size, mesh.device, "gloo", timedelta(seconds=100), tensor_parallel_size
-    )
+    rank, world_size, timeout = environment.rank, environment.world_size, timedelta(seconds=100)
+    return make_mesh(rank, world_size, mesh.device, "gloo", timeout, tensor_parallel_size, mesh.store)
 
 
 def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:

@@ -25,7 +25,6 @@ def disk_full_on(rank: int):
 
     def written(partial: Path, own: int, content: Any) -> None:
         if own == rank and any(f"{step:08d}" in partial.name for step in FAILING_STEPS):
-            (partial / f"rank-{own:05d}.failed").write_text("No space left on device")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "rank"))
         write(partial, own, content)
 

@@ -12,6 +12,8 @@ from extensions_setup import write_corpus
 from harness import run_distributed
 from stacking_runs import GROWTH, disturb, lines, state, watch_growth
 
+from megasparse.checkpoint.reader import Checkpoint
+
 SMALL, WHOLE, STEPS = 2, 4, 12
 
 
@@ -52,6 +54,8 @@ def test_one_curve_with_the_loss_of_the_copy_at_its_first_step(undisturbed) -> N
     found = lines(folder, "undisturbed")
     assert [(line["step"], line["num_layers"]) for line in found] == [(3, 2), (5, 2), (6, 4), (9, 4), (12, 4)]
     assert [line["tokens"] for line in found] == [128 * line["step"] for line in found]
+    with Checkpoint(folder / "undisturbed" / "checkpoints" / f"step-{STEPS:08d}") as saved:
+        assert saved.facts.train_state["lines"]["metrics"] == len(found), "a restart would miss lines"
     assert found[-1]["loss"] < found[0]["loss"] and [bool(line.get("val_loss")) for line in found] == [
         *(False, False, True, False, True)
     ]

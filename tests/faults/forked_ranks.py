@@ -27,8 +27,11 @@ from ports import port_of, reserve_port
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
-LAUNCHER_GRACE_SECONDS = 0.5
+LAUNCHER_GRACE_SECONDS = 2.0
 """Between the SIGTERM and the SIGKILL of a launcher of which one rank has failed."""
+
+LEFT_OVER_SECONDS = 5.0
+"""So long what a rank has started may outlive it: what is killed is there until its new parent has noticed."""
 
 POLL_SECONDS = 0.005
 NO_EXIT = 99
@@ -150,11 +153,20 @@ class Ranks:
 
     def _look_for_left_over(self) -> None:
         """What ranks have started must end with them."""
-        time.sleep(POLL_SECONDS)
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process, 0)
+        until = time.monotonic() + LEFT_OVER_SECONDS
+        while any(map(_group_exists, self.processes)):
+            if time.monotonic() > until:
                 self._hung = True
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def _group_exists(process: int) -> bool:
+    try:
+        os.killpg(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def start_ranks(

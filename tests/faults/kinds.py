@@ -40,6 +40,7 @@ KINDS: dict[str, Callable[[Attempt], None]] = {
     "NaN in a gradient": numbers_gone_wrong.nan_gradient,
     "mask bit": numbers_gone_wrong.mask_bit,
     "ranks that differ": other_runs.ranks_that_differ,
+    "code that differs": other_runs.other_code,
     "data replaced": other_runs.data_replaced,
     "two runs at once": other_runs.two_runs,
 }

@@ -53,9 +53,15 @@ def mask_bit(attempt: Attempt) -> None:
 
 def _planted_gradient(rank: int, step: int, value: float, place: float) -> Callable[[int], None]:
     """One gradient of `rank` holds the value in the last micro-batch of `step`; place: of the parameter, in [0, 1)."""
+    under_way = [0]
+
+    def train_step(original: Callable[..., Any], trainer: Any, *arguments: Any) -> Any:
+        # DeepSpeed's own count begins anew with each start.
+        under_way[0] = trainer.state.step + 1
+        return original(trainer, *arguments)
 
     def backward(original: Callable[..., Any], engine: Any, loss: Any) -> Any:
-        if int(engine._engine.global_steps) + 1 == step and engine._engine.is_gradient_accumulation_boundary():
+        if under_way[0] == step and engine._engine.is_gradient_accumulation_boundary():
             parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
             chosen = parameters[int(place * len(parameters))]
             handle = chosen.register_hook(lambda gradient: gradient.fill_(value))
@@ -67,6 +73,7 @@ def _planted_gradient(rank: int, step: int, value: float, place: float) -> Calla
 
     def prepare(own: int) -> None:
         if own == rank:
+            wrap("megasparse.training.loop:Trainer.train_step", train_step)
             wrap("megasparse.engine.training_engine:TrainingEngine.backward", backward)
 
     return prepare

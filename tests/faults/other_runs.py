@@ -8,6 +8,7 @@ import re
 from attempt import REFUSED, SILENT, Attempt
 from comparison import read_lines
 from forked_ranks import Ranks
+from planted import wrap
 from tiny_run import LIMIT_SECONDS
 
 OTHER_SETTINGS = [
@@ -43,6 +44,27 @@ def ranks_that_differ(attempt: Attempt) -> None:
         attempt.finish()
     elif attempt.layout.ranks > 1:
         attempt.compare(ended)
+
+
+def other_code(attempt: Attempt) -> None:
+    """One rank runs another version of the code: refused before the first step."""
+    attempt.begin_anywhere()
+    rank, number = attempt.chance.randrange(attempt.layout.ranks), attempt.chance.randrange(10**6)
+    attempt.fault = f"a source of rank {rank} is another one"
+
+    def prepare(own: int) -> None:
+        if own == rank:
+            wrap("megasparse.launching.identity:_code", lambda original: changed(original(), number))
+
+    def changed(digests: dict[str, str], number: int) -> dict[str, str]:
+        name = sorted(digests)[number % len(digests)]
+        return digests | {name: digests[name][::-1]}
+
+    ended = attempt.start(prepare=prepare)
+    if any(ended.statuses) and attempt.layout.ranks > 1:
+        attempt.finish()
+    elif attempt.layout.ranks > 1:
+        attempt.found.append((SILENT, "ranks of different code have trained together"))
 
 
 def data_replaced(attempt: Attempt) -> None:

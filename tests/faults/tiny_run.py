@@ -45,6 +45,7 @@ SETTINGS = [
     "train.trackers=[]",
     "train.step_timeout_seconds=20",
     "train.distributed_timeout_seconds=60",
+    "train.start_timeout_seconds=60",
     "train.resume=auto",
     "sparsity.density=0.2",
     "sparsity.update_interval=2",

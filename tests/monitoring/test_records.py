@@ -41,6 +41,27 @@ def test_a_restart_removes_lines_of_steps_that_are_done_again(tmp_path: Path) ->
     ]
 
 
+def test_lines_that_should_be_there_are_told(tmp_path: Path) -> None:
+    counted: dict[str, int] = {}
+    with RunRecords(tmp_path, resume_step=0, lines=counted) as records:
+        for step in range(1, 6):
+            records.metrics({"step": step, "loss": float(step)})
+        records.record("topology", {"step": 4})
+    assert counted == {"metrics": 5, "topology": 1}
+    warnings: list[str] = []
+    RunRecords(tmp_path, resume_step=5, lines=dict(counted), warn=warnings.append).close()
+    assert not warnings
+    first, *_, last = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(first + last)
+    (tmp_path / "topology.jsonl").unlink()
+    RunRecords(tmp_path, resume_step=5, lines=counted, warn=warnings.append).close()
+    assert warnings == [
+        f"{tmp_path / 'metrics.jsonl'}: 3 of 5 lines up to step 5 are missing",
+        f"{tmp_path / 'topology.jsonl'}: 1 of 1 lines up to step 5 are missing",
+    ]
+    assert counted == {"metrics": 5, "topology": 1}, "they stay missing"
+
+
 HALF, NO_UTF_8, NO_OBJECT, NO_STEP = b'{"step": 2, "lo', b'{"step": 2, "loss": "\xff\xfe"}', b"[1, 2]", b'{"loss": 2.0}'
 NO_NUMBER, ZEROS = b'{"step": "2"}', bytes(40)
 

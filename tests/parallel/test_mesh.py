@@ -42,7 +42,7 @@ def describe(mesh: Mesh) -> dict:
     """Who this rank is in a mesh of two by two, and what it hears from others."""
     environment = LaunchEnvironment.from_variables(os.environ)
     mesh = make_mesh(
-        environment.rank, environment.world_size, mesh.device, "gloo", timedelta(seconds=60), tensor_parallel_size=2
+        environment.rank, environment.world_size, mesh.device, "gloo", timedelta(seconds=60), 2, mesh.store
     )
     own = torch.tensor([mesh.rank])
     return {

@@ -36,8 +36,9 @@ except Stopped as stop:
 """
 
 
-def run(file: Path, tell=lambda text: None) -> dict:
-    return Studied(load_study(file), file).run(lambda job: [sys.executable, str(FAKE), str(job.config_file), "0"], tell)
+def run(file: Path, tell=lambda text: None, known=()) -> dict:
+    studied = Studied(load_study(file), file, known)
+    return studied.run(lambda job: [sys.executable, str(FAKE), str(job.config_file), "0"], tell)
 
 
 def start(file: Path, seconds: float) -> processes.Process:
@@ -65,7 +66,10 @@ def test_a_study_ends_in_numbers_and_a_page(tmp_path) -> None:
     told: list[str] = []
     results = run(file, told.append)
     dense, small, mst = results["arms"]
-    assert [arm["lr"] for arm in results["arms"]] == [2e-3] * 3 and dense["sweep"].keys() == {"0.001", "0.002"}
+    assert [arm["lr"] for arm in results["arms"]] == [2e-3] * 3 and [run["lr"] for run in dense["sweep"]] == [
+        1e-3,
+        2e-3,
+    ]
     assert [run["seed"] for run in mst["runs"]] == [1, 2] and mst["n"] == 2
     ends = [2.0 + 10 / mst["hidden_size"] + 0.01 * seed + 1 / mst["steps"] for seed in (1, 2)]
     assert mst["mean"] == pytest.approx(sum(ends) / 2) and mst["spread"] == pytest.approx(0.01 / 2**0.5)
@@ -89,6 +93,40 @@ def test_what_has_finished_is_not_run_again_and_seeds_can_be_added(tmp_path) -> 
     results = run(write(tmp_path, seeds=[1, 2, 3]), told.append)
     assert "6 of 9 runs have finished before" in told and results["arms"][0]["n"] == 3
     assert {lines(path / "starts.txt") for path in runs_of(tmp_path).values()} == {1}
+
+
+def test_known_results_are_not_run_again(tmp_path) -> None:
+    """Those of another place; another number of seeds or another arm changes nothing, another rate does."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    first = run(write(tmp_path / "there", lr=[1e-3, 2e-3], seeds=[1, 2]))
+    kept = tmp_path / "there" / "tiny" / RESULTS
+    second = run(write(tmp_path / "here", lr=[1e-3, 2e-3], seeds=[1, 2]), known=[kept])
+    assert not runs_of(tmp_path / "here") and second["arms"] == first["arms"]
+    third = run(write(tmp_path / "here", lr=[2e-3, 3e-3], seeds=[1, 2, 3]), known=[kept])
+    names = {name.partition("_")[2] for name in runs_of(tmp_path / "here")}
+    assert names == {"lr0.003_seed0", "lr0.002_seed3"} and [arm["n"] for arm in third["arms"]] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"arms": 3}', "{", '{"arms": [{"sweep": [], "runs": [{}]}]}'])
+def test_a_file_that_holds_no_results_is_named(tmp_path, content) -> None:
+    path = tmp_path / "known.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"--known: .*known.json: .*; must be a results.json of a study"):
+        run(write(tmp_path), known=[path])
+
+
+def test_results_are_there_after_every_run(tmp_path) -> None:
+    file, counts = write(tmp_path, seeds=[1, 2], processes=1), []
+
+    def tell(text: str) -> None:
+        path = tmp_path / "tiny" / RESULTS
+        if "validation loss" in text:
+            counts.append(sum(arm["n"] for arm in json.loads(path.read_text())["arms"]) if path.exists() else 0)
+
+    results = run(file, tell)
+    assert counts == [0, 1, 2, 3, 4, 5] and [run["seed"] for run in results["arms"][0]["runs"]] == [1, 2]
 
 
 def test_a_failed_run_is_told_and_stops_no_other(tmp_path) -> None:
