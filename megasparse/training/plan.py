@@ -73,7 +73,6 @@ def plan_run(
     planned = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
-    check_attention(config, device, planned=planned_kernels)
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
@@ -168,6 +167,7 @@ def plan_stages(
             model = build_model(own, vocab_size, ranks)
         made = build_methods(own, model, ranks, methods)
         kernels = LayerKernels(own, model, device, planned=planned_kernels)
+        check_attention(own, device, planned=planned_kernels)
         stage = PlannedStage(own, model, made, kernels, *steps_of(own), Flops())
         if planned:
             names = [name for name, layer in model.named_modules() if isinstance(layer, Linear)]
