@@ -25,7 +25,7 @@ from megasparse.cost.attention_kernels import (
     check_attention,
     resolve_dense_fallback,
 )
-from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_warnings
+from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
@@ -111,11 +111,18 @@ def plan_run(
         "warnings": [
             *unused_settings(config),
             *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
-            *kernels.warnings(),
-            *attention_warnings(config, device, planned=planned_kernels),
-            *elementwise_warnings(config, device, planned=planned_kernels),
+            *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
     }
+
+
+def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
+    """One for each reason: that there is no compiler concerns all kernels alike."""
+    found = [*kernels.warnings(), *attention_warnings(config, device, planned=planned)]
+    reason = elementwise_obstacle(config, device, planned=planned)
+    if reason is not None and not any(reason in warning for warning in found):
+        found.append(f"kernels.elementwise auto takes torch's operators: {reason}")
+    return found
 
 
 @dataclass
