@@ -62,6 +62,24 @@ def state_access(
     return kind(engine.optimizer, optimizer, weights, mesh)
 
 
+def optimized_tensors(
+    zero_optimizer: Any, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """The tensors that the optimizer updates, flat pieces or parameters, each with its group.
+
+    zero_optimizer: DeepSpeed's, around it; itself at stage 0.
+    """
+    groups = optimizer.param_groups
+    if hasattr(zero_optimizer, "fp32_partitioned_groups_flat"):
+        # ZeRO-3 fills the groups for the time of a step only.
+        for number, flat in enumerate(zero_optimizer.fp32_partitioned_groups_flat):
+            yield flat, groups[zero_optimizer.sub_group_to_group_id[number]]
+        return
+    for group in groups:
+        for tensor in group["params"]:
+            yield tensor, group
+
+
 def wait_for_reductions(optimizer: Any) -> None:
     """Let what is given to the device from now on, such as an edit of gradients, come after their reductions.
 

@@ -25,6 +25,7 @@ from megasparse.cost.attention_kernels import (
 from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_warnings
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.cost.optimizer_kernels import optimizer_kernel, optimizer_warnings
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.models.build import build_model
@@ -104,6 +105,7 @@ def plan_run(
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
             "elementwise": elementwise_kernel(config, device, planned=planned_kernels),
+            "optimizer": optimizer_kernel(config, device, planned=planned_kernels),
         },
         "warnings": [
             *unused_settings(config),
@@ -111,6 +113,7 @@ def plan_run(
             *kernels.warnings(),
             *attention_warnings(config, device, planned=planned_kernels),
             *elementwise_warnings(config, device, planned=planned_kernels),
+            *optimizer_warnings(config, device, planned=planned_kernels),
         ],
     }
 

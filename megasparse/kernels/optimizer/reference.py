@@ -38,6 +38,12 @@ class State:
     low: Tensor | None = None
     """The weights that the model computes with: become the master weights, rounded."""
 
+    def narrow(self, start: int, numel: int) -> State:
+        """Entries [start, start + numel), as views."""
+        steps, low = (None if x is None else x.narrow(0, start, numel) for x in (self.weight_steps, self.low))
+        master, first, second = (x.narrow(0, start, numel) for x in (self.master, self.exp_avg, self.exp_avg_sq))
+        return State(master, first, second, steps, low)
+
 
 @dataclass(frozen=True)
 class AdamWStep:
@@ -60,15 +66,18 @@ class AdamWStep:
 
 def adamw_(state: State, gradient: Tensor, numbers: AdamWStep) -> None:
     """One step of all weights of a piece."""
-    gradient = gradient.to(torch.float32) * numbers.gradient_scale
+    if numbers.gradient_scale != 1.0 or gradient.dtype != torch.float32:
+        gradient = gradient.to(torch.float32) * numbers.gradient_scale
     first, second, steps = state.exp_avg, state.exp_avg_sq, state.weight_steps
     first.lerp_(gradient, 1 - numbers.beta1)
     second.mul_(numbers.beta2).addcmul_(gradient, gradient, value=1 - numbers.beta2)
     if steps is not None:
         # The bound comes first: one more than MAX_WEIGHT_STEPS would wrap around to a negative number.
         steps.clamp_(max=MAX_WEIGHT_STEPS - 1).add_(1)
-    by_weight = numbers.by_weight and steps is not None
-    count = steps.to(torch.float32) if by_weight else torch.tensor(float(numbers.step), device=first.device)
+    if numbers.by_weight and steps is not None:
+        count = steps.to(torch.float32)
+    else:
+        count = torch.tensor(float(numbers.step), device=first.device)
     update = first / correction(numbers.beta1, count)
     update /= (second / correction(numbers.beta2, count)).sqrt_().add_(numbers.epsilon)
     if numbers.regrowth_warmup_steps and steps is not None:
