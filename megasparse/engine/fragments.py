@@ -1,4 +1,4 @@
-"""The only module that touches private parts of DeepSpeed's optimizers.
+"""Private parts of DeepSpeed's optimizers: only this module and ``steps_in_place`` touch them.
 
 A rank's pieces of weights, moments and gradients, as views that are edited in place between ``backward`` and ``step``:
 

@@ -1,8 +1,7 @@
 """DeepSpeed's optimizer step on CPUs without its copies of all gradients, and without its own norm.
 
-Where most weights are inactive, those passes cost more than the update: at stages 1 and 2 in bfloat16 four fifths of
-the optimizer's time. The kernel takes the averaged gradients as they are, clips them on the way, and writes the weights
-of the model besides. Beside ``fragments`` the only module that touches private parts of DeepSpeed's optimizers.
+Where most weights are inactive, those passes cost more than the update. The kernel takes the averaged gradients as they
+are, clips them on the way, and writes the weights of the model besides. Beside ``fragments`` the only module that touches private parts of DeepSpeed's optimizers.
 """
 
 from __future__ import annotations
