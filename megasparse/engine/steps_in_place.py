@@ -1,8 +1,8 @@
 """DeepSpeed's optimizer step on CPUs without its copies of all gradients, and without its own norm.
 
-Where most weights are inactive, those passes cost more than the update. The kernel takes the averaged gradients as they
-are, clips them on the way, and writes the weights of the model besides. Only this module and ``fragments`` touch private
-parts of DeepSpeed's optimizers.
+Where most weights are inactive, those passes cost more than the update. The kernel takes averaged gradients as they
+are, clips them on the way, and writes the weights of the model besides. Only this module and ``fragments`` touch
+private parts of DeepSpeed's optimizers.
 """
 
 from __future__ import annotations

@@ -84,6 +84,9 @@ inline int64_t rows_of(const Extent& extent, int64_t* first) {
   return extent.count ? (extent.start + extent.count - 1) / width - *first + 1 : 0;
 }
 
+// Elements from a run to the one below it two rows on: the processor foresees only what is read one after the other.
+inline int64_t ahead(const Extent& extent) { return extent.active ? 2 * extent.columns * extent.block : 0; }
+
 // Calls function(i, length) for each run of active elements in a row: they begin at the piece's element i.
 template <class Function>
 inline void in_runs(const Extent& extent, int64_t row, Function&& function) {
@@ -134,12 +137,21 @@ inline void update(const Tensors& t, const Numbers& n, int64_t i, int64_t left) 
 template <class Gradient, class Low, bool kBySteps>
 void adamw(const Extent& extent, const Tensors& tensors, const Numbers& numbers, int threads) {
   int64_t first_row;
-  const int64_t rows = rows_of(extent, &first_row);
+  const int64_t rows = rows_of(extent, &first_row), next = ahead(extent);
+  const auto* gradients = static_cast<const typename Gradient::Element*>(tensors.gradient);
 #pragma omp parallel for num_threads(threads) schedule(static) if (extent.count > kFew)
   for (int64_t row = 0; row < rows; ++row) {
     in_runs(extent, first_row + row, [&](int64_t begin, int64_t length) {
       const int64_t end = begin + length;
-      for (int64_t i = begin; i < end; i += kLanes) update<Gradient, Low, kBySteps>(tensors, numbers, i, end - i);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        if (next && i + next < extent.count) {
+          __builtin_prefetch(gradients + i + next);
+          __builtin_prefetch(tensors.first + i + next, 1);
+          __builtin_prefetch(tensors.second + i + next, 1);
+          __builtin_prefetch(tensors.master + i + next, 1);
+        }
+        update<Gradient, Low, kBySteps>(tensors, numbers, i, end - i);
+      }
     });
   }
 }
@@ -154,12 +166,14 @@ void adamw_by_steps(const Extent& extent, const Tensors& tensors, const Numbers&
 template <class Type>
 double square_sum_of_row(const Extent& extent, const typename Type::Element* gradient, int64_t row) {
   double total = 0;
+  const int64_t next = ahead(extent);
   in_runs(extent, row, [&](int64_t begin, int64_t length) {
     for (int64_t part = begin; part < begin + length; part += kRun) {
       const int64_t end = std::min(part + kRun, begin + length);
       Vector sum = {}, other = {};
       int64_t i = part;
       for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+        if (next && i + next < extent.count) __builtin_prefetch(gradient + i + next);
         const Vector one = Type::widen(gradient + i), two = Type::widen(gradient + i + kLanes);
         sum += one * one;
         other += two * two;
