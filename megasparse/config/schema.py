@@ -510,6 +510,9 @@ class KernelsConfig(Section):
     elementwise: Literal["auto", "torch", "cpu"] = "auto"
     """Kernel of activations, norms and rotary positions: torch's operators, or C++ kernels on CPUs that go through
     memory once; auto takes the latter where they can run."""
+    optimizer: Literal["auto", "torch", "cpu"] = "auto"
+    """Kernel of the optimizer step and the gradient norm: torch's operators over all weights, or a C++ kernel on CPUs
+    that passes over inactive blocks; auto takes the latter where it can run."""
 
 
 class ParallelConfig(Section):

@@ -1,4 +1,4 @@
-"""The only module that touches private parts of DeepSpeed's optimizers.
+"""Private parts of DeepSpeed's optimizers: only this module and ``steps_in_place`` touch them.
 
 A rank's pieces of weights, moments and gradients, as views that are edited in place between ``backward`` and ``step``:
 
@@ -61,6 +61,24 @@ def state_access(
         )
     kind = Stage3State if stage == 3 else Stage1And2State
     return kind(engine.optimizer, optimizer, weights, mesh)
+
+
+def optimized_tensors(
+    zero_optimizer: Any, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """The tensors that the optimizer updates, flat pieces or parameters, each with its group.
+
+    zero_optimizer: DeepSpeed's, around it; itself at stage 0.
+    """
+    groups = optimizer.param_groups
+    if hasattr(zero_optimizer, "fp32_partitioned_groups_flat"):
+        # ZeRO-3 fills the groups for the time of a step only.
+        for number, flat in enumerate(zero_optimizer.fp32_partitioned_groups_flat):
+            yield flat, groups[zero_optimizer.sub_group_to_group_id[number]]
+        return
+    for group in groups:
+        for tensor in group["params"]:
+            yield tensor, group
 
 
 def wait_for_reductions(optimizer: Any) -> None:

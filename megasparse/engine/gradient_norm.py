@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megasparse.kernels.optimizer import Active, square_sum
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.state import StateAccess, StateFragment
@@ -15,18 +16,22 @@ from megasparse.sparsity.topology import Topology
 
 
 @torch.no_grad()
-def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0) -> Tensor:
+def global_gradient_norm(
+    access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0, *, active_only: bool = False
+) -> Tensor:
     """Norm over all parameters, a float64 scalar on the device, the same bits on every rank, which all call it between
     ``backward`` and ``step``.
 
     access: to all parameters by name. losses: a sum of this rank's losses. NaN or infinity where any gradient or loss
     of any rank is. Gradients of inactive weights, which exist in steps that may grow them, do not count as long as they
-    are finite: otherwise the norms of those steps would stand out.
+    are finite: otherwise the norms of those steps would stand out. active_only: in other steps, where they are 0, the
+    kernel for CPUs passes over them.
     """
     rank = mesh.tensor_parallel.rank
+    layers = {id(layer.weight): (name, layer) for name, layer in model.sparse_layers().items()}
     topologies = {
-        id(layer.weight): Topology(name, layer.mask, layer.block_size, layer.grid, rank)
-        for name, layer in model.sparse_layers().items()
+        weight: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
+        for weight, (name, layer) in layers.items()
         if layer.collect_dense_gradient
     }
     parameters = dict(model.named_parameters())
@@ -36,7 +41,13 @@ def global_gradient_norm(access: StateAccess, model: GPT, mesh: Mesh, losses: Te
         holders = mesh.data_parallel.size // access.shard.size
         if not shard_spec_of(parameters[name]).is_divided:
             holders *= mesh.tensor_parallel.size
-        total += _square(fragment, topologies.get(id(parameters[name]))).to(mesh.device) / holders
+        weight = id(parameters[name])
+        if active_only and weight not in topologies:
+            layer = layers[weight][1] if weight in layers else None
+            active = None if layer is None else Active(layer.mask, layer.block_size, fragment.start)
+            total += square_sum(fragment.gradient.contiguous(), active) / fragment.gradient_scale**2 / holders
+        else:
+            total += _square(fragment, topologies.get(weight)).to(mesh.device) / holders
     return mesh.world.sum_(total).sqrt()
 
 

@@ -19,9 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from megasparse.config.schema import OptimizerConfig, SparsityConfig
+from megasparse.engine.active_regions import ActiveRegions
+from megasparse.kernels.optimizer import MAX_WEIGHT_STEPS, AdamWStep, State, adamw_, reference
 from megasparse.parallel import shard_spec_of
 
-MAX_WEIGHT_STEPS = 2**15 - 1
+__all__ = [
+    "MAX_WEIGHT_STEPS", "GroupRule", "MaskedAdamW", "Multipliers", "ParameterGroup", "parameter_groups",
+    "set_learning_rates",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,9 @@ class MaskedAdamW(torch.optim.AdamW):
     With `per_weight_step_counts` or `regrowth_warmup_steps` each weight of a sparse group has its own step count,
     the number of updates since it was last grown: moments are corrected by 1 - beta^steps instead of 1 - beta^step, and
     the update of a regrown weight is scaled by min(1, steps / regrowth_warmup_steps).
+
+    With ``regions`` the kernel for CPUs makes the steps, which passes over inactive blocks. Then gradients may come in
+    pieces, in the precision of the model, and not clipped.
     """
 
     param_groups: list[dict[str, Any]]
@@ -123,6 +131,14 @@ class MaskedAdamW(torch.optim.AdamW):
         self.skip_updates = False
         self.per_weight_step_counts = sparsity.per_weight_step_counts
         self.regrowth_warmup_steps = sparsity.regrowth_warmup_steps
+        self.regions: ActiveRegions | None = None
+        """None: torch's operators step over all weights."""
+        self.gradient_scale = 1.0
+        """What the kernel multiplies gradients by."""
+        self.gradients: dict[Tensor, Sequence[Tensor]] = {}
+        """Pieces, one after the other, for the kernel to take instead of the `grad` of a tensor."""
+        self.low: dict[Tensor, Tensor] = {}
+        """The model's weights, which the kernel makes of those of a tensor, besides."""
 
     @property
     def keeps_weight_steps(self) -> bool:
@@ -133,41 +149,62 @@ class MaskedAdamW(torch.optim.AdamW):
         assert closure is None, "gradients come from the engine"
         if self.skip_updates:
             return None
-        if not self.keeps_weight_steps:
-            return super().step()
         everything = self.param_groups
-        # The library's step works on the groups it is shown; ours takes the groups with per-weight steps.
-        self.param_groups = [group for group in everything if not group["masked"]]
-        super().step()
-        self.param_groups = everything
+        if self.regions is None:
+            # The library's step works on the groups it is shown; ours takes the groups with per-weight steps.
+            self.param_groups = [group for group in everything if not self._is_ours(group)]
+            super().step()
+            self.param_groups = everything
         for group in everything:
-            if group["masked"]:
+            if self._is_ours(group):
                 for parameter in group["params"]:
-                    self._step_by_weight(parameter, group)
+                    self._step(parameter, group)
         return None
 
-    def _step_by_weight(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        if gradient is None:
+    def _is_ours(self, group: dict[str, Any]) -> bool:
+        return self.regions is not None or (self.keeps_weight_steps and group["masked"])
+
+    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """All of a parameter, by the kernel where that is used."""
+        gradients = self.gradients.get(parameter)
+        if gradients is None:
+            gradients = [] if parameter.grad is None else [parameter.grad]
+        if not gradients:
             return
+        by_weight = self.keeps_weight_steps and group["masked"]
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["weight_steps"] = torch.zeros_like(parameter, dtype=torch.int16)
-        first, second, weight_steps = state["exp_avg"], state["exp_avg_sq"], state["weight_steps"]
-        beta1, beta2 = group["betas"]
+            if by_weight:
+                state["weight_steps"] = torch.zeros_like(parameter, dtype=torch.int16)
         state["step"] += 1
-        # The bound comes first: one more than MAX_WEIGHT_STEPS would wrap around to a negative number.
-        weight_steps.clamp_(max=MAX_WEIGHT_STEPS - 1).add_(1)
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        count = weight_steps.to(torch.float32) if self.per_weight_step_counts else state["step"].to(parameter.device)
-        update = first / (1 - beta1**count)
-        update /= (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
-        if self.regrowth_warmup_steps:
-            regrown = weight_steps < min(int(state["step"]), MAX_WEIGHT_STEPS)
-            ramp = (weight_steps.to(torch.float32) / self.regrowth_warmup_steps).clamp_(max=1)
-            update = torch.where(regrown, update * ramp, update)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        master, first, second = (tensor.view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        steps = state["weight_steps"].view(-1) if by_weight else None
+        whole = State(master, first, second, steps, self.low.get(parameter))
+        numbers = self._numbers(int(state["step"]), group)
+        if self.regions is None:
+            reference.adamw_(whole, gradients[0].view(-1), numbers)
+            return
+        start = 0
+        for gradient in gradients:
+            flat = gradient.reshape(-1)
+            for piece in self.regions.pieces(parameter, start, flat.numel()):
+                of_gradient = flat.narrow(0, piece.start - start, piece.numel)
+                adamw_(whole.narrow(piece.start, piece.numel), of_gradient, numbers, piece.active)
+            start += flat.numel()
+
+    def _numbers(self, step: int, group: dict[str, Any]) -> AdamWStep:
+        beta1, beta2 = group["betas"]
+        return AdamWStep(
+            step=step,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=group["eps"],
+            weight_decay=group["weight_decay"],
+            gradient_scale=self.gradient_scale,
+            by_weight=self.per_weight_step_counts,
+            regrowth_warmup_steps=self.regrowth_warmup_steps,
+        )

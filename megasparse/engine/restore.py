@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megasparse.engine.fragments import optimized_tensors
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 from megasparse.sparsity.state import Ranks, StateFragment
@@ -108,7 +109,9 @@ def apply_state(engine: TrainingEngine, staged: StagedState) -> None:
 
 def optimizer_step(engine: TrainingEngine) -> int:
     """Updates that the optimizer has made."""
-    states = (engine.optimizer.state.get(flat, {}) for flat, _ in _optimized(engine))
+    states = (
+        engine.optimizer.state.get(flat, {}) for flat, _ in optimized_tensors(_zero_optimizer(engine), engine.optimizer)
+    )
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
@@ -183,16 +186,7 @@ def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, An
 
 
 def _optimized(engine: TrainingEngine) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """The tensors that the optimizer updates, flat pieces or parameters, each with its group."""
-    groups, zero = engine.optimizer.param_groups, _zero_optimizer(engine)
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        # ZeRO-3 fills the groups for the time of a step only.
-        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            yield flat, groups[zero.sub_group_to_group_id[number]]
-        return
-    for group in groups:
-        for tensor in group["params"]:
-            yield tensor, group
+    return optimized_tensors(_zero_optimizer(engine), engine.optimizer)
 
 
 def _zero_optimizer(engine: TrainingEngine) -> Any:

@@ -28,13 +28,17 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import finite_gradients, release, state_access, wait_for_reductions
+from megasparse.engine.active_regions import ActiveRegions
+from megasparse.engine.fragments import finite_gradients, optimized_tensors, release, state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
+from megasparse.engine.steps_in_place import steps_in_place
+from megasparse.kernels import optimizer as optimizer_kernels
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import OpenWeight
 from megasparse.sparsity.state import StateAccess
+from megasparse.sparsity.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,9 +71,6 @@ class TrainingEngine:
 
     rules: say which parameters have learning rates of their own.
     objective: gives the loss of a batch and its named parts, see ``training.objectives``.
-
-    Attributes:
-        state: this rank's pieces of the sparse matrices, by name of the layer.
     """
 
     def __init__(
@@ -83,8 +84,12 @@ class TrainingEngine:
         self.parts: dict[str, Tensor] = {}
         """Named parts of the loss of the last micro-batch, without graph."""
         self._losses: Tensor | float = 0.0
+        self._known_norm: Tensor | None = None
+        """Of the gradients of the present step as they are, on the device; None where anybody may have changed them."""
         self._is_finite = False
         """Gradients of the present step, as far as is known."""
+        self._is_copied = False
+        """The model's weights are the master weights, as nobody has been handed these since the last step."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
@@ -100,11 +105,33 @@ class TrainingEngine:
         if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32" and mesh.data_parallel.size == 1:
             # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
             self._engine.enable_backward_allreduce = False
-        self.state = self.access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
+        self._state = self._access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
+        if optimizer_kernels.takes_cpu(config.kernels.optimizer, mesh.device.type):
+            self.optimizer.regions = self._active_regions()
 
     def access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess:
         """This rank's pieces of parameters, which may be edited between the last ``backward`` and ``step``."""
+        self._known_norm, self._is_copied = None, False
+        return self._access(weights)
+
+    @property
+    def state(self) -> StateAccess:
+        """This rank's pieces of the sparse matrices, by name of the layer, which may be edited as those of ``access``;
+        ask anew in each step."""
+        self._known_norm, self._is_copied = None, False
+        return self._state
+
+    def _access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess:
         return state_access(self._engine, self.optimizer, weights, self.mesh)
+
+    def _active_regions(self) -> ActiveRegions:
+        rank = self.mesh.tensor_parallel.rank
+        topologies = {
+            name: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
+            for name, layer in self.model.sparse_layers().items()
+        }
+        tensors = (tensor for tensor, _ in optimized_tensors(self._engine.optimizer, self.optimizer))
+        return ActiveRegions(tensors, self._state.fragments(), topologies)
 
     @property
     def accumulation_steps(self) -> int:
@@ -132,13 +159,14 @@ class TrainingEngine:
     def gradient_norm_and(self, values: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
         """The norm, and scalars of this rank: all that the host wants to know of a step, for one wait."""
         losses, self._losses = self._losses, 0.0
-        norm, *others = torch.stack([self._norm(losses), *values.values()]).tolist()
+        self._known_norm = self._norm(losses)
+        norm, *others = torch.stack([self._known_norm, *values.values()]).tolist()
         self._is_finite = math.isfinite(norm)
         return norm, dict(zip(values, others, strict=True))
 
     def _norm(self, losses: Tensor | float = 0.0) -> Tensor:
-        access = self.access(dict(self.model.named_parameters()))
-        return global_gradient_norm(access, self.model, self.mesh, losses)
+        access, active_only = self._access(dict(self.model.named_parameters())), self.optimizer.regions is not None
+        return global_gradient_norm(access, self.model, self.mesh, losses, active_only=active_only)
 
     def step(self, lr: float, *, skip_update: bool = False) -> Tensor:
         """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
@@ -150,12 +178,22 @@ class TrainingEngine:
         """
         set_learning_rates(self.optimizer, lr, self.rules, self.config.optimizer.weight_decay)
         self.optimizer.skip_updates = skip_update
-        # At stage 0 DeepSpeed keeps it to itself.
-        norm = self._norm() if self._engine.zero_optimization_stage() == 0 else None
-        # Of float16 DeepSpeed must know by itself whether it is to lower the loss scale.
-        is_known = self._is_finite and self.config.train.precision != "fp16"
-        with finite_gradients(self._engine.optimizer) if is_known else contextlib.nullcontext():
+        norm = None
+        if self.optimizer.regions is not None or self._engine.zero_optimization_stage() == 0:
+            # At stage 0 DeepSpeed keeps it to itself.
+            norm = self._norm() if self._known_norm is None else self._known_norm
+        with contextlib.ExitStack() as stack:
+            if self.optimizer.regions is not None:
+                assert norm is not None
+                self._is_finite = math.isfinite(float(norm))
+            # Of float16 DeepSpeed must know by itself whether it is to lower the loss scale.
+            if self._is_finite and self.config.train.precision != "fp16":
+                stack.enter_context(finite_gradients(self._engine.optimizer))
+            if self._is_finite and self.optimizer.regions is not None:
+                copies_all = skip_update or not self._is_copied
+                stack.enter_context(steps_in_place(self._engine, self.optimizer, norm, copies_all=copies_all))
             self._engine.step()
+        self._known_norm, self._is_copied = None, True
         self._is_finite = self.optimizer.skip_updates = False
         if not (skip_update or self._engine.was_step_applied()):
             raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")

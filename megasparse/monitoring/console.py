@@ -193,6 +193,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
                 *layers,
                 f"hybrid attention: {kernels['hybrid_attention']}",
                 f"activations, norms, rotary positions: {kernels['elementwise']}",
+                f"optimizer: {kernels['optimizer']}",
             ]
         ),
         "Methods": "\n".join(plan.get("methods", [])),

@@ -111,7 +111,11 @@ class Callback:
 class Engine(Protocol):
     """What a method may ask of the engine."""
 
-    state: StateAccess
+    @property
+    def state(self) -> StateAccess:
+        """This rank's pieces of the sparse matrices, which may be edited between the last backward pass and the step;
+        ask anew in each step."""
+        ...
 
     def access(self, weights: Mapping[str, nn.Parameter]) -> StateAccess: ...
 

@@ -28,6 +28,7 @@ from megasparse.cost.attention_kernels import (
 from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
+from megasparse.cost.optimizer_kernels import optimizer_kernel, optimizer_obstacle
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
@@ -107,6 +108,7 @@ def plan_run(
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
             "elementwise": elementwise_kernel(config, device, planned=planned_kernels),
+            "optimizer": optimizer_kernel(config, device, planned=planned_kernels),
         },
         "warnings": [
             *unused_settings(config),
@@ -119,9 +121,13 @@ def plan_run(
 def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
     """One for each reason: that there is no compiler concerns all kernels alike."""
     found = [*kernels.warnings(), *attention_warnings(config, device, planned=planned)]
-    reason = elementwise_obstacle(config, device, planned=planned)
-    if reason is not None and not any(reason in warning for warning in found):
-        found.append(f"kernels.elementwise auto takes torch's operators: {reason}")
+    obstacles = {
+        "elementwise": elementwise_obstacle(config, device, planned=planned),
+        "optimizer": optimizer_obstacle(config, device, planned=planned),
+    }
+    for name, reason in obstacles.items():
+        if reason is not None and not any(reason in warning for warning in found):
+            found.append(f"kernels.{name} auto takes torch's operators: {reason}")
     return found
 
 

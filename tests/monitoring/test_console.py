@@ -76,6 +76,7 @@ PLAN = {
         ],
         "hybrid_attention": "reference",
         "elementwise": "torch",
+        "optimizer": "torch",
     },  # fmt: skip
     "warnings": ["hybrid_attention: [bold]slow[/bold] reference"],
 }
