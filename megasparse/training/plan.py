@@ -26,6 +26,7 @@ from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
@@ -109,6 +110,7 @@ def plan_run(
             *unused_settings(config),
             *initial_warnings(config, vocab_size, controller),
             *kernels.warnings(),
+            *table_warnings(config, kernels),
             *attention_warnings(config, device, planned=planned_kernels),
             *elementwise_warnings(config, device, planned=planned_kernels),
         ],

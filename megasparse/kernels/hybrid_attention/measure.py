@@ -2,7 +2,7 @@
 
     rows = measure_rows("tiled", "cpu", torch.float32, stride=128, head_dim=64)
 
-All patterns take turns with the other two (``common.medians``).
+The patterns take turns with the other two (``common.medians``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megasparse.utils.dtypes import dtype_name
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 HEADS = 4
-"""Enough for all threads of a small machine; times grow linearly with more."""
+"""At the least; on CPUs as many as there are threads, since one thread computes a head. Times grow linearly with
+more."""
 
 
 def measure_rows(
@@ -32,11 +33,14 @@ def measure_rows(
     stride: int,
     head_dim: int,
     lengths: Sequence[int] = LENGTHS,
-    heads: int = HEADS,
+    heads: int | None = None,
     rounds: int = 3,
+    patterns: Sequence[str] | None = None,
 ) -> list[Row]:
-    """One row for each pattern but `full` that the kernel computes."""
-    patterns = [pattern for pattern in PATTERNS if pattern != "full" and KERNELS[kernel].computes(pattern)]
+    """One row for each of the patterns but `full` that the kernel computes. patterns: None: all that there are."""
+    asked = PATTERNS if patterns is None else patterns
+    patterns = [pattern for pattern in asked if pattern != "full" and KERNELS[kernel].computes(pattern)]
+    heads = heads or (HEADS if device == "cuda" else max(HEADS, torch.get_num_threads()))
     seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     host: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     for seq_length in sorted(set(lengths)):

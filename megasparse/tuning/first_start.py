@@ -1,0 +1,305 @@
+"""Measures, where a run starts for the first time on a machine, what the tables that choose kernels lack for it.
+
+    if fit_tables(config, plan, tell=print, warn=print):      # the plan must be made anew: the tables have changed
+
+Only the layers and patterns of this run are measured, in its precision and with its number of threads, within about
+`BUDGET_SECONDS`. The rows go to the files that tools/tune_kernels.py writes, so that the next start finds them.
+Whatever goes wrong is told, and the run goes on with the tables as they are.
+
+Not covered: the process measures alone, as one of the ranks of its node. Ranks that train side by side also share
+memory bandwidth, the last-level cache and the clock of the processor, which may slow dense and sparse products in
+unequal measure. Tiles of the Triton kernels are not searched for: that takes minutes (tools/tune_kernels.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import DTYPES
+from megasparse.cost.table_sources import patterns_of_run
+from megasparse.kernels import block_sparse, hybrid_attention
+from megasparse.kernels.block_sparse.break_even import TABLE as LAYERS_TABLE
+from megasparse.kernels.block_sparse.measure import measure_row, row_seconds
+from megasparse.kernels.common.build import NOWHERE, cache_folder
+from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machine
+from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
+from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
+from megasparse.kernels.hybrid_attention.measure import measure_rows
+from megasparse.tuning.kernel_tuning import Case, as_measurement, store, with_bar
+from megasparse.utils.dtypes import dtype_name
+from megasparse.utils.files import describe_failure
+
+BUDGET_SECONDS = 15.0
+"""For all cases together. Each gets an equal share of what is left; one that begins within it is finished."""
+ROUNDS = 3
+FEWEST_TOKENS = 32
+"""At which the search for a number of tokens that can be afforded begins. The slowest products that were seen, bfloat16
+on a processor without instructions for it, do 2 GFLOP/s: 4 s for the head of GPT-2 small."""
+SHORTEST, LONGEST = 128, 8192
+"""Lengths at which attention is measured. Beyond, what is faster at the longest one stays so: its work grows slower."""
+LOCK_SECONDS = 120
+"""How long a run waits for another one that measures."""
+SILENT_SECONDS = 2
+COMMAND = "kernels.tune auto"
+
+Tell = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What takes the times; tests have another one."""
+
+    layer: Callable[..., Any] = measure_row
+    expected: Callable[..., Callable[[int], float]] = row_seconds
+    patterns: Callable[..., list[AttentionRow]] = measure_rows
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True)
+class LayerCase(Case):
+    """A sparse layer, as a rank of the run has it."""
+
+    table = LAYERS_TABLE
+
+    def is_known(self, rows: Sequence[Any]) -> bool:
+        sizes = self.block, self.tokens, *self.widths
+        return any((row.kind, row.sizes) == ((self.backend, dtype_name(self.dtype)), sizes) for row in rows)
+
+    def can_run(self, device: str) -> bool:
+        """Builds the kernel."""
+        return block_sparse.explain(device, self.dtype, self.block)[0] == self.backend
+
+    def measure(self, device: str, seconds: float, meter: Meter) -> list[Any]:
+        """On a CPU with as many of the tokens as `seconds` allow."""
+        shape: dict[str, Any] = {"block": self.block, "widths": self.widths, "rounds": ROUNDS}
+        tokens = self.tokens
+        if device != "cuda":
+            expected = meter.expected(self.backend, self.dtype, **shape)
+            tokens = affordable_tokens(self.tokens, seconds, expected)
+        row = meter.layer(self.backend, device, self.dtype, tokens=tokens, **shape)
+        return [row if tokens == self.tokens else replace(row, counts_for=self.tokens)]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Patterns that one kernel computes, at the sequence length of the run."""
+
+    kernel: str
+    dtype: torch.dtype
+    patterns: tuple[str, ...]
+    stride: int
+    head_dim: int
+    seq_length: int
+    table = ATTENTION_TABLE
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.patterns)} at {self.seq_length:,} tokens, {dtype_name(self.dtype)}, {self.kernel}"
+
+    def is_known(self, rows: Sequence[AttentionRow]) -> bool:
+        return all(
+            any(_is_settled(row, self.seq_length) for row in rows if self._is_of(row, pattern))
+            for pattern in self.patterns
+        )
+
+    def can_run(self, device: str) -> bool:
+        """Builds the kernel."""
+        shape = device, self.dtype, self.head_dim
+        return all(hybrid_attention.fast_kernel(*shape, pattern=pattern) == self.kernel for pattern in self.patterns)
+
+    def measure(self, device: str, seconds: float, meter: Meter) -> list[AttentionRow]:
+        """At the length of the run and some shorter ones, the shortest first, as far as `seconds` allow."""
+        known = [row for row in self.table.own_rows(device) if any(self._is_of(row, name) for name in self.patterns)]
+        found: dict[tuple, AttentionRow] = {}
+        began, took, before = meter.clock(), 0.0, 0
+        for length in _lengths(self.seq_length):
+            # All work of a mask grows with the square of the length.
+            if before and meter.clock() - began + took * (length / before) ** 2 > seconds:
+                break
+            started = meter.clock()
+            options = {"stride": self.stride, "head_dim": self.head_dim, "lengths": [length], "rounds": ROUNDS}
+            for row in meter.patterns(self.kernel, device, self.dtype, **options, patterns=self.patterns):
+                old = found.get(row.case) or next((other for other in known if other.case == row.case), row)
+                found[row.case] = replace(
+                    row,
+                    seconds={**old.seconds, **row.seconds},
+                    host_seconds={**old.host_seconds, **row.host_seconds},
+                )
+            took, before = meter.clock() - started, length
+        return list(found.values())
+
+    def _is_of(self, row: AttentionRow, pattern: str) -> bool:
+        kind, sizes = (self.kernel, pattern, dtype_name(self.dtype)), (self.stride, self.head_dim)
+        return (row.kind, row.sizes) == (kind, sizes)
+
+
+RunCase = LayerCase | AttentionCase
+
+
+def fit_tables(
+    config: RunConfig, plan: Mapping[str, Any], *, tell: Tell | None, warn: Tell, meter: Meter | None = None
+) -> bool:
+    """Measure what the user's own tables lack for a run on this machine; whether they may have changed.
+
+    plan: of the run, on the device that trains. tell: of progress; None: nothing is told. warn: of what went wrong.
+    Neither a failure nor Ctrl-C ends the run.
+    """
+    device = plan["kernels"]["device"]
+    wanted = missing(config, plan)
+    if not wanted:
+        return False
+    try:
+        able = [case for case in wanted if case.can_run(device)]
+        if able:
+            with _alone(tell or _silent):
+                # Another run may have measured meanwhile.
+                forget()
+                still = missing(config, plan)
+                if todo := [case for case in able if case in still]:
+                    measure(todo, device, tell, warn, meter or Meter())
+    except KeyboardInterrupt:
+        warn("kernels.tune: interrupted; what was not measured is taken from the tables that are there")
+    except Exception as error:
+        reason = describe_failure(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        warn(f"kernels.tune: not measured, the tables that are there are used: {reason}")
+    forget()
+    return True
+
+
+def missing(config: RunConfig, plan: Mapping[str, Any]) -> list[RunCase]:
+    """What decides about the kernels of the run, and is not in the user's own tables for this machine."""
+    device, dtype = plan["kernels"]["device"], DTYPES[config.train.precision]
+    cases: list[RunCase] = [*_layers(config, plan, device, dtype), *_attention(config, device, dtype)]
+    rows = {table.name: table.own_rows(device) for table in (LAYERS_TABLE, ATTENTION_TABLE)}
+    return [case for case in cases if not case.is_known(rows[case.table.name])]
+
+
+def measure(todo: Sequence[RunCase], device: str, tell: Tell | None, warn: Tell, meter: Meter) -> None:
+    """Within the budget, with a bar if anything is told; what was measured is kept also where something fails."""
+    (tell or _silent)(
+        f"measuring the kernels on this machine, once, for {BUDGET_SECONDS:.0f} s or less (Ctrl-C skips it): "
+        f"{this_machine(device)}"
+    )
+    began = meter.clock()
+    found: dict[str, tuple[BreakEvenTable, list[Any]]] = {}
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    try:
+        # The random numbers of the run stay what they are without a measurement.
+        with torch.random.fork_rng(devices), closing(with_bar(todo, shown=tell is not None)) as cases:
+            for number, case in enumerate(cases):
+                left = BUDGET_SECONDS - (meter.clock() - began)
+                if left <= 0:
+                    warn(f"kernels.tune: no time was left for {len(todo) - number} of {len(todo)}: the next start's")
+                    break
+                _, rows = found.setdefault(case.table.name, (case.table, []))
+                rows += case.measure(device, left / (len(todo) - number), meter)
+    finally:
+        for table, rows in found.values():
+            if rows:
+                store(table.own(), as_measurement(rows, device, COMMAND), table)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    (tell or _silent)(f"measured in {meter.clock() - began:.0f} s; kept in {cache_folder()}")
+
+
+def affordable_tokens(wanted: int, seconds: float, expected: Callable[[int], float]) -> int:
+    """The largest number up to `wanted` whose measurement is expected to take no more than `seconds`.
+
+    expected: number of tokens -> seconds. Numbers are tried in doubling steps, so that a step costs as much as all
+    before it; below the first one nothing is tried.
+    """
+    tokens = min(FEWEST_TOKENS, wanted)
+    while tokens < wanted:
+        more = min(2 * tokens, wanted)
+        if expected(tokens) * more / tokens > seconds:
+            break
+        tokens = more
+    return tokens
+
+
+def _layers(config: RunConfig, plan: Mapping[str, Any], device: str, dtype: torch.dtype) -> Iterator[LayerCase]:
+    """Distinct layers about which a break-even density decides."""
+    if config.kernels.break_even is not None:
+        return
+    seen = set()
+    for row in plan["kernels"]["block_sparse"]:
+        sizes = row["block_size"], row["tokens"], (row["in"], row["out"])
+        # None: the kernel is forced, or there is none. Density 1: the layer is an ordinary one.
+        if row["break_even"] is None or row["density"] >= 1.0 or sizes in seen:
+            continue
+        seen.add(sizes)
+        backend, _ = block_sparse.explain(device, dtype, row["block_size"], planned=True)
+        if backend is not None:
+            yield LayerCase(backend, dtype, *sizes)
+
+
+def _attention(config: RunConfig, device: str, dtype: torch.dtype) -> Iterator[AttentionCase]:
+    """The patterns of the run by the kernel that computes them."""
+    head_dim = config.model.head_dim
+    by_kernel: dict[str, list[str]] = {}
+    if config.kernels.hybrid_attention != "auto":
+        return
+    for pattern in patterns_of_run(config):
+        if pattern not in config.attention.widened_patterns:
+            kernel = hybrid_attention.fast_kernel(device, dtype, head_dim, pattern=pattern, planned=True)
+            by_kernel.setdefault(kernel, []).append(pattern)
+    for kernel, patterns in by_kernel.items():
+        if kernel != "reference":
+            yield AttentionCase(
+                kernel, dtype, tuple(patterns), config.attention.stride, head_dim, config.model.seq_length
+            )
+
+
+def _lengths(seq_length: int) -> list[int]:
+    """Lengths to measure: shorter ones tell from where on the kernel is faster, for validation and short texts."""
+    longest = min(seq_length, LONGEST)
+    shorter = (SHORTEST, longest // 4, longest // 2)
+    return sorted({*(length for length in shorter if SHORTEST <= length < longest), longest})
+
+
+def _is_settled(row: AttentionRow, seq_length: int) -> bool:
+    """Whether the row tells which attention is fastest at a length: measured there, or won already at a shorter one."""
+    longest = min(seq_length, LONGEST)
+    if str(longest) in row.seconds:
+        return True
+    below = [length for length in row.lengths if length < longest]
+    if not below:
+        return False
+    times = row.seconds[str(below[-1])]
+    return times["kernel"] <= min(times["mask"], times["dense"])
+
+
+@contextmanager
+def _alone(tell: Tell) -> Iterator[None]:
+    """While no other process of this user measures: they would disturb each other, and find the same.
+
+    Raises OSError where nothing can be kept, before anything is measured.
+    """
+    folder = cache_folder()
+    if folder == NOWHERE:
+        raise OSError("no cache folder: this user has no home; MEGASPARSE_CACHE names one")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for table in (LAYERS_TABLE, ATTENTION_TABLE):
+        if table.own().exists():
+            table.read(table.own())  # ValueError: what is no table is not written over
+    lock = FileLock(folder / "measuring.lock")
+    try:
+        lock.acquire(timeout=SILENT_SECONDS)
+    except Timeout:
+        tell(f"waiting for another run that measures the kernels, for {LOCK_SECONDS} s at most")
+        lock.acquire(timeout=LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _silent(text: str) -> None:
+    """Tells nothing."""
