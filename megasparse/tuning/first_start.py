@@ -27,7 +27,7 @@ from megasparse.cost.layer_kernels import DTYPES
 from megasparse.cost.table_sources import patterns_of_run
 from megasparse.kernels import block_sparse, hybrid_attention
 from megasparse.kernels.block_sparse.break_even import TABLE as LAYERS_TABLE
-from megasparse.kernels.block_sparse.measure import measure_row, row_seconds
+from megasparse.kernels.block_sparse.measure import measure_row, round_seconds
 from megasparse.kernels.common.build import NOWHERE, cache_folder
 from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machine
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
@@ -39,7 +39,8 @@ from megasparse.utils.files import describe_failure
 
 BUDGET_SECONDS = 15.0
 """For all cases together. Each gets an equal share of what is left; one that begins within it is finished."""
-ROUNDS = 3
+MIN_ROUNDS, MAX_ROUNDS, REPEATED_SECONDS = 3, 15, 1.0
+"""The more rounds the shorter they are: a small case is repeated within so many seconds."""
 FEWEST_TOKENS = 32
 """At which the search for a number of tokens that can be afforded begins. The slowest products that were seen, bfloat16
 on a processor without instructions for it, do 2 GFLOP/s: 4 s for the head of GPT-2 small."""
@@ -58,7 +59,7 @@ class Meter:
     """What takes the times; tests have another one."""
 
     layer: Callable[..., Any] = measure_row
-    expected: Callable[..., Callable[[int], float]] = row_seconds
+    expected: Callable[..., Callable[[int], float]] = round_seconds
     patterns: Callable[..., list[AttentionRow]] = measure_rows
     clock: Callable[[], float] = time.monotonic
 
@@ -79,12 +80,13 @@ class LayerCase(Case):
 
     def measure(self, device: str, seconds: float, meter: Meter) -> list[Any]:
         """On a CPU with as many of the tokens as `seconds` allow."""
-        shape: dict[str, Any] = {"block": self.block, "widths": self.widths, "rounds": ROUNDS}
-        tokens = self.tokens
+        shape: dict[str, Any] = {"block": self.block, "widths": self.widths}
+        tokens, rounds = self.tokens, MIN_ROUNDS
         if device != "cuda":
             expected = meter.expected(self.backend, self.dtype, **shape)
-            tokens = affordable_tokens(self.tokens, seconds, expected)
-        row = meter.layer(self.backend, device, self.dtype, tokens=tokens, **shape)
+            tokens, each = affordable_tokens(self.tokens, seconds / (MIN_ROUNDS + 1), expected)
+            rounds = rounds_within(seconds, each)
+        row = meter.layer(self.backend, device, self.dtype, tokens=tokens, rounds=rounds, **shape)
         return [row if tokens == self.tokens else replace(row, counts_for=self.tokens)]
 
 
@@ -118,21 +120,26 @@ class AttentionCase:
         """At the length of the run and some shorter ones, the shortest first, as far as `seconds` allow."""
         known = [row for row in self.table.own_rows(device) if any(self._is_of(row, name) for name in self.patterns)]
         found: dict[tuple, AttentionRow] = {}
-        began, took, before = meter.clock(), 0.0, 0
-        for length in _lengths(self.seq_length):
+        lengths, began = _lengths(self.seq_length), meter.clock()
+        options: dict[str, Any] = {"stride": self.stride, "head_dim": self.head_dim, "patterns": self.patterns}
+        meter.patterns(self.kernel, device, self.dtype, **options, lengths=lengths[:1], rounds=1)
+        each, before = (meter.clock() - began) / 2, lengths[0]
+        for length in lengths:
             # All work of a mask grows with the square of the length.
-            if before and meter.clock() - began + took * (length / before) ** 2 > seconds:
-                break
+            each *= (length / before) ** 2
             started = meter.clock()
-            options = {"stride": self.stride, "head_dim": self.head_dim, "lengths": [length], "rounds": ROUNDS}
-            for row in meter.patterns(self.kernel, device, self.dtype, **options, patterns=self.patterns):
+            left = seconds - (started - began)
+            if found and each * (MIN_ROUNDS + 1) > left:
+                break
+            rounds = rounds_within(left, each)
+            for row in meter.patterns(self.kernel, device, self.dtype, **options, lengths=[length], rounds=rounds):
                 old = found.get(row.case) or next((other for other in known if other.case == row.case), row)
                 found[row.case] = replace(
                     row,
                     seconds={**old.seconds, **row.seconds},
                     host_seconds={**old.host_seconds, **row.host_seconds},
                 )
-            took, before = meter.clock() - started, length
+            each, before = (meter.clock() - started) / (rounds + 1), length
         return list(found.values())
 
     def _is_of(self, row: AttentionRow, pattern: str) -> bool:
@@ -209,19 +216,26 @@ def measure(todo: Sequence[RunCase], device: str, tell: Tell | None, warn: Tell,
     (tell or _silent)(f"measured in {meter.clock() - began:.0f} s; kept in {cache_folder()}")
 
 
-def affordable_tokens(wanted: int, seconds: float, expected: Callable[[int], float]) -> int:
-    """The largest number up to `wanted` whose measurement is expected to take no more than `seconds`.
+def affordable_tokens(wanted: int, seconds: float, expected: Callable[[int], float]) -> tuple[int, float]:
+    """The largest number up to `wanted` that is expected to take no more than `seconds`, and what that takes.
 
     expected: number of tokens -> seconds. Numbers are tried in doubling steps, so that a step costs as much as all
     before it; below the first one nothing is tried.
     """
     tokens = min(FEWEST_TOKENS, wanted)
+    took = expected(tokens)
     while tokens < wanted:
         more = min(2 * tokens, wanted)
-        if expected(tokens) * more / tokens > seconds:
+        if took * more / tokens > seconds:
             break
-        tokens = more
-    return tokens
+        tokens, took = more, expected(more) if more < wanted else took * more / tokens
+    return tokens, took
+
+
+def rounds_within(seconds: float, each: float) -> int:
+    """Rounds to measure, one more warms up. each: seconds of a round."""
+    fitting = int(min(seconds, REPEATED_SECONDS) / max(each, 1e-9)) - 1
+    return min(max(fitting, MIN_ROUNDS), MAX_ROUNDS)
 
 
 def _layers(config: RunConfig, plan: Mapping[str, Any], device: str, dtype: torch.dtype) -> Iterator[LayerCase]:
