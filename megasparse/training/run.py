@@ -193,8 +193,12 @@ def fit_to_machine(
     if given.kernels.tune == "never" or environment.local_rank != 0:
         return prepared
     console, device = make_console(), prepared.plan["kernels"]["device"]
-    tell = console.print if environment.rank == 0 else None
-    if not fit_tables(given, prepared.plan, tell=tell, warn=lambda text: print_warnings([text], console)):
+
+    def tell(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    told = tell if environment.rank == 0 else None
+    if not fit_tables(given, prepared.plan, tell=told, warn=lambda text: print_warnings([text], console)):
         return prepared
     config = _resolved(given, prepared.folder, device)
     plan = plan_run(config, prepared.vocab_size, environment.world_size, device, methods)
