@@ -32,18 +32,25 @@ from megasparse.kernels.common.build import NOWHERE, cache_folder
 from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machine
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
-from megasparse.kernels.hybrid_attention.measure import measure_rows
+from megasparse.kernels.hybrid_attention.measure import HEADS, measure_rows
 from megasparse.tuning.kernel_tuning import Case, as_measurement, store, with_bar
 from megasparse.utils.dtypes import dtype_name
 from megasparse.utils.files import describe_failure
 
 BUDGET_SECONDS = 15.0
-"""For all cases together. Each gets an equal share of what is left; one that begins within it is finished."""
+"""For all cases together. Each gets a share of what is left by its work; one that begins within it is finished."""
+DENSITIES = (0.1, 0.5, 1.0)
+"""Fewer than tools/tune_kernels.py measures: more tokens tell more."""
+USUAL_TOKENS = 1024
+"""Up to which the work of a case grows with its tokens; beyond, fewer are measured where time is short."""
 MIN_ROUNDS, MAX_ROUNDS, REPEATED_SECONDS = 3, 15, 1.0
 """The more rounds the shorter they are: a small case is repeated within so many seconds."""
 FEWEST_TOKENS = 32
 """At which the search for a number of tokens that can be afforded begins. The slowest products that were seen, bfloat16
 on a processor without instructions for it, do 2 GFLOP/s: a second for a layer of 4,096 x 4,096."""
+USEFUL_TOKENS, LONGEST_ROUND = 256, 1.5
+"""So many are measured, also beyond the share of a case, while a round takes no more seconds: with fewer, the packing
+of the weights decides, and the answer is another one."""
 WIDEST = 4096
 """Of a measured layer: a wider one, such as a head, is measured on as much of its width, with more tokens."""
 SHORTEST, LONGEST = 128, 8192
@@ -72,6 +79,12 @@ class LayerCase(Case):
 
     table = LAYERS_TABLE
 
+    @property
+    def work(self) -> float:
+        """Multiplications of a pass, about."""
+        first, second = map(self._narrowed, self.widths)
+        return 3.0 * first * second * min(self.tokens, USUAL_TOKENS) * (1 + sum(DENSITIES))
+
     def is_known(self, rows: Sequence[Any]) -> bool:
         sizes = self.block, self.tokens, *self.widths
         return any((row.kind, row.sizes) == ((self.backend, dtype_name(self.dtype)), sizes) for row in rows)
@@ -83,13 +96,16 @@ class LayerCase(Case):
     def measure(self, device: str, seconds: float, meter: Meter) -> list[Any]:
         """On a CPU with as many of the tokens as `seconds` allow, and no more of the widths than `WIDEST`."""
         widths = self.widths if device == "cuda" else tuple(map(self._narrowed, self.widths))
-        shape: dict[str, Any] = {"block": self.block, "widths": widths}
+        shape: dict[str, Any] = {"block": self.block, "widths": widths, "densities": DENSITIES}
         tokens, rounds = self.tokens, MIN_ROUNDS
         if device != "cuda":
             expected = meter.expected(self.backend, self.dtype, **shape)
             tokens, each = affordable_tokens(self.tokens, seconds / (MIN_ROUNDS + 1), expected)
+            useful = min(self.tokens, USEFUL_TOKENS)
+            if tokens < useful and each * useful / tokens <= LONGEST_ROUND:
+                tokens, each = useful, each * useful / tokens
             rounds = rounds_within(seconds, each)
-        row = meter.layer(self.backend, device, self.dtype, tokens=tokens, rounds=rounds, **shape)
+        row = meter.layer(self.backend, device, self.dtype, tokens=tokens, rounds=rounds, **shape, fastest=True)
         is_exact = (tokens, widths) == (self.tokens, self.widths)
         return [row if is_exact else replace(row, counts_for=(self.tokens, *self.widths))]
 
@@ -108,6 +124,11 @@ class AttentionCase:
     head_dim: int
     seq_length: int
     table = ATTENTION_TABLE
+
+    @property
+    def work(self) -> float:
+        """Multiplications of a pass with a mask and without, about."""
+        return 14.0 * HEADS * self.head_dim * min(self.seq_length, LONGEST) ** 2
 
     def __str__(self) -> str:
         return f"{', '.join(self.patterns)} at {self.seq_length:,} tokens, {dtype_name(self.dtype)}, {self.kernel}"
@@ -129,6 +150,7 @@ class AttentionCase:
         found: dict[tuple, AttentionRow] = {}
         lengths = _lengths(self.seq_length)
         options: dict[str, Any] = {"stride": self.stride, "head_dim": self.head_dim, "patterns": self.patterns}
+        options["fastest"] = True
         for _ in range(2):  # the first one loads and imports what it needs
             began = meter.clock()
             meter.patterns(self.kernel, device, self.dtype, **options, lengths=lengths[:1], rounds=1)
@@ -138,7 +160,9 @@ class AttentionCase:
             each *= (length / before) ** 2
             started = meter.clock()
             left = seconds - (started - began)
-            if found and each * (MIN_ROUNDS + 1) > left:
+            # What has not been decided at the lengths so far is, unless that alone takes more than all together may.
+            is_decided = bool(found) and all(_is_settled(row, self.seq_length) for row in found.values())
+            if found and each * (MIN_ROUNDS + 1) > (left if is_decided else BUDGET_SECONDS):
                 break
             rounds = rounds_within(left, each)
             for row in meter.patterns(self.kernel, device, self.dtype, **options, lengths=[length], rounds=rounds):
@@ -215,7 +239,8 @@ def measure(todo: Sequence[RunCase], device: str, tell: Tell | None, warn: Tell,
                     warn(f"kernels.tune: no time was left for {len(todo) - number} of {len(todo)}: the next start's")
                     break
                 _, rows = found.setdefault(case.table.name, (case.table, []))
-                rows += case.measure(device, left / (len(todo) - number), meter)
+                share = case.work / sum(other.work for other in todo[number:])
+                rows += case.measure(device, left * share, meter)
     finally:
         for table, rows in found.values():
             if rows:

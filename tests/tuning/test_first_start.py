@@ -56,20 +56,22 @@ class FakeTimer:
     def meter(self) -> Meter:
         return Meter(self.layer, self.expected, self.patterns, lambda: self.now)
 
-    def layer(self, backend: str, device: str, dtype: torch.dtype, *, tokens, rounds, block, widths) -> Any:
+    def layer(self, backend: str, device: str, dtype: torch.dtype, *, tokens, rounds, block, widths, **_) -> Any:
         self._count(("layer", widths, tokens, rounds))
         self.now += (rounds + 1) * tokens * self.seconds_a_token
         torch.rand(3)
         return break_even.Row(backend, dtype_name(dtype), block, tokens, *widths, self.limit, 1.0, {"1": 1.0})
 
-    def expected(self, backend: str, dtype: torch.dtype, *, block, widths) -> Callable[[int], float]:
+    def expected(self, backend: str, dtype: torch.dtype, *, block, widths, densities) -> Callable[[int], float]:
         def once(tokens: int) -> float:
             self.now += tokens * self.seconds_a_token
             return tokens * self.seconds_a_token
 
         return once
 
-    def patterns(self, kernel: str, device: str, dtype: torch.dtype, *, stride, head_dim, patterns, lengths, rounds):
+    def patterns(
+        self, kernel: str, device: str, dtype: torch.dtype, *, stride, head_dim, patterns, lengths, rounds, fastest
+    ):
         (length,) = lengths
         self._count(("attention", patterns, length, rounds))
         self.now += (rounds + 1) * length * self.seconds_a_token
@@ -247,6 +249,22 @@ def test_a_slow_machine_measures_with_fewer_tokens_in_the_same_time() -> None:
     assert not fit(FakeTimer(), "kernels.hybrid_attention=reference")[0]
     (row, *_) = break_even.TABLE.own_rows("cpu")
     assert row.counts_for[0] == 512 != row.tokens
+
+
+def test_no_fewer_tokens_are_measured_than_tell_something() -> None:
+    case = LayerCase("cpu", torch.float32, 16, 512, (64, 64))
+    for seconds_a_token, wanted in ((4e-3, 256), (7e-3, 32)):
+        timer = FakeTimer(seconds_a_token=seconds_a_token)
+        case.measure("cpu", 0.1, timer.meter)
+        assert timer.of("layer") == [((64, 64), wanted, 3)]
+
+
+def test_a_pattern_that_has_not_won_is_measured_at_the_length_of_the_run() -> None:
+    case = AttentionCase("cpu", torch.float32, ("sparse",), 16, 16, 1024)
+    for dense, longest in ((2.0, 128), (0.5, 1024)):
+        timer = FakeTimer(seconds_a_token=2e-6, dense=dense)
+        rows = case.measure("cpu", 3e-3, timer.meter)
+        assert rows[0].lengths[-1] == longest and case.is_known(rows), dense
 
 
 def test_a_wide_layer_is_measured_on_a_part_of_its_width() -> None:

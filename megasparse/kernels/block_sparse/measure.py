@@ -45,8 +45,12 @@ def measure_row(
     widths: tuple[int, int],
     densities: Sequence[float] = DENSITIES,
     rounds: int = 3,
+    fastest: bool = False,
 ) -> Row:
-    """Times of one layer at each density, and its break-even density. widths, (in, out): multiples of `block`."""
+    """Times of one layer at each density, and its break-even density.
+
+    widths: (in, out), multiples of `block`. fastest: see ``medians``.
+    """
     in_features, out_features = widths
     x, dense_weight, bias, dy = (
         torch.randn(*shape, device=device).to(dtype)
@@ -56,7 +60,7 @@ def measure_row(
     passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
         passes.append(training_pass(partial(sparse_linear, index=index, kernel=backend), (x, weight, bias), dy))
-    dense, *ours = medians(passes, device, rounds)
+    dense, *ours = medians(passes, device, rounds, fastest=fastest)
     by_density = {index.density: value.device for (_, index), value in zip(layers, ours, strict=True)}
     host = {f"{index.density:.4g}": value.host for (_, index), value in zip(layers, ours, strict=True)}
     return Row(
@@ -73,7 +77,9 @@ def measure_row(
     )
 
 
-def round_seconds(backend: str, dtype: torch.dtype, *, block: int, widths: tuple[int, int]) -> Callable[[int], float]:
+def round_seconds(
+    backend: str, dtype: torch.dtype, *, block: int, widths: tuple[int, int], densities: Sequence[float] = DENSITIES
+) -> Callable[[int], float]:
     """A function tokens -> about the seconds of a round of ``measure_row`` on a CPU."""
     dense_weight, bias = torch.randn(widths[1], widths[0]).to(dtype), torch.randn(widths[1]).to(dtype)
     weight, index = random_layer(dense_weight, block, 1.0)
@@ -85,7 +91,7 @@ def round_seconds(backend: str, dtype: torch.dtype, *, block: int, widths: tuple
             on_host(training_pass(function, (x, matrix, bias), dy)).host
             for function, matrix in ((F.linear, dense_weight), (ours, weight))
         )
-        return dense + sum(DENSITIES) * full
+        return dense + sum(densities) * full
 
     expect(1)  # loads and imports what the first pass needs, which may take seconds
     return expect

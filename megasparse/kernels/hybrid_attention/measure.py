@@ -36,8 +36,12 @@ def measure_rows(
     heads: int | None = None,
     rounds: int = 3,
     patterns: Sequence[str] | None = None,
+    fastest: bool = False,
 ) -> list[Row]:
-    """One row for each of the patterns but `full` that the kernel computes. patterns: None: all that there are."""
+    """One row for each of the patterns but `full` that the kernel computes.
+
+    patterns: None: all that there are. fastest: see ``medians``.
+    """
     asked = PATTERNS if patterns is None else patterns
     patterns = [pattern for pattern in asked if pattern != "full" and KERNELS[kernel].computes(pattern)]
     heads = heads or (HEADS if device == "cuda" else max(HEADS, torch.get_num_threads()))
@@ -54,7 +58,8 @@ def measure_rows(
             partial(F.scaled_dot_product_attention, attn_mask=mask),
             *(partial(hybrid_attention, patterns=pattern, stride=stride, kernel=kernel) for pattern in patterns),
         ]
-        dense, masked, *ours = medians([training_pass(each, (q, k, v), dy) for each in attentions], device, rounds)
+        passes = [training_pass(each, (q, k, v), dy) for each in attentions]
+        dense, masked, *ours = medians(passes, device, rounds, fastest=fastest)
         for pattern, own in zip(patterns, ours, strict=True):
             times = {"kernel": own, "mask": masked, "dense": dense}
             seconds[pattern][str(seq_length)] = {name: round(value.device, 7) for name, value in times.items()}
