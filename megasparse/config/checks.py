@@ -11,6 +11,7 @@ from math import gcd
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, Section, divisors
+from megasparse.config.stages import growth_step
 
 # What shapes the density of each algorithm; everything else of the schedule is unused by it.
 SCHEDULE_FIELDS = {
@@ -33,6 +34,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_tensor_parallel(config)
     _check_precision(config)
     _check_attention(config)
+    _check_stacking(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -122,6 +124,34 @@ def _check_attention(config: RunConfig) -> None:
         )
 
 
+def _check_stacking(config: RunConfig) -> None:
+    """The small model fits into the whole one, there is a step for each of them, and copies do what originals do."""
+    small, num_layers, steps = config.stacking.num_layers, config.model.num_layers, config.train.steps
+    if small is None:
+        return
+    allowed = divisors(num_layers)[:-1]
+    if small not in allowed:
+        words = f"one of {', '.join(map(str, allowed))}" if allowed else "unset"
+        raise ConfigError(
+            f"stacking.num_layers: {small} must be below model.num_layers {num_layers} and divide it; must be {words}"
+        )
+    step = growth_step(config)
+    if step is None or not 0 < step < steps:
+        raise ConfigError(
+            f"stacking.until: {config.stacking.until} of train.steps {steps} is step {step}; must be a share that "
+            f"leaves both models at least one step"
+        )
+    for index, override in enumerate(config.attention.overrides):
+        numbers = override.layer_numbers(num_layers)
+        for layer in range(num_layers):
+            if (layer in numbers) != (layer % small in numbers):
+                raise ConfigError(
+                    f"attention.overrides.{index}: says something else of layer {layer} than of layer {layer % small}, "
+                    f"whose copy it becomes (stacking.num_layers {small}); must be all layers, or whole groups such as "
+                    f"every: {small}"
+                )
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -190,6 +220,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     for name in ("parallel.sequence_parallel", "sparsity.balance_shards"):
         if name in given and config.parallel.tensor_parallel_size == 1:
             yield f"{name} is used with parallel.tensor_parallel_size above 1 only"
+    if "stacking.until" in given and config.stacking.num_layers is None:
+        yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
 

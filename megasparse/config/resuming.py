@@ -58,6 +58,7 @@ FIXED: dict[str, Rule] = {
     "run.seed": _always,
     **{f"model.{name}": _always for name in ModelConfig.model_fields},
     "train.init_from": _starts_elsewhere,
+    "stacking.num_layers": _always,
     "sparsity.algorithm": _gains_or_loses_masks,
     "sparsity.block_size": _always,
     "sparsity.head": _always,
@@ -78,6 +79,7 @@ FREE: dict[str, str] = {
     "train": "steps global_batch_size micro_batch_size precision activation_recomputation log_interval valid_interval "
     "valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens sample_prompt profile_steps "
     "distributed_timeout_seconds step_timeout_seconds start_timeout_seconds skip_step_sigma max_skipped_steps",
+    "stacking": "until",
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap",

@@ -363,6 +363,13 @@ class TrainConfig(Section):
         return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
 
+class StackingConfig(Section):
+    num_layers: PositiveInt | None = None
+    """Layers of the small model that the run begins with, a divisor of `model.num_layers`; unset: no stacking."""
+    until: OpenFraction = 0.1
+    """Progress at which the layers of the small model are copied in turn to `model.num_layers`; moments begin anew."""
+
+
 class SparsityGroup(Section):
     pattern: str
     """Shell-style pattern of weight names, such as `layers.*.mlp.*`; the first group that matches a weight wins."""
@@ -538,6 +545,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    stacking: StackingConfig = StackingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()

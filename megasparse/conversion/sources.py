@@ -33,6 +33,7 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import stage_of, without_stacking
 from megasparse.data.build import open_tokenizer
 from megasparse.data.facts import EndOfDocument
 from megasparse.data.record import recorded_end
@@ -127,7 +128,8 @@ class RunSource(_MasterWeights):
 
         self.folder, index = find_checkpoint(run_folder, step)
         self._checkpoint = Checkpoint(self.folder)
-        config, end = load_config([run_folder / "config.yaml"]), recorded_end(run_folder)
+        config = stage_of(load_config([run_folder / "config.yaml"]), index.model)
+        end = recorded_end(run_folder)
         super().__init__(self.folder, config, self._checkpoint.shapes, end)
         self.facts = _facts(run_folder, self.config, index.step)
         if end is not None:
@@ -280,12 +282,13 @@ def source_tokenizer(source: Source) -> Tokenizer | None:
 
 
 def portable_config(config: RunConfig, files: Mapping[str, Path]) -> RunConfig:
-    """With the path that the tokenizer's file has in a model folder with these files; without one, no tokenizer."""
+    """With the path that the tokenizer's file has in a model folder with these files; without one, no tokenizer. A run
+    that starts from the folder begins with the model as it is there."""
     name = TOKENIZER_NAMES.get(config.data.tokenizer or "")
     update: dict[str, Any] = {"tokenizer_path": name}
     if name is not None and name not in files:
         update = {"tokenizer": None, "tokenizer_path": None}
-    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+    return without_stacking(config).model_copy(update={"data": config.data.model_copy(update=update)})
 
 
 def _facts(run_folder: Path, config: RunConfig, step: int) -> dict[str, Any]:

@@ -25,9 +25,6 @@ def prepare_elementwise(config: RunConfig, device: str) -> bool:
     return elementwise_kernel(config, device, planned=True) == elementwise_kernel(config, device)
 
 
-def elementwise_warnings(config: RunConfig, device: str, *, planned: bool = False) -> list[str]:
-    """What keeps `auto` from the kernels for CPUs on a CPU."""
-    if config.kernels.elementwise != "auto" or device != "cpu":
-        return []
-    reason = cpu.why_not(device, planned)
-    return [] if reason is None else [f"kernels.elementwise auto takes torch's operators: {reason}"]
+def elementwise_obstacle(config: RunConfig, device: str, *, planned: bool = False) -> str | None:
+    """What keeps `auto` from the kernels for CPUs on a CPU; None where nothing does."""
+    return cpu.why_not(device, planned) if config.kernels.elementwise == "auto" and device == "cpu" else None

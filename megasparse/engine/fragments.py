@@ -21,7 +21,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import parameter_offload, stage3, stage_1_and_2
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor, nn
 
 from megasparse.parallel import CommunicationGroup, Mesh
@@ -94,6 +95,18 @@ def finite_gradients(optimizer: Any) -> Iterator[None]:
 
 def _never(norm: Any) -> bool:
     return False
+
+
+def release(engine: Any) -> None:
+    """Let go of an engine's model, for another engine to come. Hooks on gradients hold it where Python's garbage
+    collection does not see them, and ZeRO stage 3 keeps modules in a list and in a cache that no engine owns."""
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():
+            # The cache is inside the wrapper that marks the method in traces.
+            for cell in getattr(method, "__closure__", None) or ():
+                getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 class Stage0State:

@@ -28,7 +28,7 @@ from megasparse.config.deepspeed import deepspeed_dict
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
-from megasparse.engine.fragments import finite_gradients, state_access, wait_for_reductions
+from megasparse.engine.fragments import finite_gradients, release, state_access, wait_for_reductions
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.models.gpt import GPT
@@ -160,6 +160,10 @@ class TrainingEngine:
         if not (skip_update or self._engine.was_step_applied()):
             raise RuntimeError("DeepSpeed found a gradient that is not finite and left out the optimizer step")
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def close(self) -> None:
+        """Let go of the model, for another engine to come; this one is of no use any more."""
+        release(self._engine)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.weights import find_checkpoint, load_model_weights, passed_over
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
+from megasparse.config.stages import stage_of
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.data.facts import EndOfDocument
 from megasparse.data.record import recorded_end
@@ -59,6 +60,7 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         )
     config = load_config([run_folder / "config.yaml"])
     folder, index = find_checkpoint(run_folder, step)
+    config = stage_of(config, index.model)
     newer = passed_over(run_folder) if step is None else []
     trained = _untrained(config, run_folder, index.step, newer, recorded_end(run_folder))
     try:

@@ -38,7 +38,7 @@ def explain_and_exit(error: BaseException, rank: int) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
     elif not is_common:
         print(f"error on rank {rank}: {message}", file=sys.stderr)
-    elif isinstance(error, ConfigError):
+    else:
         # Launchers kill all ranks once one has left, and rank 0 may come later and must be heard. Who is still here
         # then may be the only one that is refused.
         time.sleep(SECONDS_FOR_RANK_0)

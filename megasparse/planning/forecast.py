@@ -8,7 +8,7 @@ sheets and assumptions, or from rates measured on this machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -17,6 +17,7 @@ from typing import Any
 from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import stages
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import memory_per_rank
 from megasparse.planning.assumptions import CASES, Assumptions
@@ -28,6 +29,8 @@ from megasparse.planning.step_time import StepModel
 from megasparse.planning.workload import Shards, Stretch
 
 MAKE_RATES = Callable[[Cluster, str, Assumptions], Rates]
+Work = Sequence[tuple[StepModel, tuple[Stretch, ...]]]
+"""The stages of a run (section `stacking`), each with the model of its steps."""
 HOUR = 3600.0
 
 
@@ -63,17 +66,20 @@ class Planner:
     def fits(self, layout: Layout) -> bool:
         return self.memory(layout.applied_to(self.config))["total"] <= self.usable_memory
 
-    def step_model(self, config: RunConfig, assumptions: Assumptions) -> StepModel:
-        rates = self.make_rates(self.cluster, config.train.precision, assumptions)
-        shard, controller = self.shards.model(config), self.shards.controller(config)
-        return StepModel(config, self.cluster, rates, assumptions, shard, controller)
+    def work(self, config: RunConfig, assumptions: Assumptions) -> Work:
+        """Of the stages of the run, the whole model last."""
+        found = []
+        for stage in stages(config):
+            rates = self.make_rates(self.cluster, stage.train.precision, assumptions)
+            shard, controller = self.shards.model(stage), self.shards.controller(stage)
+            steps = StepModel(stage, self.cluster, rates, assumptions, shard, controller)
+            found.append((steps, self.shards.stretches(stage)))
+        return found
 
     def row(self, layout: Layout, memory: int) -> dict[str, Any]:
         """What a layout costs, in short."""
         config = layout.applied_to(self.config)
-        steps = self.step_model(config, self.assumptions)
-        work = self.shards.stretches(config)
-        seconds = total_seconds(steps, work)
+        seconds = total_seconds(self.work(config, self.assumptions))
         return {
             **asdict(layout),
             "words": layout.words(),
@@ -125,20 +131,24 @@ def forecast(
     }
 
 
-def total_seconds(steps: StepModel, work: tuple[Stretch, ...]) -> float:
-    interval = steps.config.sparsity.update_interval
-    found = ((moment.steps, steps.step(moment)) for stretch in work for moment in stretch.moments)
-    return sum(number * (step.seconds + step.topology_extra / interval) for number, step in found)
+def total_seconds(work: Work) -> float:
+    total = 0.0
+    for steps, found in work:
+        interval = steps.config.sparsity.update_interval
+        for moment in (moment for stretch in found for moment in stretch.moments):
+            step = steps.step(moment)
+            total += moment.steps * (step.seconds + step.topology_extra / interval)
+    return total
 
 
 def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
     """Everything about one layout."""
-    steps, work = planner.step_model(config, planner.assumptions), planner.shards.stretches(config)
-    counter = FlopCounter(config, steps.shard, steps.kernels)
-    phases = [_phase(steps, stretch, counter) for stretch in work]
+    work = planner.work(config, planner.assumptions)
+    steps, _ = work[-1]
+    phases = [_phase(stage, stretch) for stage, found in work for stretch in found]
     seconds = sum(phase["seconds"] for phase in phases)
     flops = {kind: sum(phase["flops"][kind] for phase in phases) for kind in ("dense", "algorithmic", "executed")}
-    dense = _dense_seconds(steps, planner)
+    dense = _dense_seconds(work, planner)
     tokens = config.train.global_batch_size * config.model.seq_length
     return {
         "model": {
@@ -160,12 +170,13 @@ def _details(planner: Planner, config: RunConfig) -> dict[str, Any]:
             "speedup_over_dense": dense / seconds,
         },
         "energy": _energy(planner, seconds),
-        "cases": _cases(planner, config, work),
+        "cases": _cases(planner, config),
     }
 
 
-def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str, Any]:
+def _phase(steps: StepModel, stretch: Stretch) -> dict[str, Any]:
     """Means over the steps of a stretch."""
+    counter = FlopCounter(steps.config, steps.shard, steps.kernels)
     found = [(moment.steps, steps.step(moment)) for moment in stretch.moments]
     parts = {name: sum(n * step.parts[name] for n, step in found) / stretch.steps for name in found[0][1].parts}
     flops = Flops()
@@ -174,6 +185,7 @@ def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str
     return {
         "name": stretch.phase,
         "pattern": stretch.pattern,
+        "num_layers": steps.config.model.num_layers,
         "start_step": stretch.start_step,
         "end_step": stretch.end_step,
         "density": sum(moment.steps * moment.density for moment in stretch.moments) / stretch.steps,
@@ -181,12 +193,16 @@ def _phase(steps: StepModel, stretch: Stretch, counter: FlopCounter) -> dict[str
         "step_seconds": sum(parts.values()),
         "step_seconds_by_part": parts,
         "topology_step_extra_seconds": sum(n * step.topology_extra for n, step in found) / stretch.steps,
-        "seconds": total_seconds(steps, (stretch,)),
+        "seconds": total_seconds([(steps, (stretch,))]),
     }
 
 
-def _dense_seconds(steps: StepModel, planner: Planner) -> float:
-    return steps.config.train.steps * steps.step(planner.shards.dense_moment(steps.config)).seconds
+def _dense_seconds(work: Work, planner: Planner) -> float:
+    """Of dense training that grows alike."""
+    return sum(
+        sum(stretch.steps for stretch in found) * steps.step(planner.shards.dense_moment(steps.config)).seconds
+        for steps, found in work
+    )
 
 
 def _energy(planner: Planner, seconds: float) -> dict[str, float] | None:
@@ -196,7 +212,7 @@ def _energy(planner: Planner, seconds: float) -> dict[str, float] | None:
     return {"megawatt_hours": megawatts * seconds / HOUR, "megawatts": megawatts, "pue": pue} if watts else None
 
 
-def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> list[dict[str, Any]]:
+def _cases(planner: Planner, config: RunConfig) -> list[dict[str, Any]]:
     """Total time with the kernels' efficiency alone, and with all assumptions, at their low and high ends."""
     usual = planner.assumptions
     rows = []
@@ -204,9 +220,9 @@ def _cases(planner: Planner, config: RunConfig, work: tuple[Stretch, ...]) -> li
         efficiency = usual.at(case)["kernel_efficiency"]
         changed = Assumptions({**usual.given, "kernel_efficiency": efficiency}, usual.case)
         assumptions = usual.at(case) if what == "all" else changed
-        steps = planner.step_model(config, assumptions)
-        seconds = total_seconds(steps, work)
-        numbers = {"seconds": seconds, "speedup_over_dense": _dense_seconds(steps, planner) / seconds}
+        work = planner.work(config, assumptions)
+        seconds = total_seconds(work)
+        numbers = {"seconds": seconds, "speedup_over_dense": _dense_seconds(work, planner) / seconds}
         rows.append({"assumptions": what, "case": case, "kernel_efficiency": efficiency, **numbers})
     return rows
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import stages
 from megasparse.cost.layer_kernels import DTYPES, LayerKernels
 from megasparse.cost.resources import BYTES
 from megasparse.kernels import block_sparse
@@ -218,7 +219,8 @@ def _attention(config: RunConfig, dtype: torch.dtype, crew: _Crew) -> dict[str, 
     model, ranks = config.model, config.parallel.tensor_parallel_size
     heads, groups = model.num_attention_heads // ranks, max(model.key_value_heads // ranks, 1)
     group = heads // groups
-    patterns = {stretch.pattern for stretch in Shards.of(config).stretches(config)}
+    shards = Shards.of(config)
+    patterns = {stretch.pattern for stage in stages(config) for stretch in shards.stretches(stage)}
     patterns |= {override.pattern for override in config.attention.overrides} | {"full"}
     kernel = config.kernels.hybrid_attention
     rates: dict[str, float] = {}

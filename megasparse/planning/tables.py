@@ -81,12 +81,13 @@ def _print_summary(result: Mapping[str, Any], console: Console) -> None:
 
 def _print_phases(result: Mapping[str, Any], console: Console) -> None:
     rows = []
+    grows = len({phase["num_layers"] for phase in result["phases"]}) > 1
     for phase in result["phases"]:
         parts = sorted(phase["step_seconds_by_part"].items(), key=lambda item: -item[1])[:4]
         largest = [f"{name.replace('_', ' ')} {format_share(value / phase['step_seconds'])}" for name, value in parts]
         flops = [format_share(phase["flops"][kind] / phase["flops"]["dense"]) for kind in ("algorithmic", "executed")]
         row = {
-            "phase": format_phase(phase["name"]),
+            "phase": format_phase(phase["name"]) + (f", {phase['num_layers']} layers" if grows else ""),
             "steps": f"{phase['start_step']:,} to {phase['end_step']:,}",
             "density, attention": f"{format_share(phase['density'])}, {phase['pattern']}",
             "FLOPs alg. / exec.": " / ".join(flops),

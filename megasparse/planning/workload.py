@@ -21,6 +21,7 @@ from typing import cast
 import torch
 
 from megasparse.config.schema import Pattern, RunConfig
+from megasparse.config.stages import steps_of
 from megasparse.cost.layer_kernels import LayerKernels, LayerShape
 from megasparse.cost.ledger import FlopCounter, Flops, StepWork
 from megasparse.data.build import open_tokenizer, vocabulary_size
@@ -113,12 +114,13 @@ class Stretch:
 
 @dataclass
 class Shards:
-    """Rank 0's shard of a model, its controller and its schedule, on the meta device, by tensor-parallel size."""
+    """Rank 0's shard of a model, its controller and its schedule, on the meta device, by number of layers, which a run
+    may change (section `stacking`), and tensor-parallel size."""
 
     vocab_size: int
-    _models: dict[int, GPT] = field(default_factory=dict)
-    _controllers: dict[int, Controller] = field(default_factory=dict)
-    _stretches: dict[int, tuple[Stretch, ...]] = field(default_factory=dict)
+    _models: dict[tuple[int, int], GPT] = field(default_factory=dict)
+    _controllers: dict[tuple[int, int], Controller] = field(default_factory=dict)
+    _stretches: dict[tuple[int, int], tuple[Stretch, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RunConfig) -> Shards:
@@ -126,25 +128,27 @@ class Shards:
 
     def model(self, config: RunConfig) -> GPT:
         """Raises ConfigError where blocks do not lie whole on the ranks."""
-        size = config.parallel.tensor_parallel_size
-        if size not in self._models:
+        key = _key(config)
+        if key not in self._models:
             with torch.device("meta"):
-                self._models[size] = build_model(config, self.vocab_size, CommunicationGroup(0, size))
-        return self._models[size]
+                ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
+                self._models[key] = build_model(config, self.vocab_size, ranks)
+        return self._models[key]
 
     def controller(self, config: RunConfig) -> Controller:
-        size = config.parallel.tensor_parallel_size
-        if size not in self._controllers:
-            layers = self.model(config).sparse_layers()
-            self._controllers[size] = Controller(config, layers, CommunicationGroup(0, size))
-        return self._controllers[size]
+        key = _key(config)
+        if key not in self._controllers:
+            layers, ranks = self.model(config).sparse_layers(), config.parallel.tensor_parallel_size
+            self._controllers[key] = Controller(config, layers, CommunicationGroup(0, ranks))
+        return self._controllers[key]
 
     def stretches(self, config: RunConfig) -> tuple[Stretch, ...]:
-        """The phases of the run, sampled; micro-batch, ZeRO stage and recomputation have no part in them."""
-        size = config.parallel.tensor_parallel_size
-        if size not in self._stretches:
-            self._stretches[size] = _sample(config, self.controller(config))
-        return self._stretches[size]
+        """The phases of the run, or of the stage that it is the configuration of, sampled; micro-batch, ZeRO stage and
+        recomputation have no part in them."""
+        key = _key(config)
+        if key not in self._stretches:
+            self._stretches[key] = _sample(config, self.controller(config))
+        return self._stretches[key]
 
     def dense_moment(self, config: RunConfig) -> Moment:
         """A step of the same model with all weights active and causal attention, for comparison."""
@@ -170,16 +174,22 @@ def dense_products(config: RunConfig, model: GPT) -> tuple[Product, ...]:
     return tuple(Product(count, shape, 1.0, 1.0, is_head) for (shape, is_head), count in groups.items())
 
 
+def _key(config: RunConfig) -> tuple[int, int]:
+    return config.model.num_layers, config.parallel.tensor_parallel_size
+
+
 def _sample(config: RunConfig, controller: Controller) -> tuple[Stretch, ...]:
-    found = []
+    found, (first, last) = [], steps_of(config)
     for row in stretches(config, controller):
-        steps = row["end_step"] - row["start_step"]
+        start, end = max(row["start_step"], first), min(row["end_step"], last)
+        if start >= end:
+            continue
+        steps = end - start
         number = 1 if row["start_density"] == row["end_density"] else min(SAMPLES, steps)
         moments = tuple(
-            _moment(config, controller, row["start_step"] + (n + 0.5) * steps / number, steps / number)
-            for n in range(number)
+            _moment(config, controller, start + (n + 0.5) * steps / number, steps / number) for n in range(number)
         )
-        found.append(Stretch(row["name"], row["pattern"], row["start_step"], row["end_step"], moments))
+        found.append(Stretch(row["name"], row["pattern"], start, end, moments))
     return tuple(found)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import growth_step
 from megasparse.sparsity.distribution import unit_target
-from megasparse.sparsity.schedule import DensitySchedule
+from megasparse.sparsity.groups import check_copied_settings
+from megasparse.sparsity.schedule import DensitySchedule, build_density_schedule
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology
 
@@ -69,6 +71,25 @@ def _check_row_floor(topology: Topology, density: float) -> None:
         raise ConfigError(
             f"sparsity.row_floor: layer {topology.name} has {rows} rows of blocks and at density {density:.3g} only "
             f"{num_active} active blocks; must be false, or a density of at least {1 / columns:.3g}"
+        )
+
+
+def check_stacked_layers(config: RunConfig, names: Iterable[str]) -> None:
+    """Raise ConfigError where a layer of the whole model cannot take over what its original in the small one has.
+
+    names: of the linear layers of the whole model. Layers that share a learning rate have one density.
+    """
+    small, sparsity = config.stacking.num_layers, config.sparsity
+    assert small is not None, "the run has no small model"
+    check_copied_settings(sparsity, names, small)
+    growth = growth_step(config) or 0
+    schedule = build_density_schedule(sparsity)
+    # The topology of step s shows from s + 1 on, so what is asked for at the growth itself is not yet there.
+    if sparsity.depth_boost and any(schedule.density(step / config.train.steps) < 1.0 for step in range(growth)):
+        raise ConfigError(
+            f"sparsity.depth_boost: {sparsity.depth_boost} gives copies another density than their originals, and at "
+            f"step {growth:,}, where stacking.until {config.stacking.until} copies them, the model is sparse; must be "
+            "0, or a schedule that is dense until then"
         )
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import SparsityConfig, SparsityGroup
+from megasparse.config.stages import original
 
 DEFAULT_GROWTH = {"set": "random", "rigl": "gradient"}
 DEFAULT_DROP_FRACTION = {"mst": 0.3, "set": 0.3, "rigl": 0.3}
@@ -60,6 +61,17 @@ def check_groups(sparsity: SparsityConfig, names: Iterable[str]) -> None:
             f"sparsity.groups: no layer falls to {unmatched[0]!r}; must be patterns that match one of "
             f"{', '.join(names[:6])}, ... before an earlier group does"
         )
+
+
+def check_copied_settings(sparsity: SparsityConfig, names: Iterable[str], small: int) -> None:
+    """Raise ConfigError where one of the linear layers `names` has other settings than its original among the first
+    `small` layers, whose masks it could not take over."""
+    for name in names:
+        if layer_settings(sparsity, name) != layer_settings(sparsity, original(name, small)):
+            raise ConfigError(
+                f"sparsity.groups: layer {name} has other settings than {original(name, small)}, whose copy it "
+                "becomes; must be patterns that take both, such as layers.*.mlp.*"
+            )
 
 
 def _matches(group: SparsityGroup, name: str) -> bool:

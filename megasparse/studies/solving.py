@@ -56,8 +56,7 @@ class SolvedArm:
     @property
     def mean_active(self) -> float:
         """Active parameters in the mean over the steps, embeddings included."""
-        parameters, density = self.plan["parameters"], self.plan["schedule"]["mean_density"]
-        return parameters["total"] - (1.0 - density) * parameters["sparsifiable"]
+        return self.plan["parameters"]["mean_active"]
 
 
 def solve(study: Study, file: Path) -> tuple[list[SolvedArm], float]:

@@ -90,7 +90,8 @@ class Callback:
     """
 
     def begin_run(self, step: Step) -> None:
-        """Before the first step of this start. step: the one that was finished last; index -1 at the very beginning."""
+        """Before the first step of this start, and of the second stage of a run that grows (section `stacking`). step:
+        the one that was finished last; index -1 at the very beginning."""
 
     def begin_step(self, step: Step) -> None:
         """Before the forward passes."""
@@ -104,7 +105,7 @@ class Callback:
         """After the optimizer step; the state of training counts it as finished."""
 
     def end_run(self, reason: str) -> None:
-        """After the last step of this start, whether the run is finished or was stopped."""
+        """After the last step of this start or of a stage, whether the run is finished or was stopped."""
 
 
 class Engine(Protocol):
@@ -160,7 +161,9 @@ class TrainingMethod(Callback):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Its part of a checkpoint, the same on all ranks, which all call it. Empty: it has none."""
+        """Its part of a checkpoint, the same on all ranks, which all call it. Empty: it has none.
+
+        Where a run grows in depth, keys with the name of a layer (`active/layers.0.mlp.up`) are copied with it."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -21,11 +21,13 @@ from threading import Event, Thread
 import torch
 from torch import Tensor
 
-from megasparse.checkpoint.index import Index
+from megasparse.checkpoint.index import Index, read_index
 from megasparse.checkpoint.reader import METHOD, RANDOM, Checkpoint, damage
+from megasparse.checkpoint.stacked import StackedCheckpoint
 from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, check_model
 from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_part
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import growth_step, is_of_small, is_small, small_stage
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import MaskError
@@ -45,6 +47,10 @@ class Restored:
     state: TrainState | None = None
     passed_over: list[str] = field(default_factory=list)
     """What is wrong with newer ones."""
+    is_grown: bool = False
+    """It is of the small model (section `stacking`), whose layers have been copied."""
+    needs_small: bool = False
+    """The whole model has no good one, and the small one has some that it goes on from itself."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,16 @@ class Checkpointer:
     def restore(self) -> Restored:
         """Go on from the newest good checkpoint, which rank 0 chooses; every rank calls it.
 
+        Of a run with two stages (section `stacking`) those that the other stage goes on from are left aside. The whole
+        model grows from one of the small one, which is at the end of its stage.
+
         Raises CheckpointError where it is of another model or past the end of the run, or where there are checkpoints
         and none is good; RuntimeError where weights contradict masks.
         """
         found = Restored()
-        candidates = self._numbers([int(folder.name.removeprefix(PREFIX)) for folder in self.store.folders()])
+        folders = self.store.folders() if self._mesh.is_first else []
+        own = [folder for folder in folders if self._is_of_this_stage(folder) is not False]
+        candidates = self._numbers([int(folder.name.removeprefix(PREFIX)) for folder in own])
         for step in candidates:
             folder = self.store.folder / self.store.name(step)
             # Rank 0 looks at all files first: the others may hold a view of a shared folder that is older.
@@ -168,9 +179,12 @@ class Checkpointer:
                 continue
             assert checkpoint is not None and staged is not None
             with checkpoint:
+                found.is_grown = self._grows_from(checkpoint.index)
                 found.state = self._apply(checkpoint, staged)
             return found
-        if found.passed_over:
+        others = any(self._is_of_this_stage(folder) is False for folder in folders)
+        found.needs_small = self._mesh.agree_any(others and not is_small(self._config))
+        if found.passed_over and not found.needs_small:
             raise CheckpointError(
                 f"run.name: {self._config.run.name} has no good checkpoint to go on from; must be another run.name, or "
                 f"mend or remove them: {'; '.join(found.passed_over)}"
@@ -185,7 +199,8 @@ class Checkpointer:
             return None, str(error), False
         index, steps = checkpoint.index, self._config.train.steps
         try:
-            check_model(folder, index.model, self._config.model.model_dump(mode="json"))
+            expected = small_stage(self._config) if self._grows_from(index) else self._config
+            check_model(folder, index.model, expected.model.model_dump(mode="json"))
         except CheckpointError as error:
             return checkpoint, str(error), True
         if index.step > steps:
@@ -198,9 +213,10 @@ class Checkpointer:
     def _read(self, checkpoint: Checkpoint) -> tuple[StagedState | None, str | None, bool]:
         """What this rank needs of it, or why it cannot be read, and whether older ones are of no use either."""
         try:
-            staged = read_state(self._engine, checkpoint)
+            source = self._source(checkpoint)
+            staged = read_state(self._engine, source)
             for method in self._methods:
-                checkpoint.method_state(method.name)
+                source.method_state(method.name)
         except CheckpointError as error:
             return None, str(error), False
         except ValueError as error:
@@ -209,13 +225,17 @@ class Checkpointer:
 
     def _apply(self, checkpoint: Checkpoint, staged: StagedState) -> TrainState:
         apply_state(self._engine, staged)
+        source = self._source(checkpoint)
         try:
             for method in self._methods:
-                method.load_state(checkpoint.method_state(method.name))
+                method.load_state(source.method_state(method.name))
                 method.check_state()
         except ValueError as error:
             raise CheckpointError(f"checkpoint {checkpoint.folder}: {error}") from error
         index, state = checkpoint.index, TrainState.from_dict(checkpoint.index.train_state)
+        if self._grows_from(index):
+            # What was usual for the small model says nothing of the whole one.
+            state.norms.recent.clear()
         losses = index.window_losses
         if len(losses) == self._mesh.world_size and self._is_same_layout(index):
             state.window.loss = losses[self._mesh.rank]
@@ -226,6 +246,21 @@ class Checkpointer:
             # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
             state.window.loss = sum(losses) / len(losses)
         return state
+
+    def _is_of_this_stage(self, folder: Path) -> bool | None:
+        """Whether the run goes on from a checkpoint with the model that the engine has; None: it is damaged."""
+        small = goes_on_small(folder, self._config)
+        return None if small is None else small == is_small(self._config)
+
+    def _grows_from(self, index: Index) -> bool:
+        """Whether a checkpoint is of the small model, and the engine has the whole one."""
+        return not is_small(self._config) and is_of_small(self._config, index.model)
+
+    def _source(self, checkpoint: Checkpoint) -> Checkpoint | StackedCheckpoint:
+        """A checkpoint as one of the engine's model."""
+        if not self._grows_from(checkpoint.index):
+            return checkpoint
+        return StackedCheckpoint(checkpoint, small_stage(self._config).model.num_layers, self._config.model.num_layers)
 
     def _is_same_layout(self, index: Index) -> bool:
         return index.layout == self._layout()
@@ -276,8 +311,8 @@ class Checkpointer:
         return self._mesh.posted(self._key(rank))
 
     def _key(self, rank: int) -> str:
-        """Under it a rank tells its failure. All ranks count the saves alike."""
-        return f"save {self._saves} failed on rank {rank}"
+        """Under it a rank tells its failure. All ranks count the saves alike, those of each model of a run anew."""
+        return f"save {self._saves} of {self._config.model.num_layers} layers failed on rank {rank}"
 
     def _fail(self, error: Exception) -> FailedSave:
         reason = describe_failure(error) if isinstance(error, OSError) else str(error)
@@ -307,6 +342,25 @@ class Checkpointer:
         if self._mesh.is_first:
             row[:count] = torch.tensor(numbers, dtype=torch.int64)
         return self._mesh.gather_rows(row)[0][:count].tolist()
+
+
+def goes_on_small(folder: Path, config: RunConfig) -> bool | None:
+    """Whether a run goes on from a checkpoint with the small model of section `stacking`; None: it is damaged.
+
+    What model it is of decides, not its step alone: a run that is made longer after it has grown does not shrink.
+    """
+    try:
+        index = read_index(folder)
+    except CheckpointError:
+        return None
+    growth = growth_step(config)
+    return growth is not None and is_of_small(config, index.model) and index.step < growth
+
+
+def begins_small(store: CheckpointStore, config: RunConfig) -> bool:
+    """Whether a run with two stages goes on, or begins, with the first; the newest checkpoint that is whole decides."""
+    found = (goes_on_small(folder, config) for folder in store.folders())
+    return next((small for small in found if small is not None), True)
 
 
 class Checkpointing(Callback):

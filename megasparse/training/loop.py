@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import growth_step, is_small
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
 from megasparse.data import BatchLoader, page_locked, split_samples
@@ -27,6 +28,9 @@ from megasparse.parallel import Mesh
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
+
+GROWTH = "the layers of the small model are copied"
+"""Why the loop ends where the run goes on with the whole model (section `stacking`)."""
 
 
 @dataclass
@@ -50,9 +54,11 @@ class Trainer:
             self.state.ledger.seconds.use_device()
         self._first_step = self.state.step + 1
         self._decay_start = decay_start(self.config)
+        self._growth = growth_step(self.config) if is_small(self.config) else None
 
     def run(self, stop: StopSignal) -> str:
-        """Train to the end, or to where a signal or `train.stop_after` ends it. Returns the reason, for the summary.
+        """Train to the end, or to where a signal, `train.stop_after` or the growth of the model ends it. Returns the
+        reason, for the summary.
 
         Raises SkippedStepsError, on all ranks alike, where `train.max_skipped_steps` in a row were skipped.
         """
@@ -72,6 +78,8 @@ class Trainer:
                     reason = f"stopped by {stop.received or 'a signal to another rank'}"
                 elif self.state.step == train.stop_after and self.state.step < train.steps:
                     reason = f"stopped after step {train.stop_after} (train.stop_after)"
+                elif self.state.step == self._growth:
+                    reason = GROWTH
         for hook in hooks:
             hook.end_run(reason)
         return reason

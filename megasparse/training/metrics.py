@@ -5,6 +5,7 @@ It stands after all callbacks that have something to tell, and writes what they 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megasparse.training.state import TrainState, Window
 class Metrics(Callback):
     """Lines every `train.log_interval` steps, after the last step, and where another callback asks for one.
 
-    records: None on ranks other than 0.
+    records: None on ranks other than 0. lines_at: further finished steps with a line.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Metrics(Callback):
         state: TrainState,
         records: RunRecords | None,
         progress: Progress | QuietProgress,
+        lines_at: Collection[int] = (),
     ) -> None:
-        self._train, self._mesh, self._state = config.train, mesh, state
+        self._train, self._mesh, self._state, self._lines_at = config.train, mesh, state, lines_at
+        self._of_stage = {} if config.stacking.num_layers is None else {"num_layers": config.model.num_layers}
         self._records, self._progress = records, progress
 
     def begin_run(self, step: Step) -> None:
@@ -40,7 +43,8 @@ class Metrics(Callback):
     def after_step(self, step: Step) -> None:
         step.beat("records")
         self._tell(step)
-        if step.line_due or step.number == self._train.steps or step.number % self._train.log_interval == 0:
+        is_due = step.number % self._train.log_interval == 0 or step.number in self._lines_at
+        if step.line_due or step.number == self._train.steps or is_due:
             self._write_line(step)
 
     def _tell(self, step: Step) -> None:
@@ -65,6 +69,7 @@ class Metrics(Callback):
             "tokens": state.tokens,
             "loss": None,
             **losses,
+            **self._of_stage,
             **step.metrics,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,

@@ -8,7 +8,9 @@ and the run share their arithmetic. Raises ConfigError for what cannot be traine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,21 +18,24 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.deepspeed import check_extra
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import original, stages, steps_of
 from megasparse.cost.attention_kernels import (
     attention_kernels,
     attention_warnings,
     check_attention,
     resolve_dense_fallback,
 )
-from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_warnings
+from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
+from megasparse.layers import Linear
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
+from megasparse.sparsity.checks import check_stacked_layers
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
 from megasparse.training.callback import MethodFactory, Step, TrainingMethod
@@ -67,30 +72,28 @@ def plan_run(
     methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
     """
     check_extra(config.deepspeed.extra)
-    # Rank 0's shard: the shapes of all shards are alike.
-    ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
-    with torch.device("meta"):
-        model = build_model(config, vocab_size, ranks)
-    made = build_methods(config, model, ranks, methods)
-    controller = next(method.controller for method in made if isinstance(method, MixedSparsityTraining))
-    kernels = LayerKernels(config, model, device, planned=planned_kernels)
-    check_attention(config, device, planned=planned_kernels)
+    planned = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
+    whole = planned[-1]
+    model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     train = config.train
     tokens_per_step = train.global_batch_size * config.model.seq_length
-    flops, mean_density = walk_schedule(config, model, made, kernels)
+    flops = Flops()
+    for stage in planned:
+        flops.add(stage.flops)
     return {
         "run": config.run.name,
-        "parameters": _parameters(model, controller),
+        "parameters": {**_parameters(model, controller), "mean_active": _mean(planned, lambda stage: stage.active)},
         "tokens": {"total": tokens_per_step * train.steps, "per_step": tokens_per_step},
         "steps": train.steps,
         "documents": _documents(config),
         "schedule": {
             "phases": stretches(config, controller),
-            "mean_density": mean_density,
+            "mean_density": _mean(planned, lambda stage: stage.density),
             "min_density": controller.schedule.min_density,
             "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
         },
-        "methods": [line for method in made for line in method.plan_lines()],
+        "stages": [stage.facts() for stage in planned],
+        "methods": [*_stage_lines(planned), *(line for method in made for line in method.plan_lines())],
         "flops": {
             "dense": flops.dense,
             "algorithmic": flops.algorithmic,
@@ -108,27 +111,119 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
-            *initial_warnings(config, vocab_size, controller),
-            *kernels.warnings(),
-            *table_warnings(config, kernels),
-            *attention_warnings(config, device, planned=planned_kernels),
-            *elementwise_warnings(config, device, planned=planned_kernels),
+            *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
+            *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
     }
 
 
-def walk_schedule(
-    config: RunConfig, model: GPT, methods: Sequence[TrainingMethod], kernels: LayerKernels
-) -> tuple[Flops, float]:
-    """FLOPs of the whole run and the mean density of the sparse weights over the steps; `methods` go to its end.
+def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
+    """One for each reason: that there is no compiler concerns all kernels alike."""
+    attention = attention_warnings(config, device, planned=planned)
+    found = [*kernels.warnings(), *table_warnings(config, kernels), *attention]
+    reason = elementwise_obstacle(config, device, planned=planned)
+    if reason is not None and not any(reason in warning for warning in found):
+        found.append(f"kernels.elementwise auto takes torch's operators: {reason}")
+    return found
 
-    Steps that cost the same, as the methods say, are counted once.
+
+@dataclass
+class PlannedStage:
+    """Steps [start, end) of a run, all of them but in a run that grows (section `stacking`)."""
+
+    config: RunConfig
+    model: GPT
+    """Rank 0's shard, on the meta device."""
+    methods: list[TrainingMethod]
+    kernels: LayerKernels
+    start: int
+    end: int
+    flops: Flops
+    density: float = 1.0
+    """Mean over the steps."""
+
+    @property
+    def controller(self) -> Controller:
+        return next(method.controller for method in self.methods if isinstance(method, MixedSparsityTraining))
+
+    @property
+    def active(self) -> float:
+        """Active parameters in the mean over its steps, embeddings included."""
+        sparsifiable = sum(topology.numel for topology in self.controller.topologies.values())
+        return self.model.num_parameters() - (1.0 - self.density) * sparsifiable
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.config.model.num_layers,
+            "start_step": self.start,
+            "end_step": self.end,
+            "parameters": self.model.num_parameters(),
+            "mean_density": self.density,
+            "flops": asdict(self.flops),
+        }
+
+
+def plan_stages(
+    config: RunConfig,
+    vocab_size: int,
+    device: str,
+    methods: Sequence[MethodFactory] = (),
+    *,
+    planned_kernels: bool = True,
+) -> list[PlannedStage]:
+    """The stages of a run, each walked through from its first step to its last. For arguments see ``plan_run``."""
+    # Rank 0's shard: the shapes of all shards are alike.
+    ranks, planned = CommunicationGroup(0, config.parallel.tensor_parallel_size), list[PlannedStage]()
+    for own in stages(config):
+        with torch.device("meta"):
+            model = build_model(own, vocab_size, ranks)
+        made = build_methods(own, model, ranks, methods)
+        kernels = LayerKernels(own, model, device, planned=planned_kernels)
+        check_attention(own, device, planned=planned_kernels)
+        stage = PlannedStage(own, model, made, kernels, *steps_of(own), Flops())
+        if planned:
+            names = [name for name, layer in model.named_modules() if isinstance(layer, Linear)]
+            check_stacked_layers(config, names)
+            small = planned[-1]
+            for name in stage.controller.topologies:
+                source = original(name, small.config.model.num_layers)
+                stage.controller.shard_active[name] = small.controller.shard_active[source]
+        stage.flops, stage.density = walk_schedule(own, model, made, kernels, stage.start, stage.end)
+        planned.append(stage)
+    return planned
+
+
+def _mean(planned: Sequence[PlannedStage], value: Callable[[PlannedStage], float]) -> float:
+    """Over the steps of a run."""
+    return sum((stage.end - stage.start) * value(stage) for stage in planned) / planned[-1].end
+
+
+def _stage_lines(planned: Sequence[PlannedStage]) -> list[str]:
+    return [
+        f"{small.config.model.num_layers} layers until step {small.end:,}, then copied to "
+        f"{whole.config.model.num_layers}"
+        for small, whole in pairwise(planned)
+    ]
+
+
+def walk_schedule(
+    config: RunConfig,
+    model: GPT,
+    methods: Sequence[TrainingMethod],
+    kernels: LayerKernels,
+    start: int = 0,
+    end: int | None = None,
+) -> tuple[Flops, float]:
+    """FLOPs of steps [start, end) of a run, by default all, and the mean density of the sparse weights over them.
+
+    methods: stand at `start` and go to `end`. Steps that cost the same, as they say, are counted once.
     """
     steps, counter, total, density_sum = config.train.steps, FlopCounter(config, model, kernels), Flops(), 0.0
+    end = steps if end is None else end
     sizes = {name: layer.in_features * layer.out_features for name, layer in model.sparse_layers().items()}
     costs: dict[Any, tuple[Flops, float]] = {}
-    index = 0
-    while index < steps:
+    index = start
+    while index < end:
         step = Step(index)
         for method in methods:
             method.begin_step(step)
@@ -141,7 +236,7 @@ def walk_schedule(
         if kind not in costs:
             active = sum(work.densities.get(name, 1.0) * size for name, size in sizes.items())
             costs[kind] = counter.step(work), active / sum(sizes.values()) if sizes else 1.0
-        alike = min((method.next_change(index, steps) for method in methods), default=steps) - index
+        alike = min([end, *(method.next_change(index, steps) for method in methods)]) - index
         assert alike > 0, "next_change must give a later step"
         cost, density = costs[kind]
         total.add(Flops(alike * cost.dense, alike * cost.algorithmic, alike * cost.executed))
@@ -149,7 +244,7 @@ def walk_schedule(
         for method in methods:
             method.after_step(step)
         index += alike
-    return total, density_sum / steps
+    return total, density_sum / (end - start)
 
 
 def _parallel(config: RunConfig, world_size: int) -> dict[str, int]:

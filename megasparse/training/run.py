@@ -7,9 +7,10 @@ It is prepared, which finds what the user must mend before any process starts to
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.resuming import check_resume
 from megasparse.config.schema import RunConfig
+from megasparse.config.stages import growth_step, is_small, small_stage
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.elementwise_kernels import prepare_elementwise
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
-from megasparse.engine.training_engine import check_precision
+from megasparse.engine.training_engine import TrainingEngine, check_precision
 from megasparse.inference.sampling import sample_text
 from megasparse.kernels.common import tables
 from megasparse.launching import LaunchEnvironment, open_mesh
@@ -46,12 +48,13 @@ from megasparse.monitoring.console import (
 )
 from megasparse.monitoring.records import RunRecords
 from megasparse.monitoring.trackers import check_trackers
+from megasparse.parallel import Mesh
 from megasparse.sparsity.schedule import build_density_schedule
 from megasparse.training.build_engine import build_engine
-from megasparse.training.callback import Callback, MethodFactory
-from megasparse.training.checkpoints import Checkpointer, Checkpointing
+from megasparse.training.callback import Callback, MethodFactory, TrainingMethod
+from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restored, begins_small
 from megasparse.training.initial_weights import load_initial_weights
-from megasparse.training.loop import Trainer
+from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
 from megasparse.training.objectives import Objective
 from megasparse.training.plan import plan_run
@@ -95,14 +98,35 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Model and engine of a run, or of one of its two stages (section `stacking`), where it goes on."""
+
+    config: RunConfig
+    """Of the stage."""
+    methods: list[TrainingMethod]
+    engine: TrainingEngine
+    checkpointer: Checkpointer
+    state: TrainState
+    found: Restored
+
+
+@dataclass
 class Built:
     """A run on this rank, ready for its next step."""
 
-    trainer: Trainer
+    config: RunConfig
+    """With what the ranks have agreed on; of the whole model."""
+    mesh: Mesh
+    extensions: Extensions
     progress: Progress | QuietProgress
     watchdog: Watchdog
+    records: RunRecords | None
+    """Of rank 0."""
     notes: list[str]
     """What the user should know of where it goes on."""
+    closing: ExitStack
+    """Holds what must be closed with the trainer's engine."""
+    trainer: Trainer = field(init=False)
 
 
 def pretrain(
@@ -237,43 +261,106 @@ def build(
         tables.forget()
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
-    methods, engine = build_engine(config, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
-    checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config, mesh, engine, methods))
-    saved = folder / "config.yaml"
-    state, notes = _restore(checkpointer, config, [*_changes_since_start(folder, config), *prepared.changed_data])
+    closing = stack.enter_context(ExitStack())
+    stage = enter_stage(config, prepared, mesh, extensions, closing, going_on=config.train.resume == "auto")
+    state, saved = stage.state, folder / "config.yaml"
+    notes = _notes(stage, [*_changes_since_start(folder, config), *prepared.changed_data])
     check_steps(mesh, state.step)
     notes += _density_change(saved, config, state.step)
     if config.train.init_from is not None and state.step == 0:
-        load_initial_weights(config, methods, engine)
+        load_initial_weights(stage.config, stage.methods, stage.engine)
         notes = [*notes, f"starting from the weights of {config.train.init_from}"]
     # Only now: a resume that is refused must leave the run as it was, and all ranks have read what is replaced.
     mesh.barrier()
     if mesh.is_first:
-        checkpointer.store.clear()
+        stage.checkpointer.store.clear()
         _write_start(prepared, config)
     progress = Progress(config.train.steps, start_step=state.step) if mesh.is_first else quiet()
     records = None
     if mesh.is_first:
         records = stack.enter_context(_open_records(prepared, config, state, progress.message))
-    trainer = Trainer(config, mesh, engine, methods, prepared.train_data, state, watchdog=watchdog)
-    interval = config.train.save_interval
+    built = Built(config, mesh, extensions, progress, watchdog, records, notes, closing)
+    profile = [Profile(config, folder, mesh)] if config.train.profile_steps else []
+    built.trainer = make_trainer(stage, prepared, built, profile)
+    return built
+
+
+def enter_stage(
+    config: RunConfig, prepared: Prepared, mesh: Mesh, extensions: Extensions, closing: ExitStack, *, going_on: bool
+) -> Stage:
+    """Model and engine with which the run goes on, standing where it goes on; every rank calls it.
+
+    going_on: from the newest checkpoint where there is one.
+    """
+    store = CheckpointStore(prepared.folder / CHECKPOINTS, config.train.keep_checkpoints)
+    stages = [config]
+    if growth_step(config) is not None:
+        small = mesh.agree_any(mesh.is_first and begins_small(store, config))
+        # Where no checkpoint of the whole model can be read after all, the small one goes on.
+        stages = [small_stage(config)] if small else [config, small_stage(config)]
+    passed_over: list[str] = []
+    for own in stages:
+        methods, engine = build_engine(own, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
+        checkpointer = Checkpointer(store.folder, own, mesh, engine, methods)
+        found = checkpointer.restore() if going_on else Restored()
+        found.passed_over = list(dict.fromkeys([*passed_over, *found.passed_over]))
+        if not found.needs_small:
+            closing.enter_context(checkpointer)
+            return Stage(own, methods, engine, checkpointer, found.state or TrainState(), found)
+        passed_over = found.passed_over
+        engine.close()
+        del methods, engine, checkpointer
+        gc.collect()
+    raise AssertionError("the small model has no stage after it")
+
+
+def make_trainer(stage: Stage, prepared: Prepared, built: Built, profile: Sequence[Profile] = ()) -> Trainer:
+    """The loop of a stage with its callbacks."""
+    config, engine, state, mesh = stage.config, stage.engine, stage.state, built.mesh
+    # The last loss of the small model, and the first one of the whole model, as copied.
+    lines_at = {growth_step(config) or 0} if is_small(config) else {state.step + 1} if stage.found.is_grown else set()
+    trainer = Trainer(config, mesh, engine, stage.methods, prepared.train_data, state, watchdog=built.watchdog)
+    note, beat = built.progress.message, built.watchdog.beat
     trainer.callbacks = [
-        *extensions.callbacks,
+        *built.extensions.callbacks,
         *([] if prepared.valid_data is None else [Validation(config, engine, prepared.valid_data, mesh, state)]),
-        *([Profile(config, folder, mesh)] if config.train.profile_steps else []),
-        Metrics(config, mesh, state, records, progress),
-        Checkpointing(checkpointer, interval, state, progress.message, watchdog.beat),
+        *profile,
+        Metrics(config, mesh, state, built.records, built.progress, lines_at),
+        Checkpointing(stage.checkpointer, config.train.save_interval, state, note, beat),
     ]
-    return Built(trainer, progress, watchdog, notes)
+    return trainer
+
+
+def grow(prepared: Prepared, built: Built) -> None:
+    """Go on with the whole model, in the same way as a run that was stopped here; every rank calls it."""
+    built.watchdog.beat("the copy of the layers", slow=True)
+    built.closing.close()
+    lines = built.trainer.state.lines
+    built.trainer.engine.close()
+    # Engines hold themselves in cycles: the small one must go before the whole one comes.
+    del built.trainer
+    gc.collect()
+    if built.mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+    stage = enter_stage(built.config, prepared, built.mesh, built.extensions, built.closing, going_on=True)
+    # The records, which go on, count them.
+    stage.state.lines = lines
+    for note in _notes(stage, []):
+        built.progress.message(note)
+    built.trainer = make_trainer(stage, prepared, built)
 
 
 def train(prepared: Prepared, built: Built) -> dict[str, Any]:
     """Go through the steps that are left, and write sample and summary. Returns the summary."""
-    trainer, mesh = built.trainer, built.trainer.mesh
+    mesh = built.mesh
     with built.progress, StopSignal(mesh) as stop:
         for note in built.notes:
             built.progress.message(note)
-        reason = trainer.run(stop)
+        reason = built.trainer.run(stop)
+        if reason == GROWTH:
+            grow(prepared, built)
+            reason = built.trainer.run(stop)
+    trainer = built.trainer
     built.watchdog.beat("the end of the run", slow=True)
     summary = summarise(prepared.plan, trainer, reason)
     if mesh.is_first:
@@ -374,16 +461,16 @@ def _density_change(saved: Path, config: RunConfig, step: int) -> list[str]:
     ]
 
 
-def _restore(checkpointer: Checkpointer, config: RunConfig, changes: list[str]) -> tuple[TrainState, list[str]]:
-    """Where the run goes on, and what to tell the user about it."""
-    if config.train.resume != "auto":
-        return TrainState(), []
-    found = checkpointer.restore()
+def _notes(stage: Stage, changes: list[str]) -> list[str]:
+    """What to tell the user about where the run goes on. changes: since it was last started."""
+    found, step = stage.found, stage.state.step
     if found.state is None:
-        return TrainState(), []
+        return []
     notes = [f"warning: passed over: {reason}" for reason in found.passed_over]
     notes += [f"warning: changed since the run was last started: {change}" for change in changes]
-    return found.state, [*notes, f"going on from step {found.state.step}"]
+    config = stage.config
+    copied = f", {config.stacking.num_layers} layers copied to {config.model.num_layers}" if found.is_grown else ""
+    return [*notes, f"going on from step {step}{copied}"]
 
 
 def _open_records(prepared: Prepared, config: RunConfig, state: TrainState, note: Callable[[str], None]) -> RunRecords:

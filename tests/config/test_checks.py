@@ -81,6 +81,20 @@ def test_a_good_run_passes() -> None:
             ["attention.stride_offsets=[0, 1, 2]"],
             ["attention.stride_offsets: 3 offsets for 12 query heads", "none, spread, or a list of 12"],
         ),
+        (1, ["stacking.num_layers=5"], ["stacking.num_layers: 5 must be below model.num_layers 12", "1, 2, 3, 4, 6"]),
+        (1, ["stacking.num_layers=12"], ["stacking.num_layers: 12 must be below", "must be one of 1, 2, 3, 4, 6"]),
+        (1, ["stacking.num_layers=1", "model.num_layers=1"], ["stacking.num_layers: 1", "must be unset"]),
+        (
+            1,
+            ["stacking.num_layers=4", "stacking.until=0.04", "train.steps=10"],
+            ["stacking.until: 0.04 of train.steps 10 is step 0", "at least one step"],
+        ),
+        (1, ["stacking.num_layers=4", "stacking.until=0.97", "train.steps=10"], ["stacking.until: 0.97", "step 10"]),
+        (
+            1,
+            ["stacking.num_layers=4", "attention.overrides=[{layers: [1, 5], pattern: local}]"],
+            ["attention.overrides.0: says something else of layer 9 than of layer 1", "every: 4"],
+        ),
     ],
 )
 def test_contradictions_name_field_value_and_possible_values(world_size, overrides, parts) -> None:
@@ -160,6 +174,7 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             ["sparsity.init_density_power=0.5", "train.init_from=folder", "sparsity.algorithm=static"],
             "sparsity.init_density_power is not used with train.init_from",
         ),
+        (["stacking.until=0.2"], "stacking.until is used with stacking.num_layers only"),
         (["sparsity.fold_low_rank=true"], "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],
@@ -182,6 +197,7 @@ def test_settings_given_in_vain_are_named(overrides, sentence) -> None:
         ["optimizer.schedule=wsd", "optimizer.decay_start=dense"],
         ["sparsity.points=[[0,0.2],[0.8,1]]", "sparsity.init_density_power=0.5"],
         ["data.document_masking=true", "data.reset_positions=true"],
+        ["stacking.num_layers=4", "stacking.until=0.2"],
     ],
 )
 def test_settings_with_an_effect_are_not_named(overrides) -> None:

@@ -32,6 +32,7 @@ OTHER = {
     "model.tie_embeddings": "false",
     "model.init_std": "0.1",
     "train.init_from": "elsewhere",
+    "stacking.num_layers": "3",
     "sparsity.algorithm": "dense",
     "sparsity.block_size": "32",
     "sparsity.head": "true",

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_warnings
+from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
 from megasparse.kernels import elementwise
 from megasparse.kernels.elementwise import activation, cpu, normalize, rotate
+from megasparse.training.plan import make_plan
 from megasparse.utils.activations import ACTIVATIONS
 
 # Of float32: a few roundings, and an exponential of 1.5e-7; of the others: the rounding of the result.
@@ -131,10 +132,12 @@ def test_a_program_that_is_traced_has_torchs_operators(monkeypatch) -> None:
 def test_where_they_cannot_be_built_the_plan_says_so(monkeypatch) -> None:
     config = load_config([], ["kernels.elementwise=auto"])
     assert elementwise_kernel(config, "cpu") == "cpu" and elementwise_kernel(config, "cuda") == "torch"
-    assert not elementwise_warnings(config, "cpu") and not elementwise_warnings(config, "cuda")
+    assert elementwise_obstacle(config, "cpu") is elementwise_obstacle(config, "cuda") is None
     monkeypatch.setattr(cpu, "no_compiler", lambda: "no C++ compiler found")
     assert elementwise_kernel(config, "cpu", planned=True) == "torch"
-    (warning,) = elementwise_warnings(config, "cpu", planned=True)
+    assert elementwise_obstacle(config, "cpu", planned=True) == "no C++ compiler found"
+    dense = load_config([], ["sparsity.algorithm=dense", "model.vocab_size=64"])
+    (warning,) = make_plan(dense, 1)["warnings"]
     assert warning == "kernels.elementwise auto takes torch's operators: no C++ compiler found"
     forced = load_config([], ["kernels.elementwise=cpu"])
     with pytest.raises(ConfigError, match="kernels.elementwise: cpu cannot be used here: no C.*; must be auto"):

@@ -36,7 +36,14 @@ def small(*words: str, chip: str = "h100", count: int = 8, assume: tuple[str, ..
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("sparsity.block_size=1", "sparsity.distribution=erdos_renyi"), ("sparsity.head=true",)]
+    "words",
+    [
+        (),
+        ("sparsity.block_size=1", "sparsity.distribution=erdos_renyi"),
+        ("sparsity.head=true",),
+        # Samples know nothing of how far densities lag behind; over a whole run, up and down, this cancels.
+        ("stacking.num_layers=1", "stacking.until=0.35", "sparsity.update_interval=10"),
+    ],
 )
 def test_flops_agree_with_the_plan_of_the_run(words) -> None:
     result = small(*words)
@@ -66,6 +73,19 @@ def test_totals_are_the_sums_of_their_parts() -> None:
         assert phase["seconds"] == pytest.approx(steps * (phase["step_seconds"] + extra))
     energy = result["time"]["seconds"] / 3600 * 8 * 700 * 1.2 / 1e6
     assert result["energy"]["megawatt_hours"] == pytest.approx(energy)
+
+
+def test_a_run_that_grows_is_the_sum_of_its_stages() -> None:
+    shallow, deep, grown = small("model.num_layers=1"), small(), small("stacking.num_layers=1", "stacking.until=0.1")
+    assert [(phase["num_layers"], phase["start_step"]) for phase in grown["phases"]] == [
+        (1, 0), (4, 400), (4, 2800), (4, 3400),
+    ]  # fmt: skip
+    first, rest = shallow["phases"][0], [phase["seconds"] for phase in deep["phases"][1:]]
+    assert first["end_step"] == 400, "the density falls in the first stage"
+    assert grown["phases"][0]["seconds"] == pytest.approx(first["seconds"], rel=1e-3)
+    assert grown["time"]["seconds"] == pytest.approx(first["seconds"] + sum(rest), rel=1e-3)
+    dense = 0.1 * shallow["time"]["dense_seconds"] + 0.9 * deep["time"]["dense_seconds"]
+    assert grown["time"]["dense_seconds"] == pytest.approx(dense)
 
 
 def test_products_cost_what_the_roofline_says() -> None:

@@ -9,8 +9,9 @@ import torch
 from plain_flops import count_flops
 from study_files import DENSE, SETTINGS, write
 
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, check_config
 from megasparse.models.build import build_model
+from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.studies.format import load_study
 from megasparse.studies.solving import solve, with_fields
@@ -23,11 +24,10 @@ FLAT_UNTIL = 0.8
 
 def counted(config) -> float:
     """FLOPs of all steps, each counted by itself: random growth needs no dense gradient."""
-    with torch.device("meta"):
-        model = build_model(config, VOCABULARY, CommunicationGroup(0, 1))
     points, steps, interval = config.sparsity.points, config.train.steps, config.sparsity.update_interval
-    heads, total = [("sparse",) * config.model.num_attention_heads] * config.model.num_layers, 0.0
-    for step in range(steps):
+    models, total = {count: model_of(config, count) for count in layers_by_step(config)}, 0.0
+    for step, num_layers in enumerate(layers_by_step(config)):
+        model, heads = models[num_layers], [("sparse",) * config.model.num_attention_heads] * num_layers
         densities, patterns = {}, None
         if config.sparsity.algorithm != "dense":
             # A topology update shows from the next step on.
@@ -39,6 +39,17 @@ def counted(config) -> float:
         )
         total += count.total
     return total
+
+
+def layers_by_step(config) -> list[int]:
+    stacking, steps = config.stacking, config.train.steps
+    first = round(stacking.until * steps) if stacking.num_layers else 0
+    return [stacking.num_layers] * first + [config.model.num_layers] * (steps - first)
+
+
+def model_of(config, num_layers: int) -> GPT:
+    with torch.device("meta"):
+        return build_model(with_fields(config, "model", num_layers=num_layers), VOCABULARY, CommunicationGroup(0, 1))
 
 
 def interpolated(points, progress: float) -> float:
@@ -58,6 +69,40 @@ def test_arms_meet_the_budget_by_an_independent_count(tmp_path) -> None:
     for arm in arms[1:]:
         assert counted(arm.config) == pytest.approx(budget, rel=0.01)
         assert arm.flops == pytest.approx(budget, rel=0.01)
+
+
+STACKED = {"model.num_layers": 6, "stacking.num_layers": 2, "stacking.until": 0.45}
+
+
+def test_arms_that_grow_meet_the_budget_by_an_independent_count(tmp_path) -> None:
+    arms = [
+        {"name": "dense", "solve": "none", "settings": DENSE},
+        {"name": "stacked", "settings": {**DENSE, **STACKED}},
+        {"name": "stacked-mst", "settings": STACKED},
+    ]
+    file = write(tmp_path, budget={"share": 0.9, "of": "dense"}, arms=arms, baselines=[])
+    (_, *grown), budget = solve(load_study(file), file)
+    for arm in grown:
+        assert 50 < arm.config.train.steps and arm.flops == pytest.approx(budget, rel=0.01), arm.name
+        # Active blocks are whole, what is counted here is not.
+        assert arm.flops == pytest.approx(counted(arm.config), rel=1e-3 if arm.name == "stacked-mst" else 1e-9)
+        # The reference is dense training that grows alike.
+        dense = counted(check_config({**arm.config.model_dump(mode="json"), "sparsity": {"algorithm": "dense"}}))
+        assert arm.plan["flops"]["dense"] == pytest.approx(dense, rel=1e-9), arm.name
+        by_step = layers_by_step(arm.config)
+        sizes = {count: model_of(arm.config, count) for count in by_step}
+        active = [active_parameters(sizes[count], arm.config, step) for step, count in enumerate(by_step)]
+        assert arm.mean_active == pytest.approx(sum(active) / len(active), rel=1e-3), arm.name
+        assert arm.mean_active < 0.8 * arm.plan["parameters"]["total"]
+
+
+def active_parameters(model: GPT, config, step: int) -> float:
+    """Those that are active in the forward pass of a step, by the schedule."""
+    sparse = sum(layer.weight.numel() for layer in model.sparse_layers().values())
+    interval = config.sparsity.update_interval
+    last_update = max(step - 1, 0) // interval * interval
+    density = interpolated(config.sparsity.points, last_update / config.train.steps) if sparse else 1.0
+    return model.num_parameters() - (1 - density) * sparse
 
 
 def test_an_absolute_budget_and_phases_as_shares_of_the_run(tmp_path) -> None:

@@ -4,9 +4,11 @@
 // Operands are packed into cells of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the summed
 // dimension. A tile of Rows x (Vectors * lanes) sums stays in registers while the summed dimension runs: in each step a
 // row's cell is broadcast and multiplied with the vectors of B. AVX-512-BF16 multiplies and adds pairs in one
-// instruction; elsewhere bfloat16 is widened to float32 (exactly) while it is packed.
+// instruction, AMX whole tiles of them; elsewhere bfloat16 is widened to float32 (exactly) while it is packed.
 //
 // Every output is summed by one thread in a fixed order: results do not depend on the number of threads.
+
+#include "tile_registers.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -31,7 +33,6 @@ constexpr int kLanes = 8, kMaxRows = 6;  // 12 of 16 registers hold sums
 #endif
 constexpr int64_t kPadding = 16;           // cells between packed rows, so that they do not fall on one cache set
 constexpr int64_t kTileCells = 48 * 1024;  // packed inputs of a tile of tokens: most of a second-level cache
-constexpr int64_t kGradientTokens = 128;   // tokens that the weight gradient packs at once: panel and strip fit in L1
 constexpr int64_t kMaxBlock = 128;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -48,6 +49,11 @@ float to_float(uint32_t cell) {
 struct Float32 {
   using Element = float;
   static constexpr int kPerCell = 1;
+  static constexpr bool kInTiles = false;
+  static constexpr int64_t kSide = kLanes;          // outputs of a vector
+  static constexpr int64_t kStep = 1;               // the summed cells are padded to a multiple of it
+  static constexpr int64_t kRows = kMaxRows;        // tokens that are multiplied at a time
+  static constexpr int64_t kGradientTokens = 128;   // that the weight gradient packs at once: panel and strip fit in L1
   static Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
   static void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
   static uint32_t cell(const float* from, int64_t) {
@@ -104,6 +110,21 @@ struct BFloat16Pairs : BFloat16 {
 using BFloat16Pairs = BFloat16;
 #endif
 
+#if defined(MEGASPARSE_AMX) || defined(MEGASPARSE_TILES)
+// Multiplied in tile registers, at most 2 x 2 tiles of sums at a time.
+struct BFloat16Tiles : BFloat16 {
+  static constexpr int kPerCell = 2;
+  static constexpr bool kInTiles = true;
+  static constexpr int64_t kSide = kTileSide, kStep = kTileSide, kRows = 2 * kTileSide;
+  static constexpr int64_t kGradientTokens = 256;  // loading and storing the sums then takes a third of the time
+  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
+};
+#else
+using BFloat16Tiles = BFloat16Pairs;
+#endif
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 // sums[row][v] += A[row] * B[v] over `steps` cells. A: cell (row, k) at a[row * a_row + k * a_step].
 template <class Type, int Rows, int Vectors>
 inline __attribute__((always_inline)) void accumulate(Vector (&sums)[Rows][Vectors], const uint32_t* a, int64_t a_row,
@@ -150,7 +171,7 @@ struct Groups {
 template <class Type, int Vectors>
 struct Product {
   using Element = typename Type::Element;
-  static constexpr int64_t kWidth = Vectors * kLanes, kPerCell = Type::kPerCell;
+  static constexpr int64_t kWidth = Vectors * Type::kSide, kPerCell = Type::kPerCell, kStep = Type::kStep;
   const Element *a, *weight, *bias;
   int64_t lda, ld_weight, ldc, tokens;
   bool transposed;
@@ -159,21 +180,29 @@ struct Product {
   uint32_t *packed_weights, *tiles;
 
   int64_t cells() const { return groups.block / kPerCell; }
-  uint32_t* weights_of(int64_t group) const { return packed_weights + groups.offsets[group] * groups.block * cells(); }
+  // Summed cells of a group, with those that pad them.
+  int64_t steps(int64_t group) const { return round_up(groups.size(group) * cells(), kStep); }
+  uint32_t* weights_of(int64_t group) const {
+    return packed_weights + (groups.offsets[group] * cells() + group * (kStep - 1)) * groups.block;
+  }
 
+  static int64_t weight_cells(const Groups& groups) {
+    return (groups.total() * groups.block / kPerCell + groups.count * (kStep - 1)) * groups.block;
+  }
+  static int64_t row_cells(const Groups& groups) {
+    return round_up(groups.largest() * groups.block / kPerCell, kStep) + kPadding;
+  }
   static int64_t tile_tokens(const Groups& groups) {
-    const int64_t row = groups.largest() * groups.block / kPerCell + kPadding;
-    return std::clamp<int64_t>(kTileCells / row / kMaxRows, 1, 32) * kMaxRows;
+    return std::clamp<int64_t>(kTileCells / row_cells(groups) / Type::kRows, 1, 384 / Type::kRows) * Type::kRows;
   }
-  static int64_t tile_cells(const Groups& groups) {
-    return tile_tokens(groups) * (groups.largest() * groups.block / kPerCell + kPadding);
-  }
+  static int64_t tile_cells(const Groups& groups) { return tile_tokens(groups) * row_cells(groups); }
 
   // Weights of a group as strips of kWidth outputs: [strip][cell of the summed dimension][output].
   void pack_weights(int64_t group) const {
     const int64_t cells = this->cells(), ld = ld_weight;
+    const int64_t padding = (steps(group) - groups.size(group) * cells) * kWidth;
     uint32_t* __restrict out = weights_of(group);
-    for (int64_t strip = 0; strip < groups.block; strip += kWidth)
+    for (int64_t strip = 0; strip < groups.block; strip += kWidth, out = std::fill_n(out, padding, 0u))
       for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += cells * kWidth) {
         const int64_t row = transposed ? group : groups.indices[j], column = transposed ? groups.indices[j] : group;
         const Element* from = weight + (row * ld + column) * groups.block + strip * (transposed ? ld : 1);
@@ -190,26 +219,32 @@ struct Product {
 
   // The group's blocks of a tile of A, side by side.
   void pack_tile(int64_t group, int64_t token, int64_t count, int64_t ld_tile, uint32_t* tile) const {
-    const int64_t width = cells(), ahead = 4 * lda;
+    const int64_t width = cells(), ahead = 4 * lda, padding = steps(group) - groups.size(group) * width;
     for (int64_t row = 0; row < count; ++row) {
       const Element* from = a + (token + row) * lda;
       uint32_t* __restrict out = tile + row * ld_tile;
       for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += width) {
         const Element* block = from + groups.indices[j] * groups.block;
         for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(block + ahead + k * kPerCell);
-        for (int64_t k = 0; k < width; ++k) out[k] = Type::cell(block + k * kPerCell, 1);
+        if (kPerCell * sizeof(Element) == 4)
+          std::memcpy(out, block, width * 4);
+        else
+          for (int64_t k = 0; k < width; ++k) out[k] = Type::cell(block + k * kPerCell, 1);
       }
+      std::fill_n(out, padding, 0u);
     }
   }
 
   void run_tile(int64_t group, int64_t token, int64_t count) const {
-    const int64_t steps = groups.size(group) * cells(), ld_tile = steps + kPadding;
+    const int64_t steps = this->steps(group), ld_tile = steps + kPadding;
     uint32_t* tile = tiles + omp_get_thread_num() * tile_cells(groups);
     pack_tile(group, token, count, ld_tile, tile);
     for (int64_t strip = 0; strip < groups.block; strip += kWidth) {
       const uint32_t* b = weights_of(group) + strip * steps;
       const int64_t output = group * groups.block + strip;
-      for (int64_t top = 0; top < count; top += kMaxRows)
+      for (int64_t top = 0; top < count && Type::kInTiles; top += Type::kRows)
+        multiply_in_tiles(tile + top * ld_tile, ld_tile, b, steps, token + top, std::min(Type::kRows, count - top), output);
+      for (int64_t top = 0; top < count && !Type::kInTiles; top += kMaxRows)
         with_rows(std::min<int64_t>(kMaxRows, count - top), [&](auto rows) {
           Vector sums[rows.value][Vectors] = {};
           accumulate<Type, rows.value, Vectors>(sums, tile + top * ld_tile, ld_tile, 1, b, steps);
@@ -223,10 +258,28 @@ struct Product {
     }
   }
 
+  // Some rows of a tile in tile registers; those that are read beyond them are nobody's.
+  void multiply_in_tiles(const uint32_t* rows, int64_t ld, const uint32_t* b, int64_t steps, int64_t token, int64_t count,
+                         int64_t output) const {
+    if constexpr (Type::kInTiles) {
+      alignas(64) float sums[Type::kRows * kWidth];
+      if (count > kTileSide)
+        multiply_tiles<2, Vectors>(rows, ld, b, kWidth, steps, sums, kWidth, false);
+      else
+        multiply_tiles<1, Vectors>(rows, ld, b, kWidth, steps, sums, kWidth, false);
+      for (int64_t row = 0; row < count; ++row)
+        for (int64_t i = 0; i < kWidth; i += kLanes) {
+          const Vector sum = Float32::load(sums + row * kWidth + i);
+          Type::store(c + (token + row) * ldc + output + i, bias ? sum + Type::load(bias + output + i) : sum);
+        }
+    }
+  }
+
   void run(int threads) const {
     const int64_t tile = tile_tokens(groups), num_tiles = (tokens + tile - 1) / tile;
 #pragma omp parallel num_threads(threads)
     {
+      [[maybe_unused]] const std::conditional_t<Type::kInTiles, TileRegisters, int> registers{};
 #pragma omp for schedule(dynamic, 1)
       for (int64_t group = 0; group < groups.count; ++group) pack_weights(group);
 #pragma omp for schedule(dynamic, 1)
@@ -242,7 +295,8 @@ struct Product {
 template <class Type, int Vectors>
 struct WeightGradient {
   using Element = typename Type::Element;
-  static constexpr int64_t kWidth = Vectors * kLanes, kPerCell = Type::kPerCell;
+  static constexpr int64_t kWidth = Vectors * Type::kSide, kPerCell = Type::kPerCell, kStep = Type::kStep;
+  static constexpr int64_t kGradientTokens = Type::kGradientTokens, kTileLd = kGradientTokens / kPerCell + kPadding;
   static constexpr bool kInPlace = std::is_same_v<Element, float>;
   const Element *dy, *x;
   int64_t ld_dy, ld_x, ld_dweight, tokens, num_columns;
@@ -252,13 +306,18 @@ struct WeightGradient {
   float *sums, *bias_sums;  // sums: [active block][block][block], where the gradient itself is not float32
 
   int64_t ld_packed() const { return rows.block + kPadding; }
-  int64_t packed_cells() const { return ld_packed() * kGradientTokens / kPerCell; }
+  int64_t packed_cells() const { return packed_cells(rows.block); }
+  static int64_t packed_cells(int64_t block) {
+    return Type::kInTiles ? block * kTileLd : (block + kPadding) * kGradientTokens / kPerCell;
+  }
+  static int64_t cells_of(int64_t count) { return round_up((count + kPerCell - 1) / kPerCell, kStep); }
 
-  // Tokens of a block row of dY: [cell][padded block].
+  // Tokens of a block row of dY: [cell][padded block]; for tiles [output][padded cells].
   void pack_dy(int64_t row, int64_t token, int64_t count) const {
     const Element* from = dy + token * ld_dy + row * rows.block;
     uint32_t* out = packed_dy + row * packed_cells();
-    for (int64_t t = 0; t < count && rows.size(row); t += kPerCell, out += ld_packed()) {
+    if (Type::kInTiles && rows.size(row)) pack_transposed(from, count, out);
+    for (int64_t t = 0; t < count && rows.size(row) && !Type::kInTiles; t += kPerCell, out += ld_packed()) {
       pack_row(from + t * ld_dy, ld_dy, t + kPerCell > count, rows.block, out);
       __builtin_prefetch(from + (t + 8) * ld_dy);
     }
@@ -270,13 +329,35 @@ struct WeightGradient {
     for (int64_t i = 0; i < rows.block; ++i) bias_sums[row * rows.block + i] += total[i];
   }
 
+  void pack_transposed(const Element* from, int64_t count, uint32_t* __restrict out) const {
+    const int64_t num_cells = cells_of(count);
+    uint32_t square[kTileSide][kTileSide];
+    for (int64_t cell = 0; cell < num_cells; cell += kTileSide)
+      for (int64_t i = 0; i < rows.block; i += kTileSide) {
+        for (int64_t k = 0; k < kTileSide; ++k) {
+          const int64_t t = (cell + k) * kPerCell;
+          __builtin_prefetch(from + (t + 2 * kTileSide) * ld_dy + i);
+          if (t < count)
+            pack_row(from + t * ld_dy + i, ld_dy, t + kPerCell > count, kTileSide, square[k]);
+          else
+            std::fill_n(square[k], kTileSide, 0u);
+        }
+        for (int64_t j = 0; j < kTileSide; ++j)
+          for (int64_t k = 0; k < kTileSide; ++k) out[(i + j) * kTileLd + cell + k] = square[k][j];
+      }
+  }
+
   // Tokens of a block column of X in strips: [strip][cell][kWidth].
   void pack_x(int64_t column, int64_t token, int64_t count) const {
     const Element* from = x + token * ld_x + column * rows.block;
     uint32_t* out = packed_x + column * packed_cells();
-    const int64_t num_cells = (count + kPerCell - 1) / kPerCell;
-    for (int64_t t = 0; t < count; t += kPerCell, out += kWidth)
+    const int64_t num_cells = cells_of(count);
+    for (int64_t t = 0; t < num_cells * kPerCell; t += kPerCell, out += kWidth)
       for (int64_t strip = 0; strip < rows.block; strip += kWidth) {
+        if (t >= count) {
+          std::fill_n(out + strip * num_cells, kWidth, 0u);
+          continue;
+        }
         __builtin_prefetch(from + (t + 8) * ld_x + strip);
         pack_row(from + t * ld_x + strip, ld_x, t + kPerCell > count, kWidth, out + strip * num_cells);
       }
@@ -292,14 +373,15 @@ struct WeightGradient {
 
   // Adds a tile of tokens to active block j, which lies in block row `row`.
   void add_block(int64_t j, int64_t row, int64_t count, bool first, bool last) const {
-    const int64_t block = rows.block, column = rows.indices[j], num_cells = (count + kPerCell - 1) / kPerCell;
+    const int64_t block = rows.block, column = rows.indices[j], num_cells = cells_of(count);
     const int64_t num_panels = (block + kMaxRows - 1) / kMaxRows;
     Element* target = dweight + row * block * ld_dweight + column * block;
     float* kept = kInPlace ? reinterpret_cast<float*>(target) : sums + j * block * block;
     const int64_t ld = kInPlace ? ld_dweight : block;
     for (int64_t strip = 0; strip < block; strip += kWidth) {
       const uint32_t* b = packed_x + column * packed_cells() + strip * num_cells;
-      for (int64_t panel = 0; panel < num_panels; ++panel) {
+      if (Type::kInTiles) add_in_tiles(packed_dy + row * packed_cells(), b, num_cells, kept + strip, first);
+      for (int64_t panel = 0; panel < num_panels && !Type::kInTiles; ++panel) {
         // Panels of nearly equal height: 64 rows = 9 * 6 + 2 * 5.
         const int64_t top = panel * block / num_panels, bottom = (panel + 1) * block / num_panels;
         with_rows(bottom - top, [&](auto height) {
@@ -323,8 +405,29 @@ struct WeightGradient {
     }
   }
 
+  // A strip of a block, in tile registers.
+  void add_in_tiles(const uint32_t* a, const uint32_t* b, int64_t num_cells, float* kept, bool first) const {
+    if constexpr (Type::kInTiles) {
+      constexpr int kTall = Vectors;  // blocks of 16 have one tile either way
+      for (int64_t top = 0; top < rows.block; top += kTall * kTileSide)
+        multiply_tiles<kTall, Vectors>(a + top * kTileLd, kTileLd, b, kWidth, num_cells, kept + top * rows.block,
+                                       rows.block, !first);
+    }
+  }
+
+  // The finished sums of an active block, rounded.
+  void round_block(int64_t j, int64_t row) const {
+    const int64_t block = rows.block;
+    for (int64_t i = 0; i < block; ++i)
+      for (int64_t at = 0; at < block; at += kLanes)
+        Type::store(dweight + (row * block + i) * ld_dweight + rows.indices[j] * block + at,
+                    Float32::load(sums + (j * block + i) * block + at));
+  }
+
   void run(const int32_t* block_rows, const int32_t* column_offsets, int threads) const {
 #pragma omp parallel num_threads(threads)
+    {
+    [[maybe_unused]] const std::conditional_t<Type::kInTiles, TileRegisters, int> registers{};
     for (int64_t token = 0; token < tokens; token += kGradientTokens) {
       const int64_t count = std::min(kGradientTokens, tokens - token);
 #pragma omp for schedule(dynamic, 1)
@@ -335,8 +438,11 @@ struct WeightGradient {
           pack_x(task - rows.count, token, count);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t j = 0; j < rows.total(); ++j)
+      for (int64_t j = 0; j < rows.total(); ++j) {
         add_block(j, block_rows[j], count, token == 0, token + count == tokens);
+        if (Type::kInTiles && token + count == tokens) round_block(j, block_rows[j]);
+      }
+    }
     }
     if (dbias)
       for (int64_t i = 0; i < rows.count * rows.block; i += kLanes) Type::store(dbias + i, Float32::load(bias_sums + i));
@@ -349,6 +455,9 @@ auto with_type(int is_bfloat16, int64_t block, Function&& function) {
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
   const bool wide = block >= 2 * kLanes;
+  static const bool has_tiles = ask_for_tiles();
+  if (is_bfloat16 && has_tiles)
+    return block > kTileSide ? function(BFloat16Tiles{}, Two{}) : function(BFloat16Tiles{}, One{});
   if (is_bfloat16) return wide ? function(BFloat16Pairs{}, Two{}) : function(BFloat16Pairs{}, One{});
   return wide ? function(Float32{}, Two{}) : function(Float32{}, One{});
 }
@@ -363,7 +472,7 @@ int64_t megasparse_product_scratch(int is_bfloat16, int64_t num_groups, const in
   return with_type(is_bfloat16, block, [&](auto type, auto vectors) -> int64_t {
     using Kernel = Product<decltype(type), vectors.value>;
     const Groups groups{num_groups, block, offsets, nullptr};
-    return 4 * (groups.total() * block * block / Kernel::kPerCell + threads * Kernel::tile_cells(groups));
+    return 4 * (Kernel::weight_cells(groups) + threads * Kernel::tile_cells(groups));
   });
 }
 
@@ -386,7 +495,7 @@ void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tok
            static_cast<Element*>(c),
            groups,
            weights,
-           weights + groups.total() * block * block / Kernel::kPerCell}
+           weights + Kernel::weight_cells(groups)}
         .run(threads);
   });
 }
@@ -394,8 +503,8 @@ void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tok
 // Bytes of scratch memory for the weight gradient.
 int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t num_rows, int64_t num_columns, int64_t num_active,
                                     int64_t block) {
-  return with_type(is_bfloat16, block, [&](auto type, auto) -> int64_t {
-    const int64_t cells = (block + kPadding) * kGradientTokens / decltype(type)::kPerCell;
+  return with_type(is_bfloat16, block, [&](auto type, auto vectors) -> int64_t {
+    const int64_t cells = WeightGradient<decltype(type), vectors.value>::packed_cells(block);
     return 4 * ((num_rows + num_columns) * cells + num_rows * block + (is_bfloat16 ? num_active * block * block : 0));
   });
 }
