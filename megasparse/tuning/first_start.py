@@ -33,7 +33,7 @@ from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machin
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import HEADS, measure_rows
-from megasparse.tuning.kernel_tuning import Case, as_measurement, store, with_bar
+from megasparse.tuning.kernel_tuning import Case, as_measurement, code_versions, store, with_bar
 from megasparse.utils.dtypes import dtype_name
 from megasparse.utils.files import describe_failure
 
@@ -146,7 +146,8 @@ class AttentionCase:
 
     def measure(self, device: str, seconds: float, meter: Meter) -> list[AttentionRow]:
         """At the length of the run and some shorter ones, the shortest first, as far as `seconds` allow."""
-        known = [row for row in self.table.own_rows(device) if any(self._is_of(row, name) for name in self.patterns)]
+        rows = self.table.own_rows(device, code_versions())
+        known = [row for row in rows if any(self._is_of(row, name) for name in self.patterns)]
         found: dict[tuple, AttentionRow] = {}
         lengths = _lengths(self.seq_length)
         options: dict[str, Any] = {"stride": self.stride, "head_dim": self.head_dim, "patterns": self.patterns}
@@ -214,10 +215,13 @@ def fit_tables(
 
 
 def missing(config: RunConfig, plan: Mapping[str, Any]) -> list[RunCase]:
-    """What decides about the kernels of the run, and is not in the user's own tables for this machine."""
+    """What decides about the kernels of the run, and is not in the user's own tables for this machine.
+
+    What was measured with other kernels, or another torch, is measured anew; until then it is the best that is known.
+    """
     device, dtype = plan["kernels"]["device"], DTYPES[config.train.precision]
     cases: list[RunCase] = [*_attention(config, device, dtype), *_layers(config, plan, device, dtype)]
-    rows = {table.name: table.own_rows(device) for table in (LAYERS_TABLE, ATTENTION_TABLE)}
+    rows = {table.name: table.own_rows(device, code_versions()) for table in (LAYERS_TABLE, ATTENTION_TABLE)}
     return [case for case in cases if not case.is_known(rows[case.table.name])]
 
 

@@ -8,8 +8,10 @@ measure_attention("cpu", ["fp32"], [128], [64], rounds=3, command="...")
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megasparse import kernels
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.break_even import TABLE, Row
@@ -107,16 +110,30 @@ def measure_attention(
 def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
     """Rows with the facts about this machine."""
     machine = this_machine(device)
+    packages = ("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")
     return Measurement(
         hardware=machine.hardware,
         model=machine.model,
         device=device,
         threads=machine.threads,
         rows=tuple(rows),
-        versions=package_versions(("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")),
+        versions=package_versions(packages) | code_versions(),
         command=command,
         date=datetime.date.today().isoformat(),
     )
+
+
+def code_versions() -> dict[str, str]:
+    """What decides about times besides the machine: torch, and a digest of the sources of the kernels."""
+    return {"torch": package_versions(("torch",))["torch"], "kernels": _sources_digest()}
+
+
+@cache
+def _sources_digest() -> str:
+    folder, state = Path(kernels.__file__).parent, hashlib.sha256()
+    for path in sorted(path for form in ("*.cpp", "*.h", "triton_*.py") for path in folder.rglob(form)):
+        state.update(path.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def store(path: Path, measurement: Measurement, table: BreakEvenTable = TABLE) -> None:

@@ -22,7 +22,7 @@ from megasparse.kernels.hybrid_attention import cpu as attention_cpu
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.training.plan import make_plan
-from megasparse.tuning import first_start
+from megasparse.tuning import first_start, kernel_tuning
 from megasparse.tuning.first_start import AttentionCase, LayerCase, Meter, affordable_tokens, fit_tables, missing
 from megasparse.tuning.first_start import rounds_within as rounds
 from megasparse.utils.dtypes import dtype_name
@@ -182,6 +182,18 @@ def test_threads_precision_and_model_of_the_processor_are_part_of_the_key(monkey
             assert limit(torch.bfloat16 if words else torch.float32) == 0.625
             torch.set_num_threads(1)
         assert limit() == 0.875
+
+
+def test_what_other_kernels_or_another_torch_have_measured_is_measured_anew(cache, monkeypatch) -> None:
+    fit(FakeTimer(break_even=0.875))
+    for versions in ({"kernels": "new"}, {"kernels": "new", "torch": "9"}):
+        monkeypatch.setattr(kernel_tuning, "code_versions", lambda found=versions: found)
+        monkeypatch.setattr(first_start, "code_versions", lambda found=versions: found)
+        assert limit() == 0.875 and not plan_warnings(), "until then it is the best that is known"
+        timer = FakeTimer(break_even=0.875)
+        assert fit(timer)[0] and len(timer.of("layer")) == len(LAYERS) and timer.of("attention")
+        assert not fit(FakeTimer())[0]
+    assert len(break_even.TABLE.read(cache / "break_even.json")) == 1, "in place of what was there"
 
 
 def test_a_table_of_another_machine_is_told(monkeypatch) -> None:

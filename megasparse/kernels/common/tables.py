@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
@@ -115,9 +115,9 @@ class BreakEvenTable:
         """
         return find_nearest(self, self.own(), this_machine(device), kind, sizes)
 
-    def own_rows(self, device: str) -> tuple[Any, ...]:
-        """What was measured on this machine with as many threads, the newest first."""
-        return own_rows(self, self.own(), this_machine(device))
+    def own_rows(self, device: str, versions: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+        """What was measured on this machine with as many threads, the newest first. versions: with these, by name."""
+        return own_rows(self, self.own(), this_machine(device), versions)
 
     def stand_in(self, device: str, kind: tuple[str, ...]) -> Machine | None:
         """The machine whose shipped rows ``nearest`` takes where there are no own ones; None where none are shipped."""
@@ -192,9 +192,15 @@ def find_nearest(
     return None
 
 
-def own_rows(table: BreakEvenTable, own: Path, machine: Machine) -> tuple[Any, ...]:
+def own_rows(
+    table: BreakEvenTable, own: Path, machine: Machine, versions: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
     """See ``BreakEvenTable.own_rows``. Of rows that are equally near the first one counts: the newest."""
-    mine = [measurement for measurement in read_once(table, own)[0] if measurement.machine.counts_for(machine)]
+    mine = [
+        measurement
+        for measurement in read_once(table, own)[0]
+        if measurement.machine.counts_for(machine) and (versions or {}).items() <= measurement.versions.items()
+    ]
     return tuple(row for measurement in reversed(mine) for row in measurement.rows)
 
 
