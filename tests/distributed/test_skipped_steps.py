@@ -62,7 +62,8 @@ def check(results: list[dict[str, dict[str, Any]]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(1, ONE_RANK), (2, TWO_RANKS), pytest.param(2, FURTHER, marks=pytest.mark.exhaustive)]
+    ("ranks", "cases"),
+    [(2, TWO_RANKS), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((1, ONE_RANK), (2, FURTHER)))],
 )
 def test_skipped_steps_change_nothing_on_any_rank(tmp_path: Path, ranks: int, cases: list) -> None:
     data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
