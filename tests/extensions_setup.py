@@ -22,6 +22,7 @@ SETTINGS = [
     "sparsity.block_size=8",
     "sparsity.algorithm=rigl",
     "sparsity.update_interval=2",
+    "kernels.tune=never",
 ]
 
 

@@ -28,11 +28,11 @@ ORDER = (
     "inference",
     "monitoring",
     "reporting",
+    "tuning",
     "training",
     "conversion",
     "evaluation",
     "planning",
-    "tuning",
     "gpu_check",
     "studies",
 )

@@ -221,8 +221,8 @@ class AttentionConfig(Section):
     """Exceptions by layer and head; the last that matches wins."""
     dense_fallback: bool | list[Pattern] = False
     """Full attention in place of patterns, which changes the model; true: of those for which the table of measurements
-    (tools/tune_kernels.py --attention) says that full attention is faster at this sequence length. A run resolves at
-    its start which these are, and its config.yaml lists them. Or a list of patterns."""
+    (kernels.tune, tools/tune_kernels.py --attention) says that full attention is faster at this sequence length. A run
+    resolves at its start which these are, and its config.yaml lists them. Or a list of patterns."""
 
     def head_offsets(self, num_heads: int) -> tuple[int, ...]:
         """Offset of each query head."""
@@ -504,7 +504,7 @@ class KernelsConfig(Section):
     block_sparse: Literal["auto", "dense", "reference", "cpu", "triton"] = "auto"
     """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
     break_even: Fraction | None = None
-    """Density above which auto takes dense products; unset: as measured (tools/tune_kernels.py)."""
+    """Density above which auto takes dense products; unset: as measured (tune, tools/tune_kernels.py)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
     elementwise: Literal["auto", "torch", "cpu"] = "auto"
@@ -513,6 +513,10 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "torch", "cpu"] = "auto"
     """Kernel of the optimizer step and the gradient norm: torch's operators over all weights, or a C++ kernel on CPUs
     that passes over inactive blocks; auto takes the latter where it can run."""
+    tune: Literal["auto", "never"] = "auto"
+    """auto: a run that starts on a machine where its layers and patterns were not measured with its precision and
+    number of threads measures them first, once, for about 15 s, and keeps that in the cache folder. never: what is
+    missing is taken from the measurements of another machine that MegaSparse is shipped with, with a warning."""
 
 
 class ParallelConfig(Section):

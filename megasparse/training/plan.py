@@ -30,6 +30,7 @@ from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.optimizer_kernels import optimizer_kernel, optimizer_obstacle
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
 from megasparse.models.build import build_model
@@ -120,7 +121,8 @@ def plan_run(
 
 def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
     """One for each reason: that there is no compiler concerns all kernels alike."""
-    found = [*kernels.warnings(), *attention_warnings(config, device, planned=planned)]
+    attention = attention_warnings(config, device, planned=planned)
+    found = [*kernels.warnings(), *table_warnings(config, kernels), *attention]
     obstacles = {
         "elementwise": elementwise_obstacle(config, device, planned=planned),
         "optimizer": optimizer_obstacle(config, device, planned=planned),

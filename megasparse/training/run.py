@@ -32,6 +32,7 @@ from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
 from megasparse.inference.sampling import sample_text
+from megasparse.kernels.common import tables
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.launching.identity import agree, check_steps, run_identity
 from megasparse.launching.run_lock import hold_folder, owner_of
@@ -62,6 +63,7 @@ from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation
+from megasparse.tuning.first_start import fit_tables
 from megasparse.utils.files import describe_failure, make_folders, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
@@ -147,6 +149,9 @@ def pretrain(
         refusal = None
         if environment.rank == 0:
             refusal = take_folder(prepared, held, lambda text: print_warnings([text], console))
+        if refusal is None:
+            prepared = fit_to_machine(prepared, config, environment, methods)
+        if environment.rank == 0:
             print_plan(prepared.plan, console)
         identity = run_identity(config, prepared.record, prepared.plan["kernels"]["device"])
         known, prepared = prepared.plan["warnings"], build_kernels(prepared, environment.world_size, methods)
@@ -187,10 +192,9 @@ def prepare(
     """
     check_run(config, world_size)
     folder = Path(config.run.folder) / config.run.name
-    before = folder / "config.yaml" if config.train.resume == "auto" else None
     if device is None:
         check_precision(config, torch.device(target_device()))
-    config = resolve_dense_fallback(config, device or target_device(), before)
+    config = _resolved(config, folder, device or target_device())
     tokenizer = open_tokenizer(config)
     vocab_size = vocabulary_size(config, tokenizer)
     plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
@@ -201,6 +205,29 @@ def prepare(
     going_on = config.train.resume == "auto" and CheckpointStore(folder / CHECKPOINTS, 1).folders()
     changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
     return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed)
+
+
+def fit_to_machine(
+    prepared: Prepared, given: RunConfig, environment: LaunchEnvironment, methods: Sequence[MethodFactory] = ()
+) -> Prepared:
+    """The run as it is once the tables that choose kernels know this machine, which may take some seconds of measuring.
+
+    The first rank of each node measures, before it comes to where all ranks meet; the others read the tables anew after
+    that. given: the configuration before anything in it was resolved for a machine.
+    """
+    if given.kernels.tune == "never" or environment.local_rank != 0:
+        return prepared
+    console, device = make_console(), prepared.plan["kernels"]["device"]
+
+    def tell(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    told = tell if environment.rank == 0 else None
+    if not fit_tables(given, prepared.plan, tell=told, warn=lambda text: print_warnings([text], console)):
+        return prepared
+    config = _resolved(given, prepared.folder, device)
+    plan = plan_run(config, prepared.vocab_size, environment.world_size, device, methods)
+    return replace(prepared, config=config, plan=plan)
 
 
 def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodFactory] = ()) -> Prepared:
@@ -231,6 +258,9 @@ def build(
     timeout, start_seconds = config.train.distributed_timeout_seconds, config.train.start_timeout_seconds
     size = config.parallel.tensor_parallel_size
     mesh = stack.enter_context(open_mesh(environment, timeout, size, start_seconds=start_seconds, agree=agree))
+    if config.kernels.tune == "auto":
+        # All ranks have come: the first one of this node has measured what was missing.
+        tables.forget()
     config = agree_on_dense_fallback(config, mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     closing = stack.enter_context(ExitStack())
@@ -392,6 +422,12 @@ def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, 
         "finished": state.step == config.train.steps,
         "reason": reason,
     }
+
+
+def _resolved(config: RunConfig, folder: Path, device: str) -> RunConfig:
+    """With a list of patterns in place of attention.dense_fallback: true; a run that goes on keeps its list."""
+    before = folder / "config.yaml" if config.train.resume == "auto" else None
+    return resolve_dense_fallback(config, device, before)
 
 
 def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:

@@ -8,28 +8,35 @@ measure_attention("cpu", ["fp32"], [128], [64], rounds=3, command="...")
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megasparse import kernels
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.kernels import block_sparse
 from megasparse.kernels.block_sparse.break_even import TABLE, Row
 from megasparse.kernels.block_sparse.measure import DENSITIES, efficiency, host_seconds, measure_row, speedup
 from megasparse.kernels.block_sparse.tuning import tune_layer
-from megasparse.kernels.common.tables import BreakEvenTable, Measurement, merged
+from megasparse.kernels.common.tables import BreakEvenTable, Measurement, merged, this_machine
 from megasparse.kernels.hybrid_attention import fast_kernel
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import measure_rows
 from megasparse.monitoring.console import print_table
 from megasparse.utils.dtypes import dtype_name
-from megasparse.utils.hardware import hardware_name, package_versions
+from megasparse.utils.hardware import package_versions
+
+LOCK_SECONDS = 30
+"""Writing takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,13 @@ def cases(
 def measure_all(todo: Sequence[Case], device: str, rounds: int, command: str) -> Measurement:
     """All rows, with a bar on standard error where that is a terminal."""
     rows = []
-    for case in _with_bar(todo):
+    for case in with_bar(todo):
         # The Triton kernels find their tiles for a layer first.
         for density in DENSITIES if device == "cuda" else ():
             tune_layer(device, case.dtype, case.block, case.tokens, case.widths, density)
         shape: dict[str, Any] = {"block": case.block, "tokens": case.tokens, "widths": case.widths}
         rows.append(measure_row(case.backend, device, case.dtype, densities=DENSITIES, rounds=rounds, **shape))
-    return _as_measurement(rows, device, command)
+    return as_measurement(rows, device, command)
 
 
 def measure_attention(
@@ -91,35 +98,53 @@ def measure_attention(
 ) -> Measurement:
     """The attention patterns against a boolean mask and dense attention."""
     rows: list[AttentionRow] = []
-    for precision, stride, head_dim in _with_bar(list(product(precisions, strides, head_dims))):
+    for precision, stride, head_dim in with_bar(list(product(precisions, strides, head_dims))):
         options = {"stride": stride, "head_dim": head_dim, "lengths": lengths, "rounds": rounds}
         fastest = fast_kernel(device, DTYPES[precision], head_dim)
         # On CPUs `tiled` too, for where there is no compiler.
         for kernel in dict.fromkeys([fastest, "tiled"] if device == "cpu" else [fastest]):
             rows += measure_rows(kernel, device, DTYPES[precision], **options)
-    return _as_measurement(rows, device, command)
+    return as_measurement(rows, device, command)
 
 
-def _as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
+def as_measurement(rows: Sequence[Row | AttentionRow], device: str, command: str) -> Measurement:
     """Rows with the facts about this machine."""
+    machine = this_machine(device)
+    packages = ("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")
     return Measurement(
-        hardware=hardware_name(device),
+        hardware=machine.hardware,
+        model=machine.model,
         device=device,
-        threads=torch.get_num_threads(),
+        threads=machine.threads,
         rows=tuple(rows),
-        versions=package_versions(("megasparse", "torch", "triton") if device == "cuda" else ("megasparse", "torch")),
+        versions=package_versions(packages) | code_versions(),
         command=command,
         date=datetime.date.today().isoformat(),
     )
 
 
+def code_versions() -> dict[str, str]:
+    """What decides about times besides the machine: torch, and a digest of the sources of the kernels."""
+    return {"torch": package_versions(("torch",))["torch"], "kernels": _sources_digest()}
+
+
+@cache
+def _sources_digest() -> str:
+    folder, state = Path(kernels.__file__).parent, hashlib.sha256()
+    for path in sorted(path for form in ("*.cpp", "*.h", "triton_*.py") for path in folder.rglob(form)):
+        state.update(path.read_bytes())
+    return state.hexdigest()[:16]
+
+
 def store(path: Path, measurement: Measurement, table: BreakEvenTable = TABLE) -> None:
     """Add to the file, in place of what it holds of the same cases. A file that is no table is a ValueError.
 
-    table: of such files.
+    table: of such files. Writers wait for each other, or one would lose what another adds.
     """
-    known = table.read(path) if path.exists() else ()
-    table.write(path, merged(known, measurement))
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+        known = table.read(path) if path.exists() else ()
+        table.write(path, merged(known, measurement))
 
 
 def print_attention_rows(rows: Sequence[AttentionRow], console: Console) -> None:
@@ -162,10 +187,11 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     print_table(table, console)
 
 
-def _with_bar(todo: Sequence[Any]) -> Iterator[Any]:
+def with_bar(todo: Sequence[Any], *, shown: bool = True) -> Generator[Any, None, None]:
+    """Each of them, with a bar on standard error where that is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task("", total=len(todo))
         for case in todo:
             bar.update(task, description=str(case))

@@ -35,9 +35,25 @@ def hardware_name(device: str) -> str:
     """Model of the processor, or of the GPU; empty for a GPU that is not there."""
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return _processor_facts().get("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def hardware_model(device: str) -> str:
+    """Numbers of the processor's family and model, as `25.1`: virtual machines call many processors `AMD EPYC`.
+
+    Empty for GPUs, whose names tell, and where the system does not say.
+    """
+    facts = {} if device == "cuda" else _processor_facts()
+    numbers = [facts.get(name, "") for name in ("cpu family", "model")]
+    return ".".join(numbers) if all(numbers) else ""
+
+
+def _processor_facts() -> dict[str, str]:
+    """What Linux says of the first core."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    fallback = platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), fallback)
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -78,7 +78,9 @@ def test_a_plan_says_in_which_units_its_layers_are_sparse() -> None:
 def test_every_preset_plans_and_gives_no_setting_in_vain(name: str) -> None:
     result = plan(name)
     assert result["flops"]["algorithmic"] > 0 and result["parallel"]["accumulation_steps"] >= 1
-    assert [line for line in result["warnings"] if "data.train is unset" not in line] == []
+    # Of the machine, not of the preset: whether anything was measured there.
+    ignored = ("data.train is unset", "kernels.tune auto: no measurements")
+    assert [line for line in result["warnings"] if not any(words in line for words in ignored)] == []
 
 
 def test_the_paper_preset_costs_about_a_quarter_at_a_mean_density_of_about_a_fifth() -> None:

@@ -53,6 +53,7 @@ SETTINGS = [
     "sparsity.restoration_start=0.5",
     "sparsity.restoration_end=0.8",
     "attention.stride=8",
+    "kernels.tune=never",
 ]
 
 

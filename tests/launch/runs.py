@@ -47,6 +47,8 @@ TINY = [
     "sparsity.update_interval=2",
     "sparsity.warmup_end=0.25",
     "attention.stride=8",
+    # A start on a new machine would measure for seconds.
+    "kernels.tune=never",
 ]
 
 

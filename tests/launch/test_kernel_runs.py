@@ -81,6 +81,23 @@ def test_the_tuner_measures_attention_patterns(tmp_path: Path) -> None:
     assert "attention_break_even.json: no table" in run(tool, variables=variables, expect=2).stdout
 
 
+def test_a_first_start_measures_once_and_all_that_a_table_decides_follows(corpus: Path, tmp_path: Path) -> None:
+    """Without a compiler only the attention by tiles is left to be measured: at 32 tokens full attention is faster."""
+    variables = {"CXX": "no-such-compiler", "MEGASPARSE_CACHE": str(tmp_path / "cache")}
+    table = tmp_path / "cache" / "attention_break_even.json"
+    words = ["kernels.tune=auto", "attention.dense_fallback=true", "run.name=new"]
+    first = run(command(corpus, tmp_path, *words, "train.stop_after=2"), variables=variables)
+    assert first.stdout.count("measuring the kernels on this machine") == 1, "rank 0 tells, the other one reads"
+    assert first.stdout.index("measuring") < first.stdout.index("Plan of new")
+    (measurement,) = json.loads(table.read_text())["measurements"]
+    assert (measurement["hardware"], measurement["threads"]) == (hardware_name("cpu"), 1)
+    assert [(row["pattern"], list(row["seconds"])) for row in measurement["rows"]] == [("sparse", ["32"])]
+    assert load_config([tmp_path / "new" / "config.yaml"]).attention.dense_fallback == ["sparse"]
+    before = table.read_bytes()
+    again = run(command(corpus, tmp_path, *words, "train.resume=auto", "train.stop_after=4"), variables=variables)
+    assert "measuring" not in again.stdout and table.read_bytes() == before
+
+
 def test_a_run_settles_its_dense_fallback_and_keeps_to_it(corpus: Path, tmp_path: Path) -> None:
     """A table that says that full attention is faster than `sparse` is there at the first start only."""
     seconds = {"32": {"kernel": 2.0, "mask": 3.0, "dense": 1.0}, "64": {"kernel": 1.0, "mask": 3.0, "dense": 2.0}}

@@ -4,10 +4,12 @@
 rows are
 
     {"backend": "cpu", "dtype": "float32", "block": 64, "tokens": 2048, "in": 768, "out": 3072,
-     "break_even": 0.93, "dense_seconds": 0.4, "seconds": {"0.1": 0.04, ...}, "host_seconds": {"dense": 0.1, ...}}
+     "break_even": 0.93, "dense_seconds": 0.4, "seconds": {"0.1": 0.04, ...}, "host_seconds": {"dense": 0.1, ...},
+     "counts_for": [8192, 768, 50304]}
 
 A row of the same backend and dtype fits; block, tokens and widths say how near it is. Where no row fits, ``unmeasured``
 tells what is assumed. Seconds are the device's; those that the host needs to hand the work out are kept beside them.
+A row that was measured with fewer tokens or less width than a layer has, to save time, counts for those of the layer.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Row:
     """By density."""
     host_seconds: dict[str, float] = field(default_factory=dict)
     """Of the host, which hands the work out, by density and `dense`; empty where the host does it itself."""
+    counts_for: tuple[int, ...] = ()
+    """(tokens, in, out) in place of the measured ones where the row is looked up; empty: those that were measured."""
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -52,7 +56,7 @@ class Row:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.block, self.tokens, self.in_features, self.out_features
+        return self.block, *(self.counts_for or (self.tokens, self.in_features, self.out_features))
 
     @property
     def case(self) -> tuple[str | int, ...]:
@@ -94,7 +98,10 @@ def _row(entry: dict[str, Any]) -> Row:
         {str(density): float(value) for density, value in times.items()}
         for times in (entry["seconds"], entry.get("host_seconds", {}))
     )
-    return Row(backend, dtype, block, tokens, inner, outer, break_even, dense, seconds, host)
+    stands_for = tuple(int(size) for size in entry.get("counts_for", ()))
+    if len(stands_for) not in (0, 3):
+        raise ValueError(f"counts_for: {list(stands_for)} has {len(stands_for)} entries; must be tokens, in and out")
+    return Row(backend, dtype, block, tokens, inner, outer, break_even, dense, seconds, host, stands_for)
 
 
 SHIPPED = Path(__file__).with_name("break_even.json")

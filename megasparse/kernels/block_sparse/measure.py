@@ -1,11 +1,13 @@
 """Measures one sparse layer against dense products, in turns (``common.medians``).
 
 row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(768, 3072))
+
+``round_seconds`` tells beforehand, from one pass of each with few tokens, about how long one of its rounds takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +18,7 @@ from megasparse.kernels.block_sparse import sparse_linear
 from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.dense import apply_mask_
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
-from megasparse.kernels.common.medians import medians, training_pass
+from megasparse.kernels.common.medians import medians, on_host, training_pass
 from megasparse.utils.dtypes import dtype_name
 
 DENSITIES = (0.1, 0.4, 0.7, 1.0)
@@ -43,8 +45,12 @@ def measure_row(
     widths: tuple[int, int],
     densities: Sequence[float] = DENSITIES,
     rounds: int = 3,
+    fastest: bool = False,
 ) -> Row:
-    """Times of one layer at each density, and its break-even density. widths, (in, out): multiples of `block`."""
+    """Times of one layer at each density, and its break-even density.
+
+    widths: (in, out), multiples of `block`. fastest: see ``medians``.
+    """
     in_features, out_features = widths
     x, dense_weight, bias, dy = (
         torch.randn(*shape, device=device).to(dtype)
@@ -54,7 +60,7 @@ def measure_row(
     passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
     for weight, index in layers:
         passes.append(training_pass(partial(sparse_linear, index=index, kernel=backend), (x, weight, bias), dy))
-    dense, *ours = medians(passes, device, rounds)
+    dense, *ours = medians(passes, device, rounds, fastest=fastest)
     by_density = {index.density: value.device for (_, index), value in zip(layers, ours, strict=True)}
     host = {f"{index.density:.4g}": value.host for (_, index), value in zip(layers, ours, strict=True)}
     return Row(
@@ -69,6 +75,26 @@ def measure_row(
         seconds=rounded({f"{density:.4g}": value for density, value in by_density.items()}),
         host_seconds=rounded({"dense": dense.host, **host}) if device == "cuda" else {},
     )
+
+
+def round_seconds(
+    backend: str, dtype: torch.dtype, *, block: int, widths: tuple[int, int], densities: Sequence[float] = DENSITIES
+) -> Callable[[int], float]:
+    """A function tokens -> about the seconds of a round of ``measure_row`` on a CPU."""
+    dense_weight, bias = torch.randn(widths[1], widths[0]).to(dtype), torch.randn(widths[1]).to(dtype)
+    weight, index = random_layer(dense_weight, block, 1.0)
+    ours = partial(sparse_linear, index=index, kernel=backend)
+
+    def expect(tokens: int) -> float:
+        x, dy = (torch.randn(tokens, width).to(dtype) for width in widths)
+        dense, full = (
+            on_host(training_pass(function, (x, matrix, bias), dy)).host
+            for function, matrix in ((F.linear, dense_weight), (ours, weight))
+        )
+        return dense + sum(densities) * full
+
+    expect(1)  # loads and imports what the first pass needs, which may take seconds
+    return expect
 
 
 def rounded(seconds: Mapping[str, float]) -> dict[str, float]:

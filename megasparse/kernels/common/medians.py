@@ -48,11 +48,17 @@ def training_pass(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy:
 
 
 def medians(
-    passes: Sequence[Callable[[], None]], device: str, rounds: int, stopwatch: Stopwatch | None = None
+    passes: Sequence[Callable[[], None]],
+    device: str,
+    rounds: int,
+    stopwatch: Stopwatch | None = None,
+    *,
+    fastest: bool = False,
 ) -> list[Seconds]:
     """Median seconds of each pass over the rounds, in which they take turns; one more round warms up.
 
-    stopwatch: measures one pass; None: that of the device type.
+    stopwatch: measures one pass; None: that of the device type. fastest: of the fastest round instead, which few rounds
+    on a busy machine tell better.
     """
     measure = stopwatch or (DeviceStopwatch() if device == "cuda" else on_host)
     times: list[list[Seconds]] = [[] for _ in passes]
@@ -61,7 +67,8 @@ def medians(
             elapsed = measure(run)
             if number:
                 own.append(elapsed)
-    return [Seconds(*map(statistics.median, zip(*own, strict=True))) for own in times]
+    statistic: Callable[[Sequence[float]], float] = min if fastest else statistics.median
+    return [Seconds(*map(statistic, zip(*own, strict=True))) for own in times]
 
 
 def on_host(run: Callable[[], None]) -> Seconds:

@@ -1,14 +1,15 @@
 """Tables of measured break-even points: JSON files of measurements, each with the facts about its machine and rows.
 
     {"format": "...", "measurements": [{
-        "hardware": "AMD EPYC 7543", "device": "cpu", "threads": 2, "versions": {...}, "command": "...", "date": "...",
-        "rows": [...]}]}
+        "hardware": "AMD EPYC 7543", "model": "25.1", "device": "cpu", "threads": 2, "versions": {...},
+        "command": "...", "date": "...", "rows": [...]}]}
 
 Each family has a ``BreakEvenTable`` with a `format` and rows of its own, and two files of it: the user's own in the
-cache folder, which tools/tune_kernels.py writes, and the shipped one beside the module that reads it. The user's
-counts for the hardware and the number of threads that it was measured with; in the other one the measurement of the
-same device type counts whose number of threads is nearest. Among the rows of a machine that are of the kind asked for
-the nearest one wins, by the sum of the distances of the logarithms of its sizes. A file is read once per process.
+cache folder, which runs and tools/tune_kernels.py write, and the shipped one beside the module that reads it. The
+user's counts for the hardware and the number of threads that it was measured with; in the other one the measurement of
+the same device type counts whose number of threads is nearest, and ``stand_in`` tells of which machine it is. Among the
+rows of a machine that are of the kind asked for the nearest one wins, by the sum of the distances of the logarithms of
+its sizes. A file is read once per process, or until ``forget``.
 """
 
 from __future__ import annotations
@@ -16,18 +17,42 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megasparse.kernels.common.build import cache_folder
 from megasparse.utils.files import write_json
-from megasparse.utils.hardware import hardware_name
+from megasparse.utils.hardware import hardware_model, hardware_name
+
+
+class Machine(NamedTuple):
+    """What times depend on. Threads are those of one process; on a GPU they have no part in the work."""
+
+    hardware: str
+    model: str
+    """Tells processors of one name apart, see ``hardware_model``; empty where nobody has said."""
+    device: str
+    threads: int
+
+    def counts_for(self, other: Machine) -> bool:
+        """Whether times of this machine are times of the other one."""
+        same_model = not (self.model and other.model) or self.model == other.model
+        same_threads = self.device == "cuda" or self.threads == other.threads
+        return (self.hardware, self.device) == (other.hardware, other.device) and same_model and same_threads
+
+    def __str__(self) -> str:
+        return self.hardware if self.device == "cuda" else f"{self.hardware}, threads: {self.threads}"
+
+
+def this_machine(device: str) -> Machine:
+    """The one at hand, with as many threads as this process uses."""
+    return Machine(hardware_name(device), hardware_model(device), device, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -41,10 +66,11 @@ class Measurement:
     versions: dict[str, str]
     command: str = ""
     date: str = ""
+    model: str = ""
 
     @property
-    def machine(self) -> tuple[str, str, int]:
-        return self.hardware, self.device, self.threads
+    def machine(self) -> Machine:
+        return Machine(self.hardware, self.model, self.device, self.threads)
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ class BreakEvenTable:
     is asked for, `sizes` may be near to it, and `case` tells the row apart from others of its machine."""
 
     def own(self) -> Path:
-        """Where tools/tune_kernels.py writes and ``nearest`` reads."""
+        """Where measurements are written and ``nearest`` reads first."""
         # Layers ask in every step: a path is not put together anew while nothing has changed.
         return _own_table(self.name, *map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
 
@@ -87,7 +113,22 @@ class BreakEvenTable:
 
         sizes: None in place of one that does not matter.
         """
-        return find_nearest(self, self.own(), (hardware_name(device), torch.get_num_threads(), device), kind, sizes)
+        return find_nearest(self, self.own(), this_machine(device), kind, sizes)
+
+    def own_rows(self, device: str, versions: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+        """What was measured on this machine with as many threads, the newest first. versions: with these, by name."""
+        return own_rows(self, self.own(), this_machine(device), versions)
+
+    def stand_in(self, device: str, kind: tuple[str, ...]) -> Machine | None:
+        """The machine whose shipped rows ``nearest`` takes where there are no own ones; None where none are shipped."""
+        _, *others = _groups(self, self.own(), this_machine(device))
+        return next((of for of, rows in others if any(row.kind == kind for row in rows)), None)
+
+
+def forget() -> None:
+    """Read the files anew: another process, or this one, has written them."""
+    read_once.cache_clear()
+    find_nearest.cache_clear()
 
 
 @cache
@@ -128,7 +169,9 @@ def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
     """`new` and what is known besides: rows of the same machine and layer are replaced."""
     again = {row.case for row in new.rows}
     kept = [
-        replace(old, rows=tuple(row for row in old.rows if old.machine != new.machine or row.case not in again))
+        replace(old, rows=tuple(row for row in old.rows if row.case not in again))
+        if old.machine.counts_for(new.machine)
+        else old
         for old in known
     ]
     return [*(old for old in kept if old.rows), new]
@@ -138,22 +181,39 @@ def merged(known: Sequence[Measurement], new: Measurement) -> list[Measurement]:
 def find_nearest(
     table: BreakEvenTable,
     own: Path,
-    machine: tuple[str, int, str],
+    machine: Machine,
     kind: tuple[str, ...],
     sizes: tuple[int | None, ...],
 ) -> Any:
-    """See ``BreakEvenTable.nearest``. machine: hardware, number of threads and device type."""
-    hardware, threads, device = machine
-    # Threads of the host have no part in a GPU's work.
-    count = (lambda measurement: 1) if device == "cuda" else (lambda measurement: measurement.threads)
-    wanted = 1 if device == "cuda" else threads
-    mine = [m for m in read_once(table, own)[0] if (m.hardware, m.device, count(m)) == (hardware, device, wanted)]
-    others = [m for m in read_once(table, table.shipped)[0] if m.device == device]
-    others.sort(key=lambda m: (distance(count(m), wanted), m.hardware != hardware, m.machine))
-    for group in (mine, *(list(group) for _, group in groupby(others, key=lambda m: m.machine))):
-        if rows := [row for measurement in group for row in measurement.rows if row.kind == kind]:
-            return min(rows, key=lambda row: sum(map(distance, row.sizes, sizes)))
+    """See ``BreakEvenTable.nearest``."""
+    for _, rows in _groups(table, own, machine):
+        if fitting := [row for row in rows if row.kind == kind]:
+            return min(fitting, key=lambda row: sum(map(distance, row.sizes, sizes)))
     return None
+
+
+def own_rows(
+    table: BreakEvenTable, own: Path, machine: Machine, versions: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
+    """See ``BreakEvenTable.own_rows``. Of rows that are equally near the first one counts: the newest."""
+    mine = [
+        measurement
+        for measurement in read_once(table, own)[0]
+        if measurement.machine.counts_for(machine) and (versions or {}).items() <= measurement.versions.items()
+    ]
+    return tuple(row for measurement in reversed(mine) for row in measurement.rows)
+
+
+def _groups(table: BreakEvenTable, own: Path, machine: Machine) -> Iterator[tuple[Machine, tuple[Any, ...]]]:
+    """Machines with their rows, the most trusted first: this one, then those of the shipped table."""
+    yield machine, own_rows(table, own, machine)
+    # Threads of the host have no part in a GPU's work.
+    count = (lambda measurement: 1) if machine.device == "cuda" else (lambda measurement: measurement.threads)
+    wanted = 1 if machine.device == "cuda" else machine.threads
+    others = [m for m in read_once(table, table.shipped)[0] if m.device == machine.device]
+    others.sort(key=lambda m: (distance(count(m), wanted), m.hardware != machine.hardware, m.machine))
+    for other, group in groupby(others, key=lambda m: m.machine):
+        yield other, tuple(row for measurement in group for row in measurement.rows)
 
 
 def distance(a: int, b: int | None) -> float:
@@ -164,7 +224,8 @@ def distance(a: int, b: int | None) -> float:
 def _measurement(entry: dict[str, Any], parse_row: Callable[[dict[str, Any]], Any]) -> Measurement:
     rows = tuple(parse_row(row) for row in entry["rows"])
     facts = {name: str(entry[name]) for name in ("hardware", "device", "command", "date")}
-    return Measurement(threads=int(entry["threads"]), versions=dict(entry["versions"]), rows=rows, **facts)
+    threads, model = int(entry["threads"]), str(entry.get("model", ""))
+    return Measurement(threads=threads, model=model, versions=dict(entry["versions"]), rows=rows, **facts)
 
 
 def _entry(measurement: Measurement) -> dict[str, Any]:

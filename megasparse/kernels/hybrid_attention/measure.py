@@ -2,7 +2,7 @@
 
     rows = measure_rows("tiled", "cpu", torch.float32, stride=128, head_dim=64)
 
-All patterns take turns with the other two (``common.medians``).
+The patterns take turns with the other two (``common.medians``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megasparse.utils.dtypes import dtype_name
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 HEADS = 4
-"""Enough for all threads of a small machine; times grow linearly with more."""
+"""At the least; on CPUs as many as there are threads, since one thread computes a head. Times grow linearly with
+more."""
 
 
 def measure_rows(
@@ -32,11 +33,18 @@ def measure_rows(
     stride: int,
     head_dim: int,
     lengths: Sequence[int] = LENGTHS,
-    heads: int = HEADS,
+    heads: int | None = None,
     rounds: int = 3,
+    patterns: Sequence[str] | None = None,
+    fastest: bool = False,
 ) -> list[Row]:
-    """One row for each pattern but `full` that the kernel computes."""
-    patterns = [pattern for pattern in PATTERNS if pattern != "full" and KERNELS[kernel].computes(pattern)]
+    """One row for each of the patterns but `full` that the kernel computes.
+
+    patterns: None: all that there are. fastest: see ``medians``.
+    """
+    asked = PATTERNS if patterns is None else patterns
+    patterns = [pattern for pattern in asked if pattern != "full" and KERNELS[kernel].computes(pattern)]
+    heads = heads or (HEADS if device == "cuda" else max(HEADS, torch.get_num_threads()))
     seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     host: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     for seq_length in sorted(set(lengths)):
@@ -50,7 +58,8 @@ def measure_rows(
             partial(F.scaled_dot_product_attention, attn_mask=mask),
             *(partial(hybrid_attention, patterns=pattern, stride=stride, kernel=kernel) for pattern in patterns),
         ]
-        dense, masked, *ours = medians([training_pass(each, (q, k, v), dy) for each in attentions], device, rounds)
+        passes = [training_pass(each, (q, k, v), dy) for each in attentions]
+        dense, masked, *ours = medians(passes, device, rounds, fastest=fastest)
         for pattern, own in zip(patterns, ours, strict=True):
             times = {"kernel": own, "mask": masked, "dense": dense}
             seconds[pattern][str(seq_length)] = {name: round(value.device, 7) for name, value in times.items()}
