@@ -24,7 +24,9 @@ def test_kernels_change_at_the_break_even_density_and_leave_the_curve(corpus: Pa
     lines, dense = metrics(tmp_path / "mixed"), metrics(tmp_path / "dense")
     # Sums in float32 in another order, over 24 steps.
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in dense], rel=1e-4)
-    assert [line[4:] for line in curve(tmp_path / "mixed")][0] == [line[4:] for line in curve(tmp_path / "dense")][0]
+    (density, phase, lr, norm, flops), other = (curve(tmp_path / name)[0][4:] for name in ("mixed", "dense"))
+    # One rank adds up the squares of a gradient in another order than two.
+    assert (density, phase, lr, pytest.approx(norm, rel=1e-6), flops) == other
     # Below the break-even density the FLOPs that are executed fall with the algorithmic ones.
     assert lines[-1]["flops_executed"] < dense[-1]["flops_executed"]
     assert "kernels: 8 layers dense -> cpu (attention.qkv, attention.output, mlp.up, mlp.down)" in mixed.stdout
