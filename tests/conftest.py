@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_RUNS = ("launch", "distributed", "extensions", "faults")
+"""Folders of tests that start runs and take long."""
 
 # The machines of CI are shared: a slow example is no failure, and the same examples must run everywhere.
 settings.register_profile("megasparse", deadline=None, derandomize=True, max_examples=60, database=None)
@@ -26,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Workers take modules in this order: those that wait for whole runs begin while others keep the cores busy.
+    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").parts[0] not in WITH_RUNS)
     if not config.getoption("exhaustive"):
         for item in items:
             if item.get_closest_marker("exhaustive"):

@@ -201,3 +201,9 @@ def test_the_checks_can_fail(tmp_path, monkeypatch) -> None:
             check()
     with pytest.raises(AssertionError, match="megasparse.training.loop"):
         test_packages_import_only_what_lies_below_them("kernels")
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """There are no packages of tests: two modules of one name cannot both be imported."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert {name for name in names if names.count(name) > 1} <= {"conftest.py"}
