@@ -25,10 +25,9 @@ from megasparse.cost.attention_kernels import (
     check_attention,
     resolve_dense_fallback,
 )
-from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
+from megasparse.cost.cpu_kernels import KERNELS, cpu_kernel, cpu_kernel_obstacles
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
-from megasparse.cost.optimizer_kernels import optimizer_kernel, optimizer_obstacle
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
@@ -108,8 +107,7 @@ def plan_run(
             "device": device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
             "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
-            "elementwise": elementwise_kernel(config, device, planned=planned_kernels),
-            "optimizer": optimizer_kernel(config, device, planned=planned_kernels),
+            **{name: cpu_kernel(config, name, device, planned=planned_kernels) for name in KERNELS},
         },
         "warnings": [
             *unused_settings(config),
@@ -123,12 +121,8 @@ def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, p
     """One for each reason: that there is no compiler concerns all kernels alike."""
     attention = attention_warnings(config, device, planned=planned)
     found = [*kernels.warnings(), *table_warnings(config, kernels), *attention]
-    obstacles = {
-        "elementwise": elementwise_obstacle(config, device, planned=planned),
-        "optimizer": optimizer_obstacle(config, device, planned=planned),
-    }
-    for name, reason in obstacles.items():
-        if reason is not None and not any(reason in warning for warning in found):
+    for name, reason in cpu_kernel_obstacles(config, device, planned=planned).items():
+        if not any(reason in warning for warning in found):
             found.append(f"kernels.{name} auto takes torch's operators: {reason}")
     return found
 

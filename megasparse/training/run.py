@@ -24,9 +24,8 @@ from megasparse.config.resuming import check_resume
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import growth_step, is_small, small_stage
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
-from megasparse.cost.elementwise_kernels import prepare_elementwise
+from megasparse.cost.cpu_kernels import prepare_cpu_kernels
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
-from megasparse.cost.optimizer_kernels import prepare_optimizer
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
@@ -236,7 +235,7 @@ def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodF
     Raises ConfigError where one cannot that was asked for by name.
     """
     config, plan, device = prepared.config, prepared.plan, prepared.plan["kernels"]["device"]
-    by_device = (prepare_attention, prepare_elementwise, prepare_optimizer)
+    by_device = (prepare_attention, prepare_cpu_kernels)
     if all([prepare_kernels(config, plan), *(is_ready(config, device) for is_ready in by_device)]):
         return prepared
     plan = plan_run(config, prepared.vocab_size, world_size, device, methods, planned_kernels=False)

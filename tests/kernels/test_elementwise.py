@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.cost.elementwise_kernels import elementwise_kernel, elementwise_obstacle
+from megasparse.cost.cpu_kernels import cpu_kernel, cpu_kernel_obstacles
 from megasparse.kernels import elementwise
 from megasparse.kernels.elementwise import activation, cpu, normalize, rotate
 from megasparse.training.plan import make_plan
@@ -131,14 +131,14 @@ def test_a_program_that_is_traced_has_torchs_operators(monkeypatch) -> None:
 
 def test_where_they_cannot_be_built_the_plan_says_so(monkeypatch) -> None:
     config = load_config([], ["kernels.elementwise=auto"])
-    assert elementwise_kernel(config, "cpu") == "cpu" and elementwise_kernel(config, "cuda") == "torch"
-    assert elementwise_obstacle(config, "cpu") is elementwise_obstacle(config, "cuda") is None
+    assert cpu_kernel(config, "elementwise", "cpu") == "cpu" and cpu_kernel(config, "elementwise", "cuda") == "torch"
+    assert cpu_kernel_obstacles(config, "cpu") == cpu_kernel_obstacles(config, "cuda") == {}
     monkeypatch.setattr(cpu, "no_compiler", lambda: "no C++ compiler found")
-    assert elementwise_kernel(config, "cpu", planned=True) == "torch"
-    assert elementwise_obstacle(config, "cpu", planned=True) == "no C++ compiler found"
+    assert cpu_kernel(config, "elementwise", "cpu", planned=True) == "torch"
+    assert cpu_kernel_obstacles(config, "cpu", planned=True)["elementwise"] == "no C++ compiler found"
     dense = load_config([], ["sparsity.algorithm=dense", "model.vocab_size=64"])
     (warning,) = make_plan(dense, 1)["warnings"]
     assert warning == "kernels.elementwise auto takes torch's operators: no C++ compiler found"
     forced = load_config([], ["kernels.elementwise=cpu"])
     with pytest.raises(ConfigError, match="kernels.elementwise: cpu cannot be used here: no C.*; must be auto"):
-        elementwise_kernel(forced, "cpu", planned=True)
+        cpu_kernel(forced, "elementwise", "cpu", planned=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.cost.optimizer_kernels import optimizer_kernel, optimizer_obstacle
+from megasparse.cost.cpu_kernels import cpu_kernel, cpu_kernel_obstacles
 from megasparse.kernels.optimizer import MAX_WEIGHT_STEPS, Active, AdamWStep, State, adamw_, cpu, reference, square_sum
 from megasparse.kernels.optimizer import takes_cpu as kernel_takes_cpu
 
@@ -152,14 +152,14 @@ def test_counts_of_steps_stop_at_their_largest_value() -> None:
 
 def test_where_it_cannot_be_built_the_plan_says_so(monkeypatch) -> None:
     config = load_config([], ["kernels.optimizer=auto"])
-    assert optimizer_kernel(config, "cpu") == "cpu" and optimizer_kernel(config, "cuda") == "torch"
-    assert optimizer_obstacle(config, "cpu") is optimizer_obstacle(config, "cuda") is None
+    assert cpu_kernel(config, "optimizer", "cpu") == "cpu" and cpu_kernel(config, "optimizer", "cuda") == "torch"
+    assert cpu_kernel_obstacles(config, "cpu") == cpu_kernel_obstacles(config, "cuda") == {}
     assert not kernel_takes_cpu("torch", "cpu") and not kernel_takes_cpu("auto", "cuda")
     with pytest.raises(RuntimeError, match="kernels.optimizer: cpu cannot be used: it runs on cpu, not on cuda"):
         kernel_takes_cpu("cpu", "cuda")
     monkeypatch.setattr(cpu, "no_compiler", lambda: "no C++ compiler found")
-    assert optimizer_kernel(config, "cpu", planned=True) == "torch"
-    assert optimizer_obstacle(config, "cpu", planned=True) == "no C++ compiler found"
+    assert cpu_kernel(config, "optimizer", "cpu", planned=True) == "torch"
+    assert cpu_kernel_obstacles(config, "cpu", planned=True)["optimizer"] == "no C++ compiler found"
     forced = load_config([], ["kernels.optimizer=cpu"])
     with pytest.raises(ConfigError, match="kernels.optimizer: cpu cannot be used here: no C.*; must be auto"):
-        optimizer_kernel(forced, "cpu", planned=True)
+        cpu_kernel(forced, "optimizer", "cpu", planned=True)

@@ -65,6 +65,23 @@ struct Float16 {
   }
 };
 
+// Loads and stores of whole vectors, and of the `count` < kLanes elements that are left.
+template <class Type>
+inline Vector read(const typename Type::Element* from, int64_t count) {
+  if (count >= kLanes) return Type::widen(from);
+  typename Type::Element some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return Type::widen(some);
+}
+
+template <class Type>
+inline void write(typename Type::Element* to, Vector value, int64_t count) {
+  if (count >= kLanes) return Type::narrow(to, value);
+  typename Type::Element some[kLanes];
+  Type::narrow(some, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+}
+
 // 2^x with a relative error below 1.5e-7 (its polynomial: 2e-9); 0 below 2^-126; NaN stays NaN.
 inline Vector power_of_2(Vector x) {
   const Vector shifted = x + 0x1.8p23f;  // the nearest integer, in the last bits

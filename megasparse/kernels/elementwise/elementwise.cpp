@@ -18,22 +18,6 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kGeluScale = 0.797884561f;  // sqrt(2 / pi)
 constexpr float kGeluCube = 0.044715f;
 
-template <class Type>
-inline Vector read(const typename Type::Element* from, int64_t count) {
-  if (count >= kLanes) return Type::widen(from);
-  typename Type::Element some[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
-  return Type::widen(some);
-}
-
-template <class Type>
-inline void write(typename Type::Element* to, Vector value, int64_t count) {
-  if (count >= kLanes) return Type::narrow(to, value);
-  typename Type::Element some[kLanes];
-  Type::narrow(some, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
-}
-
 // With 0 in the lanes from `count` on.
 inline Vector first_lanes(Vector value, int64_t count) {
   for (int64_t lane = count; lane < kLanes; ++lane) value[lane] = 0;

@@ -51,23 +51,6 @@ struct Tensors {
   const float* corrections2;
 };
 
-// Loads and stores of whole vectors, and of the `count` < kLanes elements that are left.
-template <class Type>
-inline Vector read(const typename Type::Element* from, int64_t count) {
-  if (count >= kLanes) return Type::widen(from);
-  typename Type::Element some[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
-  return Type::widen(some);
-}
-
-template <class Type>
-inline void write(typename Type::Element* to, Vector value, int64_t count) {
-  if (count >= kLanes) return Type::narrow(to, value);
-  typename Type::Element some[kLanes];
-  Type::narrow(some, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
-}
-
 inline Vector square_root(Vector x) {
   for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
   return x;

@@ -1,0 +1,36 @@
+"""Which C++ kernels for CPUs a run uses beside those of layers and attention patterns: for the plan, and their build
+before the run starts.
+
+    kernel = cpu_kernel(config, "elementwise", "cpu", planned=True)      # "cpu" or "torch"
+    prepare_cpu_kernels(config, "cpu")                                   # builds what is used
+"""
+
+from __future__ import annotations
+
+from megasparse.config.loader import ConfigError
+from megasparse.config.schema import RunConfig
+from megasparse.kernels import elementwise, optimizer
+
+KERNELS = {"elementwise": elementwise.cpu, "optimizer": optimizer.cpu}
+"""By their setting in the section `kernels`."""
+
+
+def cpu_kernel(config: RunConfig, name: str, device: str, *, planned: bool = False) -> str:
+    """planned: what can be told without a build. Raises ConfigError where the kernel that was asked for cannot run."""
+    asked = getattr(config.kernels, name)
+    reason = None if asked == "torch" else KERNELS[name].why_not(device, planned)
+    if asked == "cpu" and reason is not None:
+        raise ConfigError(f"kernels.{name}: cpu cannot be used here: {reason}; must be auto or torch")
+    return "torch" if asked == "torch" or reason is not None else "cpu"
+
+
+def prepare_cpu_kernels(config: RunConfig, device: str) -> bool:
+    """Build what the run wants to use; whether all can run as planned. Raises as ``cpu_kernel`` does."""
+    # All are built, whatever comes of the first.
+    return all([cpu_kernel(config, name, device, planned=True) == cpu_kernel(config, name, device) for name in KERNELS])
+
+
+def cpu_kernel_obstacles(config: RunConfig, device: str, *, planned: bool = False) -> dict[str, str]:
+    """What keeps `auto` from these kernels on a CPU, by setting; empty where nothing does."""
+    asked = [name for name in KERNELS if device == "cpu" and getattr(config.kernels, name) == "auto"]
+    return {name: reason for name in asked if (reason := KERNELS[name].why_not(device, planned)) is not None}
