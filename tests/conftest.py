@@ -10,11 +10,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+ROOT = Path(__file__).resolve().parents[1]
+# A table of measurements that a run outside of the tests writes meanwhile would change kernels, and with them last bits.
+os.environ.setdefault("MEGASPARSE_CACHE", str(ROOT / ".pytest_cache" / "megasparse"))
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 WITH_RUNS = ("launch", "distributed", "extensions", "faults")
 """Folders of tests that start runs and take long."""
 
