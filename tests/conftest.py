@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ROOT = Path(__file__).resolve().parents[1]
-# A table of measurements that a run outside of the tests writes meanwhile would change kernels, and with them last bits.
+# A table of measurements that another run writes meanwhile would change kernels, and with them the last bits.
 os.environ.setdefault("MEGASPARSE_CACHE", str(ROOT / ".pytest_cache" / "megasparse"))
 
 import pytest  # noqa: E402

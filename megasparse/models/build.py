@@ -35,7 +35,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Communicati
                 config.kernels.block_sparse,
                 ranks,
                 config.kernels.break_even,
-                config.kernels.elementwise,
+                "torch" if config.train.compile == "blocks" else config.kernels.elementwise,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
