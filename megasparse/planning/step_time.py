@@ -158,11 +158,11 @@ class StepModel:
     def _elementwise_seconds(self) -> float:
         """Of a micro-batch: blocks at the rate of elementwise work, the loss at that of streaming."""
         size = BYTES[self.config.train.precision]
-        blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size
+        blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size * self._unfused
         loss = self._tokens * self.shard.vocabulary.share * (LOSS_BYTES + 3 * size)
         accumulated = 3 * self._weights * size if self.micro_batches > 1 else 0
         return (
-            self._passes * blocks * self._unfused / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
+            self._passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
         )
 
     @property
