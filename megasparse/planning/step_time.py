@@ -161,9 +161,7 @@ class StepModel:
         blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size * self._unfused
         loss = self._tokens * self.shard.vocabulary.share * (LOSS_BYTES + 3 * size)
         accumulated = 3 * self._weights * size if self.micro_batches > 1 else 0
-        return (
-            self._passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
-        )
+        return self._passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
 
     @property
     def _unfused(self) -> float:
