@@ -42,6 +42,13 @@ def unpack(packed: Tensor, slot_blocks: Tensor, grid: tuple[int, int]) -> Tensor
     return ordered.reshape(rows * block_size, columns * block_size)
 
 
+def weight_shape(index: BlockIndex) -> tuple[int, ...]:
+    """Of the weight as it is stored."""
+    if index.slot_blocks is not None:
+        return len(index.slot_blocks), index.block_size, index.block_size
+    return tuple(size * index.block_size for size in index.mask.shape)
+
+
 def whole(weight: Tensor, index: BlockIndex) -> Tensor:
     """[out, in] of a weight in either storage; the weight itself where that is what is stored."""
     if index.slot_blocks is None:
