@@ -168,7 +168,7 @@ struct Groups {
 };
 
 // Where the weight holds active block j of a group, as a number of elements: at(group, j), in rows that are `ld` apart.
-// Dense storage: a place is the block's index within its group; packed storage: its slot, whatever the group.
+// See storage.py: a place is the block's index within its group (dense) or its slot (packed).
 struct Places {
   const int32_t* places;
   int64_t group_step, place_step, ld;

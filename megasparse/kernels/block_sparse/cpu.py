@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.block_sparse.index import BlockIndex
-from megasparse.kernels.block_sparse.storage import weight_shape
+from megasparse.kernels.block_sparse.storage import Places, places_by_columns, places_by_rows, weight_shape
 from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 
 SOURCE = Path(__file__).with_name("block_products.cpp")
@@ -57,22 +57,16 @@ def _product(a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, i
     """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
     a, weight = _readable(a), weight.contiguous() if index.is_packed else _readable(weight)
     if transposed:
-        offsets, indices, slots = index.row_offsets, index.columns, index.row_slots
+        offsets, indices, places = index.row_offsets, index.columns, places_by_rows(weight, index)
     else:
-        offsets, indices, slots = index.column_offsets, index.column_rows, index.column_slots
+        offsets, indices, places = index.column_offsets, index.column_rows, places_by_columns(weight, index)
     num_groups, block_size = offsets.numel() - 1, index.block_size
     c = a.new_empty(a.shape[0], num_groups * block_size)
     library, is_bfloat16, threads = _library(), a.dtype == torch.bfloat16, torch.get_num_threads()
     size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), block_size, threads)
     scratch = torch.empty(size, dtype=torch.uint8)
     library.megasparse_product(
-        *(
-            is_bfloat16,
-            *_matrix(a),
-            a.shape[0],
-            weight.data_ptr(),
-            *_places(weight, block_size, indices, slots, transposed),
-        ),
+        *(is_bfloat16, *_matrix(a), a.shape[0], weight.data_ptr(), *_numbers(places)),
         *(transposed, None if bias is None else bias.data_ptr()),
         *(*_matrix(c), num_groups, offsets.data_ptr(), indices.data_ptr()),
         *(block_size, scratch.data_ptr(), threads),
@@ -93,26 +87,14 @@ def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias:
     library.megasparse_weight_gradient(
         *(is_bfloat16, *_matrix(dy_NO), *_matrix(x_NI), x_NI.shape[0]),
         *(num_rows, num_columns, *(x.data_ptr() for x in lists), block_size),
-        *(dweight.data_ptr(), *_places(dweight, block_size, index.columns, index.row_slots, True)),
+        *(dweight.data_ptr(), *_numbers(places_by_rows(dweight, index))),
         *(None if dbias is None else dbias.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
     )
     return dweight, dbias
 
 
-def _places(
-    weight: Tensor, block_size: int, indices: Tensor, slots: Tensor | None, by_rows: bool
-) -> tuple[int, int, int, int]:
-    """Where the weight holds the blocks of a list, as the kernels take it (`Places` there): the address of their
-    places, the elements between groups, between places and between the rows of a block.
-
-    indices, slots: the block's index within its group and its slot, in the order of the list. by_rows: groups are
-    block rows.
-    """
-    if slots is not None:
-        return slots.data_ptr(), 0, block_size * block_size, block_size
-    step = weight.stride(0)
-    down, right = step * block_size, block_size
-    return indices.data_ptr(), *((down, right) if by_rows else (right, down)), step
+def _numbers(places: Places) -> tuple[int, int, int, int]:
+    return places.places.data_ptr(), places.group_step, places.place_step, places.row_step
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int]:
