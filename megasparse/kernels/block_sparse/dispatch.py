@@ -36,6 +36,7 @@ def choose(
     widths: tuple[int, int] | None = None,
     *,
     break_even: float | None = None,
+    is_packed: bool = False,
     planned: bool = False,
 ) -> str:
     """The backend that `kernel` stands for.
@@ -49,6 +50,8 @@ def choose(
         density: share of active units.
         widths: (in, out) of the layer; None: nothing is known of them.
         break_even: density above which dense products are used; None: as measured.
+        is_packed: the weight is in packed storage. Dense products would first put it together, so they are taken
+            only where no other kernel supports the layer.
 
     Raises:
         ValueError: unknown kernel, or a forced one that cannot run here.
@@ -62,6 +65,8 @@ def choose(
         name, _ = explain(device, dtype, block_size, planned=planned)
         if name is None:
             return "dense"
+        if is_packed:
+            return name
         limit = measured(name, device, dtype, block_size, tokens, widths) if break_even is None else break_even
         return name if density <= limit else "dense"
 
