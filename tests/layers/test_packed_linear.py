@@ -167,6 +167,29 @@ def test_dense_gradient_when_activations_are_computed_again() -> None:
     assert len(found) == 1 and torch.equal(found[0], dense.weight.grad)
 
 
+def test_dense_gradient_of_a_compiled_block() -> None:
+    """The probe cuts the graph while the dense gradient is wanted, and only then."""
+    layer, dense = pair()
+    found, before = received(layer), torch._dynamo.utils.counters["graph_break"].copy()
+    block, like = nn.Sequential(nn.Tanh(), layer, nn.Tanh()), nn.Sequential(nn.Tanh(), dense, nn.Tanh())
+    torch._dynamo.reset()
+    block.compile(backend="aot_eager")
+    x, dy = torch.randn(7, IN), torch.randn(7, OUT)
+    for collect in (False, True, True, False):
+        layer.collect_dense_gradient = dense.collect_dense_gradient = collect
+        for one in (block, like):
+            one.zero_grad()
+            one(x).backward(dy)
+        if not (collect or found):
+            assert torch._dynamo.utils.counters["graph_break"] == before
+        expected = pack(dense.weight.grad, layer.slot_blocks, BLOCK)
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-6, atol=1e-6)
+        if collect:
+            torch.testing.assert_close(found[-1], dense.weight.grad, rtol=1e-6, atol=1e-6)
+    assert len(found) == 2
+    torch._dynamo.reset()
+
+
 def test_each_dense_gradient_is_gone_before_the_next_one() -> None:
     """A chain of layers: when one gets its gradient, no later one has it still to come."""
     layers, order = [packed(capacity=24) for _ in range(3)], []
