@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from megasparse.kernels.block_sparse import assign_slots, build_index, cpu, linear, pack, packed_linear, sparse_linear
+from megasparse.kernels.block_sparse import (
+    BlockIndex,
+    assign_slots,
+    build_index,
+    cpu,
+    linear,
+    pack,
+    packed_linear,
+    sparse_linear,
+)
 
 UNIT, OUT, IN = 16, 48, 32
 
@@ -34,6 +42,12 @@ def calls(monkeypatch) -> dict[str, tuple]:
     return seen
 
 
+def as_traced(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: BlockIndex, kernel: str):
+    """What a traced program calls; others need no operators."""
+    lists = index.mask, *index.lists
+    return linear.SparseLinear.apply(x, weight, bias, None, None, UNIT, False, kernel, None, *lists)
+
+
 @kernels
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("needs_dx", [False, True])
@@ -45,7 +59,7 @@ def test_operators_keep_the_rules(calls, kernel, with_bias, needs_dx, needs_dwei
     weight = torch.randn(OUT, IN) * mask.repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1)
     weight.requires_grad_(needs_dweight)
     bias = torch.randn(OUT, requires_grad=True) if with_bias else None
-    y = sparse_linear(x, weight, bias, build_index(mask, UNIT), kernel=kernel)
+    y = as_traced(x, weight, bias, build_index(mask, UNIT), kernel)
     if y.requires_grad:
         y.sum().backward()
     assert len(calls) == 1 + y.requires_grad
@@ -57,7 +71,7 @@ def detached(arguments: tuple) -> tuple:
     return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
 
 
-def packed_layer(kernel: str) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+def packed_layer(kernel: str) -> tuple[partial[torch.Tensor], list[torch.Tensor]]:
     """A function of (x, weight, bias) in packed storage, and its arguments."""
     mask = torch.rand(OUT // UNIT, IN // UNIT) < 0.6
     mask[0, 0] = True
@@ -69,7 +83,8 @@ def packed_layer(kernel: str) -> tuple[Callable[..., torch.Tensor], list[torch.T
 @kernels
 def test_operators_keep_the_rules_with_packed_storage(calls, kernel) -> None:
     layer, arguments = packed_layer(kernel)
-    layer(*arguments).sum().backward()
+    as_traced(*arguments, layer.keywords["index"], kernel).sum().backward()
+    assert len(calls) == 2
     for name, given in calls.items():
         torch.library.opcheck(getattr(torch.ops.megasparse, name).default, detached(given))
 

@@ -25,12 +25,17 @@ PROBLEM = tile_cache.Problem(FORWARD, "some GPU", torch.bfloat16, 64, 4096, 32, 
 TILE = Tile(64, 64, 32, warps=4, stages=2)
 
 
+def forget() -> None:
+    tile_cache._stored.cache_clear()
+    tile_cache._tile.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def path(monkeypatch, tmp_path):
     monkeypatch.setenv("MEGASPARSE_CACHE", str(tmp_path / "cache"))
-    tile_cache._stored.cache_clear()
+    forget()
     yield tmp_path / "cache" / tile_cache.FILE_NAME
-    tile_cache._stored.cache_clear()
+    forget()
 
 
 def test_default_until_tuned() -> None:

@@ -104,14 +104,24 @@ def test_other_dtypes(dtype) -> None:
     torch.testing.assert_close(weight.grad.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
-def test_saves_only_input_weight_and_index() -> None:
+def test_saves_only_input_and_weight() -> None:
+    """Besides the index, which the layer has anyway."""
     x0, weight0, bias0, mask = case(4)
     x, weight, bias = leaves(x0, weight0, bias0)
     index = build_index(mask, 4)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         sparse_linear(x, weight, bias, index, False)
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, weight, mask, *index.lists)}
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, weight)}
+
+
+def test_a_topology_that_changes_before_the_backward_pass_is_noticed() -> None:
+    x0, weight0, bias0, mask = case(4)
+    x, weight, bias = leaves(x0, weight0, bias0)
+    y = sparse_linear(x, weight, bias, build_index(mask, 4), False)
+    mask[0, 0] = ~mask[0, 0]
+    with pytest.raises(AssertionError, match="topology was changed"):
+        y.sum().backward()
 
 
 def test_only_needed_gradients_are_computed() -> None:

@@ -113,14 +113,21 @@ def _applied(
     bias: torch.Tensor | None,
     probe: torch.Tensor | None,
     index: BlockIndex,
-    *choice: bool | str | float | None,
+    dense_gradient: bool,
+    kernel: str,
+    break_even: float | None,
 ) -> torch.Tensor:
-    """choice: dense_gradient, kernel and break_even of ``sparse_linear``."""
+    """The last three: those of ``sparse_linear``."""
     outputs, inputs = (size * index.block_size for size in index.mask.shape)
     # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
     x_NI = x.reshape(-1, inputs)
-    lists = index.mask, *index.lists
-    y_NO = linear.SparseLinear.apply(x_NI, weight, bias, probe, *lists, index.block_size, *choice)
+    tensors = x_NI, weight, bias, probe
+    if torch.compiler.is_compiling():
+        settings = index.block_size, dense_gradient, kernel, break_even
+        y_NO = linear.SparseLinear.apply(*tensors, None, *settings, index.mask, *index.lists)
+    else:
+        name = linear.backend(x_NI, index, kernel, break_even)
+        y_NO = linear.SparseLinear.apply(*tensors, index, index.block_size, dense_gradient, name, None)
     return y_NO.view(*x.shape[:-1], outputs)
 
 

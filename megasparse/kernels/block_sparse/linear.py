@@ -1,7 +1,7 @@
 """The sparse linear layer as an autograd function over two custom operators.
 
-The backend is chosen inside the operators (``dispatch.choose``), so that torch.compile sees two opaque calls with known
-output shapes and CUDA graphs capture whatever they launch.
+Traced by torch.compile, the backend is chosen inside the operators (``dispatch.choose``): two opaque calls with known
+output shapes. CUDA graphs capture whatever they launch.
 
 A backend is a module with two functions. All tensors have one dtype and device; sums are made in float32 or wider:
 
@@ -32,37 +32,53 @@ PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, 
 
 
 class SparseLinear(torch.autograd.Function):
-    """(x_NI, weight, bias, probe, mask, *lists, block_size, dense_gradient, kernel, break_even) -> y_NO.
+    """(x_NI, weight, bias, probe, index, block_size, dense_gradient, kernel, break_even, *lists) -> y_NO.
 
-    The index is taken apart into tensors, as autograd and torch.compile want them. The gradient of `probe`, where it
-    wants one (packed storage), is the dense dy^T x; `dense_gradient`: that of the weight is (dense storage).
+    index: the active units, and `kernel` the name of a backend. In a traced program it is None, and `lists` are its
+    mask and lists, as torch.compile wants tensors; custom operators, which cost the host 20 us each, then choose the
+    backend. The gradient of `probe`, where it wants one (packed storage), is the dense dy^T x; `dense_gradient`: that
+    of the weight is (dense storage).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, *rest: Any
+        ctx: Any,
+        x_NI: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        index: BlockIndex | None,
+        *rest: Any,
     ) -> Tensor:
-        *index, block_size, dense_gradient, kernel, break_even = rest
-        ctx.save_for_backward(x_NI, weight, *index)
-        ctx.settings = block_size, dense_gradient, kernel, break_even
-        return block_sparse_forward(x_NI, weight, bias, index, block_size, kernel, break_even)
+        block_size, dense_gradient, kernel, break_even, *lists = rest
+        ctx.save_for_backward(x_NI, weight, *lists)
+        ctx.index, ctx.settings = index, (block_size, dense_gradient, kernel, break_even)
+        if index is None:
+            return block_sparse_forward(x_NI, weight, bias, lists, block_size, kernel, break_even)
+        ctx.version = index.mask._version
+        return PRODUCTS[kernel].forward(x_NI, weight, bias, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, weight, *index = ctx.saved_tensors
-        block_size, dense_gradient, kernel, break_even = ctx.settings
+        x_NI, weight, *lists = ctx.saved_tensors
+        index, (block_size, dense_gradient, kernel, break_even) = ctx.index, ctx.settings
         needs_dx, needs_dweight, needs_dbias, needs_dprobe = ctx.needs_input_grad[:4]
         dy_NO = dy.contiguous()
         # With the dense gradient at hand that of a packed weight is a part of it, with the bits of dense storage.
         makes_dense = dense_gradient or needs_dprobe
         needs = [needs_dx, needs_dweight and not makes_dense, needs_dbias]
-        dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
+        if index is None:
+            place = lists, block_size, kernel, break_even, needs
+            dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, *place)
+        else:
+            assert ctx.version == index.mask._version, "the topology was changed between forward and backward pass"
+            dx, dweight, dbias = PRODUCTS[kernel].backward(dy_NO, x_NI, weight, index, tuple(needs))
         dprobe = None
         if makes_dense and (needs_dweight or needs_dprobe):
             dprobe = dy_NO.t() @ x_NI
-            dweight = dprobe if dense_gradient else stored(dprobe, _joined(index, block_size))
-        none = (None,) * (len(index) + len(ctx.settings))
+            dweight = dprobe if dense_gradient else stored(dprobe, index or _joined(lists, block_size))
+        none = (None,) * (1 + len(ctx.settings) + len(lists))
         return (
             dx if needs_dx else None,
             dweight if needs_dweight else None,
@@ -72,11 +88,11 @@ class SparseLinear(torch.autograd.Function):
         )
 
 
-def _products(x_NI: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Any:
-    """Those of the backend that is chosen for the layer."""
+def backend(x_NI: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> str:
+    """The one that `kernel` stands for. Raises ValueError where a forced one cannot run."""
     device, dtype, tokens = x_NI.device.type, x_NI.dtype, x_NI.shape[0]
     place = kernel, device, dtype, index.block_size, tokens, index.density, (x_NI.shape[1], _outputs(index))
-    return PRODUCTS[choose(*place, break_even=break_even, is_packed=index.is_packed)]
+    return choose(*place, break_even=break_even, is_packed=index.is_packed)
 
 
 def _outputs(index: BlockIndex) -> int:
@@ -100,7 +116,7 @@ def block_sparse_forward(
 ) -> Tensor:
     """`forward` of the chosen backend. `index`: mask and lists of a ``BlockIndex``."""
     lists = _joined(index, block_size)
-    return _products(x_NI, lists, kernel, break_even).forward(x_NI, weight, bias, lists)
+    return PRODUCTS[backend(x_NI, lists, kernel, break_even)].forward(x_NI, weight, bias, lists)
 
 
 @block_sparse_forward.register_fake
@@ -121,7 +137,8 @@ def block_sparse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` of the chosen backend; an empty tensor where a gradient is not needed."""
     lists, needed = _joined(index, block_size), (needs[0], needs[1], needs[2])
-    gradients = _products(x_NI, lists, kernel, break_even).backward(dy_NO, x_NI, weight, lists, needed)
+    products = PRODUCTS[backend(x_NI, lists, kernel, break_even)]
+    gradients = products.backward(dy_NO, x_NI, weight, lists, needed)
     dx, dweight, dbias = (dy_NO.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias
 

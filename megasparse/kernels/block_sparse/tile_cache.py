@@ -7,9 +7,10 @@ at once.
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -55,7 +56,13 @@ class Problem:
 
 
 def tile_for(problem: Problem) -> Tile:
-    """The tuned tile, or the default one where none was tuned."""
+    """The tuned tile, or the default one where none was tuned. Asked for in every launch."""
+    return _tile(problem, *map(os.environ.get, ("MEGASPARSE_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+
+@lru_cache(maxsize=4096)
+def _tile(problem: Problem, *where: str | None) -> Tile:
+    """where: what decides on the folder of the file."""
     tile = _stored(path()).get(problem.key)
     if tile is None or not fits(tile, problem.kernel, problem.block_size):
         tile = default_tile(problem.kernel, problem.block_size, problem.dtype, torch.version.hip is not None)
@@ -71,6 +78,7 @@ def store(tiles: dict[str, Tile]) -> None:
         # Readers take no lock: they see the old file or the new one, never a part.
         write_json(target, {"format": FORMAT, "tiles": {key: asdict(tile) for key, tile in together.items()}})
     _stored.cache_clear()
+    _tile.cache_clear()
 
 
 def load(file: Path) -> dict[str, Tile]:
