@@ -24,6 +24,8 @@ from typing import Any
 from megasparse.utils.files import sync_folder
 
 FORMAT = 2
+FORMAT_OF_MANY = 3
+"""Of checkpoints whose index is a tree, see ``joined``."""
 INDEX = "index.json"
 OLD_MANIFEST = "manifest.json"
 """Of format 1, which is not read."""
