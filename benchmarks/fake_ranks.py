@@ -5,8 +5,8 @@
         ...                            # the product's own code: open_mesh, engines, checkpoints
     ledger.counts["start"]             # {"collectives": 12, "bytes": 4096, ...}
 
-Groups are of two kinds, one in place of NCCL and one in place of gloo. What other ranks would send is made up: sums keep
-this rank's share, gathers repeat it. So the calls are the real ones and the numbers are not.
+Groups are of two kinds, one in place of NCCL and one in place of gloo. What other ranks would send is made up: sums
+keep this rank's share, gathers repeat it. So the calls are the real ones and the numbers are not.
 
 Bytes are those that a rank sends by the usual ring algorithms: an all-reduce of b bytes over n ranks 2 b (n - 1) / n, a
 gather of b bytes in all, or a scatter of them, b (n - 1) / n, a broadcast b.

@@ -18,7 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import log
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,13 +39,13 @@ KINDS = (
 STEPS, UPDATE_INTERVAL = 6, 3
 NAMES = {1: "step", UPDATE_INTERVAL: "update"}
 """Steps, by number from 0, that are counted: not the first one, which sets DeepSpeed up."""
-MODEL = (
-    "model.num_layers=2 model.hidden_size=128 model.num_attention_heads=8 model.seq_length=16 model.vocab_size=256 "
-    "model.bias=false sparsity.algorithm=mst sparsity.warmup_end=0 sparsity.block_size=16 "
-    f"sparsity.update_interval={UPDATE_INTERVAL} train.precision=fp32 train.micro_batch_size=1 train.steps=1000 "
-    f"train.stop_after={STEPS} train.save_interval={STEPS} train.valid_interval=0 train.valid_samples=1 kernels.tune=never train.trackers=[] "
-    "run.name=counted"
-).split()
+MODEL = [
+    *("model.num_layers=2", "model.hidden_size=128", "model.num_attention_heads=8", "model.seq_length=16"),
+    *("model.vocab_size=256", "model.bias=false", "sparsity.algorithm=mst", "sparsity.warmup_end=0"),
+    *("sparsity.block_size=16", f"sparsity.update_interval={UPDATE_INTERVAL}", "train.precision=fp32"),
+    *("train.micro_batch_size=1", "train.steps=1000", f"train.stop_after={STEPS}", f"train.save_interval={STEPS}"),
+    *("train.valid_interval=0", "train.valid_samples=1", "kernels.tune=never", "train.trackers=[]", "run.name=counted"),
+]
 MIDDLE = 5
 """Ranks after the middle of the world: one that is first of no group."""
 LIMIT_SECONDS = 900
@@ -54,13 +56,18 @@ def main() -> None:
     if arguments.rank is not None:
         print(json.dumps(simulate(arguments.worlds[0], arguments.rank, arguments)))
         return
+    cases = [
+        (world_size, rank, tensor_parallel, zero_stage, arguments.overrides)
+        for tensor_parallel in arguments.tensor_parallel
+        for zero_stage in arguments.zero_stages
+        for world_size in arguments.worlds
+        for rank in (0, world_size // 2 + MIDDLE)
+    ]
     results = []
-    for tensor_parallel in arguments.tensor_parallel:
-        for zero_stage in arguments.zero_stages:
-            for world_size in arguments.worlds:
-                for rank in (0, world_size // 2 + MIDDLE):
-                    results.append(in_process(world_size, rank, tensor_parallel, zero_stage, arguments.overrides))
-                    print(shown(results[-1]), flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(lambda case: in_process(*case), cases):
+            results.append(result)
+            print(shown(result), flush=True)
     growth = growths(results)
     for line in growth:
         print(f"grows: {line}")
@@ -72,7 +79,7 @@ def main() -> None:
 
 
 def in_process(
-    world_size: int, rank: int, tensor_parallel: int, zero_stage: int, overrides: tuple[str, ...] | list[str] = ()
+    world_size: int, rank: int, tensor_parallel: int, zero_stage: int, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The counts of one rank, from a process of its own."""
     words = ["--worlds", world_size, "--rank", rank, "--tensor-parallel", tensor_parallel, "--zero-stages", zero_stage]
@@ -256,16 +263,14 @@ def rows(results: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[int, f
 
 
 def growths(results: list[dict[str, Any]]) -> list[str]:
-    """The numbers that grow faster than the logarithm of the number of ranks.
+    """The numbers that grow faster than the logarithm of the number of ranks, between the two largest worlds.
 
-    From the smallest world to the largest a number may grow by the ratio of the logarithms; rounding and alignment are
-    worth a tenth more. Bytes are those of a ring, whose share (n - 1) / n grows too, by less.
+    In smaller ones groups of 32 are not yet full. Rounding and alignment are worth a tenth. Bytes are those of a ring,
+    whose share (n - 1) / n grows too, by less.
     """
-    from math import log
-
     found = []
     for name, series in rows(results):
-        (small, first), (large, last) = series[0], series[-1]
+        (small, first), (large, last) = series[-2:]
         if last > max(first, 1) * 1.1 * log(large) / log(small):
             found.append(f"{name}: {', '.join(f'{value:,.6g} at {size:,}' for size, value in series)}")
     return found
@@ -281,6 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--worlds", type=int, nargs="+", default=[64, 1024, 16384])
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--zero-stages", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (default: 1)")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration")
     parser.add_argument("--output-suffix", default="", help="write a file into results with this in its name")
     parser.add_argument("--rank", type=int, help="count this rank alone, in this process")

@@ -52,8 +52,8 @@ class Index:
     """Updates that the optimizer has made; 0: there are no moments."""
     train_state: dict[str, Any]
     window_losses: list[float]
-    """The mean over the ranks of their sums of losses since the last line of metrics, each rank's own being in its file;
-    in older checkpoints, all of them."""
+    """The mean over the ranks of their sums of losses since the last line of metrics; each rank's own is in its file.
+    Older checkpoints list all of them here."""
     loss_scaler: dict[str, float]
     layout: dict[str, int]
     """How the run lay on its ranks: `world_size`, `tensor_parallel_size`, `zero_stage`; any other may read it."""

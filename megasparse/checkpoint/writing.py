@@ -156,10 +156,12 @@ def join_parts(
     while stride < top_stride(world_size, group_files) and rank % (stride * group_files) == 0:
         end = min(rank + stride * group_files, world_size)
         listed, name = members(rank, end, stride), file_name(rank, end)
-        saved = write_joined(partial / name, _collect(partial, listed, timeout, failure_of))
-        write_json(partial / _part_name(name), file_entry(saved.part, saved.runs), make_folder=False)
-        for other in listed:
-            (partial / _part_name(other)).unlink()
+        # A last group of one index is that index.
+        if name not in listed:
+            saved = write_joined(partial / name, _collect(partial, listed, timeout, failure_of))
+            write_json(partial / _part_name(name), file_entry(saved.part, saved.runs), make_folder=False)
+            for other in listed:
+                (partial / _part_name(other)).unlink()
         stride *= group_files
 
 
@@ -171,7 +173,8 @@ def commit(
     failure_of: Callable[[int], str | None] = lambda rank: None,
     group_files: int = GROUP_FILES,
 ) -> Path:
-    """Wait for the parts of all ranks, or of groups of many, write the index, and let the checkpoint appear; returns its folder.
+    """Wait for the parts of all ranks, or of groups of many, write the index, and let the checkpoint appear; returns
+    its folder.
 
     failure_of: why a rank cannot write, once it has told. It tells by other ways than the disk that has failed it.
     Raises CheckpointError where a rank could not write, or did not within `timeout` seconds; OSError.

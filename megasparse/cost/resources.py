@@ -126,8 +126,7 @@ def topology_bytes(topology: Topology, replicas: int, ranks: int, stage: int) ->
     histograms = SELECTIONS * 2 * sum(2**bits for _, bits in ROUNDS) * 4 * whole
     bits = topology.shard_units // 8
     mask = 2 * (bits + 1) if masks_are_added(topology, sharing) else bits + sharing * EXTENT_BYTES
-    mask *= 1 - 1 / sharing
-    return histograms + mask + statistics
+    return histograms + mask * (1 - 1 / sharing) + statistics
 
 
 def _tensor_parallel_bytes(config: RunConfig, size: int, ranks: int) -> float:

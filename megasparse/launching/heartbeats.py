@@ -7,9 +7,10 @@
 Datagrams go straight from every rank to every other of its groups in `mesh.control`: to all of them in a run of up to
 32 ranks, to at most 31 for each level of the tree where there are more. There each says besides which ranks it misses
 or knows to have stood longest at one place, so that such news reaches all ranks in a few intervals. Nothing here waits
-for another rank, so that any rank that is stopped or dead, rank 0 too, is missed and not waited for. (A read from a ``TCPStore``
-of torch 2.13 whose server was stopped did not end at its time-out of 3 s; it ended when the server was killed.) A lost
-datagram does no harm, as the next one says the same. All carry a random number of the run; others are ignored.
+for another rank, so that any rank that is stopped or dead, rank 0 too, is missed and not waited for. (A read from a
+``TCPStore`` of torch 2.13 whose server was stopped did not end at its time-out of 3 s; it ended when the server was
+killed.) A lost datagram does no harm, as the next one says the same. All carry a random number of the run; others are
+ignored.
 """
 
 from __future__ import annotations

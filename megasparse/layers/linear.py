@@ -82,8 +82,10 @@ class Linear(nn.Module):
 
     def _drawn(self, name: str, partition: ShardSpec) -> nn.Parameter:
         """A parameter with random initial values."""
-        settings = {"seed": self.seed, "name": f"{self.name}.{name}", "deferred": self.deferred}
-        return divided_parameter(partition, self.tensor_parallel.rank, std=self.init_std, **settings)
+        ranks, name = self.tensor_parallel, f"{self.name}.{name}"
+        return divided_parameter(
+            partition, ranks.rank, std=self.init_std, seed=self.seed, name=name, deferred=self.deferred
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""
