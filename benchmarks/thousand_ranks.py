@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from result_file import RESULTS, write_result
+
 PHASES = ("start", "step", "update", "save", "resume")
 KINDS = (
     "collectives",
@@ -72,10 +74,8 @@ def main() -> None:
     for line in growth:
         print(f"grows: {line}")
     if arguments.output_suffix:
-        from result_file import write_result
-
         numbers = {"results": results, "growing": growth, "table": table(results)}
-        print(write_result("thousand_ranks", numbers, suffix=arguments.output_suffix).name)
+        print(write_result("thousand_ranks", numbers, suffix=arguments.output_suffix, folder=arguments.output_folder))
 
 
 def in_process(
@@ -289,6 +289,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default: 1)")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration")
     parser.add_argument("--output-suffix", default="", help="write a file into results with this in its name")
+    parser.add_argument("--output-folder", type=Path, default=RESULTS, help="where that file goes")
     parser.add_argument("--rank", type=int, help="count this rank alone, in this process")
     return parser.parse_args()
 

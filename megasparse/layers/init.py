@@ -2,7 +2,7 @@
 
 Each tensor is drawn from a generator of its own, so neither the order in which a model is built, nor which layers are
 sparse, nor the number of ranks, nor how they share the layers changes a single initial weight. A rank draws what it
-holds and nothing else, but for matrices that are divided by columns, of which it draws the rows that it holds a part of.
+holds and nothing else, but for matrices that are divided by columns, of which it draws all rows that it has a part of.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     generator = generator_at(seed, position)          # as manual_seed(seed) after `position` draws of 32 bits
 
-A rank that holds a part of a parameter draws that part: at 70 billion parameters all of them take 12 minutes of a thread.
+A rank that holds a part of a parameter draws that part: 70 billion numbers take a thread 12 minutes.
 The generator is the Mersenne Twister (Matsumoto and Nishimura 1998), which is linear over the field of two elements:
 its state after n draws is a sum of the states after the draws i for which t^n modulo its characteristic polynomial has
 the term t^i (Haramoto et al. 2008). Polynomials are integers here, of which bit i is the term t^i.
