@@ -41,8 +41,9 @@ def open_mesh(
     """
     assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
-    if environment.world_size > GROUP_RANKS:
-        # Where gloo computes, on CPUs: connections between ranks that have something to send, not between all pairs.
+    if backend == "gloo" and environment.world_size > GROUP_RANKS:
+        # Connections between ranks that have something to send, not between all pairs: of 20 ranks each has 2 after a
+        # sum, instead of 19.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     timeout = timedelta(seconds=timeout_seconds)
     store = open_store(environment, start_seconds)
