@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from math import log
 from pathlib import Path
 from typing import Any
@@ -50,76 +52,59 @@ MODEL = [
 ]
 MIDDLE = 5
 """Ranks after the middle of the world: one that is first of no group."""
-LIMIT_SECONDS = 900
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.rank is not None:
-        print(json.dumps(simulate(arguments.worlds[0], arguments.rank, arguments)))
-        return
+    if __debug__:
+        sys.exit(subprocess.call([sys.executable, "-O", *sys.argv]))
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     cases = [
-        (world_size, rank, tensor_parallel, zero_stage, arguments.overrides)
+        (world_size, rank, tensor_parallel, zero_stage, tuple(arguments.overrides))
+        for world_size in arguments.worlds
         for tensor_parallel in arguments.tensor_parallel
         for zero_stage in arguments.zero_stages
-        for world_size in arguments.worlds
         for rank in (0, world_size // 2 + MIDDLE)
     ]
-    results = []
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in pool.map(lambda case: in_process(*case), cases):
+    # Imports take longer than a small world: they are made once.
+    context, results = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["megasparse.training.run"])
+    with ProcessPoolExecutor(arguments.jobs, context, max_tasks_per_child=1) as pool:
+        for result in pool.map(simulate, *zip(*cases, strict=True)):
             results.append(result)
             print(shown(result), flush=True)
-    growth = growths(results)
-    for line in growth:
+            if arguments.output_suffix:
+                # Anew after each: large worlds take minutes.
+                numbers = {"growing": growths(results), "table": table(results), "results": results}
+                write_result("thousand_ranks", numbers, suffix=arguments.output_suffix, folder=arguments.output_folder)
+    for line in growths(results):
         print(f"grows: {line}")
-    if arguments.output_suffix:
-        numbers = {"results": results, "growing": growth, "table": table(results)}
-        print(write_result("thousand_ranks", numbers, suffix=arguments.output_suffix, folder=arguments.output_folder))
 
 
-def in_process(
-    world_size: int, rank: int, tensor_parallel: int, zero_stage: int, overrides: Sequence[str] = ()
+def simulate(
+    world_size: int, rank: int, tensor_parallel: int, zero_stage: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The counts of one rank, from a process of its own."""
-    words = ["--worlds", world_size, "--rank", rank, "--tensor-parallel", tensor_parallel, "--zero-stages", zero_stage]
-    if overrides:
-        words += ["--overrides", *overrides]
-    done = subprocess.run(
-        [sys.executable, "-O", str(Path(__file__).resolve()), *map(str, words)],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=LIMIT_SECONDS,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise RuntimeError(f"rank {rank} of {world_size}: {done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def simulate(world_size: int, rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The counts of one rank, in this process."""
+    """The counts of one rank, in a process that has counted no other."""
     from fake_ranks import DEVICE, HOST, Ledger, counted_world
 
-    ledger, (tensor_parallel,), (zero_stage,) = Ledger(), arguments.tensor_parallel, arguments.zero_stages
+    ledger = Ledger()
     with contextlib.ExitStack() as stack:
         # In memory, where there is such a folder: thousands of files are flushed one by one.
         memory = Path("/dev/shm")
         name = stack.enter_context(tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None))
-        overrides = [
+        settings = [
             *MODEL,
             f"run.folder={name}/runs",
             f"data.train=[{{path: {write_tokens(Path(name))}, weight: 1}}]",
             f"train.global_batch_size={world_size // tensor_parallel}",
             f"parallel.tensor_parallel_size={tensor_parallel}",
             f"deepspeed.zero_stage={zero_stage}",
-            *arguments.overrides,
+            *overrides,
         ]
         stack.enter_context(counted_world(ledger))
         ledger.folder = Path(name) / "runs"
-        # The last line of the output is the result.
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        heartbeats = run(ledger, world_size, rank, overrides)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        heartbeats = run(ledger, world_size, rank, settings)
         return {
             "world_size": world_size,
             "rank": rank,
@@ -153,6 +138,7 @@ def run(ledger: Any, world_size: int, rank: int, overrides: list[str]) -> dict[s
     with contextlib.ExitStack() as stack:
         if rank == 0:
             take_folder(prepared, stack, print)
+        stack.enter_context(same_order())
         stack.enter_context(patch.object(rendezvous, "_meet_at", lambda *_: store))
         stack.enter_context(patch.object(process_group, "_device", lambda _: (torch.device("cpu"), DEVICE)))
         with ledger.within("start"):
@@ -178,6 +164,9 @@ def run(ledger: Any, world_size: int, rank: int, overrides: list[str]) -> dict[s
             again = checkpoints.Checkpointer(
                 checkpointer.store.folder, prepared.config, built.mesh, trainer.engine, trainer.methods
             )
+            told = again._numbers
+            # What rank 0 has found, which the others are told.
+            again._numbers = lambda _: told([STEPS])
             state = again.restore().state
         if state is None or state.step != STEPS:
             raise RuntimeError("the checkpoint was not found again")
@@ -202,6 +191,21 @@ def counted_store(ledger: Any, world_size: int, identity: dict[str, Any]) -> Any
 
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return CountedStore(ledger, world_size, {"identity/digest": digest})
+
+
+@contextlib.contextmanager
+def same_order() -> Iterator[None]:
+    """DeepSpeed's stage 3 compares lists with those that rank 0 sends: they are this rank's own."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator, utils
+
+    compare = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+
+    def compare_with_own(numbers: list[int]) -> None:
+        with patch.object(utils.dist, "get_rank", lambda *_: 0):
+            compare(numbers)
+
+    with patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", compare_with_own):
+        yield
 
 
 def phases(ledger: Any) -> Any:
@@ -270,6 +274,8 @@ def growths(results: list[dict[str, Any]]) -> list[str]:
     """
     found = []
     for name, series in rows(results):
+        if len(series) < 2:
+            continue
         (small, first), (large, last) = series[-2:]
         if last > max(first, 1) * 1.1 * log(large) / log(small):
             found.append(f"{name}: {', '.join(f'{value:,.6g} at {size:,}' for size, value in series)}")
@@ -290,7 +296,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration")
     parser.add_argument("--output-suffix", default="", help="write a file into results with this in its name")
     parser.add_argument("--output-folder", type=Path, default=RESULTS, help="where that file goes")
-    parser.add_argument("--rank", type=int, help="count this rank alone, in this process")
     return parser.parse_args()
 
 

@@ -44,6 +44,10 @@ from megasparse.sparsity.topology import Topology
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+DIVIDED_OTHERWISE = {"offload_param", "zero_hpz_partition_size", "mics_shard_size"}
+"""Expert settings of ZeRO stage 3 under which pieces may have left the memory when a parameter has been divided, or lie
+on other ranks, too."""
+
 Objective = Callable[[GPT, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -259,9 +263,9 @@ class DividedAtOnce(deepspeed.zero.Init):
 
 def draws_pieces(config: RunConfig) -> bool:
     """Whether initial weights are drawn when parameters have been divided, inside of ``model_construction``."""
-    parameters = config.deepspeed.extra.get("zero_optimization", {}).get("offload_param", {})
-    # Pieces that go to a disk have left the memory by then.
-    return config.deepspeed.zero_stage == 3 and parameters.get("device") != "nvme"
+    return config.deepspeed.zero_stage == 3 and not DIVIDED_OTHERWISE & set(
+        config.deepspeed.extra.get("zero_optimization", {})
+    )
 
 
 @contextlib.contextmanager

@@ -167,11 +167,14 @@ class Heartbeats:
         now = time.monotonic()
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             for rank, place, idle_seconds, left, quiet_seconds, age in news[0] if news else ():
-                found = Peer(int(rank), ("", 0), str(place), float(idle_seconds), left, float(quiet_seconds), now - age)
-                before = self._news.get(found.rank)
-                if not isinstance(left, str | None) or found.rank == self._rank or found.rank in self._peers:
+                numbers = (float(idle_seconds), float(quiet_seconds), float(age))
+                if not isinstance(left, str | None) or not all(map(math.isfinite, numbers)):
                     continue
-                if before is None or found.seen > before.seen:
+                idle_seconds, quiet_seconds, age = numbers
+                found = Peer(int(rank), ("", 0), str(place), idle_seconds, left, quiet_seconds, now - max(age, 0.0))
+                before = self._news.get(found.rank)
+                is_better = before is None or found.seen > before.seen
+                if is_better and found.rank != self._rank and found.rank not in self._peers:
                     self._news[found.rank] = found
 
 
