@@ -8,18 +8,23 @@ it has.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megasparse.checkpoint.index import file_entry
+from megasparse.checkpoint.joined import file_name
 from megasparse.checkpoint.order import band_count, split
+from megasparse.checkpoint.rank_file import FilePart
 from megasparse.checkpoint.reader import METHOD, RANDOM
 from megasparse.checkpoint.writing import RankTensors, join_parts, write_part
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import shard_spec_of
 
+EMPTY_BYTES = 64
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
@@ -34,12 +39,24 @@ def make_up_parts(engine: TrainingEngine, partial: Path, rank: int) -> None:
     if own != dict(divided.fragments(rank // size)):
         raise RuntimeError(f"rank {rank} holds {own}, computed {dict(divided.fragments(rank // size))}")
     for other in range(mesh.world_size):
-        if other != rank:
-            write_part(partial, other, _content(engine, divided, other))
+        if other == 0 or other // size == rank // size:
+            # What this rank may read.
+            if other != rank:
+                write_part(partial, other, _content(engine, divided, other))
+        else:
+            _write_empty(partial, other, _content(engine, divided, other))
     # Who joins the parts of its group waits for them.
     for other in reversed(range(mesh.world_size)):
         if other != rank:
             join_parts(partial, other, mesh.world_size, 60)
+
+
+def _write_empty(partial: Path, rank: int, content: RankTensors) -> None:
+    """A part that says what the rank's own would say, of a file in which there is nothing: nobody opens it."""
+    name = file_name(rank)
+    (partial / name).write_bytes(bytes(EMPTY_BYTES))
+    entry = file_entry(FilePart(EMPTY_BYTES, "00000000"), content.runs)
+    (partial / f"{Path(name).stem}.part.json").write_text(json.dumps(entry), encoding="utf-8")
 
 
 class _Division:

@@ -34,7 +34,8 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.utils.files import write_json
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 1.0
+"""Between two looks for a part: many ranks may be waiting, and all look at one file system."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ def _collect(
     """What their writers say of files, once all of them have. names: each with the rank that writes it."""
     files, until = {}, time.monotonic() + timeout
     for name, rank in names.items():
+        pause = POLL_SECONDS
         while not (partial / _part_name(name)).is_file():
             if reason := failure_of(rank):
                 raise CheckpointError(f"rank {rank}: {reason}")
@@ -201,7 +203,8 @@ def _collect(
                 raise CheckpointError(f"{partial} has been deleted")
             if time.monotonic() > until:
                 raise CheckpointError(f"{partial}: rank {rank} has written nothing within {timeout:g} seconds")
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(1.5 * pause, MAX_POLL_SECONDS)
         files[name] = parse_file(read_json(partial / _part_name(name)))
     return files
 
