@@ -29,6 +29,8 @@ from unittest.mock import patch
 
 from result_file import RESULTS, write_result
 
+from megasparse.parallel.tree import GROUP_RANKS
+
 PHASES = ("start", "step", "update", "save", "resume")
 KINDS = (
     "collectives",
@@ -276,7 +278,8 @@ def rows(results: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[int, f
 def growths(results: list[dict[str, Any]]) -> list[str]:
     """The numbers that grow faster than the logarithm of the number of ranks, between the two largest worlds.
 
-    In smaller ones groups of 32 are not yet full. Rounding and alignment are worth a tenth. Bytes are those of a ring,
+    In smaller ones groups of 32 are not yet full. A decision goes up a tree of such groups and down again: its hops,
+    too, are a logarithm, that grows in steps. Rounding and alignment are worth a tenth. Bytes are those of a ring,
     whose share (n - 1) / n grows too, by less.
     """
     found = []
@@ -284,9 +287,17 @@ def growths(results: list[dict[str, Any]]) -> list[str]:
         if len(series) < 2:
             continue
         (small, first), (large, last) = series[-2:]
-        if last > max(first, 1) * 1.1 * log(large) / log(small):
+        if last > max(first, 1) * 1.1 * max(log(large) / log(small), hops(large) / hops(small)):
             found.append(f"{name}: {', '.join(f'{value:,.6g} at {size:,}' for size, value in series)}")
     return found
+
+
+def hops(world_size: int) -> int:
+    """Of a decision, in the tree of all ranks."""
+    levels = 1
+    while GROUP_RANKS**levels < world_size:
+        levels += 1
+    return 2 * levels - 1
 
 
 def table(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
