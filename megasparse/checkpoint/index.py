@@ -1,5 +1,7 @@
 """The index of a checkpoint, ``index.json``: what it is, and which entries of which parameters lie in which file.
 
+Of many ranks it lists indexes of groups of them instead of their files, see ``joined``.
+
     index = read_index(folder)                 # CheckpointError names what is missing, cut off or altered
     write_index(index, folder)
 
@@ -17,7 +19,7 @@ from typing import Any
 
 from megasparse.checkpoint.order import Run
 from megasparse.checkpoint.rank_file import FilePart
-from megasparse.checkpoint.store import FORMAT, INDEX, OLD_MANIFEST, CheckpointError, size_problem
+from megasparse.checkpoint.store import FORMAT, FORMAT_OF_MANY, INDEX, OLD_MANIFEST, CheckpointError, size_problem
 from megasparse.utils.files import write_at_once
 
 
@@ -50,7 +52,8 @@ class Index:
     """Updates that the optimizer has made; 0: there are no moments."""
     train_state: dict[str, Any]
     window_losses: list[float]
-    """Each data-parallel rank's sum of losses since the last line of metrics."""
+    """The mean over the ranks of their sums of losses since the last line of metrics; each rank's own is in its file.
+    Older checkpoints list all of them here."""
     loss_scaler: dict[str, float]
     layout: dict[str, int]
     """How the run lay on its ranks: `world_size`, `tensor_parallel_size`, `zero_stage`; any other may read it."""
@@ -63,17 +66,20 @@ class Index:
 
 def write_index(index: Index, folder: Path) -> None:
     content = json.dumps(asdict(index), allow_nan=True)
-    text = f'{{"format": {FORMAT}, "checksum": "{_checksum(content)}", "content":\n{content}\n}}\n'
+    # An earlier version would take the index of a group for the file of a rank.
+    number = FORMAT_OF_MANY if any(not name.endswith(".safetensors") for name in index.files) else FORMAT
+    text = f'{{"format": {number}, "checksum": "{_checksum(content)}", "content":\n{content}\n}}\n'
     write_at_once(folder / INDEX, text, make_folder=False)
 
 
 def read_index(folder: Path) -> Index:
-    """Raises CheckpointError where the folder is no whole checkpoint, as far as index and sizes of files tell."""
+    """Raises CheckpointError where the folder is no whole checkpoint, as far as the index and the sizes of the files
+    that it lists tell."""
     try:
         text = (folder / INDEX).read_text(encoding="utf-8")
         document = json.loads(text)
         found, content = document["format"], text.partition('"content":\n')[2].rpartition("\n}")[0]
-        if found == FORMAT and document["checksum"] != _checksum(content):
+        if found in (FORMAT, FORMAT_OF_MANY) and document["checksum"] != _checksum(content):
             raise CheckpointError(f"checkpoint {folder}: {INDEX} does not have its checksum; it was changed")
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder}: {_why_missing(folder, error)}") from None
@@ -81,16 +87,21 @@ def read_index(folder: Path) -> Index:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {folder}: {INDEX} is not readable: {error}") from None
-    if found != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format {found!r}; must be {FORMAT}")
+    if found not in (FORMAT, FORMAT_OF_MANY):
+        raise CheckpointError(f"checkpoint {folder}: format {found!r}; must be {FORMAT} or {FORMAT_OF_MANY}")
     try:
         index = _parse(document["content"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder}: {INDEX} is not readable: {error!r}") from None
-    for name, file in index.files.items():
+    check_sizes(folder, index.files)
+    return index
+
+
+def check_sizes(folder: Path, files: Mapping[str, SavedFile]) -> None:
+    """Raise CheckpointError where a listed file is missing or of another size."""
+    for name, file in files.items():
         if problem := size_problem(folder / name, file.part.bytes):
             raise CheckpointError(f"checkpoint {folder}: {name} {problem}")
-    return index
 
 
 def file_entry(part: FilePart, runs: Mapping[str, list[Run]]) -> dict[str, Any]:
@@ -106,8 +117,13 @@ def parse_file(values: Mapping[str, Any]) -> SavedFile:
     return SavedFile(FilePart(int(values["part"]["bytes"]), str(values["part"]["checksum"])), runs)
 
 
+def parse_files(values: Mapping[str, Any]) -> dict[str, SavedFile]:
+    """Files by name, from JSON. Raises ValueError, KeyError, TypeError or AttributeError for what is no such thing."""
+    return {_file_name(name): parse_file(entry) for name, entry in values.items()}
+
+
 def _parse(values: dict[str, Any]) -> Index:
-    files = {_file_name(name): parse_file(entry) for name, entry in values.pop("files").items()}
+    files = parse_files(values.pop("files"))
     parameters = {
         name: SavedParameter(tuple(entry["shape"]), int(entry["bands"]))
         for name, entry in values.pop("parameters").items()

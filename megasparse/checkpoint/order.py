@@ -90,16 +90,32 @@ class FragmentOrder:
         first_column, end_column = rank * columns, (rank + 1) * columns
         self._bands = range(first_column // width, -(-end_column // width))
         self._skipped = first_column - self._bands.start * width
-        count = (self._last - self._first + 1) * width
-        self.runs = [Run(band * rows * width + self._first * width, count) for band in self._bands]
+        # Of the first and the last row of a band, what lies before and after the fragment is left out: other ranks'
+        # files may hold it.
+        before, end = start - self._first * columns, start + numel - self._last * columns
+        self._cuts: list[tuple[int, int]] = []
+        self.runs = []
+        for band in self._bands:
+            left = band * width - first_column
+            head = min(max(before - left, 0), width)
+            tail = (self._last - self._first) * width + min(max(end - left, 0), width)
+            self._cuts.append((head, tail))
+            if head < tail:
+                self.runs.append(Run(band * rows * width + self._first * width + head, tail - head))
 
     def assemble(self, pieces: list[Tensor]) -> Tensor:
         """[numel], in the order of the shard."""
         if self._spec.dim != 1 or self._numel == 0:
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
         columns = self._spec.local_shape[1]
-        bands = [piece.view(-1, self._width) for piece in pieces]
-        whole = torch.cat(bands, dim=1)[:, self._skipped : self._skipped + columns]
+        total, read = (self._last - self._first + 1) * self._width, iter(pieces)
+        bands = [
+            torch.nn.functional.pad(next(read), (head, total - tail)) if head < tail else pieces[0].new_zeros(total)
+            for head, tail in self._cuts
+        ]
+        whole = torch.cat([band.view(-1, self._width) for band in bands], dim=1)[
+            :, self._skipped : self._skipped + columns
+        ]
         offset = self._start - self._first * columns
         return whole.reshape(-1)[offset : offset + self._numel]
 

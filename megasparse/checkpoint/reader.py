@@ -10,6 +10,7 @@ Only what is asked for is read, and everything that is read is compared with its
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megasparse.checkpoint.index import read_index
+from megasparse.checkpoint.index import SavedFile, read_index
+from megasparse.checkpoint.joined import is_joined, ranks_of, read_joined
 from megasparse.checkpoint.order import FragmentOrder, Run
 from megasparse.checkpoint.rank_file import RankFile
 from megasparse.checkpoint.saved_state import KINDS, RunFacts
@@ -37,6 +39,21 @@ class _Place(NamedTuple):
     offset: int
 
 
+class _Listed:
+    """Files that an index lists, and where in them each entry lies. Offsets are of the files of ranks."""
+
+    def __init__(self, files: Mapping[str, SavedFile]) -> None:
+        self.files, self.places = files, dict[str, list[_Place]]()
+        for file, saved in files.items():
+            for key, runs in saved.runs.items():
+                offset = 0
+                for run in runs:
+                    self.places.setdefault(key, []).append(_Place(run.start, run.end, file, offset))
+                    offset += run.numel
+        for places in self.places.values():
+            places.sort()
+
+
 class Checkpoint:
     """One folder. Raises CheckpointError where it is no whole checkpoint, and on reading where bytes were changed.
 
@@ -49,16 +66,9 @@ class Checkpoint:
         self.folder, self.index = folder, read_index(folder)
         self.step = self.index.optimizer_step
         self.shapes = {name: parameter.shape for name, parameter in self.index.parameters.items()}
-        self._files: dict[str, RankFile] = {}
-        self._places: dict[str, list[_Place]] = {}
-        for file, saved in self.index.files.items():
-            for key, runs in saved.runs.items():
-                offset = 0
-                for run in runs:
-                    self._places.setdefault(key, []).append(_Place(run.start, run.end, file, offset))
-                    offset += run.numel
-        for places in self._places.values():
-            places.sort()
+        self._opened: dict[str, RankFile] = {}
+        self._top = _Listed(self.index.files)
+        self._joined: dict[str, _Listed] = {}
         self._check_complete()
 
     def __enter__(self) -> Checkpoint:
@@ -68,9 +78,9 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        for file in self._files.values():
+        for file in self._opened.values():
             file.close()
-        self._files.clear()
+        self._opened.clear()
 
     @property
     def facts(self) -> RunFacts:
@@ -80,11 +90,11 @@ class Checkpoint:
     @property
     def bytes_read(self) -> int:
         """Of the data of tensors, so far, since it was opened."""
-        return sum(file.bytes_read for file in self._files.values())
+        return sum(file.bytes_read for file in self._opened.values())
 
     def kinds(self, name: str) -> list[str]:
         """`fp32` and the moments that are kept of a parameter."""
-        return [kind for kind in KINDS if f"{kind}/{name}" in self._places]
+        return [kind for kind in KINDS if f"{kind}/{name}" in self._top.places]
 
     def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
         """Entries [start, start + numel) of the shard of a tensor-parallel rank, flattened: float32, per-weight steps
@@ -107,8 +117,8 @@ class Checkpoint:
         """What a training method saved; empty where it saved nothing."""
         prefix = f"{METHOD}/{method}/"
         found = {}
-        for file in self.index.files:
-            opened = self._open(file)
+        for file in self.files():
+            opened = self._open(*file)
             for name, spec in opened.specs.items():
                 if name.startswith(prefix):
                     found[name.removeprefix(prefix)] = opened.read(name).view(spec.shape)
@@ -118,44 +128,77 @@ class Checkpoint:
 
     def random_state(self, rank: int) -> Tensor | None:
         """That of torch on the host, of a rank of the run that was saved; None: there was no such rank."""
-        file = f"rank-{rank:05d}.safetensors"
-        if file not in self.index.files or f"{RANDOM}/cpu" not in self._open(file).specs:
-            return None
-        return self._open(file).read(f"{RANDOM}/cpu")
+        return self.own_tensor(rank, f"{RANDOM}/cpu")
+
+    def own_tensor(self, rank: int, name: str) -> Tensor | None:
+        """What a rank of the run that was saved has kept of its own; None: there was no such rank, or nothing."""
+        listed = self._top
+        while True:
+            file = next((file for file in listed.files if rank in ranks_of(file)), None)
+            if file is None:
+                return None
+            if not is_joined(file):
+                opened = self._open(file, listed.files[file])
+                return opened.read(name).view(opened.specs[name].shape) if name in opened.specs else None
+            listed = self._list(file, listed.files[file])
+
+    def files(self) -> Iterator[tuple[str, SavedFile]]:
+        """The files of all ranks, in their order. Looks at each; CheckpointError where one is missing or cut off."""
+
+        def below(listed: _Listed) -> Iterator[tuple[str, SavedFile]]:
+            for name, saved in listed.files.items():
+                yield from below(self._list(name, saved)) if is_joined(name) else [(name, saved)]
+
+        return below(self._top)
 
     def loss_scaler(self) -> dict[str, float]:
         return self.index.loss_scaler
 
     def check_all(self) -> None:
         """Read everything. Raises CheckpointError at the first byte that was changed."""
-        for file in self.index.files:
-            self.check_file(file)
+        for file, saved in self.files():
+            self.check_file(file, saved)
 
-    def check_file(self, file: str) -> None:
+    def check_file(self, file: str, saved: SavedFile) -> None:
         """Read all of one file. Raises CheckpointError at the first byte that was changed."""
-        opened = self._open(file)
+        opened = self._open(file, saved)
         for name in opened.specs:
             opened.read(name)
 
     def _run(self, key: str, run: Run) -> Tensor:
-        places = self._places[key]
+        found = list(self._pieces(self._top, key, run))
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+
+    def _pieces(self, listed: _Listed, key: str, run: Run) -> Iterator[Tensor]:
+        """The entries of a run, one file after another."""
+        places = listed.places[key]
         at = bisect_right(places, run.start, key=lambda place: place.start) - 1
-        found, start = [], run.start
+        start = run.start
         while start < run.end:
             place = places[at]
             end = min(run.end, place.end)
-            found.append(self._open(place.file).read(key, place.offset + start - place.start, end - start))
+            if is_joined(place.file):
+                below = self._list(place.file, listed.files[place.file])
+                yield from self._pieces(below, key, Run(start, end - start))
+            else:
+                opened = self._open(place.file, listed.files[place.file])
+                yield opened.read(key, place.offset + start - place.start, end - start)
             start, at = end, at + 1
-        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
-    def _open(self, file: str) -> RankFile:
-        if file not in self._files:
-            self._files[file] = RankFile(self.folder / file, self.index.files[file].part)
-        return self._files[file]
+    def _open(self, file: str, saved: SavedFile) -> RankFile:
+        if file not in self._opened:
+            self._opened[file] = RankFile(self.folder / file, saved.part)
+        return self._opened[file]
+
+    def _list(self, file: str, saved: SavedFile) -> _Listed:
+        """What the index of a group of ranks lists."""
+        if file not in self._joined:
+            self._joined[file] = _Listed(read_joined(self.folder / file, saved))
+        return self._joined[file]
 
     def _check_complete(self) -> None:
         """Every entry of every kind is there exactly once."""
-        for key, places in self._places.items():
+        for key, places in self._top.places.items():
             name = key.partition("/")[2]
             if name not in self.shapes:
                 raise CheckpointError(f"checkpoint {self.folder}: its index lists {key}, which is no parameter")
@@ -169,18 +212,26 @@ class Checkpoint:
 
 
 def is_good(folder: Path) -> bool:
-    """Whether index and sizes of files are those of a whole checkpoint."""
+    """Whether ``index_damage`` finds nothing."""
+    return index_damage(folder) is None
+
+
+def index_damage(folder: Path) -> str | None:
+    """Why a folder is no whole checkpoint, as far as `index.json` and the sizes of the files that it lists tell; None:
+    it is one. However many ranks have written it, these are few files."""
     try:
         read_index(folder)
-    except CheckpointError:
-        return False
-    return True
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def damage(folder: Path) -> str | None:
-    """Why a folder is no whole checkpoint, as far as index and sizes of files tell; None: it is one."""
+    """The same as far as all indexes and the sizes of all files tell."""
     try:
-        read_index(folder)
+        with Checkpoint(folder) as checkpoint:
+            for _ in checkpoint.files():
+                pass
     except CheckpointError as error:
         return str(error)
     return None

@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 from megasparse.utils.files import sync_folder
 
 FORMAT = 2
+FORMAT_OF_MANY = 3
+"""Of checkpoints whose index is a tree, see ``joined``."""
 INDEX = "index.json"
 OLD_MANIFEST = "manifest.json"
 """Of format 1, which is not read."""
@@ -118,10 +121,13 @@ class CheckpointStore:
 
 def size_problem(path: Path, size: int) -> str:
     """How a file differs from one of this size; empty where it does not."""
-    if not path.is_file():
+    try:
+        found = path.stat()
+    except OSError:
         return "is missing"
-    found = path.stat().st_size
-    return "" if found == size else f"has {found} bytes instead of {size}"
+    if not stat.S_ISREG(found.st_mode):
+        return "is missing"
+    return "" if found.st_size == size else f"has {found.st_size} bytes instead of {size}"
 
 
 def check_model(folder: Path, saved: dict[str, Any], model: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ snapshot = HostCopy(engine)                              # once per run; keeps i
 copy = snapshot.begin({"method/topology/active/head": bits})
 tensors = copy()                                         # perhaps in a thread, before anything changes
 write_part(partial, rank=3, tensors)                     # every rank, perhaps in a thread
+join_parts(partial, rank=3, world_size=4, timeout=1800)  # every rank, after that
 commit(store, index, world_size=4, timeout=1800)         # rank 0, when it has written its own part
 
 write_checkpoint(saved, run_folder)                      # from any saved state, by one process
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megasparse.checkpoint.index import Index, SavedFile, SavedParameter, file_entry, parse_file, write_index
+from megasparse.checkpoint.joined import GROUP_FILES, file_name, members, top_stride, write_joined
 from megasparse.checkpoint.order import Run, band_count, split
 from megasparse.checkpoint.rank_file import write_rank_file
 from megasparse.checkpoint.reader import METHOD, is_good
@@ -32,7 +34,8 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.utils.files import write_json
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 1.0
+"""Between two looks for a part: many ranks may be waiting, and all look at one file system."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,11 @@ class HostCopy:
                 continue
             first, last = 0, fragment.numel
             if access.shard.size < mesh.data_parallel.size:
-                # Each data-parallel rank holds everything: they share the writing.
-                rank, size = mesh.data_parallel.rank, mesh.data_parallel.size
+                # Each data-parallel rank holds everything: they share the writing, not so many that who reads it again
+                # must open thousands of files.
+                rank, size = mesh.data_parallel.rank, min(mesh.data_parallel.size, GROUP_FILES)
+                if rank >= size:
+                    continue
                 first, last = fragment.numel * rank // size, fragment.numel * (rank + 1) // size
             if first < last:
                 for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
@@ -126,11 +132,38 @@ def write_part(partial: Path, rank: int, content: RankTensors) -> None:
                 raise CheckpointError(f"{key} holds a value that is not finite; no checkpoint is made of it")
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in content.tensors.items()}
         part = write_rank_file(partial / file_name(rank), specs, content.tensors.items())
-        write_json(partial / _part_name(rank), file_entry(part, content.runs), make_folder=False)
+        write_json(partial / _part_name(file_name(rank)), file_entry(part, content.runs), make_folder=False)
     except BaseException:
         with contextlib.suppress(OSError):
             (partial / file_name(rank)).unlink(missing_ok=True)
         raise
+
+
+def join_parts(
+    partial: Path,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    failure_of: Callable[[int], str | None] = lambda rank: None,
+    group_files: int = GROUP_FILES,
+) -> None:
+    """What is left to do of the index, of which ``commit`` makes the last part: the first of every `group_files` ranks
+    waits for the parts of its group and joins them, the first of every `group_files` groups theirs, and so on.
+
+    failure_of: see ``commit``. Raises CheckpointError where a rank of the group could not write, or did not within
+    `timeout` seconds; OSError.
+    """
+    stride = 1
+    while stride < top_stride(world_size, group_files) and rank % (stride * group_files) == 0:
+        end = min(rank + stride * group_files, world_size)
+        listed, name = members(rank, end, stride), file_name(rank, end)
+        # A last group of one index is that index.
+        if name not in listed:
+            saved = write_joined(partial / name, _collect(partial, listed, timeout, failure_of))
+            write_json(partial / _part_name(name), file_entry(saved.part, saved.runs), make_folder=False)
+            for other in listed:
+                (partial / _part_name(other)).unlink()
+        stride *= group_files
 
 
 def commit(
@@ -139,28 +172,41 @@ def commit(
     world_size: int,
     timeout: float,
     failure_of: Callable[[int], str | None] = lambda rank: None,
+    group_files: int = GROUP_FILES,
 ) -> Path:
-    """Wait for the parts of all ranks, write the index, and let the checkpoint appear; returns its folder.
+    """Wait for the parts of all ranks, or of groups of many, write the index, and let the checkpoint appear; returns
+    its folder.
 
     failure_of: why a rank cannot write, once it has told. It tells by other ways than the disk that has failed it.
     Raises CheckpointError where a rank could not write, or did not within `timeout` seconds; OSError.
     """
-    partial, files = store.partial(index.step), {}
-    until = time.monotonic() + timeout
-    for rank in range(world_size):
-        while not (partial / _part_name(rank)).is_file():
+    partial, stride = store.partial(index.step), top_stride(world_size, group_files)
+    listed = members(0, world_size, stride)
+    files = _collect(partial, listed, timeout, failure_of)
+    write_index(replace(index, files=files), partial)
+    for name in listed:
+        (partial / _part_name(name)).unlink()
+    return store.commit(index.step, is_good)
+
+
+def _collect(
+    partial: Path, names: Mapping[str, int], timeout: float, failure_of: Callable[[int], str | None]
+) -> dict[str, SavedFile]:
+    """What their writers say of files, once all of them have. names: each with the rank that writes it."""
+    files, until = {}, time.monotonic() + timeout
+    for name, rank in names.items():
+        pause = POLL_SECONDS
+        while not (partial / _part_name(name)).is_file():
             if reason := failure_of(rank):
                 raise CheckpointError(f"rank {rank}: {reason}")
             if not partial.is_dir():
                 raise CheckpointError(f"{partial} has been deleted")
             if time.monotonic() > until:
                 raise CheckpointError(f"{partial}: rank {rank} has written nothing within {timeout:g} seconds")
-            time.sleep(POLL_SECONDS)
-        files[file_name(rank)] = parse_file(read_json(partial / _part_name(rank)))
-    write_index(replace(index, files=files), partial)
-    for rank in range(world_size):
-        (partial / _part_name(rank)).unlink()
-    return store.commit(index.step, is_good)
+            time.sleep(pause)
+            pause = min(1.5 * pause, MAX_POLL_SECONDS)
+        files[name] = parse_file(read_json(partial / _part_name(name)))
+    return files
 
 
 def write_checkpoint(
@@ -213,9 +259,6 @@ def write_checkpoint(
     return store.commit(index.step, is_good)
 
 
-def file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _part_name(rank: int) -> str:
-    return f"rank-{rank:05d}.part.json"
+def _part_name(name: str) -> str:
+    """What its writer says of a file that an index lists."""
+    return f"{Path(name).stem}.part.json"

@@ -107,7 +107,7 @@ def with_dense_fallback(config: RunConfig, patterns: Sequence[str]) -> RunConfig
 def agree_on_dense_fallback(config: RunConfig, mesh: Mesh) -> RunConfig:
     """The patterns of rank 0 on all ranks: each may have a table of its own."""
     wide = [int(name in config.attention.widened_patterns) for name in hybrid_attention.PATTERNS]
-    first = mesh.gather_rows(torch.tensor(wide))[0].tolist()
+    first = mesh.from_first(torch.tensor(wide)).tolist()
     agreed = sorted(name for name, is_wide in zip(hybrid_attention.PATTERNS, first, strict=True) if is_wide)
     return config if agreed == sorted(config.attention.widened_patterns) else with_dense_fallback(config, agreed)
 

@@ -16,6 +16,7 @@ from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
 from megasparse.sparsity.topology import Topology
+from megasparse.sparsity.update import EXTENT_BYTES, masks_are_added
 from megasparse.utils.activations import ACTIVATIONS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -123,8 +124,9 @@ def topology_bytes(topology: Topology, replicas: int, ranks: int, stage: int) ->
         return topology.num_units * (16 * whole + between_shards) + statistics
     # Every selection takes its rounds by score and, where scores tie, by key: histograms of int32.
     histograms = SELECTIONS * 2 * sum(2**bits for _, bits in ROUNDS) * 4 * whole
-    mask = (topology.shard_units // 8 + sharing * 17) * (1 - 1 / sharing)
-    return histograms + mask + statistics
+    bits = topology.shard_units // 8
+    mask = 2 * (bits + 1) if masks_are_added(topology, sharing) else bits + sharing * EXTENT_BYTES
+    return histograms + mask * (1 - 1 / sharing) + statistics
 
 
 def _tensor_parallel_bytes(config: RunConfig, size: int, ranks: int) -> float:

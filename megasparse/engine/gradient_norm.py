@@ -1,6 +1,6 @@
 """The global gradient norm of a step as all ranks know it, before anything has made use of a gradient.
 
-norm = global_gradient_norm(engine.access(parameters), engine.model, engine.mesh)
+norm, asked = global_gradient_norm(engine.access(parameters), engine.model, engine.mesh)
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ from megasparse.sparsity.topology import Topology
 
 @torch.no_grad()
 def global_gradient_norm(
-    access: StateAccess, model: GPT, mesh: Mesh, losses: Tensor | float = 0.0, *, active_only: bool = False
-) -> Tensor:
-    """Norm over all parameters, a float64 scalar on the device, the same bits on every rank, which all call it between
-    ``backward`` and ``step``.
+    access: StateAccess,
+    model: GPT,
+    mesh: Mesh,
+    losses: Tensor | float = 0.0,
+    *,
+    active_only: bool = False,
+    asks: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Norm over all parameters, and how many ranks ask: float64 scalars on the device, the same bits on every rank,
+    which all call it between ``backward`` and ``step``.
 
     access: to all parameters by name. losses: a sum of this rank's losses. NaN or infinity where any gradient or loss
     of any rank is. Gradients of inactive weights, which exist in steps that may grow them, do not count as long as they
     are finite: otherwise the norms of those steps would stand out. active_only: in other steps, where they are 0, the
-    kernel for CPUs passes over them.
+    kernel for CPUs passes over them. asks: whether this rank wants something of all, such as to stop, which they learn
+    by the one reduction that a step needs anyway.
     """
     rank = mesh.tensor_parallel.rank
     layers = {id(layer.weight): (name, layer) for name, layer in model.sparse_layers().items()}
@@ -48,7 +55,9 @@ def global_gradient_norm(
             total += square_sum(fragment.gradient.contiguous(), active) / fragment.gradient_scale**2 / holders
         else:
             total += _square(fragment, topologies.get(weight)).to(mesh.device) / holders
-    return mesh.world.sum_(total).sqrt()
+    # Filled in by the device: a copy from the host would make it wait.
+    total, asking = mesh.world.sum_(torch.stack([total, torch.full_like(total, float(asks))])).unbind()
+    return total.sqrt(), asking
 
 
 def _square(fragment: StateFragment, topology: Topology | None) -> Tensor:

@@ -16,6 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -44,6 +45,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 RECOMPILE_LIMIT = 64
+DIVIDED_OTHERWISE = {"offload_param", "zero_hpz_partition_size", "mics_shard_size"}
+"""Expert settings of ZeRO stage 3 under which pieces may have left the memory when a parameter has been divided, or lie
+on other ranks, too."""
 
 Objective = Callable[[GPT, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -160,17 +164,20 @@ class TrainingEngine:
         every rank, which all call it. Not finite where a gradient or a loss of any rank is not."""
         return self.gradient_norm_and({})[0]
 
-    def gradient_norm_and(self, values: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
-        """The norm, and scalars of this rank: all that the host wants to know of a step, for one wait."""
+    def gradient_norm_and(
+        self, values: Mapping[str, Tensor], *, asks: bool = False
+    ) -> tuple[float, dict[str, float], bool]:
+        """The norm, scalars of this rank, and whether any rank asks for something (see ``global_gradient_norm``): all
+        that the host wants to know of a step, for one wait and one reduction."""
         losses, self._losses = self._losses, 0.0
-        self._known_norm = self._norm(losses)
-        norm, *others = torch.stack([self._known_norm, *values.values()]).tolist()
+        self._known_norm, asking = self._norm(losses, asks=asks)
+        norm, number, *others = torch.stack([self._known_norm, asking, *values.values()]).tolist()
         self._is_finite = math.isfinite(norm)
-        return norm, dict(zip(values, others, strict=True))
+        return norm, dict(zip(values, others, strict=True)), number > 0
 
-    def _norm(self, losses: Tensor | float = 0.0) -> Tensor:
+    def _norm(self, losses: Tensor | float = 0.0, *, asks: bool = False) -> tuple[Tensor, Tensor]:
         access, active_only = self._access(dict(self.model.named_parameters())), self.optimizer.regions is not None
-        return global_gradient_norm(access, self.model, self.mesh, losses, active_only=active_only)
+        return global_gradient_norm(access, self.model, self.mesh, losses, active_only=active_only, asks=asks)
 
     def step(self, lr: float, *, skip_update: bool = False) -> Tensor:
         """One optimizer step at a base learning rate. Returns the global norm of the gradients that it used, before
@@ -185,7 +192,7 @@ class TrainingEngine:
         norm = None
         if self.optimizer.regions is not None or self._engine.zero_optimization_stage() == 0:
             # At stage 0 DeepSpeed keeps it to itself.
-            norm = self._norm() if self._known_norm is None else self._known_norm
+            norm = self._norm()[0] if self._known_norm is None else self._known_norm
         with contextlib.ExitStack() as stack:
             if self.optimizer.regions is not None:
                 assert norm is not None
@@ -242,12 +249,40 @@ class DividedAtOnce(deepspeed.zero.Init):
     By default it replaces torch's constructors, so that a parameter has its final dtype and device from the first; then
     whatever else is made meanwhile gets them too, and random scores of float32 came out as bfloat16 of half their
     length. Here constructors stay torch's own, and parameters are cast when their module is complete.
+
+    A rank then draws initial weights for its piece alone (``layers.init``): DeepSpeed would send those of the first
+    rank, all of them, to the others.
     """
+
+    def __init__(self, *args: Any, rank: int, **settings: Any) -> None:
+        self._own_rank = rank
+        super().__init__(*args, **settings)
 
     def _post_init_method(self, module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(self.dtype)
         super()._post_init_method(module)
+        for parameter in module.parameters(recurse=False):
+            initial = vars(parameter).pop("initial", None)
+            if initial is not None:
+                share = parameter.ds_tensor.numel()
+                start = self._own_rank * share
+                own = initial(start, max(min(share, parameter.ds_numel - start), 0))
+                parameter.ds_tensor.data.view(-1)[: own.numel()].copy_(own)
+
+    def _zero_init_param(self, parameter: Any) -> None:
+        if not hasattr(parameter, "initial"):
+            super()._zero_init_param(parameter)
+            return
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+
+def draws_pieces(config: RunConfig) -> bool:
+    """Whether initial weights are drawn when parameters have been divided, inside of ``model_construction``."""
+    return config.deepspeed.zero_stage == 3 and not DIVIDED_OTHERWISE & set(
+        config.deepspeed.extra.get("zero_optimization", {})
+    )
 
 
 @contextlib.contextmanager
@@ -260,7 +295,11 @@ def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
     prepare_deepspeed(mesh)
     settings = deepspeed_dict(config, mesh.data_parallel.size, mesh.device.type)
     with DividedAtOnce(
-        data_parallel_group=mesh.data_parallel.group, config_dict_or_path=settings, mpu=mesh, tensor_overrides=()
+        rank=mesh.data_parallel.rank,
+        data_parallel_group=mesh.data_parallel.group,
+        config_dict_or_path=settings,
+        mpu=mesh,
+        tensor_overrides=(),
     ):
         yield lambda weight: deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 

@@ -4,7 +4,7 @@
     with open_mesh(environment, 1800, agree=lambda store: agree(store, environment, own)): ...
 
 They compare in the store where they meet, before the first process group: groups of ranks that differ may wait for each
-other for ever. A rank that has the digest of rank 0 tells only that. Nothing may differ today: paths too are those of
+other for ever. A rank that has the digest of rank 0 is only counted. Nothing may differ today: paths too are those of
 files that all hosts see under one name.
 """
 
@@ -66,11 +66,17 @@ def agree(
     if rank == 0:
         store.set("identity", content)
         store.set("digest", digest)
-        answers = {other: store.get(f"answer/{other}").decode() for other in range(1, environment.world_size)}
-        store.set("verdict", refusal or _verdict(answers))
+        if environment.world_size > 1:
+            store.wait(["all have compared"])
+        # Ranks that do not differ are counted, not asked one by one.
+        told = [json.loads(store.get(f"differences/{number}")) for number in range(1, store.add("different", 0) + 1)]
+        store.set("verdict", refusal or _verdict(dict(sorted(told))))
     else:
-        is_same = store.get("digest").decode() == digest
-        store.set(f"answer/{rank}", "" if is_same else _differences(json.loads(store.get("identity")), own))
+        if store.get("digest").decode() != digest:
+            differences = _differences(json.loads(store.get("identity")), own)
+            store.set(f"differences/{store.add('different', 1)}", json.dumps([rank, differences]))
+        if store.add("compared", 1) == environment.world_size - 1:
+            store.set("all have compared", "")
     verdict = store.get("verdict").decode()
     if not verdict:
         return
@@ -83,13 +89,14 @@ def agree(
 
 def check_steps(mesh: Mesh, step: int) -> None:
     """Raise the same ConfigError on all ranks where they have loaded states of different steps."""
-    steps = mesh.gather_rows(torch.tensor([step]))[:, 0].tolist()
-    for rank, other in enumerate(steps):
-        if other != steps[0]:
-            raise ConfigError(
-                f"run.folder: rank {rank} stands at step {other}, rank 0 at step {steps[0]}; must be one folder that "
-                "all ranks see alike"
-            )
+    first = int(mesh.from_first(torch.tensor(step)))
+    rank = mesh.first_rank_where(step != first)
+    if rank is not None:
+        other = int(mesh.from_rank(torch.tensor(step), rank))
+        raise ConfigError(
+            f"run.folder: rank {rank} stands at step {other}, rank 0 at step {first}; must be one folder that all "
+            "ranks see alike"
+        )
 
 
 def _code() -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megasparse.launching.environment import OPEN_MPI, TORCH, LaunchEnvironment, choose_accelerator
 from megasparse.launching.rendezvous import START_SECONDS, open_store
 from megasparse.parallel.mesh import Mesh, make_mesh
+from megasparse.parallel.tree import GROUP_RANKS
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Variables with the GPUs that a process may see."""
@@ -40,6 +41,10 @@ def open_mesh(
     """
     assert environment.world_size % tensor_parallel_size == 0, (environment.world_size, tensor_parallel_size)
     device, backend = _device(environment.local_rank)
+    if backend == "gloo" and environment.world_size > GROUP_RANKS:
+        # Connections between ranks that have something to send, not between all pairs: of 20 ranks each has 2 after a
+        # sum, instead of 19.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     timeout = timedelta(seconds=timeout_seconds)
     store = open_store(environment, start_seconds)
     if device.type == "cuda":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import threading
@@ -22,6 +23,9 @@ from megasparse.launching.environment import LOOPBACK, LaunchEnvironment
 
 START_SECONDS = 600
 """How long ranks wait for each other at the start, where nobody says (`train.start_timeout_seconds`)."""
+
+OTHER_FILES = 512
+"""Files and connections that rank 0 has open besides those to other ranks, at most."""
 
 MAX_NAMED = 8
 """Missing ranks that a message names."""
@@ -154,6 +158,7 @@ def _listen(address: str, port: int | None, world_size: int, timeout: timedelta)
     Without a port the system chooses a free one in the moment in which the store begins to listen: one that is looked
     for first and opened later may be somebody else's by then.
     """
+    _allow_connections(world_size)
     try:
         return dist.TCPStore(address, port or 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
     except RuntimeError as error:
@@ -162,6 +167,20 @@ def _listen(address: str, port: int | None, world_size: int, timeout: timedelta)
             f"cannot listen at {address}:{port or 'any port'}: {reason}; MASTER_PORT must be a free port of the host "
             "of rank 0"
         ) from error
+
+
+def _allow_connections(world_size: int) -> None:
+    """The store of rank 0 keeps a connection to every rank: systems allow a process 1,024 open files, until it asks for
+    more. Raises ConfigError where it may not have enough."""
+    needed = world_size + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ConfigError(
+                f"ulimit -n: {hard} open files at most on the host of rank 0, which keeps a connection to each of "
+                f"{world_size} ranks; must be at least {needed}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _import_mpi():

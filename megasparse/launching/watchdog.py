@@ -51,8 +51,7 @@ class Watchdog:
         self._rank, self._folder = mesh.rank, folder
         self._slow_seconds = slow_seconds
         self._step_seconds = min(step_seconds, slow_seconds)
-        # No rank sends more than some 500 heartbeats a second, however many ranks there are.
-        interval = min(1.0 + mesh.world_size / 500, self._step_seconds / 4)
+        interval = min(1.0, self._step_seconds / 4)
         self._place = Place("the start", slow=True)
         self._heartbeats = Heartbeats(mesh, interval)
         self._launchers: Launchers | None = find_launchers()
@@ -134,7 +133,7 @@ class Watchdog:
         exit_now(LOST_PEER_STATUS)
 
     def _describe_others(self, place: Place) -> str:
-        peers = self._heartbeats.peers
+        peers = self._heartbeats.known
         if not peers:
             return "There is no other rank"
         others = [peer for peer in peers if peer.left is None and not self._is_gone(peer) and peer.place != place.name]
@@ -142,7 +141,8 @@ class Watchdog:
             f"rank {peer.rank} answers and is at {peer.place} for {peer.idle_seconds:.0f} s" for peer in others
         )
         if not found:
-            return "All other ranks answer and are at the same place"
+            ranks = "other ranks" if self._heartbeats.hears_all else f"{len(peers)} ranks that it hears of"
+            return f"All {ranks} answer and are at the same place"
         text = "; ".join(found)
         return text[0].upper() + text[1:]
 
@@ -156,7 +156,7 @@ class Watchdog:
             deadline = time.monotonic() + (SILENT_INTERVALS + 2) * self._heartbeats.interval
             while time.monotonic() < deadline and not all(map(self._is_gone, self._heartbeats.peers)):
                 time.sleep(self._heartbeats.interval / 4)
-        return "; ".join(_name_gone(filter(self._is_gone, self._heartbeats.peers)))
+        return "; ".join(_name_gone(filter(self._is_gone, self._heartbeats.known)))
 
     def _dump(self) -> str:
         """Write the stacks of all threads; returns a sentence that says where they are."""

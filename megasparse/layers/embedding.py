@@ -33,6 +33,7 @@ class Embedding(nn.Module):
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
         seed: int = 0,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.rows, self.width = name, rows, width
@@ -40,7 +41,9 @@ class Embedding(nn.Module):
         partition = ShardSpec((rows, width), 0 if divided else None, self.tensor_parallel.size)
         rank = self.tensor_parallel.rank
         self.first_row, self.local_rows = (rank * partition.local_shape[0] if divided else 0), partition.local_shape[0]
-        self.weight = divided_parameter(partition, rank, std=init_std, seed=seed, name=f"{name}.weight")
+        self.weight = divided_parameter(
+            partition, rank, std=init_std, seed=seed, name=f"{name}.weight", deferred=deferred
+        )
         self._tied: tuple[Linear, ...] = ()
 
     def tie(self, head: Linear) -> None:

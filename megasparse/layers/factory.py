@@ -48,6 +48,9 @@ class LayerFactory:
     """Density above which the kernel `auto` takes dense products; None: as measured."""
     elementwise: str = "auto"
     """Kernel of what lies between the products."""
+    deferred: bool = False
+    """Parameters are divided further as soon as they are made (ZeRO stage 3), and only then are initial weights
+    drawn."""
 
     def column(
         self,
@@ -75,8 +78,7 @@ class LayerFactory:
 
     def embedding(self, name: str, rows: int, width: int, init_std: float, *, divided: bool = False) -> Embedding:
         """A table of `rows` vectors, whose rows may be divided over the ranks."""
-        ranks, seed = self.tensor_parallel, self.seed
-        return Embedding(name, rows, width, divided=divided, tensor_parallel=ranks, init_std=init_std, seed=seed)
+        return Embedding(name, rows, width, divided=divided, init_std=init_std, **self._drawing())
 
     def norm(self, config: ModelConfig) -> Normalization:
         """A normalisation between layers."""
@@ -85,7 +87,7 @@ class LayerFactory:
         return Normalization(kind, size, epsilon=epsilon, bias=bias, **settings)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
-        settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}
+        settings |= self._drawing()
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
@@ -96,3 +98,6 @@ class LayerFactory:
             return SparseLinear(name, in_features, out_features, **settings)
         settings.pop("weight", None)
         return PackedLinear(name, in_features, out_features, capacity=capacity, **settings)
+
+    def _drawing(self) -> dict[str, Any]:
+        return {"seed": self.seed, "tensor_parallel": self.tensor_parallel, "deferred": self.deferred}

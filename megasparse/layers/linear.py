@@ -44,6 +44,7 @@ class Linear(nn.Module):
         tensor_parallel: the ranks that share the layer.
         init_std: standard deviation of the initial weight.
         seed: seed of the run.
+        deferred: weights stay zero at first, see ``divided_parameter``.
         weight: a parameter to use instead of a new one, such as the one of a tied table; its values are kept.
     """
 
@@ -61,12 +62,13 @@ class Linear(nn.Module):
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
         seed: int = 0,
+        deferred: bool = False,
         weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
-        self.init_std, self.seed = init_std, seed
+        self.init_std, self.seed, self.deferred = init_std, seed, deferred
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)
@@ -77,8 +79,10 @@ class Linear(nn.Module):
 
     def _drawn(self, name: str, partition: ShardSpec) -> nn.Parameter:
         """A parameter with random initial values."""
-        rank = self.tensor_parallel.rank
-        return divided_parameter(partition, rank, std=self.init_std, seed=self.seed, name=f"{self.name}.{name}")
+        ranks, name = self.tensor_parallel, f"{self.name}.{name}"
+        return divided_parameter(
+            partition, ranks.rank, std=self.init_std, seed=self.seed, name=name, deferred=self.deferred
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""

@@ -13,10 +13,12 @@ from megasparse.parallel import CommunicationGroup, TensorParallel
 from megasparse.sparsity.groups import check_groups, layer_settings
 
 
-def build_model(config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup | None = None) -> GPT:
+def build_model(
+    config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup | None = None, *, deferred: bool = False
+) -> GPT:
     """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all active.
 
-    tensor_parallel: the ranks that share it; None: this process alone.
+    tensor_parallel: the ranks that share it; None: this process alone. deferred: see ``LayerFactory``.
     """
     ranks = TensorParallel(tensor_parallel or CommunicationGroup(), config.parallel.sequence_parallel)
 
@@ -36,6 +38,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Communicati
                 ranks,
                 config.kernels.break_even,
                 "torch" if config.train.compile == "blocks" else config.kernels.elementwise,
+                deferred,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,

@@ -24,6 +24,11 @@ class CommunicationGroup:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
+    @property
+    def groups(self) -> tuple[CommunicationGroup, ...]:
+        """The process groups that it consists of, which connect each of their ranks with each."""
+        return (self,) if self.size > 1 else ()
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up over the ranks, in place."""
         if self.size > 1:
@@ -34,6 +39,12 @@ class CommunicationGroup:
         """Largest value over the ranks, in place, element by element."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def first_(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0 on all ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasparse.parallel.group import CommunicationGroup
+from megasparse.parallel.tree import make_control, own_group
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Mesh:
     tensor_parallel: CommunicationGroup
     """Ranks that share each layer and see the same samples."""
     control: CommunicationGroup
-    """All ranks over gloo, for decisions on the host: asking them never waits for the device."""
+    """All ranks over gloo, for decisions on the host: asking them never waits for the device. Many ranks are a tree of
+    groups, see ``tree``."""
     store: dist.Store = field(default_factory=dist.HashStore)
     """Where the ranks have met: short messages of one rank, which the others need not wait for."""
 
@@ -64,8 +66,24 @@ class Mesh:
         key = f"megasparse/{key}"
         return self.store.get(key).decode() if self.store.check([key]) else None
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The host tensor of rank 0, on all ranks, which all have one of the same shape and dtype."""
+        return self.control.first_(tensor.clone())
+
+    def first_rank_where(self, flag: bool) -> int | None:
+        """The first rank whose flag is set; None where none is. Every rank must call it and gets the same answer."""
+        found = int(self.control.max_(torch.tensor(self.world_size - self.rank if flag else 0)))
+        return self.world_size - found if found else None
+
+    def from_rank(self, tensor: Tensor, rank: int) -> Tensor:
+        """The host tensor of integers of a rank, on all ranks, which all have one of the same shape and dtype."""
+        return self.control.sum_(tensor.clone() if rank == self.rank else torch.zeros_like(tensor))
+
     def gather_rows(self, row: Tensor) -> Tensor:
-        """Stack the equally long 1-D host tensors of all ranks: [world_size, n]."""
+        """Stack the equally long 1-D host tensors of all ranks: [world_size, n].
+
+        It costs every rank the bytes of all: to say what is wrong and where, not to find out whether.
+        """
         return self.control.gather(row)
 
     # The names under which DeepSpeed asks for groups (its `mpu`).
@@ -105,19 +123,18 @@ def make_mesh(
     tensor_parallel_size: int,
     store: dist.Store,
 ) -> Mesh:
-    """The mesh over the process group that exists. All ranks make all groups, in one order. store: common to all."""
+    """The mesh over the process group that exists. All ranks call it. store: common to all."""
     ranks = torch.arange(world_size).view(-1, tensor_parallel_size)
+    replica, shard = divmod(rank, tensor_parallel_size)
     world = CommunicationGroup(rank, world_size, dist.group.WORLD)
 
-    def axis(rows: list[list[int]]) -> CommunicationGroup:
-        if len(rows) == 1:
+    def axis(own: list[int]) -> CommunicationGroup:
+        """Every rank makes its own groups alone: of 16,384 ranks, 2,048 share layers eight by eight."""
+        if len(own) == world_size:
             return world
-        own = next(row for row in rows if rank in row)
-        groups = {tuple(row): dist.new_group(row, timeout=timeout, backend=backend) for row in rows}
-        return CommunicationGroup(own.index(rank), len(own), groups[tuple(own)])
+        return CommunicationGroup(own.index(rank), len(own), own_group(own, timeout, backend))
 
-    # A group of its own also where training runs over gloo: bookkeeping never waits behind a gradient.
-    control = world
-    if world.size > 1:
-        control = CommunicationGroup(world.rank, world.size, dist.new_group(backend="gloo", timeout=timeout))
-    return Mesh(device, world, axis(ranks.t().tolist()), axis(ranks.tolist()), control, store)
+    data_parallel, tensor_parallel = axis(ranks[:, shard].tolist()), axis(ranks[replica].tolist())
+    # A group of its own also where training runs over gloo: bookkeeping never waits behind a gradient. The last one.
+    control = make_control(world, timeout)
+    return Mesh(device, world, data_parallel, tensor_parallel, control, store)

@@ -24,6 +24,8 @@ from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 UNITS_AT_ONCE = 2**22
 # Every rank of a shard receives the new masks of all of it, a byte per weight.
 MOST_SHARES_AT_ONCE = 8
+EXTENT_BYTES = 17
+"""That a rank's piece of a mask takes besides its bits: where it lies, and what fills up its last byte."""
 
 
 @dataclass(frozen=True)
@@ -226,26 +228,70 @@ def _exchange_masks(
     results: Sequence[Evolved],
     access: StateAccess,
 ) -> list[Tensor]:
-    """The new mask of this rank's shard of each layer, from the pieces of its ranks: one bit per weight, gathered."""
+    """The new mask of this rank's shard of each layer, from the pieces of its ranks: one bit per weight, gathered, or
+    added up where there are so many ranks that it would take more to say which piece each has."""
+    masks: dict[str, Tensor] = {}
+    for exchange in (_gather_masks, _add_masks):
+        some, own = [], {}
+        for layer, evolved in zip(layers, results, strict=True):
+            if masks_are_added(layer.topology, access.shard.size) == (exchange is _add_masks):
+                some.append(layer)
+                own[layer.topology.name] = evolved.kept | evolved.grown
+        if some:
+            masks |= exchange(some, fragments, own, access)
+    return [masks[layer.topology.name].to(layer.topology.mask.device) for layer in layers]
+
+
+def masks_are_added(topology: Topology, num_ranks: int) -> bool:
+    """Whether the pieces of a mask are added up over the ranks of a shard: twice its bits, however many they are."""
+    return num_ranks * EXTENT_BYTES > topology.shard_units // 8
+
+
+def _add_masks(
+    layers: Sequence[EvolvingLayer],
+    fragments: Mapping[str, StateFragment],
+    own: Mapping[str, Tensor],
+    access: StateAccess,
+) -> dict[str, Tensor]:
+    """Masks by name. own: this rank's pieces. Pieces do not overlap, so that adding joins their bits."""
+    sizes = [layer.topology.shard_units for layer in layers]
+    active, start = torch.zeros(sum(sizes), dtype=torch.bool), 0
+    for layer, size in zip(layers, sizes, strict=True):
+        fragment = fragments.get(layer.topology.name)
+        if fragment is not None:
+            active[start + fragment.start :][: fragment.numel] = own[layer.topology.name].cpu()
+        start += size
+    bits = pack_bits(active).to(layers[0].topology.mask.device)
+    joined = unpack_bits(access.shard.sum_(bits).cpu(), len(active)).split(sizes)
+    return {layer.topology.name: mask for layer, mask in zip(layers, joined, strict=True)}
+
+
+def _gather_masks(
+    layers: Sequence[EvolvingLayer],
+    fragments: Mapping[str, StateFragment],
+    own: Mapping[str, Tensor],
+    access: StateAccess,
+) -> dict[str, Tensor]:
+    """Masks by name. own: this rank's pieces."""
     device = layers[0].topology.mask.device
     extents, bits = [], []
-    for layer, evolved in zip(layers, results, strict=True):
+    for layer in layers:
         fragment = fragments.get(layer.topology.name)
         extents.append((0, 0) if fragment is None else (fragment.start, fragment.numel))
-        bits.append(pack_bits(evolved.kept | evolved.grown))
+        bits.append(pack_bits(own[layer.topology.name]))
     all_extents = access.shard.gather(torch.tensor(extents, device=device)).cpu()
     lengths = [int((-(-of_rank[:, 1] // 8)).sum()) for of_rank in all_extents]
     sent = torch.zeros(max(lengths), dtype=torch.uint8)
     sent[: lengths[access.shard.rank]] = torch.cat(bits)
     received = access.shard.gather(sent.to(device)).cpu()
-    masks = [torch.zeros(layer.topology.shard_units, dtype=torch.bool) for layer in layers]
+    masks = {layer.topology.name: torch.zeros(layer.topology.shard_units, dtype=torch.bool) for layer in layers}
     for of_rank, row in zip(all_extents.tolist(), received, strict=True):
         position = 0
-        for mask, (start, numel) in zip(masks, of_rank, strict=True):
+        for mask, (start, numel) in zip(masks.values(), of_rank, strict=True):
             num_bytes = -(-numel // 8)
             mask[start : start + numel] = unpack_bits(row[position : position + num_bytes], numel)
             position += num_bytes
-    return [mask.to(device) for mask in masks]
+    return masks
 
 
 def _adopt(topology: Topology, active: Tensor) -> Change:

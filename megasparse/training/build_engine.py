@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megasparse.config.schema import RunConfig
-from megasparse.engine.training_engine import TrainingEngine, model_construction
+from megasparse.engine.training_engine import TrainingEngine, draws_pieces, model_construction
 from megasparse.models.build import build_model
 from megasparse.parallel import Mesh
 from megasparse.training.callback import MethodFactory, TrainingMethod
@@ -29,7 +29,8 @@ def build_engine(
     """
     with model_construction(config, mesh) as opened:
         # Topologies and their index lists hold the masks: these must not move afterwards.
-        model = build_model(config, vocab_size, mesh.tensor_parallel).to(mesh.device)
+        deferred = draws_pieces(config)
+        model = build_model(config, vocab_size, mesh.tensor_parallel, deferred=deferred).to(mesh.device)
         made = build_methods(config, model, mesh.tensor_parallel, methods)
         for method in made:
             method.start(opened)

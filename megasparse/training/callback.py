@@ -57,6 +57,8 @@ class Step:
     """Base learning rate."""
     norm: Tensor | float = 0.0
     """The gradient norm; after the optimizer step a scalar on the device."""
+    stop_asked: bool = False
+    """A rank had been asked to stop when the gradient norm was taken: the run ends after this step."""
     line_due: bool = False
     """A line of metrics is to be written after this step."""
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -19,13 +19,12 @@ from pathlib import Path
 from threading import Event, Thread
 
 import torch
-from torch import Tensor
 
 from megasparse.checkpoint.index import Index, read_index
-from megasparse.checkpoint.reader import METHOD, RANDOM, Checkpoint, damage
+from megasparse.checkpoint.reader import METHOD, RANDOM, Checkpoint, index_damage
 from megasparse.checkpoint.stacked import StackedCheckpoint
 from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, check_model
-from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, write_part
+from megasparse.checkpoint.writing import HostCopy, RankTensors, commit, join_parts, write_part
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import growth_step, is_of_small, is_small, small_stage
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
@@ -36,6 +35,8 @@ from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
 from megasparse.utils.files import describe_failure, sync_files
 
+LOSS = "window/loss"
+"""Name of a rank's own sum of losses in its file."""
 MESSAGE_BYTES = 1000
 """Of a message that ranks tell each other, at most."""
 
@@ -104,16 +105,17 @@ class Checkpointer:
         }
         others = others if self._mesh.is_first else {}
         others[f"{RANDOM}/cpu"] = torch.get_rng_state()
+        # The sum of losses since the last line of metrics is each rank's own; all else in the state is common.
+        others[LOSS] = torch.tensor([state.window.loss], dtype=torch.float64)
         failure: Exception | None = None
         if self._mesh.is_first:
             try:
                 self.store.begin(state.step)
             except OSError as error:
                 failure = error
-        # The sum of losses since the last line of metrics is each rank's own; all else in the state is common.
-        losses = self._mesh.gather_rows(torch.tensor([state.window.loss], dtype=torch.float64))[:, 0].tolist()
+        mean = float(self._mesh.control.sum_(others[LOSS].clone())) / self._mesh.world_size
         # A copy: it must hold still while training goes on.
-        index = self._index(TrainState.from_dict(state.to_dict()), losses)
+        index = self._index(TrainState.from_dict(state.to_dict()), [mean])
         copy = self._copy.begin({name: tensor.clone() for name, tensor in others.items()})
         if self._mesh.agree_any(failure is not None):
             self._fail(failure or CheckpointError("rank 0 could not begin a checkpoint"))
@@ -162,8 +164,9 @@ class Checkpointer:
         candidates = self._numbers([int(folder.name.removeprefix(PREFIX)) for folder in own])
         for step in candidates:
             folder = self.store.folder / self.store.name(step)
-            # Rank 0 looks at all files first: the others may hold a view of a shared folder that is older.
-            reason = self._first_message(damage(folder) if self._mesh.is_first else None)
+            # Rank 0 looks first: the others may hold a view of a shared folder that is older. Of many files each rank
+            # looks at those that it needs.
+            reason = self._first_message(index_damage(folder) if self._mesh.is_first else None)
             if reason is None:
                 checkpoint, failure, is_final = self._open(folder)
                 staged = None
@@ -236,12 +239,16 @@ class Checkpointer:
         if self._grows_from(index):
             # What was usual for the small model says nothing of the whole one.
             state.norms.recent.clear()
-        losses = index.window_losses
-        if len(losses) == self._mesh.world_size and self._is_same_layout(index):
-            state.window.loss = losses[self._mesh.rank]
+        losses, own = index.window_losses, None
+        if self._is_same_layout(index):
+            own = checkpoint.own_tensor(self._mesh.rank, LOSS)
             random = checkpoint.random_state(self._mesh.rank)
             if random is not None:
                 torch.set_rng_state(random)
+        if own is not None:
+            state.window.loss = float(own)
+        elif len(losses) == self._mesh.world_size and self._is_same_layout(index):
+            state.window.loss = losses[self._mesh.rank]
         elif losses:
             # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
             state.window.loss = sum(losses) / len(losses)
@@ -292,12 +299,14 @@ class Checkpointer:
                 content = copy()
             finally:
                 self._copied.set()
-            write_part(self.store.partial(index.step), self._mesh.rank, content)
+            partial, rank, size = self.store.partial(index.step), self._mesh.rank, self._mesh.world_size
+            seconds = self._config.train.distributed_timeout_seconds
+            write_part(partial, rank, content)
+            join_parts(partial, rank, size, seconds, self._failure_of)
             if self._mesh.is_first:
                 # Of what goes on from here no line of metrics may be missing after a power cut.
                 sync_files(self.store.folder.parent, "*.jsonl")
-                seconds = self._config.train.distributed_timeout_seconds
-                commit(self.store, index, self._mesh.world_size, seconds, self._failure_of)
+                commit(self.store, index, size, seconds, self._failure_of)
         except Exception as error:
             failure = self._fail(error)
             if self._mesh.is_first:
@@ -327,21 +336,18 @@ class Checkpointer:
     def _first_message(self, message: str | None) -> str | None:
         """That of the first rank that has one, on all ranks."""
         content = (message or "").encode()[:MESSAGE_BYTES]
+        rank = self._mesh.first_rank_where(bool(content))
+        if rank is None:
+            return None
         row = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else row[:0]
-        for rank, other in enumerate(self._mesh.gather_rows(row)):
-            text = bytes(other.tolist()).rstrip(b"\0").decode(errors="ignore")
-            if text:
-                return text if rank == 0 or self._mesh.world_size == 1 else f"rank {rank}: {text}"
-        return None
+        row[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        text = bytes(self._mesh.from_rank(row, rank).tolist()).rstrip(b"\0").decode(errors="ignore")
+        return text if rank == 0 else f"rank {rank}: {text}"
 
     def _numbers(self, numbers: list[int]) -> list[int]:
         """The list of rank 0, on all ranks."""
-        count = int(self._mesh.gather_rows(torch.tensor([len(numbers)]))[0])
-        row: Tensor = torch.zeros(max(count, 1), dtype=torch.int64)
-        if self._mesh.is_first:
-            row[:count] = torch.tensor(numbers, dtype=torch.int64)
-        return self._mesh.gather_rows(row)[0][:count].tolist()
+        count = int(self._mesh.from_first(torch.tensor(len(numbers))))
+        return self._mesh.from_first(torch.tensor((numbers + [0] * count)[:count], dtype=torch.int64)).tolist()
 
 
 def goes_on_small(folder: Path, config: RunConfig) -> bool | None:

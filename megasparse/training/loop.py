@@ -55,6 +55,7 @@ class Trainer:
         self._first_step = self.state.step + 1
         self._decay_start = decay_start(self.config)
         self._growth = growth_step(self.config) if is_small(self.config) else None
+        self._stop: StopSignal | None = None
 
     def run(self, stop: StopSignal) -> str:
         """Train to the end, or to where a signal, `train.stop_after` or the growth of the model ends it. Returns the
@@ -62,7 +63,7 @@ class Trainer:
 
         Raises SkippedStepsError, on all ranks alike, where `train.max_skipped_steps` in a row were skipped.
         """
-        train = self.config.train
+        train, self._stop = self.config.train, stop
         hooks, reason = [*self.methods, *self.callbacks], "finished"
         start = Step(self.state.step - 1)
         for hook in hooks:
@@ -74,7 +75,7 @@ class Trainer:
                     callback.after_step(step)
                 if self.state.norms.skipped_in_a_row >= train.max_skipped_steps:
                     raise SkippedStepsError(step.number, self.state.norms.skipped_in_a_row, step.skipped or "")
-                if stop.agreed():
+                if step.stop_asked:
                     reason = f"stopped by {stop.received or 'a signal to another rank'}"
                 elif self.state.step == train.stop_after and self.state.step < train.steps:
                     reason = f"stopped after step {train.stop_after} (train.stop_after)"
@@ -147,7 +148,8 @@ class Trainer:
         step.beat("gradient norm")
         with self.state.ledger.seconds.part("optimizer"):
             means = {name: torch.stack([part[name] for part in parts]).double().mean() for name in parts[0]}
-            step.norm, losses = self.engine.gradient_norm_and(means)
+            asks = self._stop is not None and self._stop.received is not None
+            step.norm, losses, step.stop_asked = self.engine.gradient_norm_and(means, asks=asks)
         step.skipped = norms.objection(step.gradient_norm, self.config.train.skip_step_sigma)
         norms.count(step.gradient_norm, skipped=step.skipped is not None)
         if step.skipped:

@@ -354,7 +354,7 @@ def grow(prepared: Prepared, built: Built) -> None:
 def train(prepared: Prepared, built: Built) -> dict[str, Any]:
     """Go through the steps that are left, and write sample and summary. Returns the summary."""
     mesh = built.mesh
-    with built.progress, StopSignal(mesh) as stop:
+    with built.progress, StopSignal() as stop:
         for note in built.notes:
             built.progress.message(note)
         reason = built.trainer.run(stop)

@@ -1,10 +1,13 @@
-"""Leaving cleanly: a signal is noted here, agreed on by all ranks, and acted on at the end of a step.
+"""Leaving cleanly: a signal is noted here, told to all ranks, and acted on at the end of a step.
 
-with StopSignal(mesh) as stop:
+with StopSignal() as stop:
     while ...:
-        train_step()
-        if stop.agreed():
+        norm, losses, is_asked = engine.gradient_norm_and(values, asks=stop.received is not None)
+        ...
+        if is_asked:
             save(); break
+
+Ranks tell each other with the gradient norm: what comes after that in a step, stops the next one.
 """
 
 from __future__ import annotations
@@ -13,16 +16,13 @@ import signal
 from types import FrameType
 from typing import Any
 
-from megasparse.parallel import Mesh
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
     """Notes SIGTERM, SIGUSR1 and the first SIGINT while it is open; a second SIGINT interrupts at once."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
         self.received: str | None = None
 
@@ -34,10 +34,6 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. All ranks must call it at the same step."""
-        return self._mesh.agree_any(self.received is not None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number).name

@@ -82,7 +82,7 @@ def train_run(
     trainer = Trainer(config, mesh, engine, methods, train_data, state, callbacks)
     if watch is not None:
         trainer.callbacks = [watch(trainer), *callbacks]
-    with checkpointer, StopSignal(mesh) as stop:
+    with checkpointer, StopSignal() as stop:
         trainer.run(stop)
     return lines.metrics_lines
 

@@ -24,7 +24,7 @@ def norm(layer: FakeLayer, gradient: torch.Tensor, scale: float = 1.0, losses: f
         sparse_layers=lambda: {"layer": layer}, named_parameters=lambda: [("layer.weight", layer.weight)]
     )
     access = SimpleNamespace(shard=alone, fragments=lambda: {"layer.weight": fragment})
-    return float(global_gradient_norm(access, model, Mesh(torch.device("cpu"), alone, alone, alone, alone), losses))
+    return float(global_gradient_norm(access, model, Mesh(torch.device("cpu"), alone, alone, alone, alone), losses)[0])
 
 
 @pytest.mark.parametrize("block_size", [1, 4])

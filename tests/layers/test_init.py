@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 import torch
 
 from megasparse.layers.init import divided_parameter, parameter_seed
+from megasparse.layers.skip_ahead import DEGREE, _power, _product, _remainder, generator_at
 from megasparse.parallel import ShardSpec, shard_spec_of
 
 
@@ -51,3 +55,54 @@ def test_shards_are_cut_from_the_same_draw() -> None:
 def test_meta_tensors_stay_meta() -> None:
     with torch.device("meta"):
         assert divided_parameter(ShardSpec((4, 4)), 0, std=1.0, seed=0, name="w").is_meta
+
+
+def drawn_part(shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+    """Entries of a parameter of which the others were not asked for."""
+    return divided_parameter(ShardSpec(shape), 0, std=0.5, seed=3, name="w", deferred=True).initial(start, stop - start)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (33, 5), (64, 48), (1, 17), (15, 1)])
+def test_any_part_has_the_values_of_the_whole(shape: tuple[int, ...]) -> None:
+    """Numbers of entries that blocks of 16 divide, and others: the last ones are then drawn apart."""
+    whole, chance = drawn(shape, 0.5, 3, "w").view(-1), random.Random(str(shape))
+    bounds = [sorted(chance.choices(range(len(whole) + 1), k=2)) for _ in range(60)]
+    for start, stop in [(0, 0), (0, len(whole)), (len(whole) - 1, len(whole)), *bounds]:
+        assert torch.equal(drawn_part(shape, start, stop), whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize(
+    "partition", [ShardSpec((36, 8), 0, 2), ShardSpec((36, 8), 0, 3, (24, 6, 6)), ShardSpec((2500, 12), 1, 4)]
+)
+def test_any_part_of_a_shard_has_the_values_of_the_whole(partition: ShardSpec) -> None:
+    whole, chance = drawn(partition.shape, 0.5, 3, "w"), random.Random(partition.size)
+    for rank in range(partition.size):
+        shard = partition.shard(whole, rank).reshape(-1)
+        parameter = divided_parameter(partition, rank, std=0.5, seed=3, name="w", deferred=True)
+        assert parameter.count_nonzero() == 0 and shard_spec_of(parameter) == partition
+        for _ in range(20):
+            start, stop = sorted(chance.choices(range(len(shard) + 1), k=2))
+            assert torch.equal(parameter.initial(start, stop - start), shard[start:stop]), (rank, start, stop)
+
+
+@pytest.mark.parametrize("position", [1, 2, 226, 227, 623, 624, 625, 19937, 100_003])
+def test_a_jump_leads_to_where_draws_lead(position: int) -> None:
+    after = torch.Generator().manual_seed(77)
+    torch.rand(position, generator=after)
+    jumped = generator_at(77, position, discarded_at_most=0)
+    assert torch.equal(torch.rand(2000, generator=jumped), torch.rand(2000, generator=after))
+    assert generator_at(77, position, 0).initial_seed() == 77
+
+
+def test_jumps_add_up() -> None:
+    """Too far to draw: t^(a + b) is t^a t^b."""
+    whole = _power(10**12 + 7)
+    assert whole == _remainder(_product(_power(10**12), _power(7))) and whole.bit_length() <= DEGREE
+
+
+def test_a_part_of_a_large_matrix_is_that_of_a_whole_draw() -> None:
+    """Beyond what is drawn and thrown away, so that the generator jumps."""
+    shape, rows = (1100, 2048), ShardSpec((1100, 2048), 0, 2)
+    whole = drawn(shape, 0.02, 3, "w")
+    shard = divided_parameter(rows, 1, std=0.02, seed=3, name="w").detach()
+    assert torch.equal(shard, whole[550:])

@@ -95,7 +95,7 @@ def config_near(checkpoint: Path) -> RunConfig | None:
 
 def _open_checkpoint(folder: Path, kind: str) -> Opened:
     saved = Checkpoint(folder)
-    files = {name: (file.part.bytes, "") for name, file in saved.index.files.items()}
+    files = {name: (file.part.bytes, "") for name, file in saved.files()}
     return Opened(kind, folder, saved, config_near(folder), dict(saved.index.layout), files)
 
 

@@ -76,9 +76,14 @@ def _bad_checkpoint(path: Path) -> Iterator[Problem]:
         yield Problem(str(path / INDEX), str(error))
         return
     with saved:
-        for file in saved.index.files:
+        try:
+            files = list(saved.files())
+        except CheckpointError as error:
+            yield Problem(str(path), str(error))
+            return
+        for file, part in files:
             try:
-                saved.check_file(file)
+                saved.check_file(file, part)
             except CheckpointError as error:
                 yield Problem(str(path / file), str(error).removeprefix(f"{path / file}: "))
 
