@@ -513,6 +513,9 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "torch", "cpu"] = "auto"
     """Kernel of the optimizer step and the gradient norm: torch's operators over all weights, or a C++ kernel on CPUs
     that passes over inactive blocks; auto takes the latter where it can run."""
+    loss: Literal["auto", "torch", "cpu"] = "auto"
+    """Kernel of the cross entropy: torch's operators, or a C++ kernel on CPUs that goes through the logits once and
+    makes no float32 copy of them; auto takes the latter where it can run."""
     tune: Literal["auto", "never"] = "auto"
     """auto: a run that starts on a machine where its layers and patterns were not measured with its precision and
     number of threads measures them first, once, for about 15 s, and keeps that in the cache folder. never: what is

@@ -39,6 +39,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Communicati
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
+            loss_kernel=config.kernels.loss,
             reset_positions=config.data.document_masking and config.data.reset_positions,
         )
     except ValueError as error:

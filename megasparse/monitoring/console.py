@@ -194,6 +194,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
                 f"hybrid attention: {kernels['hybrid_attention']}",
                 f"activations, norms, rotary positions: {kernels['elementwise']}",
                 f"optimizer: {kernels['optimizer']}",
+                f"cross entropy: {kernels['loss']}",
             ]
         ),
         "Methods": "\n".join(plan.get("methods", [])),

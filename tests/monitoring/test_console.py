@@ -77,6 +77,7 @@ PLAN = {
         "hybrid_attention": "reference",
         "elementwise": "torch",
         "optimizer": "torch",
+        "loss": "torch",
     },  # fmt: skip
     "warnings": ["hybrid_attention: [bold]slow[/bold] reference"],
 }
