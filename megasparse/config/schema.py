@@ -505,6 +505,9 @@ class KernelsConfig(Section):
     """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
     break_even: Fraction | None = None
     """Density above which auto takes dense products; unset: as measured (tune, tools/tune_kernels.py)."""
+    dense: Literal["auto", "torch", "onednn"] = "auto"
+    """Dense products of linear layers and head on CPUs in fp32: torch's own, which are MKL's, or oneDNN's, which torch
+    carries too; auto takes the latter in layers where they were measured to be faster (tune)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
     elementwise: Literal["auto", "torch", "cpu"] = "auto"

@@ -45,6 +45,8 @@ class LayerFactory:
     """Density above which the kernel `auto` takes dense products; None: as measured."""
     elementwise: str = "auto"
     """Kernel of what lies between the products."""
+    dense: str = "auto"
+    """What computes dense products."""
 
     def column(
         self,
@@ -79,7 +81,7 @@ class LayerFactory:
         return Normalization(kind, size, epsilon=epsilon, bias=bias, **settings)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
-        settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel}
+        settings |= {"seed": self.seed, "tensor_parallel": self.tensor_parallel, "dense_kernel": self.dense}
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)

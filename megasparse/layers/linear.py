@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megasparse.kernels import dense_products
 from megasparse.kernels.block_sparse import (
     BlockIndex,
     build_index,
@@ -26,6 +27,7 @@ from megasparse.kernels.block_sparse import (
     sparse_embedding,
     sparse_linear,
 )
+from megasparse.kernels.dense_products import dense_linear
 from megasparse.layers.init import divided_parameter
 from megasparse.parallel import ShardSpec, TensorParallel, shard_spec_of
 
@@ -45,6 +47,7 @@ class Linear(nn.Module):
         init_std: standard deviation of the initial weight.
         seed: seed of the run.
         weight: an existing parameter to share, divided in the same way; its values are kept.
+        dense_kernel: of `dense_products.choose`.
     """
 
     low_rank = 0
@@ -62,8 +65,11 @@ class Linear(nn.Module):
         init_std: float = 0.02,
         seed: int = 0,
         weight: nn.Parameter | None = None,
+        dense_kernel: str = "auto",
     ) -> None:
         super().__init__()
+        self.dense_kernel = dense_kernel
+        self._dense: dict[tuple[int, str, torch.dtype], str] = {}
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
         self.init_std, self.seed = init_std, seed
@@ -94,7 +100,16 @@ class Linear(nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b with this rank's shard."""
-        return F.linear(x, self.weight, bias)
+        return dense_linear(x, self.weight, bias, kernel=self._dense_product(x))
+
+    def _dense_product(self, x: torch.Tensor) -> str:
+        """What computes dense products of an input, chosen once for each size of it."""
+        seen = x.numel() // x.shape[-1], x.device.type, x.dtype
+        if seen not in self._dense:
+            tokens, device, dtype = seen
+            rows, columns = self.partition.local_shape
+            self._dense[seen] = dense_products.choose(self.dense_kernel, device, dtype, tokens, (columns, rows))
+        return self._dense[seen]
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` of this rank's shard: the layer used as an embedding table. Returns [*ids.shape, in_features]."""
@@ -203,7 +218,8 @@ class SparseLinear(Linear):
             self._input = seen
             self._choose_backend()
         assert self.backend is not None
-        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.backend)
+        dense = self._dense_product(x) if self.backend == "dense" else "torch"
+        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.backend, dense=dense)
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         """The low-rank branch: its thin middle crosses between the ranks instead of the wide ends."""

@@ -36,6 +36,7 @@ def build_model(config: RunConfig, vocab_size: int, tensor_parallel: Communicati
                 ranks,
                 config.kernels.break_even,
                 config.kernels.elementwise,
+                config.kernels.dense,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,

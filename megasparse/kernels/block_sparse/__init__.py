@@ -15,6 +15,7 @@ from megasparse.kernels.block_sparse import linear
 from megasparse.kernels.block_sparse.dense import SparseEmbedding, apply_mask_
 from megasparse.kernels.block_sparse.dispatch import KERNELS, check_forced, check_name, choose, explain
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index, refresh_index
+from megasparse.kernels.dense_products import dense_linear
 
 __all__ = [
     "KERNELS",
@@ -39,6 +40,7 @@ def sparse_linear(
     dense_gradient: bool = False,
     kernel: str = "auto",
     break_even: float | None = None,
+    dense: str = "torch",
 ) -> torch.Tensor:
     """y = x W^T + b for a weight that is already exactly zero in its inactive units.
 
@@ -51,6 +53,8 @@ def sparse_linear(
             inactive units is exactly zero.
         kernel: `auto` for the fastest one, or a name from `KERNELS`.
         break_even: density above which `auto` takes dense products; None: as measured.
+        dense: what computes dense products where the kernel is `dense` by name, or all units are active: a name that
+            ``dense_products.choose`` gave for this input.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -60,7 +64,9 @@ def sparse_linear(
     """
     check_name(kernel)
     if index is None:
-        return F.linear(x, weight, bias)
+        return dense_linear(x, weight, bias, kernel=dense)
+    if kernel == "dense" and dense == "onednn":
+        kernel = dense
     assert weight.shape == tuple(size * index.block_size for size in index.mask.shape), (
         f"{weight.shape}, {index.mask.shape}"
     )

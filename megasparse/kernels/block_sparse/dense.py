@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.dense_products import onednn
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -28,6 +29,24 @@ def backward(
     dx = dy_NO @ weight if needs[0] else None
     dweight = apply_mask_(dy_NO.t() @ x_NI, index.mask, index.block_size) if needs[1] else None
     return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
+
+
+class ByOneDnn:
+    """The same with the products of ``dense_products.onednn``, in float32 on CPUs."""
+
+    @staticmethod
+    def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
+        """See ``linear``."""
+        return onednn.product(x_NI, weight, bias)
+
+    @staticmethod
+    def backward(
+        dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See ``linear``."""
+        dx = onednn.product(dy_NO, weight.t()) if needs[0] else None
+        dweight = apply_mask_(onednn.product(dy_NO.t(), x_NI.t()), index.mask, index.block_size) if needs[1] else None
+        return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
 
 
 def bias_gradient(dy_NO: Tensor) -> Tensor:

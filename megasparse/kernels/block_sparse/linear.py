@@ -25,8 +25,16 @@ from torch.autograd.function import once_differentiable
 from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
 from megasparse.kernels.block_sparse.dispatch import choose
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.dense_products import onednn
 
-PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": gpu}
+PRODUCTS: dict[str, Any] = {
+    "reference": reference,
+    "dense": dense,
+    "onednn": dense.ByOneDnn,
+    "cpu": cpu,
+    "triton": gpu,
+}
+"""By name; `onednn` is `dense` with other products, which a layer asks for that has chosen them."""
 
 
 class SparseLinear(torch.autograd.Function):
@@ -49,7 +57,7 @@ class SparseLinear(torch.autograd.Function):
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
         dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
         if dense_gradient and needs_dweight:
-            dweight = dy_NO.t() @ x_NI
+            dweight = onednn.product(dy_NO.t(), x_NI.t()) if kernel == "onednn" else dy_NO.t() @ x_NI
         none = (None,) * (len(index) + len(ctx.settings))
         return (
             dx if needs_dx else None,
@@ -61,6 +69,8 @@ class SparseLinear(torch.autograd.Function):
 
 def _products(x_NI: Tensor, weight: Tensor, index: BlockIndex, kernel: str, break_even: float | None) -> Any:
     """Those of the backend that is chosen for the layer."""
+    if kernel == "onednn":
+        return PRODUCTS[kernel]
     device, dtype, tokens, widths = x_NI.device.type, x_NI.dtype, x_NI.shape[0], (weight.shape[1], weight.shape[0])
     return PRODUCTS[
         choose(kernel, device, dtype, index.block_size, tokens, index.density, widths, break_even=break_even)
