@@ -22,7 +22,7 @@ from result_file import write_result
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.training_engine import DTYPES
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
 from megasparse.models.build import build_model
 from megasparse.training.objectives import NextTokenCrossEntropy
 
@@ -30,6 +30,7 @@ from megasparse.training.objectives import NextTokenCrossEntropy
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_huge_pages(os.environ)
     stage = 0 if arguments.precision == "fp32" else 1
     config = benchmark_config(
         arguments.model,

@@ -32,7 +32,7 @@ from result_file import RESULTS, write_result
 
 from megasparse.config.schema import KernelsConfig, Pattern, RunConfig
 from megasparse.data import BatchLoader
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.tuning.first_start import fit_tables
@@ -46,6 +46,8 @@ KINDS = ("dense", "sparse", "torch")
 def main() -> None:
     arguments = parse_arguments()
     os.environ["DS_ACCELERATOR"] = arguments.device
+    if arguments.device == "cpu":
+        use_huge_pages(os.environ)
     configs = {kind: make_config(arguments, kind) for kind in KINDS}
     products = measured_products(configs["dense"])
     measured_products(configs["sparse"])
