@@ -218,7 +218,7 @@ class SparseLinear(Linear):
             self._input = seen
             self._choose_backend()
         assert self.backend is not None
-        dense = self._dense_product(x) if self.backend == "dense" else "torch"
+        dense = self._dense_product(x) if self.backend == "dense" or self.collect_dense_gradient else "torch"
         return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.backend, dense=dense)
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:

@@ -110,13 +110,13 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(shape) -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("dense_gradient", [False, True])
-@pytest.mark.parametrize("unit", [1, 16])
-def test_a_sparse_layer_that_runs_dense(unit, dense_gradient) -> None:
+@pytest.mark.parametrize(("unit", "kernel"), [(1, "dense"), (16, "dense"), (16, "reference")])
+def test_a_sparse_layer_that_runs_dense_or_has_a_dense_gradient(unit, kernel, dense_gradient) -> None:
     mask = torch.rand(48 // unit, 64 // unit) < 0.5
     entries = mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
     weight = (torch.randn(48, 64) * entries).requires_grad_()
     x, index = torch.randn(21, 64, requires_grad=True), build_index(mask, unit)
-    y = sparse_linear(x, weight, None, index, dense_gradient, "dense", dense="onednn")
+    y = sparse_linear(x, weight, None, index, dense_gradient, kernel, dense="onednn")
     y.square().sum().backward()
     wide, own = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     F.linear(wide, own).square().sum().backward()

@@ -53,8 +53,8 @@ def sparse_linear(
             inactive units is exactly zero.
         kernel: `auto` for the fastest one, or a name from `KERNELS`.
         break_even: density above which `auto` takes dense products; None: as measured.
-        dense: what computes dense products where the kernel is `dense` by name, or all units are active: a name that
-            ``dense_products.choose`` gave for this input.
+        dense: what computes the dense gradient, and dense products where the kernel is `dense` by name or all units are
+            active: a name that ``dense_products.choose`` gave for this input.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -70,7 +70,7 @@ def sparse_linear(
     assert weight.shape == tuple(size * index.block_size for size in index.mask.shape), (
         f"{weight.shape}, {index.mask.shape}"
     )
-    settings = index.block_size, dense_gradient, kernel, break_even
+    settings = index.block_size, dense_gradient, kernel, break_even, dense
     # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
     x_NI = x.reshape(-1, weight.shape[1])
     y_NO = linear.SparseLinear.apply(x_NI, weight, bias, index.mask, *index.lists, *settings)

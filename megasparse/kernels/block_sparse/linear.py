@@ -42,22 +42,22 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *index, block_size, dense_gradient, kernel, break_even = rest
+        *index, block_size, dense_gradient, kernel, break_even, dense = rest
         ctx.save_for_backward(x_NI, weight, *index)
-        ctx.settings = block_size, dense_gradient, kernel, break_even
+        ctx.settings = block_size, dense_gradient, kernel, break_even, dense
         return block_sparse_forward(x_NI, weight, bias, index, block_size, kernel, break_even)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight, *index = ctx.saved_tensors
-        block_size, dense_gradient, kernel, break_even = ctx.settings
+        block_size, dense_gradient, kernel, break_even, dense = ctx.settings
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dy_NO = dy.contiguous()
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
         dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
         if dense_gradient and needs_dweight:
-            dweight = onednn.product(dy_NO.t(), x_NI.t()) if kernel == "onednn" else dy_NO.t() @ x_NI
+            dweight = onednn.product(dy_NO.t(), x_NI.t()) if dense == "onednn" else dy_NO.t() @ x_NI
         none = (None,) * (len(index) + len(ctx.settings))
         return (
             dx if needs_dx else None,
