@@ -3,10 +3,13 @@
     python benchmarks/train_step.py [--model gpt2-small-width] [--precision fp32] [--density 0.1] [--block 64]
         [--kernel auto] [--sparse-head] [--attention-pattern sparse] [--layers 4] [--tokens 2048] [--device cpu]
 
-Two trainers stand side by side in one process, dense and sparse at constant density without topology updates (those are
+Trainers stand side by side in one process, dense and sparse at constant density without topology updates (those are
 `topology_step.py`'s), and take turns: each round times some steps of one, then of the other, and takes one more step of
 each apart by hooks, see `part_timer.py`. Medians over the rounds; the parts are scaled so that they add up to the step
 without hooks.
+
+What computes dense products (`kernels.dense`) is measured first, as a run does where it starts for the first time.
+Where that chooses others than torch's, a third trainer is dense with torch's own: the speed-up is stated over both.
 
 The ceilings say what the rest of the step allows, with the sparse layers' products (those of a sparse head included)
 free of cost, or at exactly density times their dense cost.
@@ -29,29 +32,45 @@ from result_file import RESULTS, write_result
 
 from megasparse.config.schema import KernelsConfig, Pattern, RunConfig
 from megasparse.data import BatchLoader
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
 from megasparse.training.loop import Trainer
+from megasparse.training.plan import make_plan
+from megasparse.tuning.first_start import fit_tables
 
 # (sequence length, vocabulary) where they are not named.
 SIZES = {"quickstart": (256, 2048), "gpt2-small-width": (1024, 50257), "gpt2-xl-width": (1024, 50257)}
-KINDS = ("dense", "sparse")
+KINDS = ("dense", "sparse", "torch")
+"""`torch`: dense, with torch's own products."""
 
 
 def main() -> None:
     arguments = parse_arguments()
     os.environ["DS_ACCELERATOR"] = arguments.device
+    if arguments.device == "cpu":
+        use_huge_pages(os.environ)
     configs = {kind: make_config(arguments, kind) for kind in KINDS}
+    products = measured_products(configs["dense"])
+    measured_products(configs["sparse"])
+    if set(products.values()) == {"torch"}:
+        del configs["torch"]
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh, ExitStack() as stack:
         runs = {kind: stack.enter_context(open_trainer(config, mesh)) for kind, config in configs.items()}
-        steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        parts: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        steps: dict[str, list[float]] = {kind: [] for kind in runs}
+        parts: dict[str, list[dict[str, float]]] = {kind: [] for kind in runs}
         for _ in range(arguments.rounds + 1):
             for kind, run in runs.items():
                 steps[kind].append(seconds_per_step(*run, arguments.steps))
             for kind, run in runs.items():
                 parts[kind].append(seconds_by_part(*run))
     # The first round warms up caches and allocators.
-    report(arguments, configs["sparse"], *({kind: found[kind][1:] for kind in KINDS} for found in (steps, parts)))
+    found = ({kind: measured[kind][1:] for kind in configs} for measured in (steps, parts))
+    report(arguments, configs["sparse"], products, *found)
+
+
+def measured_products(config: RunConfig) -> dict[str, str]:
+    """What computes the dense products of each kind of layer, after the measurement of a first start."""
+    fit_tables(config, make_plan(config, 1), tell=print, warn=print)
+    return {row["layer"]: row["kernel"] for row in make_plan(config, 1)["kernels"]["dense"]}
 
 
 def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
@@ -70,6 +89,7 @@ def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
     return benchmark_config(
         arguments.model,
         *(sparse if kind == "sparse" else ["sparsity.algorithm=dense"]),
+        f"kernels.dense={'torch' if kind == 'torch' else 'auto'}",
         f"kernels.block_sparse={arguments.kernel}",
         f"model.num_layers={arguments.layers}",
         f"model.seq_length={length}",
@@ -118,12 +138,15 @@ def products(parts: dict[str, float], sparse_head: bool) -> float:
 def report(
     arguments: argparse.Namespace,
     config: RunConfig,
+    products_of: dict[str, str],
     steps: dict[str, list[float]],
     rounds: dict[str, list[dict[str, float]]],
 ) -> None:
-    dense, sparse = (statistics.median(steps[kind]) for kind in KINDS)
-    parts = {"dense": median_parts(rounds["dense"], dense), "sparse": median_parts(rounds["sparse"], sparse)}
-    dense_products, sparse_products = (products(parts[kind], arguments.sparse_head) for kind in KINDS)
+    medians = {kind: statistics.median(seconds) for kind, seconds in steps.items()}
+    dense, sparse = medians["dense"], medians["sparse"]
+    parts = {kind: median_parts(rounds[kind], seconds) for kind, seconds in medians.items()}
+    dense_products, sparse_products = (products(parts[kind], arguments.sparse_head) for kind in ("dense", "sparse"))
+    speedups = {kind: ratios(steps[kind], steps["sparse"]) for kind in steps if kind != "sparse"}
     rest = sparse - sparse_products
     numbers = {
         "model": arguments.model,
@@ -141,10 +164,14 @@ def report(
         "attention_pattern": arguments.attention_pattern,
         "steps_per_round": arguments.steps,
         "rounds": arguments.rounds,
+        "dense_products": products_of,
         "dense_step_seconds": dense,
+        "torch_step_seconds": medians.get("torch", dense),
         "sparse_step_seconds": sparse,
-        "speedup_median": statistics.median(d / s for d, s in zip(steps["dense"], steps["sparse"], strict=True)),
-        "speedups": [round(d / s, 4) for d, s in zip(steps["dense"], steps["sparse"], strict=True)],
+        "speedup_median": statistics.median(speedups["dense"]),
+        "speedups": speedups["dense"],
+        "speedup_median_over_torch": statistics.median(speedups.get("torch", speedups["dense"])),
+        "speedups_over_torch": speedups.get("torch", speedups["dense"]),
         "dense_products_seconds": dense_products,
         "sparse_products_seconds": sparse_products,
         "products_speedup": dense_products / sparse_products,
@@ -152,11 +179,15 @@ def report(
         "ceiling_products_at_density": dense / (rest + arguments.density * dense_products),
         "dense_seconds_by_part": parts["dense"],
         "sparse_seconds_by_part": parts["sparse"],
+        "torch_seconds_by_part": parts.get("torch", parts["dense"]),
     }
     suffix = f"{arguments.model}-{arguments.precision}-{arguments.kernel}" + ("-head" if arguments.sparse_head else "")
     path = write_result("train_step", {"results": [numbers]}, suffix=suffix, folder=arguments.results)
     print_parts(parts)
-    print(f"step: dense {dense:.4f} s, sparse {sparse:.4f} s, {numbers['speedup_median']:.3f}x {numbers['speedups']}")
+    print(f"dense products: {products_of}")
+    for kind, found in speedups.items():
+        named = "dense" if kind == "dense" else "dense by torch's products"
+        print(f"step: {named} {medians[kind]:.4f} s, sparse {sparse:.4f} s, {statistics.median(found):.3f}x {found}")
     print(f"products: dense {dense_products:.4f} s, sparse {sparse_products:.4f} s")
     print(
         f"ceiling: {numbers['ceiling_products_free']:.3f}x with free products, "
@@ -164,10 +195,15 @@ def report(
     )
 
 
+def ratios(dense: list[float], sparse: list[float]) -> list[float]:
+    """Of each round."""
+    return [round(d / s, 4) for d, s in zip(dense, sparse, strict=True)]
+
+
 def print_parts(parts: dict[str, dict[str, float]]) -> None:
-    print(f"{'seconds per step':24s} {'dense':>9s} {'sparse':>9s}")
-    for name in dict.fromkeys([*parts["dense"], *parts["sparse"]]):
-        print(f"{name:24s} {parts['dense'].get(name, 0.0):9.4f} {parts['sparse'].get(name, 0.0):9.4f}")
+    print(f"{'seconds per step':24s}" + "".join(f" {kind:>9s}" for kind in parts))
+    for name in dict.fromkeys(name for found in parts.values() for name in found):
+        print(f"{name:24s}" + "".join(f" {found.get(name, 0.0):9.4f}" for found in parts.values()))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,7 +16,7 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.data.arguments import positive
-from megasparse.launching import LaunchEnvironment, choose_accelerator
+from megasparse.launching import LaunchEnvironment, choose_accelerator, use_huge_pages
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import GO_ON, exit_after_lost_peer, exit_now
 from megasparse.utils.streams import use_utf8
@@ -37,7 +37,8 @@ def main() -> int:
             return dry_run(config, arguments.world_size or environment.world_size, arguments.device, arguments.json)
         if arguments.json or arguments.world_size or arguments.device:
             raise ConfigError("--json, --world-size, --device: only used with --dry-run")
-        choose_accelerator(os.environ)
+        if choose_accelerator(os.environ) == "cpu":
+            use_huge_pages(os.environ)
         from megasparse.training.run import pretrain
 
         with exit_after_lost_peer(rank, GO_ON):

@@ -508,6 +508,9 @@ class KernelsConfig(Section):
     """Kernel of the sparse linear layers; auto takes, layer by layer, the fastest one that this machine supports."""
     break_even: Fraction | None = None
     """Density above which auto takes dense products; unset: as measured (tune, tools/tune_kernels.py)."""
+    dense: Literal["auto", "torch", "onednn"] = "auto"
+    """Dense products of linear layers and head on CPUs in fp32: torch's own, which are MKL's, or oneDNN's, which torch
+    carries too; auto takes the latter in layers where they were measured to be faster (tune)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
     elementwise: Literal["auto", "torch", "cpu"] = "auto"
@@ -516,6 +519,9 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "torch", "cpu"] = "auto"
     """Kernel of the optimizer step and the gradient norm: torch's operators over all weights, or a C++ kernel on CPUs
     that passes over inactive blocks; auto takes the latter where it can run."""
+    loss: Literal["auto", "torch", "cpu"] = "auto"
+    """Kernel of the cross entropy: torch's operators, or a C++ kernel on CPUs that goes through the logits once and
+    makes no float32 copy of them; auto takes the latter where it can run."""
     tune: Literal["auto", "never"] = "auto"
     """auto: a run that starts on a machine where its layers and patterns were not measured with its precision and
     number of threads measures them first, once, for about 15 s, and keeps that in the cache folder. never: what is

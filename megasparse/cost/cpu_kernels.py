@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.kernels import elementwise, optimizer
+from megasparse.kernels import cross_entropy, elementwise, optimizer
 
-KERNELS = {"elementwise": elementwise.cpu, "optimizer": optimizer.cpu}
+KERNELS = {"elementwise": elementwise.cpu, "optimizer": optimizer.cpu, "loss": cross_entropy.cpu}
 """By their setting in the section `kernels`."""
 
 

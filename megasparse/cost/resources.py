@@ -75,7 +75,7 @@ def logits_bytes(config: RunConfig, model: GPT) -> int:
     """What the head and the loss hold: one chunk of logits at a time, and the gradients that they make on the way."""
     size, loss, hidden = BYTES[config.train.precision], model.head_in_chunks, config.model.hidden_size
     tokens = config.train.micro_batch_size * config.model.seq_length
-    # The scores are float32: the logits themselves, or a copy.
+    # The scores are float32: the logits themselves, or a copy, which only kernels.loss cpu does without.
     chunk = loss.chunk_rows(tokens) * loss.vocabulary.share * (size if size == 4 else size + 4)
     # The gradient of the weight is summed in float32, beside that of the present chunk.
     return chunk + tokens * hidden * size + loss.vocabulary.share * hidden * (size + 4)

@@ -1,6 +1,6 @@
 """How a process comes into a run and leaves it: launcher, process group, lost peers, watchdog, SLURM submission."""
 
-from megasparse.launching.environment import LaunchEnvironment, choose_accelerator
+from megasparse.launching.environment import LaunchEnvironment, choose_accelerator, use_huge_pages
 from megasparse.launching.process_group import open_mesh
 
-__all__ = ["LaunchEnvironment", "choose_accelerator", "open_mesh"]
+__all__ = ["LaunchEnvironment", "choose_accelerator", "open_mesh", "use_huge_pages"]

@@ -51,6 +51,8 @@ class LayerFactory:
     deferred: bool = False
     """Parameters are divided further as soon as they are made (ZeRO stage 3), and only then are initial weights
     drawn."""
+    dense: str = "auto"
+    """What computes dense products."""
 
     def column(
         self,
@@ -87,7 +89,7 @@ class LayerFactory:
         return Normalization(kind, size, epsilon=epsilon, bias=bias, **settings)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
-        settings |= self._drawing()
+        settings |= self._drawing() | {"dense_kernel": self.dense}
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)

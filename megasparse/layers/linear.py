@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megasparse.kernels import dense_products
 from megasparse.kernels.block_sparse import (
     BlockIndex,
     build_index,
@@ -26,6 +27,7 @@ from megasparse.kernels.block_sparse import (
     sparse_embedding,
     sparse_linear,
 )
+from megasparse.kernels.dense_products import dense_linear
 from megasparse.layers.init import divided_parameter
 from megasparse.parallel import ShardSpec, TensorParallel
 
@@ -46,6 +48,7 @@ class Linear(nn.Module):
         seed: seed of the run.
         deferred: weights stay zero at first, see ``divided_parameter``.
         weight: a parameter to use instead of a new one, such as the one of a tied table; its values are kept.
+        dense_kernel: of `dense_products.choose`.
     """
 
     low_rank = 0
@@ -64,8 +67,11 @@ class Linear(nn.Module):
         seed: int = 0,
         deferred: bool = False,
         weight: nn.Parameter | None = None,
+        dense_kernel: str = "auto",
     ) -> None:
         super().__init__()
+        self.dense_kernel = dense_kernel
+        self._dense: dict[tuple[int, str, torch.dtype], str] = {}
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
         self.init_std, self.seed, self.deferred = init_std, seed, deferred
@@ -95,7 +101,18 @@ class Linear(nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b with this rank's shard."""
-        return F.linear(x, self.weight, bias)
+        return dense_linear(x, self.weight, bias, kernel=self._dense_product(x))
+
+    def _dense_product(self, x: torch.Tensor) -> str:
+        """What computes dense products of an input, chosen once for each size of it."""
+        if torch.compiler.is_compiling():
+            return "torch"
+        seen = x.numel() // x.shape[-1], x.device.type, x.dtype
+        if seen not in self._dense:
+            tokens, device, dtype = seen
+            rows, columns = self.partition.local_shape
+            self._dense[seen] = dense_products.choose(self.dense_kernel, device, dtype, tokens, (columns, rows))
+        return self._dense[seen]
 
     def product_parameters(self) -> list[torch.Tensor]:
         """What the product, with the bias, has a gradient for besides its input."""
@@ -215,7 +232,13 @@ class SparseLinear(Linear):
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self._backend_for(x))
+        kernel = self._backend_for(x)
+        place = self.index, self.collect_dense_gradient, kernel
+        return sparse_linear(x, self.weight, bias, *place, dense=self._dense_for(x, kernel))
+
+    def _dense_for(self, x: torch.Tensor, kernel: str) -> str:
+        """What computes dense products, where there are any."""
+        return self._dense_product(x) if kernel == "dense" or self.collect_dense_gradient else "torch"
 
     def _backend_for(self, x: torch.Tensor) -> str:
         seen = x.numel() // x.shape[-1], x.device.type, x.dtype

@@ -5,8 +5,8 @@
 is wanted, it is computed in the forward pass, while the chunk's logits are there, and replaces them in place. So the
 logits of all tokens, the largest tensor of a training step by far, never exist, and no product is done twice.
 
-The rows that pad the vocabulary take no part: they are sliced off the logits, or filled with -inf, whose exponential
-and therefore whose gradient is exactly zero.
+The rows that pad the vocabulary take no part: they are sliced off the logits, or their exponential and therefore their
+gradient is exactly zero.
 Tensor names: B samples, T tokens, N = B T, C hidden size, V entries of the vocabulary, W those rows of their table that
 this rank holds.
 """
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megasparse.kernels.cross_entropy import cross_entropy_
 from megasparse.layers.linear import Linear
 from megasparse.parallel import TensorParallel
 
@@ -37,8 +38,9 @@ same on all ranks. Overwrites the logits: with the gradient of the losses' sum w
 class Vocabulary:
     """What a rank knows of the vocabulary: `size` entries in a table of `rows` rows, divided evenly."""
 
-    def __init__(self, size: int, rows: int, tensor_parallel: TensorParallel) -> None:
-        self.size, self.tensor_parallel = size, tensor_parallel
+    def __init__(self, size: int, rows: int, tensor_parallel: TensorParallel, kernel: str = "auto") -> None:
+        """kernel: of `kernels.loss`."""
+        self.size, self.tensor_parallel, self.kernel = size, tensor_parallel, kernel
         self.share = rows // tensor_parallel.size
         """Rows on each rank, padding included."""
         self.first = tensor_parallel.rank * self.share
@@ -66,22 +68,17 @@ class Vocabulary:
         Overwrites the logits, of any floating dtype; `wants_gradient`: with the gradient of the losses' sum. Computed
         in float32.
         """
-        axis = self.tensor_parallel.axis
-        logits_NW[:, self.width :] = -torch.inf
-        scores_NW = logits_NW.to(torch.float32)
-        largest_N = axis.max_(scores_NW.amax(1))
-        scores_NW.sub_(largest_N.unsqueeze(1))
         local_N = targets_N - self.first
-        here_N = (local_N >= 0) & (local_N < self.width)
-        columns_N1 = local_N.masked_fill(~here_N, 0).unsqueeze(1)
-        picked_N = scores_NW.gather(1, columns_N1).squeeze(1).masked_fill(~here_N, 0)
-        sums_N = scores_NW.exp_().sum(1)
-        picked_N, sums_N = axis.sum_(torch.stack([picked_N, sums_N]))
-        if wants_gradient:
-            scores_NW.mul_(sums_N.reciprocal().unsqueeze(1)).scatter_add_(1, columns_N1, -here_N.float().unsqueeze(1))
-            if scores_NW is not logits_NW:
-                logits_NW.copy_(scores_NW)
-        return sums_N.log() - picked_N
+        local_N = local_N.masked_fill((local_N < 0) | (local_N >= self.width), -1)
+        joined = None if self.tensor_parallel.size == 1 else self._joined
+        return cross_entropy_(logits_NW, local_N, self.width, wants_gradient, joined=joined, kernel=self.kernel)
+
+    def _joined(self, largest_N: Tensor, sums_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of whole rows, from what the ranks know of their parts; sums are of exp(logit - largest)."""
+        axis = self.tensor_parallel.axis
+        whole_N = axis.max_(largest_N.clone())
+        sums_N, picked_N = axis.sum_(torch.stack([sums_N * (largest_N - whole_N).exp(), picked_N]))
+        return whole_N, sums_N, picked_N
 
 
 class HeadInChunks(nn.Module):

@@ -73,7 +73,9 @@ class PackedLinear(SparseLinear):
         return unpack(self.weight.detach(), self.slot_blocks, (rows, columns))
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return packed_linear(x, self.weight, bias, self._active(), self._backend_for(x), self._wanted_probe())
+        kernel = self._backend_for(x)
+        place = self._active(), kernel, self._wanted_probe()
+        return packed_linear(x, self.weight, bias, *place, self._dense_for(x, kernel))
 
     def product_parameters(self) -> list[torch.Tensor]:
         probe = self._wanted_probe()

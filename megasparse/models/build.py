@@ -39,9 +39,11 @@ def build_model(
                 config.kernels.break_even,
                 "torch" if config.train.compile == "blocks" else config.kernels.elementwise,
                 deferred,
+                config.kernels.dense,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,
+            loss_kernel=config.kernels.loss,
             reset_positions=config.data.document_masking and config.data.reset_positions,
         )
     except ValueError as error:

@@ -66,6 +66,7 @@ class GPT(nn.Module):
         factory: makes the layers, dense or sparse, whole or divided over tensor-parallel ranks.
         recompute: keep only the input of each block and recompute the block in the backward pass.
         attention_kernel: kernel of `hybrid_attention`.
+        loss_kernel: kernel of `cross_entropy_`.
         reset_positions: learned positions begin anew with each document.
 
     Raises:
@@ -81,6 +82,7 @@ class GPT(nn.Module):
         *,
         recompute: bool = False,
         attention_kernel: str = "auto",
+        loss_kernel: str = "auto",
         reset_positions: bool = False,
     ) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class GPT(nn.Module):
         self.head = factory.column("head", C, rows, bias=False, init_std=std, weight=shared)
         if config.tie_embeddings:
             tokens.tie(self.head)
-        self.vocabulary = Vocabulary(vocab_size, rows, ranks)
+        self.vocabulary = Vocabulary(vocab_size, rows, ranks, loss_kernel)
         self.head_in_chunks = HeadInChunks(self.head, self.vocabulary)
         self.token_multiple = ranks.size if ranks.sequence_parallel else 1
 

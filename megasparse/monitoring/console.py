@@ -191,15 +191,27 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             [
                 f"device: {kernels['device']}",
                 *layers,
+                f"dense products: {_by_kernel(kernels['dense'])}",
                 f"hybrid attention: {kernels['hybrid_attention']}",
                 f"activations, norms, rotary positions: {kernels['elementwise']}",
                 f"optimizer: {kernels['optimizer']}",
+                f"cross entropy: {kernels['loss']}",
             ]
         ),
         "Methods": "\n".join(plan.get("methods", [])),
     }
     print_facts(f"Plan of {plan['run']}", rows, console)
     print_warnings(plan["warnings"], console)
+
+
+def _by_kernel(rows: Iterable[Mapping[str, Any]]) -> str:
+    """`torch`, or `onednn (mlp.up, head), torch (mlp.down)`."""
+    layers: dict[str, dict[str, None]] = {}
+    for row in rows:
+        layers.setdefault(row["kernel"], {})[row["layer"]] = None
+    if len(layers) == 1:
+        return next(iter(layers))
+    return ", ".join(f"{kernel} ({', '.join(names)})" for kernel, names in layers.items())
 
 
 def print_warnings(warnings: Iterable[str], console: Console) -> None:

@@ -26,6 +26,7 @@ from megasparse.cost.attention_kernels import (
     resolve_dense_fallback,
 )
 from megasparse.cost.cpu_kernels import KERNELS, cpu_kernel, cpu_kernel_obstacles
+from megasparse.cost.dense_kernels import dense_kernels, dense_warnings
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
@@ -106,6 +107,7 @@ def plan_run(
         "kernels": {
             "device": device,
             "block_sparse": kernels.table(controller.densities_for(controller.schedule.min_density)),
+            "dense": dense_kernels(config, model, device),
             "hybrid_attention": attention_kernels(config, device, planned=planned_kernels),
             **{name: cpu_kernel(config, name, device, planned=planned_kernels) for name in KERNELS},
         },
@@ -120,7 +122,7 @@ def plan_run(
 def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
     """One for each reason: that there is no compiler concerns all kernels alike."""
     attention = attention_warnings(config, device, planned=planned)
-    found = [*kernels.warnings(), *table_warnings(config, kernels), *attention]
+    found = [*kernels.warnings(), *dense_warnings(config, device), *table_warnings(config, kernels), *attention]
     for name, reason in cpu_kernel_obstacles(config, device, planned=planned).items():
         if not any(reason in warning for warning in found):
             found.append(f"kernels.{name} auto takes torch's operators: {reason}")

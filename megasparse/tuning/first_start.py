@@ -25,11 +25,13 @@ from filelock import FileLock, Timeout
 from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import DTYPES
 from megasparse.cost.table_sources import patterns_of_run
-from megasparse.kernels import block_sparse, hybrid_attention
+from megasparse.kernels import block_sparse, dense_products, hybrid_attention
 from megasparse.kernels.block_sparse.break_even import TABLE as LAYERS_TABLE
 from megasparse.kernels.block_sparse.measure import measure_row, round_seconds
 from megasparse.kernels.common.build import NOWHERE, cache_folder
 from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machine
+from megasparse.kernels.dense_products import table as dense_table
+from megasparse.kernels.dense_products.table import TABLE as DENSE_TABLE
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import HEADS, measure_rows
@@ -53,6 +55,10 @@ USEFUL_TOKENS, LONGEST_ROUND = 256, 1.5
 of the weights decides, and the answer is another one."""
 WIDEST = 4096
 """Of a measured layer: a wider one, such as a head, is measured on as much of its width, with more tokens."""
+DENSE_TOKENS, DENSE_SECONDS = 512, 2.0
+"""Dense products are measured with no more tokens, which changes little, and with fewer where they take longer."""
+SLOWEST_PRODUCTS = 30e9
+"""FLOPs a second of dense float32 products, less than which is hardly met: tells how long they may take."""
 SHORTEST, LONGEST = 128, 8192
 """Lengths at which attention is measured. Beyond, what is faster at the longest one stays so: its work grows slower."""
 LOCK_SECONDS = 120
@@ -70,6 +76,7 @@ class Meter:
     layer: Callable[..., Any] = measure_row
     expected: Callable[..., Callable[[int], float]] = round_seconds
     patterns: Callable[..., list[AttentionRow]] = measure_rows
+    dense: Callable[..., dense_table.Row] = dense_table.measure_row
     clock: Callable[[], float] = time.monotonic
 
 
@@ -181,7 +188,46 @@ class AttentionCase:
         return (row.kind, row.sizes) == (kind, sizes)
 
 
-RunCase = LayerCase | AttentionCase
+@dataclass(frozen=True)
+class DenseCase:
+    """The dense products of a layer, by torch and by oneDNN."""
+
+    dtype: torch.dtype
+    tokens: int
+    widths: tuple[int, int]
+    table = DENSE_TABLE
+
+    @property
+    def work(self) -> float:
+        """Multiplications of a pass of each, about."""
+        return 6.0 * min(self.tokens, DENSE_TOKENS) * self._narrowed[0] * self._narrowed[1]
+
+    def __str__(self) -> str:
+        return f"{self.widths[0]} -> {self.widths[1]}, dense, {self.tokens:,} tokens, {dtype_name(self.dtype)}"
+
+    def is_known(self, rows: Sequence[Any]) -> bool:
+        return any((row.kind, row.sizes) == ((dtype_name(self.dtype),), (self.tokens, *self.widths)) for row in rows)
+
+    def can_run(self, device: str) -> bool:
+        return dense_products.onednn.why_not(device, self.dtype) is None
+
+    def measure(self, device: str, seconds: float, meter: Meter) -> list[Any]:
+        """With no more than `DENSE_TOKENS`, and no more of the widths than `WIDEST`."""
+        a_token = 2 * self.work / min(self.tokens, DENSE_TOKENS) / SLOWEST_PRODUCTS * (MIN_ROUNDS + 1)
+        fitting = max(int(min(seconds, DENSE_SECONDS) / a_token), USEFUL_TOKENS)
+        tokens = min(self.tokens, DENSE_TOKENS, fitting)
+        row = meter.dense(self.dtype, tokens=tokens, widths=self._narrowed, rounds=MIN_ROUNDS)
+        is_exact = (tokens, self._narrowed) == (self.tokens, self.widths)
+        return [row if is_exact else replace(row, counts_for=(self.tokens, *self.widths))]
+
+    @property
+    def _narrowed(self) -> tuple[int, int]:
+        inner, outer = self.widths
+        return min(inner, WIDEST), min(outer, WIDEST)
+
+
+RunCase = LayerCase | AttentionCase | DenseCase
+TABLES = (LAYERS_TABLE, ATTENTION_TABLE, DENSE_TABLE)
 
 
 def fit_tables(
@@ -220,8 +266,12 @@ def missing(config: RunConfig, plan: Mapping[str, Any]) -> list[RunCase]:
     What was measured with other kernels, or another torch, is measured anew; until then it is the best that is known.
     """
     device, dtype = plan["kernels"]["device"], DTYPES[config.train.precision]
-    cases: list[RunCase] = [*_attention(config, device, dtype), *_layers(config, plan, device, dtype)]
-    rows = {table.name: table.own_rows(device, code_versions()) for table in (LAYERS_TABLE, ATTENTION_TABLE)}
+    cases: list[RunCase] = [
+        *_attention(config, device, dtype),
+        *_dense(config, plan, device, dtype),
+        *_layers(config, plan, device, dtype),
+    ]
+    rows = {table.name: table.own_rows(device, code_versions()) for table in TABLES}
     return [case for case in cases if not case.is_known(rows[case.table.name])]
 
 
@@ -295,6 +345,13 @@ def _layers(config: RunConfig, plan: Mapping[str, Any], device: str, dtype: torc
             yield LayerCase(backend, dtype, *sizes)
 
 
+def _dense(config: RunConfig, plan: Mapping[str, Any], device: str, dtype: torch.dtype) -> Iterator[DenseCase]:
+    """Distinct dense layers, where there is a choice."""
+    if config.kernels.dense == "auto" and dense_products.onednn.why_not(device, dtype) is None:
+        rows = plan["kernels"]["dense"]
+        yield from dict.fromkeys(DenseCase(dtype, row["tokens"], (row["in"], row["out"])) for row in rows)
+
+
 def _attention(config: RunConfig, device: str, dtype: torch.dtype) -> Iterator[AttentionCase]:
     """The patterns of the run by the kernel that computes them."""
     head_dim = config.model.head_dim
@@ -341,7 +398,7 @@ def _alone(tell: Tell) -> Iterator[None]:
     if folder == NOWHERE:
         raise OSError("no cache folder: this user has no home; MEGASPARSE_CACHE names one")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for table in (LAYERS_TABLE, ATTENTION_TABLE):
+    for table in TABLES:
         if table.own().exists():
             table.read(table.own())  # ValueError: what is no table is not written over
     lock = FileLock(folder / "measuring.lock")

@@ -21,10 +21,14 @@ RECIPES = {
     "sparse-tied": [*COMMON, "sparsity.head=true"],
     "sparse-low-rank": [*COMMON, "sparsity.head=true", "model.tie_embeddings=false", "sparsity.low_rank=4"],
     "recomputation": [*COMMON, "model.tie_embeddings=false", "train.activation_recomputation=true"],
+    "onednn": [*COMMON, "kernels.dense=onednn"],
     "sequence": [*COMMON, "sparsity.head=true", "parallel.sequence_parallel=true"],
 }
 CASES = [
     *((recipe, Layout(2, 1, zero, 2)) for recipe in ("tied", "sparse-low-rank") for zero in (0, 1, 2, 3)),
+    ("onednn", Layout(2, 1, 0, 2)),
+    ("onednn", Layout(2, 1, 3, 2)),
+    ("onednn", Layout(1, 2, 1, 1)),
     ("sparse-tied", Layout(2, 1, 3, 1)),
     ("sparse-tied", Layout(1, 2, 0, 1)),
     ("sparse-low-rank", Layout(1, 2, 3, 1)),

@@ -45,7 +45,7 @@ def calls(monkeypatch) -> dict[str, tuple]:
 def as_traced(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: BlockIndex, kernel: str):
     """What a traced program calls; others need no operators."""
     lists = index.mask, *index.lists
-    return linear.SparseLinear.apply(x, weight, bias, None, None, UNIT, False, kernel, None, *lists)
+    return linear.SparseLinear.apply(x, weight, bias, None, None, UNIT, False, kernel, None, "torch", *lists)
 
 
 @kernels

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasparse.launching import LaunchEnvironment, choose_accelerator, process_group
+from megasparse.launching import LaunchEnvironment, choose_accelerator, process_group, use_huge_pages
 from megasparse.launching.environment import expand_hosts
 from megasparse.launching.rendezvous import open_store
 
@@ -182,6 +184,36 @@ def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
     assert choose_accelerator(variables) == "cpu" == variables["DS_ACCELERATOR"]
     unset: dict[str, str] = {}
     assert choose_accelerator(unset) == unset["DS_ACCELERATOR"]
+
+
+def test_huge_pages_are_asked_for_unless_the_user_has_decided() -> None:
+    for decided, wanted in (({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
+        variables = dict(decided)
+        use_huge_pages(variables)
+        assert variables == {"THP_MEM_ALLOC_ENABLE": wanted}
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FILLED = """
+import os
+import torch
+from megasparse.launching import use_huge_pages
+
+use_huge_pages(os.environ)
+x = torch.ones(2**24)
+print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no huge pages to give"
+)
+def test_torch_asks_for_huge_pages_also_after_its_import() -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", FILLED], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # KiB; a system that is short of memory in one piece may have given fewer than the 32 that were asked for.
+    assert int(done.stdout) >= 2048
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,15 @@ PLAN = {
                 "break_even": None,
             },
         ],
+        "dense": [
+            {"layer": "mlp.up", "count": 2, "in": 64, "out": 256, "tokens": 2048, "kernel": "onednn"},
+            {"layer": "mlp.down", "count": 2, "in": 256, "out": 64, "tokens": 2048, "kernel": "torch"},
+            {"layer": "head", "count": 1, "in": 64, "out": 512, "tokens": 2048, "kernel": "onednn"},
+        ],
         "hybrid_attention": "reference",
         "elementwise": "torch",
         "optimizer": "torch",
+        "loss": "torch",
     },  # fmt: skip
     "warnings": ["hybrid_attention: [bold]slow[/bold] reference"],
 }

@@ -18,12 +18,23 @@ from megasparse.config.schema import RunConfig
 from megasparse.kernels.block_sparse import break_even, cpu
 from megasparse.kernels.common import tables
 from megasparse.kernels.common.tables import Machine, Measurement
+from megasparse.kernels.dense_products import onednn
+from megasparse.kernels.dense_products.table import TABLE as DENSE_TABLE
+from megasparse.kernels.dense_products.table import Row as DenseRow
 from megasparse.kernels.hybrid_attention import cpu as attention_cpu
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.training.plan import make_plan
 from megasparse.tuning import first_start, kernel_tuning
-from megasparse.tuning.first_start import AttentionCase, LayerCase, Meter, affordable_tokens, fit_tables, missing
+from megasparse.tuning.first_start import (
+    AttentionCase,
+    DenseCase,
+    LayerCase,
+    Meter,
+    affordable_tokens,
+    fit_tables,
+    missing,
+)
 from megasparse.tuning.first_start import rounds_within as rounds
 from megasparse.utils.dtypes import dtype_name
 
@@ -41,6 +52,8 @@ SETTINGS = [
     "train.precision=fp32",
     "sparsity.block_size=16",
     "attention.stride=16",
+    # Dense products have tests of their own at the end.
+    "kernels.dense=torch",
 ]
 
 
@@ -54,7 +67,7 @@ class FakeTimer:
 
     @property
     def meter(self) -> Meter:
-        return Meter(self.layer, self.expected, self.patterns, lambda: self.now)
+        return Meter(self.layer, self.expected, self.patterns, self.dense_products, lambda: self.now)
 
     def layer(self, backend: str, device: str, dtype: torch.dtype, *, tokens, rounds, block, widths, **_) -> Any:
         self._count(("layer", widths, tokens, rounds))
@@ -77,6 +90,11 @@ class FakeTimer:
         self.now += (rounds + 1) * length * self.seconds_a_token
         seconds = {str(length): {"kernel": 1.0, "mask": 3.0, "dense": self.dense}}
         return [AttentionRow(kernel, dtype_name(dtype), name, stride, head_dim, 4, seconds) for name in patterns]
+
+    def dense_products(self, dtype: torch.dtype, *, tokens, widths, rounds) -> DenseRow:
+        self._count(("dense", widths, tokens))
+        self.now += (rounds + 1) * tokens * self.seconds_a_token
+        return DenseRow(dtype_name(dtype), tokens, *widths, {"torch": 2.0, "onednn": 1.0 if widths[0] == 64 else 3.0})
 
     def of(self, kind: str) -> list[tuple]:
         return [words[1:] for words in self.asked if words[0] == kind]
@@ -398,3 +416,51 @@ def test_a_row_that_counts_for_something_odd_is_no_row(cache) -> None:
     break_even.TABLE.write(cache / "break_even.json", [Measurement(HERE, "cpu", 1, (row,), {})])
     with pytest.raises(ValueError, match="counts_for: .*tokens, in and out"):
         break_even.TABLE.read(cache / "break_even.json")
+
+
+DENSE = [*LAYERS, (64, 384)]
+"""With the head, of which an entry of the vocabulary is 64 wide."""
+
+
+def planned_dense(*overrides: str) -> dict[str, str]:
+    rows = make_plan(load("kernels.dense=auto", *overrides), 1, "cpu")["kernels"]["dense"]
+    return {row["layer"]: row["kernel"] for row in rows}
+
+
+def test_dense_products_are_measured_and_decide(cache, monkeypatch) -> None:
+    monkeypatch.setattr(onednn, "why_not", lambda device, dtype: None if dtype == torch.float32 else "dtype")
+    assert set(planned_dense().values()) == {"torch"}, "nobody has measured"
+    timer = FakeTimer()
+    assert fit(timer, "kernels.dense=auto", "sparsity.algorithm=dense", "model.vocab_size=384")[0]
+    assert sorted(timer.of("dense")) == sorted((widths, 512) for widths in DENSE) and not timer.of("layer")
+    expected = {"attention.qkv": "onednn", "mlp.up": "onednn", "mlp.down": "torch", "head": "onednn"}
+    assert planned_dense().items() >= expected.items()
+    assert set(planned_dense("kernels.dense=torch").values()) == set(planned_dense("train.precision=bf16").values())
+    assert not fit(FakeTimer(), "kernels.dense=auto", "sparsity.algorithm=dense", "model.vocab_size=384")[0]
+    (measurement,) = DENSE_TABLE.read(cache / "dense_products.json")
+    assert measurement.machine == Machine(HERE, "6.1", "cpu", torch.get_num_threads())
+    monkeypatch.setattr(tables, "hardware_name", lambda device: "Yet Another 1")
+    assert set(planned_dense().values()) == {"torch"}, "measurements of another machine count for nothing"
+
+
+def test_a_table_of_dense_products_that_cannot_be_read_is_told(cache, monkeypatch) -> None:
+    monkeypatch.setattr(onednn, "why_not", lambda device, dtype: None if device == "cpu" else "device")
+    cache.mkdir()
+    (cache / "dense_products.json").write_text("{")
+    config = load("kernels.dense=auto")
+    assert sum("dense_products.json: no table" in words for words in make_plan(config, 1, "cpu")["warnings"]) == 1
+    assert not any("dense_products" in words for words in make_plan(config, 1, "cuda")["warnings"])
+    _, _, (warned,) = fit(FakeTimer(), "kernels.dense=auto")
+    assert "dense_products.json: no table" in warned and (cache / "dense_products.json").read_text() == "{"
+
+
+def test_large_dense_products_are_measured_on_a_part() -> None:
+    for case, tokens, widths in (
+        (DenseCase(torch.float32, 8192, (256, 50304)), 512, (256, 4096)),
+        (DenseCase(torch.float32, 8192, (8192, 8192)), 256, (4096, 4096)),
+        (DenseCase(torch.float32, 40, (64, 192)), 40, (64, 192)),
+    ):
+        timer = FakeTimer()
+        (row,) = case.measure("cpu", 4.0, timer.meter)
+        assert timer.of("dense") == [(widths, tokens)] and case.is_known([row])
+        assert row.counts_for == (() if tokens == case.tokens else (case.tokens, *case.widths))

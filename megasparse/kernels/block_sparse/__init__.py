@@ -19,6 +19,7 @@ from megasparse.kernels.block_sparse.dispatch import KERNELS, check_forced, chec
 from megasparse.kernels.block_sparse.embedding import PackedEmbedding, SparseEmbedding
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index, refresh_index
 from megasparse.kernels.block_sparse.storage import apply_mask_, assign_slots, pack, unpack, weight_shape
+from megasparse.kernels.dense_products import dense_linear
 
 __all__ = [
     "KERNELS",
@@ -48,6 +49,7 @@ def sparse_linear(
     dense_gradient: bool = False,
     kernel: str = "auto",
     break_even: float | None = None,
+    dense: str = "torch",
 ) -> torch.Tensor:
     """y = x W^T + b for a weight that is already exactly zero in its inactive units.
 
@@ -60,6 +62,8 @@ def sparse_linear(
             inactive units is exactly zero.
         kernel: `auto` for the fastest one, or a name from `KERNELS`.
         break_even: density above which `auto` takes dense products; None: as measured.
+        dense: what computes the dense gradient, and dense products where the kernel is `dense` by name or all units are
+            active: a name that ``dense_products.choose`` gave for this input.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -69,9 +73,9 @@ def sparse_linear(
     """
     check_name(kernel)
     if index is None:
-        return F.linear(x, weight, bias)
+        return dense_linear(x, weight, bias, kernel=dense)
     assert weight.shape == weight_shape(index), f"{tuple(weight.shape)}, {weight_shape(index)}"
-    return _applied(x, weight, bias, None, index, dense_gradient, kernel, break_even)
+    return _applied(x, weight, bias, None, index, dense_gradient, kernel, break_even, dense)
 
 
 def packed_linear(
@@ -81,6 +85,7 @@ def packed_linear(
     index: BlockIndex,
     kernel: str = "auto",
     probe: torch.Tensor | None = None,
+    dense: str = "torch",
 ) -> torch.Tensor:
     """y = x W^T + b for a weight of which only the active blocks are stored.
 
@@ -94,6 +99,7 @@ def packed_linear(
             dense weight together for each product.
         probe: [out, in], any values: where it wants a gradient, that is the dense dy^T x in the dtype of `x`, as a
             topology update needs it. Of several uses autograd makes the sum, as of any tensor.
+        dense: as in ``sparse_linear``.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -104,7 +110,7 @@ def packed_linear(
     check_name(kernel)
     assert index.is_packed, "the index is of dense storage"
     assert weight.shape == weight_shape(index), f"{tuple(weight.shape)}, {weight_shape(index)}"
-    return _applied(x, weight, bias, probe, index, False, kernel, None)
+    return _applied(x, weight, bias, probe, index, False, kernel, None, dense)
 
 
 def _applied(
@@ -116,18 +122,21 @@ def _applied(
     dense_gradient: bool,
     kernel: str,
     break_even: float | None,
+    dense: str,
 ) -> torch.Tensor:
-    """The last three: those of ``sparse_linear``."""
+    """The last four: those of ``sparse_linear``."""
     outputs, inputs = (size * index.block_size for size in index.mask.shape)
     # The views are made outside of the function: autograd forbids to change the view that a function returns in place.
     x_NI = x.reshape(-1, inputs)
     tensors = x_NI, weight, bias, probe
     if torch.compiler.is_compiling():
-        settings = index.block_size, dense_gradient, kernel, break_even
+        settings = index.block_size, dense_gradient, kernel, break_even, "torch"
         y_NO = linear.SparseLinear.apply(*tensors, None, *settings, index.mask, *index.lists)
     else:
         name = linear.backend(x_NI, index, kernel, break_even)
-        y_NO = linear.SparseLinear.apply(*tensors, index, index.block_size, dense_gradient, name, None)
+        if kernel == "dense" and dense == "onednn":
+            name = dense
+        y_NO = linear.SparseLinear.apply(*tensors, index, index.block_size, dense_gradient, name, None, dense)
     return y_NO.view(*x.shape[:-1], outputs)
 
 

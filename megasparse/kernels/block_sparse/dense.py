@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.storage import stored, whole
+from megasparse.kernels.dense_products import onednn
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -27,6 +28,24 @@ def backward(
     dx = dy_NO @ whole(weight, index) if needs[0] else None
     dweight = stored(dy_NO.t() @ x_NI, index) if needs[1] else None
     return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
+
+
+class ByOneDnn:
+    """The same with the products of ``dense_products.onednn``, in float32 on CPUs."""
+
+    @staticmethod
+    def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
+        """See ``linear``."""
+        return onednn.product(x_NI, whole(weight, index), bias)
+
+    @staticmethod
+    def backward(
+        dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See ``linear``."""
+        dx = onednn.product(dy_NO, whole(weight, index).t()) if needs[0] else None
+        dweight = stored(onednn.product(dy_NO.t(), x_NI.t()), index) if needs[1] else None
+        return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
 
 
 def bias_gradient(dy_NO: Tensor) -> Tensor:

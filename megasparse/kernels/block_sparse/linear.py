@@ -27,17 +27,25 @@ from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
 from megasparse.kernels.block_sparse.dispatch import choose
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.storage import stored
+from megasparse.kernels.dense_products import onednn
 
-PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": gpu}
+PRODUCTS: dict[str, Any] = {
+    "reference": reference,
+    "dense": dense,
+    "onednn": dense.ByOneDnn,
+    "cpu": cpu,
+    "triton": gpu,
+}
+"""By name; `onednn` is `dense` with other products, which a layer asks for that has chosen them."""
 
 
 class SparseLinear(torch.autograd.Function):
-    """(x_NI, weight, bias, probe, index, block_size, dense_gradient, kernel, break_even, *lists) -> y_NO.
+    """(x_NI, weight, bias, probe, index, block_size, dense_gradient, kernel, break_even, dense, *lists) -> y_NO.
 
     index: the active units, and `kernel` the name of a backend. In a traced program it is None, and `lists` are its
     mask and lists, as torch.compile wants tensors; custom operators, which cost the host 20 us each, then choose the
     backend. The gradient of `probe`, where it wants one (packed storage), is the dense dy^T x; `dense_gradient`: that
-    of the weight is (dense storage).
+    of the weight is (dense storage). `dense` computes them.
     """
 
     @staticmethod
@@ -50,9 +58,9 @@ class SparseLinear(torch.autograd.Function):
         index: BlockIndex | None,
         *rest: Any,
     ) -> Tensor:
-        block_size, dense_gradient, kernel, break_even, *lists = rest
+        block_size, dense_gradient, kernel, break_even, dense, *lists = rest
         ctx.save_for_backward(x_NI, weight, *lists)
-        ctx.index, ctx.settings = index, (block_size, dense_gradient, kernel, break_even)
+        ctx.index, ctx.settings = index, (block_size, dense_gradient, kernel, break_even, dense)
         if index is None:
             return block_sparse_forward(x_NI, weight, bias, lists, block_size, kernel, break_even)
         ctx.version = index.mask._version
@@ -62,7 +70,7 @@ class SparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight, *lists = ctx.saved_tensors
-        index, (block_size, dense_gradient, kernel, break_even) = ctx.index, ctx.settings
+        index, (block_size, dense_gradient, kernel, break_even, dense) = ctx.index, ctx.settings
         needs_dx, needs_dweight, needs_dbias, needs_dprobe = ctx.needs_input_grad[:4]
         dy_NO = dy.contiguous()
         # With the dense gradient at hand that of a packed weight is a part of it, with the bits of dense storage.
@@ -76,7 +84,7 @@ class SparseLinear(torch.autograd.Function):
             dx, dweight, dbias = PRODUCTS[kernel].backward(dy_NO, x_NI, weight, index, tuple(needs))
         dprobe = None
         if makes_dense and (needs_dweight or needs_dprobe):
-            dprobe = dy_NO.t() @ x_NI
+            dprobe = onednn.product(dy_NO.t(), x_NI.t()) if dense == "onednn" else dy_NO.t() @ x_NI
             dweight = dprobe if dense_gradient else stored(dprobe, index or _joined(lists, block_size))
         none = (None,) * (1 + len(ctx.settings) + len(lists))
         return (

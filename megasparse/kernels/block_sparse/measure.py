@@ -1,4 +1,4 @@
-"""Measures one sparse layer against dense products, in turns (``common.medians``).
+"""Measures one sparse layer against the faster dense products, in turns (``common.medians``).
 
 row = measure_row("cpu", "cpu", torch.float32, block=64, tokens=2048, widths=(768, 3072))
 
@@ -19,6 +19,7 @@ from megasparse.kernels.block_sparse.break_even import Row
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
 from megasparse.kernels.block_sparse.storage import apply_mask_
 from megasparse.kernels.common.medians import medians, on_host, training_pass
+from megasparse.kernels.dense_products import onednn
 from megasparse.utils.dtypes import dtype_name
 
 DENSITIES = (0.1, 0.4, 0.7, 1.0)
@@ -57,10 +58,13 @@ def measure_row(
         for shape in ((tokens, in_features), (out_features, in_features), (out_features,), (tokens, out_features))
     )
     layers = [random_layer(dense_weight, block, density) for density in densities]
-    passes = [training_pass(F.linear, (x, dense_weight, bias), dy)]
+    # Those of torch, and where they run those of oneDNN.
+    products = [F.linear, *([onednn.linear] if onednn.why_not(device, dtype) is None else [])]
+    passes = [training_pass(product, (x, dense_weight, bias), dy) for product in products]
     for weight, index in layers:
         passes.append(training_pass(partial(sparse_linear, index=index, kernel=backend), (x, weight, bias), dy))
-    dense, *ours = medians(passes, device, rounds, fastest=fastest)
+    found = medians(passes, device, rounds, fastest=fastest)
+    dense, ours = min(found[: len(products)]), found[len(products) :]
     by_density = {index.density: value.device for (_, index), value in zip(layers, ours, strict=True)}
     host = {f"{index.density:.4g}": value.host for (_, index), value in zip(layers, ours, strict=True)}
     return Row(

@@ -1,0 +1,81 @@
+"""Linear layers in float32 on CPUs by oneDNN, which torch carries: ``linear(x_NI, weight, bias)``.
+
+``why_not`` says where it cannot run. The operator is one that torch's own compiler uses and promises to nobody, so it
+is tried on a small product first. In all shapes that were tried a row has the same bits at any number of threads and
+whichever rows stand beside it (tests/kernels/test_dense_products.py).
+
+Names: N tokens, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """Why oneDNN's products cannot take the place of torch's on a type of device; None where they can."""
+    if device != "cpu":
+        return f"they run on cpu, not on {device}"
+    if dtype != torch.float32:
+        return f"dtype {dtype}; supported: torch.float32 (torch's own products of bfloat16 are oneDNN's)"
+    return _failure()
+
+
+def linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, [N, O], with gradients; all float32 on a CPU."""
+    return _Linear.apply(x_NI, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The gradients are dy W, dy^T x and the sum of dy over the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NI, weight)
+        return product(x_NI, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_NI, weight = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
+        dx_NI = product(dy_NO, weight.t()) if needs_dx else None
+        dweight = product(dy_NO.t(), x_NI.t()) if needs_dweight else None
+        return dx_NI, dweight, dy_NO.sum(0) if needs_dbias else None
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T + bias, of left [A, K] and right [B, K]: float32, rows or columns without gaps."""
+    if left.numel() == 0 or right.numel() == 0:
+        return torch.nn.functional.linear(left, right, bias)
+    return torch.ops.mkldnn._linear_pointwise(_readable(left), _readable(right), bias, "none", [], "")
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """Rows or columns that lie one after the other, and do not overlap as those of an expanded tensor do."""
+    rows, columns = matrix.shape
+    is_plain = matrix.stride(1) == 1 and matrix.stride(0) >= columns
+    is_transposed = matrix.stride(0) == 1 and matrix.stride(1) >= rows
+    return matrix if is_plain or is_transposed else matrix.contiguous()
+
+
+@cache
+def _failure() -> str | None:
+    """What is wrong with the operator in this torch."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch was built without oneDNN"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(rows, 17, generator=generator) for rows in (5, 19))
+    try:
+        found = product(left, right), product(left.t().contiguous().t(), right.t().contiguous().t())
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"its operator cannot be called: {str(error).splitlines()[0]}"
+    expected = left.double() @ right.double().t()
+    if not all(torch.allclose(y.double(), expected, rtol=0, atol=1e-4) for y in found):
+        return "its operator computes something else in this torch"
+    return None
