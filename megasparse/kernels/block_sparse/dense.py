@@ -45,7 +45,7 @@ class ByOneDnn:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``linear``."""
         dx = onednn.product(dy_NO, weight.t()) if needs[0] else None
-        dweight = apply_mask_(onednn.product(dy_NO.t(), x_NI.t()), index.mask, index.block_size) if needs[1] else None
+        dweight = apply_mask_(onednn.weight_gradient(dy_NO, x_NI), index.mask, index.block_size) if needs[1] else None
         return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
 
 

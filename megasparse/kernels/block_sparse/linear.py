@@ -57,7 +57,7 @@ class SparseLinear(torch.autograd.Function):
         needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
         dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
         if dense_gradient and needs_dweight:
-            dweight = onednn.product(dy_NO.t(), x_NI.t()) if dense == "onednn" else dy_NO.t() @ x_NI
+            dweight = onednn.weight_gradient(dy_NO, x_NI) if dense == "onednn" else dy_NO.t() @ x_NI
         none = (None,) * (len(index) + len(ctx.settings))
         return (
             dx if needs_dx else None,
