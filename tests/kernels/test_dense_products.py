@@ -79,6 +79,15 @@ def test_layouts(layout) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize("shape", [(37, 1024, 1030), (64, 128, 512)], ids=str)
+def test_large_and_small_weight_gradients(shape) -> None:
+    tokens, inner, outer = shape
+    x, dy = torch.randn(tokens, inner), torch.randn(tokens, outer)
+    assert (inner * outer >= onednn.LARGE) == (inner == 1024)
+    close(onednn.weight_gradient(dy, x), dy.double().t() @ x.double(), tokens)
+
+
+@needs_onednn
 def test_only_what_is_needed_is_computed(monkeypatch) -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
     y = onednn.linear(x, weight)
@@ -89,7 +98,7 @@ def test_only_what_is_needed_is_computed(monkeypatch) -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("shape", [(512, 768, 768), (333, 128, 512), (64, 768, 2304)], ids=str)
+@pytest.mark.parametrize("shape", [(512, 768, 768), (333, 128, 512), (64, 768, 2304), (700, 1024, 1040)], ids=str)
 def test_bits_depend_neither_on_threads_nor_on_other_tokens(shape) -> None:
     tokens, inner, outer = shape
     x, weight, dy = torch.randn(tokens, inner), torch.randn(outer, inner), torch.randn(tokens, outer)
@@ -97,8 +106,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(shape) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            pairs = (x, weight), (dy, weight.t()), (dy.t(), x.t())
-            found.append([onednn.product(*pair) for pair in pairs])
+            found.append([onednn.product(x, weight), onednn.product(dy, weight.t()), onednn.weight_gradient(dy, x)])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -44,7 +44,7 @@ class ByOneDnn:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``linear``."""
         dx = onednn.product(dy_NO, whole(weight, index).t()) if needs[0] else None
-        dweight = stored(onednn.product(dy_NO.t(), x_NI.t()), index) if needs[1] else None
+        dweight = stored(onednn.weight_gradient(dy_NO, x_NI), index) if needs[1] else None
         return dx, dweight, bias_gradient(dy_NO) if needs[2] else None
 
 

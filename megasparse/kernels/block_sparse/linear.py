@@ -84,7 +84,7 @@ class SparseLinear(torch.autograd.Function):
             dx, dweight, dbias = PRODUCTS[kernel].backward(dy_NO, x_NI, weight, index, tuple(needs))
         dprobe = None
         if makes_dense and (needs_dweight or needs_dprobe):
-            dprobe = onednn.product(dy_NO.t(), x_NI.t()) if dense == "onednn" else dy_NO.t() @ x_NI
+            dprobe = onednn.weight_gradient(dy_NO, x_NI) if dense == "onednn" else dy_NO.t() @ x_NI
             dweight = dprobe if dense_gradient else stored(dprobe, index or _joined(lists, block_size))
         none = (None,) * (1 + len(ctx.settings) + len(lists))
         return (

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LARGE = 2**20
+"""Weights of a matrix from which on its gradient is worth a copy of the input."""
+
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
     """Why oneDNN's products cannot take the place of torch's on a type of device; None where they can."""
@@ -29,6 +32,17 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
 def linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, [N, O], with gradients; all float32 on a CPU."""
     return _Linear.apply(x_NI, weight, bias)
+
+
+def weight_gradient(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """dy^T x, [O, I].
+
+    For a large one x is copied first, so that the tokens of an input lie one after the other: on one core of an EPYC
+    (Zen 5, under load) that made 191 of 137 GFLOP/s in a head of 768 to 50,304, 192 of 174 from 768 to 3,072, but 172
+    of 190 from 768 to 768.
+    """
+    x_IN = x_NI.t()
+    return product(dy_NO.t(), x_IN.contiguous() if dy_NO.shape[1] * x_NI.shape[1] >= LARGE else x_IN)
 
 
 class _Linear(torch.autograd.Function):
@@ -45,7 +59,7 @@ class _Linear(torch.autograd.Function):
         x_NI, weight = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
         dx_NI = product(dy_NO, weight.t()) if needs_dx else None
-        dweight = product(dy_NO.t(), x_NI.t()) if needs_dweight else None
+        dweight = weight_gradient(dy_NO, x_NI) if needs_dweight else None
         return dx_NI, dweight, dy_NO.sum(0) if needs_dbias else None
 
 
