@@ -35,7 +35,7 @@ class _PrunedWeights:
 
     def tensor(self, name: str) -> Tensor:
         layer = self._layers.get(name)
-        return self._source.tensor(name) if layer is None else self._work.layer(layer).weight
+        return self._source.tensor(name) if layer is None else self._work.weight(layer)
 
 
 def write_pruned(plan: PrunePlan, work: WorkFolder, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -44,11 +44,10 @@ def write_pruned(plan: PrunePlan, work: WorkFolder, progress: Callable[[int], No
     progress: as in ``write_weights``.
     """
     source = plan.source
-    pruned = {name: work.layer(name) for name in plan.layers}
-    counts = {name: layer.num_active for name, layer in pruned.items()}
+    records = {name: work.record(name) for name in plan.layers}
+    counts = {name: record.num_active for name, record in records.items()}
     # Copies: safetensors refuses tensors that share memory.
-    topology = {f"{kind}{name}": layer.active.clone() for kind in (LIVE, EVER) for name, layer in pruned.items()}
-    del pruned
+    topology = {f"{kind}{name}": record.active.clone() for kind in (LIVE, EVER) for name, record in records.items()}
     config = pruned_config(plan, counts)
     write_weights(
         _PrunedWeights(source, work, {layer.parameter: name for name, layer in plan.layers.items()}),

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from megasparse.pruning.budget import LayerUnits
-from megasparse.pruning.work_folder import PrunedLayer
+from megasparse.pruning.work_folder import LayerRecord
 
 Advance = Callable[[str, int], None]
 """Takes what is being done, and how much of it has been done since the last call."""
@@ -29,7 +29,7 @@ def showing_progress(console: Console | None, total: int) -> Iterator[Advance]:
         yield lambda what, done: bar.update(task, description=what, advance=done)
 
 
-def print_block(console: Console | None, block: int, blocks: int, layers: Mapping[str, PrunedLayer]) -> None:
+def print_block(console: Console | None, block: int, blocks: int, layers: Mapping[str, LayerRecord]) -> None:
     """A line for a block that is done."""
     if console is None:
         return
@@ -38,7 +38,7 @@ def print_block(console: Console | None, block: int, blocks: int, layers: Mappin
     console.print(f"block {block + 1} of {blocks}: {len(layers)} layers pruned{text}", soft_wrap=True)
 
 
-def print_layers(console: Console | None, units: list[LayerUnits], layers: Mapping[str, PrunedLayer]) -> None:
+def print_layers(console: Console | None, units: list[LayerUnits], layers: Mapping[str, LayerRecord]) -> None:
     """Density and error of every layer."""
     if console is None:
         return

@@ -38,7 +38,7 @@ from megasparse.pruning.plan import PlannedLayer, PrunePlan, make_plan
 from megasparse.pruning.reporting import Advance, print_block, print_layers, showing_progress
 from megasparse.pruning.settings import PruneSettings
 from megasparse.pruning.statistics import InputGram, InputStatistic, collecting, output_error
-from megasparse.pruning.work_folder import ActivationFile, PrunedLayer, WorkFolder
+from megasparse.pruning.work_folder import ActivationFile, LayerRecord, WorkFolder
 from megasparse.sparsity.topology import pack_bits
 
 
@@ -55,13 +55,12 @@ def prune(settings: PruneSettings, environment: LaunchEnvironment) -> None:
     console = make_console() if environment.rank == 0 else None
     with sharing_ranks(environment, settings.device) as (ranks, device):
         try:
-            pruner = Pruner(plan, work, ranks, device, console)
-            pruner.run()
-            _finish(plan, work, ranks, console)
-        except ValueError:
-            # The same settings would fail again.
+            Pruner(plan, work, ranks, device, console).run()
+        except CheckpointError:
+            # The same model would fail again.
             work.remove()
             raise
+        _finish(plan, work, ranks, console)
 
 
 def _finish(plan: PrunePlan, work: WorkFolder, ranks: CommunicationGroup, console: Console | None) -> None:
@@ -69,7 +68,7 @@ def _finish(plan: PrunePlan, work: WorkFolder, ranks: CommunicationGroup, consol
         total = 4 * sum(math.prod(plan.source.shape(name)) for name in plan.source.names)
         with progress_bar("writing", total) as progress:
             write_pruned(plan, work, progress)
-        print_layers(console, plan.units, {name: work.layer(name) for name in plan.layers})
+        print_layers(console, plan.units, {name: work.record(name) for name in plan.layers})
         work.remove()
     _barrier(ranks)
 
@@ -145,14 +144,14 @@ class Pruner:
                 total = None if statistic is None else statistic.total(self.ranks).to(self.device)
                 del statistic
                 if index % self.ranks.size == self.ranks.rank:
-                    self.work.save_layer(name, self._prune_layer(layer, linear[name].weight, total, counts[name]))
+                    self._prune_layer(layer, linear[name].weight, total, counts[name])
                 advance(f"{what}: pruning", 1)
             _barrier(self.ranks)
             for name in layers:
-                linear[name].weight.copy_(self.work.layer(name).weight)
+                linear[name].weight.copy_(self.work.weight(name))
             if number + 1 < self.model.num_blocks:
                 self._run_on(number, block, partial(advance, f"{what}: outputs"))
-        print_block(self.console, number, self.model.num_blocks, {name: self.work.layer(name) for name in layers})
+        print_block(self.console, number, self.model.num_blocks, {name: self.work.record(name) for name in layers})
 
     def _collect(
         self, number: int, block: Block, linear: Mapping[str, Linear], advance: Callable[[int], None]
@@ -167,8 +166,11 @@ class Pruner:
                 advance(1)
         return found
 
-    def _prune_layer(self, layer: PlannedLayer, weight: Tensor, total: Tensor | None, count: int) -> PrunedLayer:
-        """weight: float32 on the device. total: of the statistic that the method asks for."""
+    def _prune_layer(self, layer: PlannedLayer, weight: Tensor, total: Tensor | None, count: int) -> None:
+        """Put the pruned layer into the work folder.
+
+        weight: float32 on the device. total: of the statistic that the method asks for.
+        """
         settings, pattern = self.plan.settings, layer.pattern
         for what, tensor in (("weights", weight), ("inputs on the calibration tokens", total)):
             if tensor is not None and not tensor.isfinite().all():
@@ -181,7 +183,8 @@ class Pruner:
         if total is not None and self.method.statistic is InputGram:
             error = output_error(weight, pruned, total)
         dtype = self.plan.source.dtype(layer.parameter)
-        return PrunedLayer(pruned.to(dtype).cpu().contiguous(), pack_bits(units), int(units.sum()), error)
+        record = LayerRecord(pack_bits(units), int(units.sum()), error)
+        self.work.save_layer(layer.name, pruned.to(dtype).cpu().contiguous(), record)
 
     def _embed(self) -> None:
         if self.plan.windows is None:

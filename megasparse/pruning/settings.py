@@ -9,7 +9,7 @@ from megasparse.config.loader import ConfigError
 from megasparse.pruning.patterns import Pattern
 from megasparse.pruning.sparsegpt import COLUMNS, DAMPING
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHOD_NAMES = ("magnitude", "wanda", "sparsegpt")
 DISTRIBUTIONS = ("uniform", "alpha")
 SAMPLES = 128
 WINDOW = 2048
@@ -64,7 +64,7 @@ class PruneSettings:
 
 def check_settings(settings: PruneSettings) -> None:
     """Raise ConfigError for settings that are wrong, contradict each other, or would be ignored."""
-    _one_of("method", settings.method, METHODS)
+    _one_of("method", settings.method, METHOD_NAMES)
     _one_of("distribution", settings.distribution, DISTRIBUTIONS)
     _check_density(settings)
     if settings.needs_calibration and settings.calibration is None:

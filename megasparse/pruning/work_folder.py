@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from megasparse.checkpoint.tensor_files import read_json, save_tensors
@@ -31,9 +31,9 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class PrunedLayer:
-    weight: Tensor
-    """In the dtype that it will have in the model folder."""
+class LayerRecord:
+    """What is known of a pruned layer, apart from its weight."""
+
     active: Tensor
     """Packed bits of its units."""
     num_active: int
@@ -93,18 +93,24 @@ class WorkFolder:
     def inputs_file(self, block: int) -> Path:
         return self.path / f"inputs-{block}.bin"
 
-    def save_layer(self, layer: str, pruned: PrunedLayer) -> None:
+    def save_layer(self, layer: str, weight: Tensor, record: LayerRecord) -> None:
+        """weight: in the dtype that it will have in the model folder."""
         path = self._layer_file(layer)
         partial = path.with_suffix(".part")
-        error = torch.tensor(pruned.error, dtype=torch.float64)
-        count = torch.tensor(pruned.num_active, dtype=torch.int64)
-        save_tensors({"weight": pruned.weight, "active": pruned.active, "count": count, "error": error}, partial)
+        error = torch.tensor(record.error, dtype=torch.float64)
+        count = torch.tensor(record.num_active, dtype=torch.int64)
+        save_tensors({"weight": weight, "active": record.active, "count": count, "error": error}, partial)
         os.replace(partial, path)
 
-    def layer(self, layer: str) -> PrunedLayer:
-        content = load_file(self._layer_file(layer))
-        count, error = int(content["count"]), float(content["error"])
-        return PrunedLayer(content["weight"], content["active"], count, error)
+    def weight(self, layer: str) -> Tensor:
+        """Mapped from its file: release it before the next one."""
+        with safe_open(self._layer_file(layer), framework="pt") as file:
+            return file.get_tensor("weight")
+
+    def record(self, layer: str) -> LayerRecord:
+        with safe_open(self._layer_file(layer), framework="pt") as file:
+            active, count, error = (file.get_tensor(name).clone() for name in ("active", "count", "error"))
+        return LayerRecord(active, int(count), float(error))
 
     @property
     def _state_file(self) -> Path:

@@ -29,11 +29,12 @@ from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
 from megasparse.pruning import run
 from megasparse.pruning.criteria import magnitude, wanda
+from megasparse.pruning.methods import METHODS
 from megasparse.pruning.model_in_blocks import ModelInBlocks
 from megasparse.pruning.patterns import Pattern, parse_pattern
 from megasparse.pruning.plan import make_plan
 from megasparse.pruning.run import prune
-from megasparse.pruning.settings import PruneSettings
+from megasparse.pruning.settings import METHOD_NAMES, PruneSettings
 from megasparse.pruning.sparsegpt import sparsegpt
 from megasparse.pruning.statistics import InputGram, collecting, output_error
 from megasparse.sparsity.controller import Controller
@@ -360,6 +361,25 @@ def test_numbers_that_are_not_finite_are_named(trained, tmp_path) -> None:
     ):
         prune(settings(trained, tmp_path / "out", model=source), ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_an_output_that_appears_meanwhile_costs_no_work(trained, tmp_path, monkeypatch) -> None:
+    original = run.Pruner.run
+
+    def disturbed(self):
+        original(self)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("keep")
+
+    monkeypatch.setattr(run.Pruner, "run", disturbed)
+    with pytest.raises(ValueError, match="holds something already"):
+        prune(settings(trained, tmp_path / "out"), ALONE)
+    assert (tmp_path / ".out.pruning" / "state.json").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_every_method_can_be_asked_for() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 class Killed(BaseException):
