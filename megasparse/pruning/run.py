@@ -157,7 +157,7 @@ class Pruner:
         self, number: int, block: Block, linear: Mapping[str, Linear], advance: Callable[[int], None]
     ) -> dict[str, InputStatistic]:
         """Statistics of the inputs of these layers by name; none where the method needs none."""
-        if self.method.statistic is None:
+        if self.method.statistic is None or not linear:
             return {}
         with collecting(linear, self.method.statistic) as found:
             inputs = self._activations(number)

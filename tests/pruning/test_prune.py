@@ -135,6 +135,14 @@ def test_a_run_that_starts_from_it_keeps_its_masks(trained, tmp_path) -> None:
         assert torch.equal(controller.whole_mask(layer), mask)
 
 
+def test_a_block_may_stay_dense(trained, tmp_path) -> None:
+    """Its windows go through it as it is; the others keep what was asked for."""
+    prune(settings(trained, tmp_path / "pruned", keep_dense=("layers.0.*", "layers.2.mlp.down")), ALONE)
+    active = masks(tmp_path / "pruned")
+    assert not [name for name in active if name.startswith("layers.0") or name == "layers.2.mlp.down"]
+    assert len(active) == 7 and all(int(mask.sum()) * 2 == mask.numel() for mask in active.values())
+
+
 def test_the_attention_pattern_stays(trained, tmp_path) -> None:
     """Static masks are the phase `ultra_sparse`, for which sparse attention is the default."""
     found = {}
