@@ -32,6 +32,7 @@ ORDER = (
     "training",
     "conversion",
     "evaluation",
+    "pruning",
     "planning",
     "gpu_check",
     "studies",

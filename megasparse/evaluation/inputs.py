@@ -24,39 +24,39 @@ def is_token_file(path: str) -> bool:
     return not Path(path).is_file() and all(part.is_file() for part in dataset_paths(path))
 
 
-def open_tokens(prefix: str, vocab_size: int) -> IndexedDataset:
-    """An indexed data set of at least two tokens, all of them entries of the vocabulary."""
+def open_tokens(prefix: str, vocab_size: int, *, option: str = "--input") -> IndexedDataset:
+    """An indexed data set of at least two tokens, all of them entries of the vocabulary. option: for messages."""
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens < 2:
-        raise ConfigError(f"--input: {prefix} holds {dataset.num_tokens} tokens; must be 2 tokens or more")
+        raise ConfigError(f"{option}: {prefix} holds {dataset.num_tokens} tokens; must be 2 tokens or more")
     largest = max(
         int(dataset.tokens(start, min(start + 2**20, dataset.num_tokens)).max())
         for start in range(0, dataset.num_tokens, 2**20)
     )
     if largest >= vocab_size:
         raise ConfigError(
-            f"--input: {prefix} holds the token {largest}, the model has {vocab_size} entries; must be a data "
+            f"{option}: {prefix} holds the token {largest}, the model has {vocab_size} entries; must be a data "
             "set made with the tokenizer of the run"
         )
     return dataset
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, *, option: str = "--input") -> str:
     """A UTF-8 file, compressed or not, see ``packed_files``; never empty. Line ends are kept, a byte-order mark at its
-    beginning is not."""
+    beginning is not. option: for messages."""
     try:
         with open(path, "rb") as raw, unpacked(raw, Path(path)) as file:
             text = decode(file.read(), Path(path))
     except FileNotFoundError:
         raise ConfigError(
-            f"--input: {path}: no such file; must be a text file, or the prefix of a .bin and .idx file"
+            f"{option}: {path}: no such file; must be a text file, or the prefix of a .bin and .idx file"
         ) from None
     except READ_ERRORS as error:
-        raise ConfigError(f"--input: {path}: cannot be read ({error})") from None
+        raise ConfigError(f"{option}: {path}: cannot be read ({error})") from None
     except DatasetError as error:
-        raise ConfigError(f"--input: {error}") from None
+        raise ConfigError(f"{option}: {error}") from None
     if not text.strip():
-        raise ConfigError(f"--input: {path}: no text in it; must be a file with text")
+        raise ConfigError(f"{option}: {path}: no text in it; must be a file with text")
     return text
 
 
