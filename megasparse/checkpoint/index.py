@@ -28,6 +28,15 @@ class SavedParameter:
     shape: tuple[int, ...]
     bands: int = 1
     """Bands of columns, see ``order``; 1: row-major."""
+    grid: tuple[int, int] | None = None
+    """Of a matrix of which blocks are saved only, [slots, block_size, block_size]: its rows and columns of blocks."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """As the model has it where nothing is packed."""
+        if self.grid is None:
+            return self.shape
+        return self.grid[0] * self.shape[1], self.grid[1] * self.shape[2]
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,14 @@ def parse_file(values: Mapping[str, Any]) -> SavedFile:
 def _parse(values: dict[str, Any]) -> Index:
     files = {_file_name(name): parse_file(entry) for name, entry in values.pop("files").items()}
     parameters = {
-        name: SavedParameter(tuple(entry["shape"]), int(entry["bands"]))
+        name: SavedParameter(tuple(entry["shape"]), int(entry["bands"]), _grid(entry.get("grid")))
         for name, entry in values.pop("parameters").items()
     }
     return Index(files=files, parameters=parameters, **values)
+
+
+def _grid(values: list[int] | None) -> tuple[int, int] | None:
+    return None if values is None else (int(values[0]), int(values[1]))
 
 
 def _file_name(name: str) -> str:

@@ -24,12 +24,14 @@ from torch import Tensor
 from megasparse.checkpoint.index import Index, SavedFile, SavedParameter, file_entry, parse_file, write_index
 from megasparse.checkpoint.order import Run, band_count, split
 from megasparse.checkpoint.rank_file import write_rank_file
-from megasparse.checkpoint.reader import METHOD, is_good
+from megasparse.checkpoint.reader import METHOD, SLOTS, is_good
 from megasparse.checkpoint.saved_state import ITEM_BYTES, WEIGHT, SavedState
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import ShardSpec, shard_spec_of
+from megasparse.sparsity.slots import EMPTY
+from megasparse.sparsity.topology import Topology
 from megasparse.utils.files import write_json
 
 POLL_SECONDS = 0.02
@@ -88,8 +90,22 @@ class HostCopy:
 
     def parameters(self) -> dict[str, SavedParameter]:
         """For the index."""
+        layers = self._engine.packed_layers
         specs = {name: shard_spec_of(parameter) for name, parameter in self._engine.model.named_parameters()}
-        return {name: SavedParameter(spec.shape, band_count(spec)) for name, spec in specs.items()}
+        return {
+            name: SavedParameter(spec.shape, band_count(spec), layers[name].grid.shape if name in layers else None)
+            for name, spec in specs.items()
+        }
+
+    def slots(self) -> dict[str, Tensor]:
+        """The blocks in the slots of packed parameters, as the checkpoint holds them; every rank calls it."""
+        ranks, found = self._engine.mesh.tensor_parallel, {}
+        for name, layer in self._engine.packed_layers.items():
+            topology = Topology(layer.name, layer.mask, layer.block_size, layer.grid, ranks.rank)
+            numbers = topology.unit_numbers(0, topology.shard_units)[layer.slot_blocks.clamp(min=0).long()]
+            own = torch.where(layer.slot_blocks == EMPTY, EMPTY, numbers)
+            found[f"{SLOTS}/{name}"] = (ranks.gather(own) if topology.num_shards > 1 else own).reshape(-1).cpu()
+        return found
 
     def aliases(self) -> dict[str, str]:
         """Further names of shared parameters, and those that they are saved by."""

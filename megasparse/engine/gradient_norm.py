@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.optimizer import Active, square_sum
+from megasparse.layers import PackedLinear
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.state import StateAccess, StateFragment
@@ -32,7 +33,7 @@ def global_gradient_norm(
     topologies = {
         weight: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
         for weight, (name, layer) in layers.items()
-        if layer.collect_dense_gradient
+        if layer.collect_dense_gradient and not isinstance(layer, PackedLinear)
     }
     parameters = dict(model.named_parameters())
     total = torch.zeros((), dtype=torch.float64, device=mesh.device) + 0 * losses
@@ -44,7 +45,9 @@ def global_gradient_norm(
         weight = id(parameters[name])
         if active_only and weight not in topologies:
             layer = layers[weight][1] if weight in layers else None
-            active = None if layer is None else Active(layer.mask, layer.block_size, fragment.start)
+            # What is packed is all active, but for a few empty slots.
+            whole = layer is None or isinstance(layer, PackedLinear)
+            active = None if whole else Active(layer.mask, layer.block_size, fragment.start)
             total += square_sum(fragment.gradient.contiguous(), active) / fragment.gradient_scale**2 / holders
         else:
             total += _square(fragment, topologies.get(weight)).to(mesh.device) / holders

@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         divided: bool = False,
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.name, self.rows, self.width = name, rows, width

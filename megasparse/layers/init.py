@@ -27,14 +27,15 @@ def _drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Te
 
 
 def divided_parameter(
-    partition: ShardSpec, rank: int, *, std: float = 0.0, seed: int = 0, name: str = ""
+    partition: ShardSpec, rank: int, *, std: float = 0.0, seed: int | None = 0, name: str = ""
 ) -> nn.Parameter:
-    """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0.
+    """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0, or
+    seed None, as the values come from elsewhere.
 
     The partition is declared on it.
     """
     parameter = nn.Parameter(torch.zeros(partition.local_shape))
-    if std and not parameter.is_meta:
+    if std and seed is not None and not parameter.is_meta:
         with torch.no_grad():
             parameter.copy_(partition.shard(_drawn(partition.shape, std, seed, name), rank))
     partition.declare(parameter)

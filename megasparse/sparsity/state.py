@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megasparse.sparsity.dense_gradients import BlockShare
 
 
 @dataclass(frozen=True)
 class StateFragment:
-    """Entries [start, start + numel) of a flat weight matrix, this tensor-parallel rank's shard of it.
+    """Entries [start, start + numel) of a flat weight matrix, this tensor-parallel rank's shard of it; with packed
+    storage of its blocks, slot after slot.
 
     The tensors [numel] are views, edited in place.
     """
@@ -62,6 +66,11 @@ class StateAccess(Protocol):
     @property
     def whole(self) -> Ranks:
         """Ranks whose fragments make up the whole matrix."""
+        ...
+
+    @property
+    def dense_gradients(self) -> Mapping[str, BlockShare]:
+        """This rank's shares of the dense gradients of layers with packed storage, where they were asked for."""
         ...
 
     def fragments(self) -> Mapping[str, StateFragment]:

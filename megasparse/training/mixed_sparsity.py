@@ -157,7 +157,7 @@ class MixedSparsityTraining(TrainingMethod):
     def check_state(self) -> None:
         """Inactive entries of weights and moments are exactly 0."""
         assert self._engine is not None
-        check_invariant(list(self.controller.topologies.values()), self._engine.state)
+        check_invariant(list(self.controller.topologies.values()), self._engine.state, self.controller.slots)
 
     def _record(self, report: TopologyReport, step: Step) -> dict[str, Any]:
         """The line of an update; the kernels of the layers have been chosen anew with it."""
