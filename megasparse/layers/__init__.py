@@ -12,6 +12,7 @@ from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.loss import HeadInChunks, Vocabulary
 from megasparse.layers.mlp import MLP
 from megasparse.layers.normalization import Normalization
+from megasparse.layers.packed import PackedLinear
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Linear",
     "MLP",
     "Normalization",
+    "PackedLinear",
     "SparseLinear",
     "SparseSpec",
     "Vocabulary",

@@ -44,8 +44,9 @@ class Embedding(nn.Module):
         self._tied: tuple[Linear, ...] = ()
 
     def tie(self, head: Linear) -> None:
-        """Look rows up through `head`, which shares this table's weight."""
-        assert head.weight is self.weight, f"{head.name} does not share the weight of {self.name}"
+        """Look rows up through `head`, whose parameter is this table's: a head in packed storage brings its own."""
+        assert head.partition.shape == (self.rows, self.width), f"{head.name} is not of the shape of {self.name}"
+        self.weight = head.weight
         # In a tuple the head does not become a submodule, so its parameters keep their one place and name.
         self._tied = (head,)
 

@@ -16,7 +16,8 @@ from megasparse.config.schema import ModelConfig
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.normalization import Normalization
-from megasparse.parallel import TensorParallel
+from megasparse.layers.packed import PackedLinear
+from megasparse.parallel import TensorParallel, shard_spec_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class SparseSpec:
     """Side of the square blocks that are dropped and grown together; 1: single weights."""
     low_rank: int = 0
     """Rank of the dense low-rank branch; 0: none."""
+    capacity: int | None = None
+    """Blocks that each rank has room for in packed storage (``PackedLinear``); None: dense storage."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,14 @@ class LayerFactory:
     ) -> Linear:
         """A linear layer whose outputs are divided over the ranks; several `parts` are fused, each divided by itself.
 
-        weight: a parameter to share (tied head). Raises ValueError where the unit does not divide the shards.
+        weight: a parameter to share (tied head); a layer in packed storage has one of its own, which the table takes
+        over (``Embedding.tie``). Raises ValueError where the unit does not divide the shards.
         """
         parts = (parts,) if isinstance(parts, int) else tuple(parts)
         settings = {"parts": parts if len(parts) > 1 else (), "weight": weight, "division": "column"}
-        return self._linear(name, in_features, sum(parts), bias=bias, init_std=init_std, **settings)
+        layer = self._linear(name, in_features, sum(parts), bias=bias, init_std=init_std, **settings)
+        assert weight is None or shard_spec_of(weight) == layer.partition, f"{name}: {shard_spec_of(weight)} is shared"
+        return layer
 
     def row(self, name: str, in_features: int, out_features: int, bias: bool, init_std: float) -> Linear:
         """A linear layer whose inputs are divided over the ranks. Raises ValueError as ``column`` does."""
@@ -83,5 +89,10 @@ class LayerFactory:
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
-        settings |= {"kernel": self.kernel, "break_even": self.break_even, **asdict(spec)}
-        return SparseLinear(name, in_features, out_features, **settings)
+        options = asdict(spec)
+        capacity = options.pop("capacity")
+        settings |= {"kernel": self.kernel, "break_even": self.break_even, **options}
+        if capacity is None:
+            return SparseLinear(name, in_features, out_features, **settings)
+        settings.pop("weight", None)
+        return PackedLinear(name, in_features, out_features, capacity=capacity, **settings)

@@ -27,7 +27,7 @@ from megasparse.kernels.block_sparse import (
     sparse_linear,
 )
 from megasparse.layers.init import divided_parameter
-from megasparse.parallel import ShardSpec, TensorParallel, shard_spec_of
+from megasparse.parallel import ShardSpec, TensorParallel
 
 Division = Literal["column", "row"]
 
@@ -44,7 +44,7 @@ class Linear(nn.Module):
         tensor_parallel: the ranks that share the layer.
         init_std: standard deviation of the initial weight.
         seed: seed of the run.
-        weight: an existing parameter to share, divided in the same way; its values are kept.
+        weight: a parameter to use instead of a new one, such as the one of a tied table; its values are kept.
     """
 
     low_rank = 0
@@ -70,10 +70,7 @@ class Linear(nn.Module):
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)
-        if weight is None:
-            weight = self._drawn("weight", self.partition)
-        assert shard_spec_of(weight) == self.partition, f"{name}: shared weight is {shard_spec_of(weight)}"
-        self.weight = weight
+        self.weight = self._drawn("weight", self.partition) if weight is None else weight
         # The bias of a row layer is added to the sum, on every rank.
         bias_partition = ShardSpec((out_features,), 0, size, parts) if dim == 0 else ShardSpec((out_features,))
         self.bias = divided_parameter(bias_partition, self.tensor_parallel.rank) if bias else None
@@ -95,6 +92,10 @@ class Linear(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + b with this rank's shard."""
         return F.linear(x, self.weight, bias)
+
+    def product_parameters(self) -> list[torch.Tensor]:
+        """What the product, with the bias, has a gradient for besides its input."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` of this rank's shard: the layer used as an embedding table. Returns [*ids.shape, in_features]."""
@@ -172,14 +173,23 @@ class SparseLinear(Linear):
         """
         if num_active is None:
             num_active = int(self.mask.sum())
-        if num_active == self.mask.numel():
-            self.index = None
-        elif self.index is not None and self.index.mask is self.mask and self.index.num_active == num_active:
-            refresh_index(self.index)
-        else:
-            self.index = build_index(self.mask, self.block_size, num_active)
+        self.index = self._lists(num_active)
         self._backends.clear()
         self._choose_backend()
+
+    def _lists(self, num_active: int) -> BlockIndex | None:
+        return None if num_active == self.mask.numel() else self._lists_of(num_active)
+
+    def _lists_of(self, num_active: int, slot_blocks: torch.Tensor | None = None) -> BlockIndex:
+        held = self.index
+        if (
+            held is not None
+            and (held.mask is self.mask and held.slot_blocks is slot_blocks)
+            and held.num_active == num_active
+        ):
+            refresh_index(held)
+            return held
+        return build_index(self.mask, self.block_size, num_active, slot_blocks)
 
     def _choose_backend(self) -> None:
         if self._input is None:
@@ -191,19 +201,23 @@ class SparseLinear(Linear):
     def _fastest(self, tokens: int, device: str, dtype: torch.dtype, index: BlockIndex) -> str:
         rows, columns = self.partition.local_shape
         place = self.kernel, device, dtype, self.block_size, tokens
-        return choose(*place, index.density, (columns, rows), break_even=self.break_even)
+        sizes = index.density, (columns, rows)
+        return choose(*place, *sizes, break_even=self.break_even, is_packed=index.is_packed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self._backend_for(x))
+
+    def _backend_for(self, x: torch.Tensor) -> str:
         seen = x.numel() // x.shape[-1], x.device.type, x.dtype
         if seen != self._input:
             self._input = seen
             self._choose_backend()
         assert self.backend is not None
-        return sparse_linear(x, self.weight, bias, self.index, self.collect_dense_gradient, self.backend)
+        return self.backend
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         """The low-rank branch: its thin middle crosses between the ranks instead of the wide ends."""

@@ -104,9 +104,7 @@ class HeadInChunks(nn.Module):
     def forward(self, x_BTC: torch.Tensor, chunk_loss: ChunkLoss) -> torch.Tensor:
         """Mean of the losses of all B T tokens, a float32 scalar. x_BTC lies between layers, as the head's input."""
         (head,), ranks = self._head, self.vocabulary.tensor_parallel
-        inputs, parameters = [ranks.copy_to_region(x_BTC)], [head.weight]
-        if head.bias is not None:
-            parameters.append(head.bias)
+        inputs, parameters = [ranks.copy_to_region(x_BTC)], head.product_parameters()
         if head.low_rank:
             inputs.append(ranks.copy_to_region(F.linear(x_BTC, ranks.shared(head.side_in))))
             parameters.append(head.side_out)

@@ -35,6 +35,7 @@ def choose(
     widths: tuple[int, int] | None = None,
     *,
     break_even: float | None = None,
+    is_packed: bool = False,
     planned: bool = False,
 ) -> str:
     """The backend that `kernel` stands for.
@@ -48,11 +49,16 @@ def choose(
         density: share of active units.
         widths: (in, out) of the layer; None: nothing is known of them.
         break_even: density above which dense products are used; None: as measured.
+        is_packed: the weight is in packed storage. Dense products would first put it together, so they are taken
+            only where no other kernel supports the layer.
 
     Raises:
         ValueError: unknown kernel, or a forced one that cannot run here.
     """
     check_name(kernel)
+    if is_packed:
+        # The kernels in C++ and Triton do not read packed storage yet.
+        return "reference" if kernel == "reference" else "dense"
     if kernel != "auto":
         check_forced(kernel, device, dtype, block_size, planned=planned)
         return kernel

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megasparse.kernels.block_sparse import sparse_linear
 from megasparse.kernels.block_sparse.break_even import Row
-from megasparse.kernels.block_sparse.dense import apply_mask_
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index
+from megasparse.kernels.block_sparse.storage import apply_mask_
 from megasparse.kernels.common.medians import medians, on_host, training_pass
 from megasparse.utils.dtypes import dtype_name
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.block_sparse.storage import apply_mask_, stored, whole
 
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -26,7 +27,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``linear``."""
     dx = (_wide(dy_NO) @ _active(weight, index)).to(dy_NO.dtype) if needs[0] else None
-    dweight = (_wide(dy_NO).t() @ _wide(x_NI) * _expand(index)).to(weight.dtype) if needs[1] else None
+    dweight = stored(_wide(dy_NO).t() @ _wide(x_NI), index).to(weight.dtype) if needs[1] else None
     dbias = _wide(dy_NO).sum(0).to(dy_NO.dtype) if needs[2] else None
     return dx, dweight, dbias
 
@@ -35,9 +36,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _expand(index: BlockIndex) -> Tensor:
-    return index.mask.repeat_interleave(index.block_size, 0).repeat_interleave(index.block_size, 1)
-
-
 def _active(weight: Tensor, index: BlockIndex) -> Tensor:
-    return _wide(weight) * _expand(index)
+    """[out, in], zero in inactive units whatever the weight holds there."""
+    matrix = _wide(whole(weight, index))
+    return apply_mask_(matrix.clone() if matrix is weight else matrix, index.mask, index.block_size)
