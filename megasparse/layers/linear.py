@@ -43,7 +43,7 @@ class Linear(nn.Module):
         parts: sizes of the fused outputs of a column layer (query, key, value); empty: one.
         tensor_parallel: the ranks that share the layer.
         init_std: standard deviation of the initial weight.
-        seed: seed of the run.
+        seed: seed of the run; None: weights are zeros, as they come from elsewhere.
         weight: a parameter to use instead of a new one, such as the one of a tied table; its values are kept.
     """
 
@@ -60,7 +60,7 @@ class Linear(nn.Module):
         parts: tuple[int, ...] = (),
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
-        seed: int = 0,
+        seed: int | None = 0,
         weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()

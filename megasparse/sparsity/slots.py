@@ -1,6 +1,6 @@
 """Where the active blocks of a layer with packed storage lie in its weight, [capacity, block_size, block_size].
 
-    slot_blocks = ascending_slots(mask, capacity)             # int32 [capacity]: the block in each slot, or EMPTY
+    slot_blocks = assign_slots(mask, capacity)                # int32 [capacity]: the block in each slot, or EMPTY
     slot_blocks = reassigned_slots(slot_blocks, new_mask)     # after a topology update: blocks that stay do not move
 
 Blocks are numbered row by row on the grid of this rank's shard. All ranks that hold the same mask find the same slots,
@@ -14,15 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasparse.kernels.block_sparse import assign_slots
 from megasparse.sparsity.chunks import positions
 
 EMPTY = -1
 """In place of a block's number; the weights of such a slot are exactly 0."""
-
-
-def ascending_slots(mask: Tensor, capacity: int) -> Tensor:
-    """The first slots hold the active blocks of a bool grid in ascending order: int32 [capacity] on its device."""
-    return reassigned_slots(torch.full((capacity,), EMPTY, dtype=torch.int32, device=mask.device), mask)
 
 
 def reassigned_slots(slot_blocks: Tensor, mask: Tensor) -> Tensor:
@@ -46,7 +42,7 @@ def carried_slots(before: Tensor | None, mask: Tensor, capacity: int) -> Tensor:
     a whole matrix): the same where there are as many, so that nothing changes by being moved, ascending otherwise."""
     if before is not None and len(before) == capacity:
         return reassigned_slots(before, mask)
-    return ascending_slots(mask, capacity)
+    return assign_slots(mask, capacity)
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,13 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
 def check_state(engine: TrainingEngine, controller: Controller) -> None:
     """Inactive entries are exactly 0 in master weights, moments and the model's own weights; the latter are the master
     rounded to the model's dtype. Raises AssertionError or RuntimeError."""
-    check_invariant(list(controller.topologies.values()), engine.state)
+    check_invariant(list(controller.topologies.values()), engine.state, controller.slots)
     fragments = engine.state.fragments()
     for name, topology in controller.topologies.items():
         weight = model_weight(controller.layers[name].weight).reshape(-1)
-        assert not weight[~topology.weights_slice(0, weight.numel())].any(), f"inactive model weights of {name}"
+        stored = controller.slots.get(name)
+        active = (topology.weights_slice if stored is None else stored.active_entries)(0, weight.numel())
+        assert not weight[~active].any(), f"inactive model weights of {name}"
         if name in fragments:
             fragment = fragments[name]
             mine = weight[fragment.start : fragment.start + fragment.numel]
