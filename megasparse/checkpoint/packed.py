@@ -4,8 +4,8 @@
     entries = matrix.fragment(spec, rank, start, numel, read)
     blocks = matrix.blocks(numbers, read)                   # [n, block_size, block_size]
 
-`read(first, count)` gives the entries of consecutive slots, flat; what is wanted is read in as few of such runs as there
-are. Blocks have numbers row by row on the grid of the whole matrix here, which no layout changes.
+`read(first, count)` gives the entries of consecutive slots, flat; what is wanted is read in as few of such runs as
+there are. Blocks have numbers row by row on the grid of the whole matrix here, which no layout changes.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from megasparse.checkpoint.saved_state import ITEM_BYTES, WEIGHT, SavedState
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.layers import PackedLinear
 from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.sparsity.slots import EMPTY
 from megasparse.sparsity.topology import Topology
@@ -93,8 +94,7 @@ class HostCopy:
         layers = self._engine.packed_layers
         specs = {name: shard_spec_of(parameter) for name, parameter in self._engine.model.named_parameters()}
         return {
-            name: SavedParameter(spec.shape, band_count(spec), layers[name].grid.shape if name in layers else None)
-            for name, spec in specs.items()
+            name: SavedParameter(spec.shape, band_count(spec), _grid(layers.get(name))) for name, spec in specs.items()
         }
 
     def slots(self) -> dict[str, Tensor]:
@@ -131,6 +131,13 @@ class HostCopy:
                 for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
                     own = flat.detach().reshape(-1)[first:last]
                     yield _Piece(f"{kind}/{name}", spec, fragment.start + first, own)
+
+
+def _grid(layer: PackedLinear | None) -> tuple[int, int] | None:
+    if layer is None:
+        return None
+    rows, columns = layer.grid.shape
+    return rows, columns
 
 
 def write_part(partial: Path, rank: int, content: RankTensors) -> None:

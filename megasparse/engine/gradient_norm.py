@@ -29,11 +29,16 @@ def global_gradient_norm(
     kernel for CPUs passes over them.
     """
     rank = mesh.tensor_parallel.rank
-    layers = {id(layer.weight): (name, layer) for name, layer in model.sparse_layers().items()}
+    # What is packed is all active, but for a few empty slots, whose gradient is 0.
+    layers = {
+        id(layer.weight): (name, layer)
+        for name, layer in model.sparse_layers().items()
+        if not isinstance(layer, PackedLinear)
+    }
     topologies = {
         weight: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
         for weight, (name, layer) in layers.items()
-        if layer.collect_dense_gradient and not isinstance(layer, PackedLinear)
+        if layer.collect_dense_gradient
     }
     parameters = dict(model.named_parameters())
     total = torch.zeros((), dtype=torch.float64, device=mesh.device) + 0 * losses
@@ -45,9 +50,7 @@ def global_gradient_norm(
         weight = id(parameters[name])
         if active_only and weight not in topologies:
             layer = layers[weight][1] if weight in layers else None
-            # What is packed is all active, but for a few empty slots.
-            whole = layer is None or isinstance(layer, PackedLinear)
-            active = None if whole else Active(layer.mask, layer.block_size, fragment.start)
+            active = None if layer is None else Active(layer.mask, layer.block_size, fragment.start)
             total += square_sum(fragment.gradient.contiguous(), active) / fragment.gradient_scale**2 / holders
         else:
             total += _square(fragment, topologies.get(weight)).to(mesh.device) / holders

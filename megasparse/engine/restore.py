@@ -68,9 +68,7 @@ class StagedState:
     """By layer with packed storage: int32 [capacity], the block in each slot."""
 
 
-def read_state(
-    engine: TrainingEngine, source: StateSource, slots: Mapping[str, Tensor] | None = None
-) -> StagedState:
+def read_state(engine: TrainingEngine, source: StateSource, slots: Mapping[str, Tensor] | None = None) -> StagedState:
     """Read this rank's pieces of weights and moments to the host; every rank calls it.
 
     slots: the block in each slot of the layers with packed storage, by layer; None: as the layers have them now.

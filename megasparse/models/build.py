@@ -26,7 +26,7 @@ def build_model(
     """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all active.
 
     tensor_parallel: the ranks that share it; None: this process alone. capacities: of the layers with packed storage,
-    by name, in blocks on each rank; their slots are empty. drawn: False: weights are zeros, as they come from elsewhere.
+    by name, in blocks on each rank; their slots are empty. drawn: False: weights are zeros, for a state to be loaded.
     """
     ranks = TensorParallel(tensor_parallel or CommunicationGroup(), config.parallel.sequence_parallel)
 

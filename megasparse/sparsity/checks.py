@@ -99,7 +99,8 @@ def check_invariant(
 ) -> None:
     """Raise RuntimeError naming the first layer whose weights or moments are not 0 outside its topology.
 
-    slots: of the layers with packed storage, by name: what is in no block is outside. Per-weight steps of inactive weights count on; they begin anew when a weight is grown.
+    slots: of the layers with packed storage, by name: what is in no block is outside. Per-weight steps of inactive
+    weights count on; they begin anew when a weight is grown.
     """
     fragments = access.fragments()
     for topology in topologies:

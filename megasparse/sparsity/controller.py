@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ class Controller:
     def _start_packed(self, name: str, target: int, opened: OpenWeight) -> None:
         """The same for a layer with packed storage. Where its slots are too few for the beginning of the run, the state
         of a later step is loaded next: then it only gets a mask that fits."""
-        layer, topology, slots = self.layers[name], self.topologies[name], self.slots[name]
+        layer, topology, slots = cast(PackedSparseLayer, self.layers[name]), self.topologies[name], self.slots[name]
         if target > slots.capacity * topology.num_shards:
             self._adopt(name, torch.arange(topology.num_units) < slots.capacity)
             return

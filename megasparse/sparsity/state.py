@@ -53,6 +53,9 @@ class Ranks(Protocol):
 class StateAccess(Protocol):
     """State of the sparse matrices between ``backward`` and ``step``."""
 
+    dense_gradients: Mapping[str, BlockShare]
+    """This rank's shares of the dense gradients of layers with packed storage, where they were asked for."""
+
     @property
     def shard(self) -> Ranks:
         """Ranks whose fragments make up this tensor-parallel shard; one where each rank holds all of it."""
@@ -66,11 +69,6 @@ class StateAccess(Protocol):
     @property
     def whole(self) -> Ranks:
         """Ranks whose fragments make up the whole matrix."""
-        ...
-
-    @property
-    def dense_gradients(self) -> Mapping[str, BlockShare]:
-        """This rank's shares of the dense gradients of layers with packed storage, where they were asked for."""
         ...
 
     def fragments(self) -> Mapping[str, StateFragment]:

@@ -4,10 +4,10 @@
     plan.capacities(plan.at(step))              # blocks that each packed layer's shard has room for
     plan.fitting(step, controller.shard_active) # the same where a run stands elsewhere than its schedule
 
-The capacity of a layer changes in a few steps, since the engine is built anew for it: a ladder of densities, and in each
-step the lowest rung that holds what the schedule asks for before and after any topology update until the next change.
-Layers' densities rise with the global one, so that a rung holds every layer at once. What a topology update that was put
-off by skipped steps asks for is held too: every step is looked at, not those of updates alone.
+The capacity of a layer changes in a few steps, since the engine is built anew for it: a ladder of densities, and in
+each step the lowest rung that holds what the schedule asks for before and after any topology update until the next
+change. Layers' densities rise with the global one, so that a rung holds every layer at once. What a topology update
+that was put off by skipped steps asks for is held too: every step is looked at, not those of updates alone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class StoragePlan:
     def holds(self, rung: int, shard_active: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether every shard of every layer has room for its active blocks."""
         return all(max(shard_active[name]) <= room for name, room in self.slots[rung].items())
+
+    def stretches(self, steps: int) -> Iterator[tuple[int, int, int]]:
+        """(first step, step after the last one, rung) of the stretches of a run of so many steps."""
+        for (first, rung), (end, _) in pairwise([*self.changes, (steps, 0)]):
+            yield first, end, rung
 
     def fitting(self, step: int, shard_active: Mapping[str, tuple[int, ...]]) -> int:
         """The lowest rung that serves step `step` and holds what is active now, which differs from the schedule where

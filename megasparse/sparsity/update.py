@@ -98,9 +98,7 @@ def _update_blocks(
     step: int,
 ) -> dict[str, Change]:
     shares = {layer.topology.name: access.dense_gradients.get(layer.topology.name) for layer in layers if layer.slots}
-    sums = [
-        _block_sums(layer, fragments.get(layer.topology.name), shares.get(layer.topology.name)) for layer in layers
-    ]
+    sums = [_block_sums(layer, fragments.get(layer.topology.name), shares.get(layer.topology.name)) for layer in layers]
     flat = torch.cat([layer.topology.spread(part) for layer, pair in zip(layers, sums, strict=True) for part in pair])
     access.whole.sum_(flat)
     active = _whole_masks(layers, access)

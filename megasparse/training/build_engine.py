@@ -23,7 +23,7 @@ from megasparse.engine.restore import apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine, model_construction
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, Mesh
-from megasparse.sparsity.controller import Controller, ShardCounts
+from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.storage import StoragePlan, plan_storage
 from megasparse.training.callback import MethodFactory, TrainingMethod
 from megasparse.training.methods import build_methods

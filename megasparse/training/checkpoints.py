@@ -248,9 +248,7 @@ class Checkpointer:
             source = self._source(checkpoint)
             topology = source.method_state(MixedSparsityTraining.name)
             if self._storage is not None:
-                capacities = self._storage.plan.capacities(
-                    self._storage.rung_of_saved(checkpoint.index.step, topology)
-                )
+                capacities = self._storage.plan.capacities(self._storage.rung_of_saved(checkpoint.index.step, topology))
                 if capacities != capacities_of(self._engine):
                     return capacities, None, False
             staged = read_state(self._engine, source, self._slots(checkpoint, topology))
@@ -414,9 +412,7 @@ def begins_small(store: CheckpointStore, config: RunConfig) -> bool:
     return next((small for small in found if small is not None), True)
 
 
-def begin_capacities(
-    storage: RunStorage | None, store: CheckpointStore | None, mesh: Mesh
-) -> Mapping[str, int] | None:
+def begin_capacities(storage: RunStorage | None, store: CheckpointStore | None, mesh: Mesh) -> Mapping[str, int] | None:
     """Capacities of packed storage with which a run begins, or goes on from the newest checkpoint of `store` that can
     be read, by rank 0; every rank calls it. ``restore`` says so where another one is taken after all."""
     if storage is None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from engine_runs import BASE, Layout, check_state, collected_state, divided, make_batches, run_config, train_step
+from engine_runs import BASE, Layout, check_state, divided, make_batches, run_config, train_step
 from torch import Tensor
 
 from megasparse.config.schema import RunConfig
