@@ -67,6 +67,8 @@ class Linear(nn.Module):
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
         self.init_std, self.seed = init_std, seed
+        self.drawn_as = name
+        """The name that keys initial weights; a tied head has those of its table."""
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)

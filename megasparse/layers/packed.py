@@ -74,7 +74,8 @@ class PackedLinear(SparseLinear):
 
     def initial_blocks(self) -> torch.Tensor:
         """What the matrix begins with, of the blocks in the slots: float32 [capacity, block_size, block_size]."""
-        drawn = self._drawn("weight", self.partition).detach()
+        name, rank = f"{self.drawn_as}.weight", self.tensor_parallel.rank
+        drawn = divided_parameter(self.partition, rank, std=self.init_std, seed=self.seed, name=name).detach()
         return pack(drawn, self.slot_blocks.to(drawn.device), self.block_size)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -31,8 +31,6 @@ SMALLEST_RATIO = 1.5
 MOST_RUNGS = 12
 ROUNDING = 1e-9
 """Relative: densities of a schedule are computed in other ways than rungs."""
-NEVER_PACKED = ("head",)
-"""Its gradient is computed in chunks, and its weight may be the embedding's."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,6 @@ def _slots(controller: Controller, density: float) -> dict[str, int]:
     for name, topology in controller.topologies.items():
         # Shards are kept in balance, so that none has more than its share, rounded up.
         room = -(-unit_target(densities[name], topology.num_units) // topology.num_shards)
-        if topology.block_size > 1 and name not in NEVER_PACKED and room < topology.shard_units:
+        if topology.block_size > 1 and room < topology.shard_units:
             found[name] = room
     return found
