@@ -7,8 +7,10 @@ A shape is in x out. In each round every contender makes forward product, input 
 bias and its gradient), in turn, on the same random blocks; numbers are medians over the rounds. Speed-up is dense time
 over ours; the efficiency e is the speed-up times the density: 1 where an active weight costs what a dense one does. The
 break-even density is where the speed-up of the total falls to 1, interpolated between the measured ones. `autograd` is
-the same through the layer, as training runs it. Peers: torch's BSR tensors (forward and input gradient; it has no
-weight gradient on sparse blocks, so that is dense and masked), and stk on CUDA where it is installed.
+the same through the layer, as training runs it. With `--storage packed` the same kernels run on packed storage too, in
+the same rounds; how much faster they are there is told beside. `--clock cpu` counts seconds of processors instead of
+elapsed ones, which other processes on the machine disturb less. Peers: torch's BSR tensors (forward and input gradient;
+it has no weight gradient on sparse blocks, so that is dense and masked), and stk on CUDA where it is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from result_file import write_result
 
-from megasparse.kernels.block_sparse import BlockIndex, apply_mask_, build_index, choose, sparse_linear
+from megasparse.kernels.block_sparse import (
+    BlockIndex,
+    apply_mask_,
+    assign_slots,
+    build_index,
+    choose,
+    pack,
+    packed_linear,
+    sparse_linear,
+)
 from megasparse.kernels.block_sparse.linear import PRODUCTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +70,7 @@ def main() -> None:
         "tokens": arguments.tokens,
         "precision": arguments.precision,
         "threads": torch.get_num_threads(),
+        "clock": arguments.clock,
         "rounds": arguments.rounds,
         "results": results,
     }
@@ -74,7 +86,7 @@ def measure(arguments: argparse.Namespace, in_features: int, out_features: int, 
     for round_number in range(arguments.rounds + 1):
         for name, parts in contenders.items():
             for part, function in parts.items():
-                elapsed = timed(function, arguments.device)
+                elapsed = timed(function, arguments)
                 if round_number:  # the first round warms up
                     seconds[name][part].append(elapsed)
     medians = {
@@ -84,11 +96,13 @@ def measure(arguments: argparse.Namespace, in_features: int, out_features: int, 
         parts["total"] = sum(parts[part] for part in PARTS)
     ours, dense = medians["megasparse"], medians["dense"]
     speedup = {part: dense[part] / ours[part] for part in (*PARTS, "total", "autograd")}
+    packed = {part: ours[part] / medians["packed"][part] for part in speedup} if "packed" in medians else {}
     row = {
         "density": index.density,
         "kernel": arguments.kernel,
         "seconds": medians,
         "speedup": speedup,
+        **({"speedup_over_dense_storage": packed} if packed else {}),
         "efficiency": {part: value * index.density for part, value in speedup.items()},
         "gigaflops": 6e-9 * arguments.tokens * index.num_active * block**2 / ours["total"],
         "dense_gigaflops": 6e-9 * arguments.tokens * in_features * out_features / dense["total"],
@@ -96,13 +110,15 @@ def measure(arguments: argparse.Namespace, in_features: int, out_features: int, 
     peers = ", ".join(
         f"{name} {dense['total'] / parts['total']:.2f}x"
         for name, parts in medians.items()
-        if name not in ("megasparse", "dense")
+        if name not in ("megasparse", "packed", "dense")
     )
     print(
         f"{in_features}x{out_features}, block {block}, density {index.density:.3f}: "
         + ", ".join(f"{part} {speedup[part]:.2f}x" for part in speedup)
         + f"; e {row['efficiency']['total']:.2f}; {row['gigaflops']:.0f} GFLOP/s, dense {row['dense_gigaflops']:.0f}"
-        + (f"; peers: {peers}" if peers else ""),
+        + (f"; peers: {peers}" if peers else "")
+        + ("; packed, against dense storage: " if packed else "")
+        + ", ".join(f"{part} {value:.2f}x" for part, value in packed.items()),
         flush=True,
     )
     return row
@@ -140,6 +156,8 @@ def build(
             "autograd": through_autograd(F.linear, x, dense_weight, bias),
         },
     }
+    if arguments.storage == "packed":
+        contenders["packed"] = packed_storage(x, dy, weight, bias, mask, block, kernel)
     if "bsr" in arguments.peers:
         contenders["torch_bsr"] = torch_bsr(x, dy, weight, bias, index)
     if "stk" in arguments.peers:
@@ -147,9 +165,30 @@ def build(
     return index, contenders
 
 
+def packed_storage(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor,
+    block: int,
+    kernel: str,
+) -> Contender:
+    """The same kernels on the active blocks alone, in slots of random order."""
+    slots = assign_slots(mask, int(mask.sum()))
+    slots = slots[torch.randperm(len(slots)).to(slots.device)]
+    blocks, index, products = pack(weight, slots, block), build_index(mask, block, slot_blocks=slots), PRODUCTS[kernel]
+    return {
+        "forward": lambda: products.forward(x, blocks, bias, index),
+        "input_gradient": lambda: products.backward(dy, x, blocks, index, (True, False, False)),
+        "weight_gradient": lambda: products.backward(dy, x, blocks, index, (False, True, True)),
+        "autograd": through_autograd(lambda x, w, b: packed_linear(x, w, b, index, kernel), x, blocks, bias),
+    }
+
+
 def through_autograd(layer: Callable, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-    dy = torch.randn(x.shape[0], weight.shape[0], device=x.device).to(x.dtype)
+    dy = torch.randn(x.shape[0], len(bias), device=x.device).to(x.dtype)
 
     def step() -> None:
         for leaf in leaves:
@@ -185,14 +224,15 @@ def stk(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     }
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    if device == "cuda":
+def timed(function: Callable[[], object], arguments: argparse.Namespace) -> float:
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    if arguments.device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     function()
-    if device == "cuda":
+    if arguments.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def break_even(rows: list[dict]) -> float:
@@ -212,6 +252,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 0.8, 1.0])
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--kernel", default="auto", help="a forced kernel (default: the fastest one here)")
+    parser.add_argument(
+        "--storage", choices=("dense", "packed"), default="dense", help="packed: packed storage besides"
+    )
+    parser.add_argument("--clock", choices=("elapsed", "cpu"), default="elapsed", help="seconds that are counted")
     parser.add_argument("--peers", nargs="*", choices=("bsr", "stk"), default=[])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0")))

@@ -46,12 +46,19 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: str, block_size: int, dtype: torch.dtype, chip: str, tile: Tile | None = None, precision: str = "ieee"
+    kernel: str,
+    block_size: int,
+    dtype: torch.dtype,
+    chip: str,
+    tile: Tile | None = None,
+    precision: str = "ieee",
+    is_packed: bool = False,
 ) -> Compiled:
     """Compile one of KERNELS as a launch on aligned tensors of odd token count would."""
     name = WEIGHT_GRADIENT if kernel == SPLIT else kernel
     tile = tile or default_tile(name, block_size, dtype, TARGETS[chip].backend == "hip")
     constants = {
+        "PACKED": is_packed,
         "UNIT": block_size,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -75,7 +82,7 @@ def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: T
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_pointer"):
-            lists = argument.startswith(("offsets", "indices", "order", "columns", "rows"))
+            lists = argument.startswith(("offsets", "indices", "order", "columns", "rows", "places"))
             partial = argument == "out_pointer" and constants["PARTIAL"]
             signature[argument] = "*i32" if lists else "*fp32" if partial else f"*{NAMES[dtype]}"
         else:

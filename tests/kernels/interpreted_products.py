@@ -12,8 +12,17 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from packed_weights import leaf, matrix, packed_weight  # noqa: E402
 
-from megasparse.kernels.block_sparse import build_index, gpu, sparse_linear, tile_cache, tuning  # noqa: E402
+from megasparse.kernels.block_sparse import (  # noqa: E402
+    build_index,
+    gpu,
+    packed_linear,
+    sparse_linear,
+    tile_cache,
+    tuning,
+    unpack,
+)
 from megasparse.kernels.block_sparse.index import BlockIndex  # noqa: E402
 from megasparse.kernels.block_sparse.tiles import FORWARD, Tile, default_tile  # noqa: E402
 
@@ -134,6 +143,48 @@ def autograd() -> None:
         check(dbias[None], torch.ones(1, 30), dy)
 
 
+def packed() -> None:
+    """Packed storage with slots in random order, some of them empty: tiles of all kinds, and through autograd."""
+    for block_size in gpu.UNITS:
+        for density, tokens in ((0.0, 5), (0.4, 1), (0.4, 37), (1.0, 18)):
+            check_packed(block_size, density, tokens)
+    for block_size, depth, columns in ((16, 64, 16), (32, 16, 16), (64, 32, 32)):
+        check_packed(block_size, 0.6, 50, Tile(16, columns, depth, warps=4, stages=2))
+    for block_size, rows, columns, splits in ((16, 16, 64, 1), (16, 16, 64, 3), (32, 16, 16, 2), (64, 64, 128, 2)):
+        tile = Tile(rows, columns, 32, warps=4, stages=2)
+        check_packed(block_size, 0.6, 83, gradient_tile=tile, splits=splits)
+    weight, index = packed_weight((3, 4), 16, torch.float32)
+    x, dy, bias = torch.randn(30, 64), torch.randn(30, 48), torch.randn(48)
+    leaves = leaf(x.view(5, 6, -1)), leaf(weight), leaf(bias)
+    y = packed_linear(*leaves, index, "triton")
+    y.backward(dy.view_as(y))
+    check(y.detach().flatten(0, 1), x, matrix(weight, index).t(), bias)
+    check(leaves[0].grad.flatten(0, 1), dy, matrix(weight, index))
+    assert torch.equal(leaves[1].grad, gpu.weight_gradient(dy, x, index))
+
+
+def check_packed(
+    block_size: int,
+    density: float,
+    tokens: int,
+    tile: Tile | None = None,
+    *,
+    gradient_tile: Tile | None = None,
+    splits: int | None = None,
+) -> None:
+    weight, index = packed_weight((3, 5), block_size, torch.float32, density=density)
+    dense, keep = matrix(weight, index), expand(index.mask, block_size)
+    x, dy, bias = torch.randn(tokens, dense.shape[1]), torch.randn(tokens, dense.shape[0]), torch.randn(len(dense))
+    # An empty slot must not be read: what is there may be anything.
+    is_empty = index.slot_blocks < 0
+    weight[is_empty] = torch.nan
+    check(gpu.forward(x, weight, bias, index, tile), x, dense.t(), bias)
+    check(gpu.input_gradient(dy, weight, index, tile), dy, dense)
+    once, again = (gpu.weight_gradient(dy, x, index, gradient_tile, splits) for _ in range(2))
+    assert once.shape == weight.shape and (once[is_empty] == 0).all() and torch.equal(once, again)
+    check_masked(unpack(once, index.slot_blocks, (3, 5)), dy, x, keep)
+
+
 def tune() -> None:
     """`tune_layer` runs each product with each tile that it measures, and later calls take the winner."""
     seen: list[float] = []
@@ -149,7 +200,7 @@ def tune() -> None:
     assert tile_cache.tile_for(problem) == fastest[FORWARD][0] != default_tile(FORWARD, 32, torch.float32)
 
 
-CASES = {"products": products, "tiles": tiles, "inputs": inputs, "autograd": autograd, "tune": tune}
+CASES = {"products": products, "tiles": tiles, "inputs": inputs, "autograd": autograd, "packed": packed, "tune": tune}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import ahead_of_time as aot  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from megasparse.kernels.block_sparse import build_index, gpu, triton_kernels  # noqa: E402
+from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, triton_kernels  # noqa: E402
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -33,9 +33,11 @@ def _own_cache(tmp_path_factory):
 
 @pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("chip", list(aot.TARGETS))
-def test_defaults_in_bfloat16(chip, block_size, kernel) -> None:
-    made = aot.compile_kernel(kernel, block_size, BF16, chip)
+@pytest.mark.parametrize(
+    ("chip", "is_packed"), [*((chip, False) for chip in aot.TARGETS), ("sm_80", True), ("sm_90", True)]
+)
+def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
+    made = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed)
     check_limits(made, chip)
     if chip == "gfx942":
         assert "v_mfma" in made.assembly
@@ -104,7 +106,8 @@ def launches(monkeypatch):
     return seen
 
 
-def test_launches_compile_once_for_all_steps(launches) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_launches_compile_once_for_all_steps(launches, is_packed) -> None:
     """As Triton specializes the arguments of real launches: wide loads, and nothing new for other numbers of tokens or
     of active blocks, which would stall a run in the middle."""
     block_size = 64
@@ -112,8 +115,10 @@ def test_launches_compile_once_for_all_steps(launches) -> None:
     for tokens, num_active in ((300, 16), (304, 17), (512, 24)):
         mask = torch.zeros(64, dtype=torch.bool)
         mask[torch.randperm(64)[:num_active]] = True
-        index = build_index(mask.view(8, 8), block_size)
+        slots = assign_slots(mask, num_active + 1) if is_packed else None
+        index = build_index(mask.view(8, 8), block_size, slot_blocks=slots)
         x, dy, weight = (torch.randn(rows, 8 * block_size).bfloat16() for rows in (tokens, tokens, 8 * block_size))
+        weight = pack(weight, slots, block_size) if is_packed else weight
         launches.clear()
         gpu.forward(x, weight, torch.zeros(8 * block_size).bfloat16(), index)
         gpu.backward(dy, x, weight, index, (True, True, True))

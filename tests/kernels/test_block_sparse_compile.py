@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from megasparse.kernels.block_sparse import build_index, cpu, linear, sparse_linear
+from megasparse.kernels.block_sparse import assign_slots, build_index, cpu, linear, pack, packed_linear, sparse_linear
 
 UNIT, OUT, IN = 16, 48, 32
 
@@ -52,6 +55,38 @@ def test_operators_keep_the_rules(calls, kernel, with_bias, needs_dx, needs_dwei
 
 def detached(arguments: tuple) -> tuple:
     return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+def packed_layer(kernel: str) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """A function of (x, weight, bias) in packed storage, and its arguments."""
+    mask = torch.rand(OUT // UNIT, IN // UNIT) < 0.6
+    mask[0, 0] = True
+    index = build_index(mask, UNIT, slot_blocks=assign_slots(mask, mask.numel() + 1))
+    arguments = [torch.randn(5, IN), pack(torch.randn(OUT, IN), index.slot_blocks, UNIT), torch.randn(OUT)]
+    return partial(packed_linear, index=index, kernel=kernel), [tensor.requires_grad_() for tensor in arguments]
+
+
+@kernels
+def test_operators_keep_the_rules_with_packed_storage(calls, kernel) -> None:
+    layer, arguments = packed_layer(kernel)
+    layer(*arguments).sum().backward()
+    for name, given in calls.items():
+        torch.library.opcheck(getattr(torch.ops.megasparse, name).default, detached(given))
+
+
+@kernels
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_layer_in_packed_storage_equals_eager(kernel, backend) -> None:
+    layer, arguments = packed_layer(kernel)
+    torch._dynamo.reset()
+    results = []
+    for run in (layer, torch.compile(lambda *tensors: layer(*tensors).tanh(), fullgraph=True, backend=backend)):
+        y = run(*arguments)
+        loss = (y.tanh() if run is layer else y).square().sum()
+        results.append([loss.detach(), *torch.autograd.grad(loss, arguments)])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
 
 
 class Mlp(nn.Module):

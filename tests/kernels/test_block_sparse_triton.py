@@ -25,7 +25,7 @@ def run(command: list[str], tmp_path: Path, **environment: str) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("case", ["products", "tiles", "inputs"])
+@pytest.mark.parametrize("case", ["products", "tiles", "inputs", "packed"])
 def test_products_match_float64(case, tmp_path) -> None:
     assert run([str(SCRIPT), case], tmp_path) == f"{case}: passed\n"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_weights import leaf, matrix, packed_weight
 
 from megasparse.kernels.block_sparse import (
     BlockIndex,
     assign_slots,
     build_index,
+    choose,
     pack,
     packed_embedding,
     packed_linear,
@@ -21,32 +23,8 @@ from megasparse.kernels.block_sparse import (
 ROWS, COLUMNS = 5, 4
 
 
-def layer(
-    block: int, dtype: torch.dtype = torch.float64, *, empty: int = 3, density: float = 0.4
-) -> tuple[torch.Tensor, BlockIndex]:
-    """A packed weight in slots of random order, some of them empty; block row 1 and block column 2 have no block."""
-    mask = torch.rand(ROWS, COLUMNS) < density
-    mask[0, 0], mask[-1, -1] = True, True
-    mask[1], mask[:, 2] = False, False
-    slots = assign_slots(mask, int(mask.sum()) + empty)
-    slots = slots[torch.randperm(len(slots))]
-    weight = pack(torch.randn(ROWS * block, COLUMNS * block).to(dtype), slots, block)
-    return weight, build_index(mask, block, slot_blocks=slots)
-
-
-def matrix(weight: torch.Tensor, index: BlockIndex) -> torch.Tensor:
-    """Entry by entry, as the definition says."""
-    block, dense = index.block_size, torch.zeros(ROWS * index.block_size, COLUMNS * index.block_size)
-    dense = dense.to(weight.dtype)
-    for slot, number in enumerate(index.slot_blocks.tolist()):
-        if number >= 0:
-            row, column = divmod(number, COLUMNS)
-            dense[row * block : (row + 1) * block, column * block : (column + 1) * block] = weight[slot]
-    return dense
-
-
-def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_()
+def layer(block: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, BlockIndex]:
+    return packed_weight((ROWS, COLUMNS), block, dtype)
 
 
 def test_storage_there_and_back() -> None:
@@ -94,7 +72,7 @@ def test_index_refuses_slots_of_other_blocks(wrong) -> None:
     elif wrong == "twice":
         slots[(slots < 0).nonzero()[0, 0]] = slots[used[0]]
     else:
-        slots[used[0]] = 2
+        slots[used[0]] = COLUMNS // 2
     with pytest.raises(RuntimeError, match="mask and slot_blocks"):
         build_index(index.mask, 8, slot_blocks=slots)
 
@@ -168,3 +146,11 @@ def test_a_layer_without_any_block_and_a_batch_without_tokens() -> None:
     assert torch.equal(packed_linear(x, weight, bias, empty), bias.expand(3, -1))
     assert packed_linear(x[:0], weight, bias, index).shape == (0, ROWS * 8)
     assert not packed_embedding(torch.tensor([0, 39]), weight, empty).any()
+
+
+def test_auto_takes_the_kernel_at_any_density() -> None:
+    place = "auto", "cpu", torch.float32, 64, 64, 1.0, (256, 256)
+    assert choose(*place, break_even=0.5, planned=True) == "dense"
+    assert choose(*place, break_even=0.5, is_packed=True, planned=True) == "cpu"
+    # Where no kernel reads the blocks: dense products.
+    assert choose("auto", "cpu", torch.float64, 64, 64, 1.0, is_packed=True) == "dense"

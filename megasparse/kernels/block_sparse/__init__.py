@@ -18,7 +18,7 @@ from megasparse.kernels.block_sparse import linear
 from megasparse.kernels.block_sparse.dispatch import KERNELS, check_forced, check_name, choose, explain
 from megasparse.kernels.block_sparse.embedding import PackedEmbedding, SparseEmbedding
 from megasparse.kernels.block_sparse.index import BlockIndex, build_index, refresh_index
-from megasparse.kernels.block_sparse.storage import apply_mask_, assign_slots, pack, unpack
+from megasparse.kernels.block_sparse.storage import apply_mask_, assign_slots, pack, unpack, weight_shape
 
 __all__ = [
     "KERNELS",
@@ -70,9 +70,7 @@ def sparse_linear(
     check_name(kernel)
     if index is None:
         return F.linear(x, weight, bias)
-    assert weight.shape == tuple(size * index.block_size for size in index.mask.shape), (
-        f"{weight.shape}, {index.mask.shape}"
-    )
+    assert weight.shape == weight_shape(index), f"{tuple(weight.shape)}, {weight_shape(index)}"
     return _applied(x, weight, bias, None, index, dense_gradient, kernel, break_even)
 
 
@@ -104,8 +102,8 @@ def packed_linear(
         ValueError: unknown kernel, or a forced one that cannot run.
     """
     check_name(kernel)
-    assert index.slot_blocks is not None, "the index is of dense storage"
-    assert weight.shape == (len(index.slot_blocks), index.block_size, index.block_size), f"{tuple(weight.shape)}"
+    assert index.is_packed, "the index is of dense storage"
+    assert weight.shape == weight_shape(index), f"{tuple(weight.shape)}, {weight_shape(index)}"
     return _applied(x, weight, bias, probe, index, False, kernel, None)
 
 

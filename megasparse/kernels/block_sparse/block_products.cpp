@@ -1,5 +1,5 @@
 // Products of a linear layer whose weight is zero outside of active blocks, for CPUs. cpu.py calls them; their meaning is
-// that of reference.py.
+// that of reference.py. Weights are stored dense or packed; `Places` says where a block lies, nothing else knows of it.
 //
 // Operands are packed into cells of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the summed
 // dimension. A tile of Rows x (Vectors * lanes) sums stays in registers while the summed dimension runs: in each step a
@@ -167,13 +167,23 @@ struct Groups {
   }
 };
 
+// Where the weight holds active block j of a group, as a number of elements: at(group, j), in rows that are `ld` apart.
+// See storage.py: a place is the block's index within its group (dense) or its slot (packed).
+struct Places {
+  const int32_t* places;
+  int64_t group_step, place_step, ld;
+
+  int64_t at(int64_t group, int64_t j) const { return group * group_step + places[j] * place_step; }
+};
+
 // C = A W^T (transposed) or A W, plus bias, over the active blocks of each group of outputs.
 template <class Type, int Vectors>
 struct Product {
   using Element = typename Type::Element;
   static constexpr int64_t kWidth = Vectors * Type::kSide, kPerCell = Type::kPerCell, kStep = Type::kStep;
   const Element *a, *weight, *bias;
-  int64_t lda, ld_weight, ldc, tokens;
+  Places places;  // of the weight
+  int64_t lda, ldc, tokens;
   bool transposed;
   Element* c;
   Groups groups;
@@ -199,13 +209,12 @@ struct Product {
 
   // Weights of a group as strips of kWidth outputs: [strip][cell of the summed dimension][output].
   void pack_weights(int64_t group) const {
-    const int64_t cells = this->cells(), ld = ld_weight;
+    const int64_t cells = this->cells(), ld = places.ld;
     const int64_t padding = (steps(group) - groups.size(group) * cells) * kWidth;
     uint32_t* __restrict out = weights_of(group);
     for (int64_t strip = 0; strip < groups.block; strip += kWidth, out = std::fill_n(out, padding, 0u))
       for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, out += cells * kWidth) {
-        const int64_t row = transposed ? group : groups.indices[j], column = transposed ? groups.indices[j] : group;
-        const Element* from = weight + (row * ld + column) * groups.block + strip * (transposed ? ld : 1);
+        const Element* from = weight + places.at(group, j) + strip * (transposed ? ld : 1);
         if (transposed) {
           for (int64_t output = 0; output < kWidth; ++output)
             for (int64_t k = 0; k < cells; ++k) out[k * kWidth + output] = Type::cell(from + output * ld + k * kPerCell, 1);
@@ -299,7 +308,8 @@ struct WeightGradient {
   static constexpr int64_t kGradientTokens = Type::kGradientTokens, kTileLd = kGradientTokens / kPerCell + kPadding;
   static constexpr bool kInPlace = std::is_same_v<Element, float>;
   const Element *dy, *x;
-  int64_t ld_dy, ld_x, ld_dweight, tokens, num_columns;
+  Places places;  // of dweight
+  int64_t ld_dy, ld_x, tokens, num_columns;
   Groups rows;
   Element *dweight, *dbias;
   uint32_t *packed_dy, *packed_x;
@@ -375,9 +385,9 @@ struct WeightGradient {
   void add_block(int64_t j, int64_t row, int64_t count, bool first, bool last) const {
     const int64_t block = rows.block, column = rows.indices[j], num_cells = cells_of(count);
     const int64_t num_panels = (block + kMaxRows - 1) / kMaxRows;
-    Element* target = dweight + row * block * ld_dweight + column * block;
+    Element* target = dweight + places.at(row, j);
     float* kept = kInPlace ? reinterpret_cast<float*>(target) : sums + j * block * block;
-    const int64_t ld = kInPlace ? ld_dweight : block;
+    const int64_t ld = kInPlace ? places.ld : block;
     for (int64_t strip = 0; strip < block; strip += kWidth) {
       const uint32_t* b = packed_x + column * packed_cells() + strip * num_cells;
       if (Type::kInTiles) add_in_tiles(packed_dy + row * packed_cells(), b, num_cells, kept + strip, first);
@@ -396,7 +406,7 @@ struct WeightGradient {
             for (int v = 0; v < Vectors; ++v) {
               const int64_t at = strip + v * kLanes;
               if (last)
-                Type::store(target + (top + r) * ld_dweight + at, part[r][v]);
+                Type::store(target + (top + r) * places.ld + at, part[r][v]);
               else
                 Float32::store(kept + (top + r) * ld + at, part[r][v]);
             }
@@ -420,7 +430,7 @@ struct WeightGradient {
     const int64_t block = rows.block;
     for (int64_t i = 0; i < block; ++i)
       for (int64_t at = 0; at < block; at += kLanes)
-        Type::store(dweight + (row * block + i) * ld_dweight + rows.indices[j] * block + at,
+        Type::store(dweight + places.at(row, j) + i * places.ld + at,
                     Float32::load(sums + (j * block + i) * block + at));
   }
 
@@ -477,7 +487,8 @@ int64_t megasparse_product_scratch(int is_bfloat16, int64_t num_groups, const in
 }
 
 void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tokens, const void* weight,
-                        int64_t ld_weight, int transposed, const void* bias, void* c, int64_t ldc, int64_t num_groups,
+                        const int32_t* places, int64_t group_step, int64_t place_step, int64_t ld_weight,
+                        int transposed, const void* bias, void* c, int64_t ldc, int64_t num_groups,
                         const int32_t* offsets, const int32_t* indices, int64_t block, void* scratch, int threads) {
   with_type(is_bfloat16, block, [&](auto type, auto vectors) {
     using Kernel = Product<decltype(type), vectors.value>;
@@ -487,8 +498,8 @@ void megasparse_product(int is_bfloat16, const void* a, int64_t lda, int64_t tok
     Kernel{static_cast<const Element*>(a),
            static_cast<const Element*>(weight),
            static_cast<const Element*>(bias),
+           Places{places, group_step, place_step, ld_weight},
            lda,
-           ld_weight,
            ldc,
            tokens,
            bool(transposed),
@@ -512,16 +523,16 @@ int64_t megasparse_gradient_scratch(int is_bfloat16, int64_t num_rows, int64_t n
 void megasparse_weight_gradient(int is_bfloat16, const void* dy, int64_t ld_dy, const void* x, int64_t ld_x,
                                 int64_t tokens, int64_t num_rows, int64_t num_columns, const int32_t* row_offsets,
                                 const int32_t* columns, const int32_t* block_rows, const int32_t* column_offsets,
-                                int64_t block, void* dweight, int64_t ld_dweight, void* dbias, void* scratch,
-                                int threads) {
+                                int64_t block, void* dweight, const int32_t* places, int64_t group_step,
+                                int64_t place_step, int64_t ld_dweight, void* dbias, void* scratch, int threads) {
   with_type(is_bfloat16, block, [&](auto type, auto vectors) {
     using Kernel = WeightGradient<decltype(type), vectors.value>;
     using Element = typename Kernel::Element;
     Kernel gradient{static_cast<const Element*>(dy),
                     static_cast<const Element*>(x),
+                    Places{places, group_step, place_step, ld_dweight},
                     ld_dy,
                     ld_x,
-                    ld_dweight,
                     tokens,
                     num_columns,
                     Groups{num_rows, block, row_offsets, columns},

@@ -1,7 +1,8 @@
 """The sparse linear layer on CPUs: products over active blocks in C++ (block_products.cpp), float32 and bfloat16.
 
 Work and scratch memory are proportional to the active blocks and, for the weight gradient, to a tile of tokens;
-sums are made in float32. The library is built on first use (``common.build``). ``why_not`` says where it cannot run.
+sums are made in float32. The same code reads and writes both storages where they lie. The library is built on first
+use (``common.build``). ``why_not`` says where it cannot run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.block_sparse.storage import Places, places_by_columns, places_by_rows, weight_shape
 from megasparse.kernels.common.build import build_failure, load_library, no_compiler
 
 SOURCE = Path(__file__).with_name("block_products.cpp")
@@ -37,37 +39,35 @@ def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = Fa
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """See ``linear``."""
-    return _product(x_NI, weight, True, bias, index.row_offsets, index.columns, index.block_size)
+    return _product(x_NI, weight, True, bias, index)
 
 
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``linear``."""
-    dx = (
-        _product(dy_NO, weight, False, None, index.column_offsets, index.column_rows, index.block_size)
-        if needs[0]
-        else None
-    )
+    dx = _product(dy_NO, weight, False, None, index) if needs[0] else None
     dweight, dbias = _weight_gradient(dy_NO, x_NI, index, needs[2]) if needs[1] else (None, None)
     if needs[2] and dbias is None:
         dbias = dy_NO.sum(0, dtype=torch.float32).to(dy_NO.dtype)
     return dx, dweight, dbias
 
 
-def _product(
-    a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor, indices: Tensor, block_size: int
-) -> Tensor:
+def _product(a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
-    a, weight = _readable(a), _readable(weight)
-    c = a.new_empty(a.shape[0], weight.shape[0 if transposed else 1])
+    a, weight = _readable(a), weight.contiguous() if index.is_packed else _readable(weight)
+    if transposed:
+        offsets, indices, places = index.row_offsets, index.columns, places_by_rows(weight, index)
+    else:
+        offsets, indices, places = index.column_offsets, index.column_rows, places_by_columns(weight, index)
+    num_groups, block_size = offsets.numel() - 1, index.block_size
+    c = a.new_empty(a.shape[0], num_groups * block_size)
     library, is_bfloat16, threads = _library(), a.dtype == torch.bfloat16, torch.get_num_threads()
-    num_groups = offsets.numel() - 1
     size = library.megasparse_product_scratch(is_bfloat16, num_groups, offsets.data_ptr(), block_size, threads)
     scratch = torch.empty(size, dtype=torch.uint8)
     library.megasparse_product(
-        *(is_bfloat16, *_matrix(a), a.shape[0]),
-        *(*_matrix(weight), transposed, None if bias is None else bias.data_ptr()),
+        *(is_bfloat16, *_matrix(a), a.shape[0], weight.data_ptr(), *_numbers(places)),
+        *(transposed, None if bias is None else bias.data_ptr()),
         *(*_matrix(c), num_groups, offsets.data_ptr(), indices.data_ptr()),
         *(block_size, scratch.data_ptr(), threads),
     )
@@ -81,16 +81,20 @@ def _weight_gradient(dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, needs_bias:
     size = library.megasparse_gradient_scratch(is_bfloat16, num_rows, num_columns, index.num_active, block_size)
     scratch = torch.empty(size, dtype=torch.uint8)
     # Pages that the system hands out zeroed cost nothing until an active block is written.
-    dweight = torch.zeros(num_rows * block_size, num_columns * block_size, dtype=x_NI.dtype)
+    dweight = x_NI.new_zeros(weight_shape(index))
     dbias = dy_NO.new_zeros(num_rows * block_size) if needs_bias else None
     lists = index.row_offsets, index.columns, index.rows, index.column_offsets
     library.megasparse_weight_gradient(
         *(is_bfloat16, *_matrix(dy_NO), *_matrix(x_NI), x_NI.shape[0]),
         *(num_rows, num_columns, *(x.data_ptr() for x in lists), block_size),
-        *(*_matrix(dweight), None if dbias is None else dbias.data_ptr()),
-        *(scratch.data_ptr(), torch.get_num_threads()),
+        *(dweight.data_ptr(), *_numbers(places_by_rows(dweight, index))),
+        *(None if dbias is None else dbias.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
     )
     return dweight, dbias
+
+
+def _numbers(places: Places) -> tuple[int, int, int, int]:
+    return places.places.data_ptr(), places.group_step, places.place_step, places.row_step
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int]:
@@ -119,7 +123,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.megasparse_product.restype = None
     library.megasparse_product.argtypes = [
         *(number, address, size, size),  # is_bfloat16, a and its stride, tokens
-        *(address, size, number, address),  # weight and its stride, transposed, bias
+        *(address, address, size, size, size, number, address),  # weight and its places, transposed, bias
         *(address, size, size, address, address),  # c and its stride, groups with their offsets and indices
         *(size, address, number),  # block, scratch, threads
     ]
@@ -127,6 +131,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.megasparse_weight_gradient.argtypes = [
         *(number, address, size, address, size, size),  # is_bfloat16, dy and x with their strides, tokens
         *(size, size, address, address, address, address, size),  # grid, its four lists, block
-        *(address, size, address, address, number),  # dweight and its stride, dbias, scratch, threads
+        *(address, address, size, size, size),  # dweight and its places
+        *(address, address, number),  # dbias, scratch, threads
     ]
     return library

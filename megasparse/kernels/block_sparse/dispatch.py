@@ -56,9 +56,6 @@ def choose(
         ValueError: unknown kernel, or a forced one that cannot run here.
     """
     check_name(kernel)
-    if is_packed:
-        # The kernels in C++ and Triton do not read packed storage yet.
-        return "reference" if kernel == "reference" else "dense"
     if kernel != "auto":
         check_forced(kernel, device, dtype, block_size, planned=planned)
         return kernel
@@ -67,6 +64,8 @@ def choose(
         name, _ = explain(device, dtype, block_size, planned=planned)
         if name is None:
             return "dense"
+        if is_packed:
+            return name
         limit = measured(name, device, dtype, block_size, tokens, widths) if break_even is None else break_even
         return name if density <= limit else "dense"
 

@@ -2,8 +2,8 @@
 
 Grids depend only on shapes and on the number of active blocks, which the host knows: nothing waits for the device, and
 CUDA graphs can capture every launch. Nothing is read or multiplied outside of active blocks; the weight gradient is
-filled with zeros and its active blocks are written. Tile sizes come from ``tile_cache``. Triton is imported on
-first use.
+filled with zeros and its active blocks are written, in either storage. Tile sizes come from ``tile_cache``. Triton is
+imported on first use.
 
 Where they run, and with which dtypes: ``common.triton_device``. UNITS are the block sides.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megasparse.kernels.block_sparse import dense, tile_cache
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.block_sparse.storage import places_by_columns, places_by_rows, weight_shape
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile
 from megasparse.kernels.common import triton_device
 from megasparse.kernels.common.triton_device import power_of_two
@@ -42,8 +43,7 @@ def why_not(device: str, dtype: torch.dtype, block_size: int, planned: bool = Fa
 
 def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, tile: Tile | None = None) -> Tensor:
     """See ``linear``. `tile`: instead of the tuned one."""
-    lists = index.row_offsets, index.columns, index.row_order
-    return _product(x_NI, weight, True, bias, lists, index.block_size, tile)
+    return _product(x_NI, weight, True, bias, index, tile)
 
 
 def backward(
@@ -57,14 +57,13 @@ def backward(
 
 def input_gradient(dy_NO: Tensor, weight: Tensor, index: BlockIndex, tile: Tile | None = None) -> Tensor:
     """dx_NI = dy W. `tile`: instead of the tuned one."""
-    lists = index.column_offsets, index.column_rows, index.column_order
-    return _product(dy_NO, weight, False, None, lists, index.block_size, tile)
+    return _product(dy_NO, weight, False, None, index, tile)
 
 
 def weight_gradient(
     dy_NO: Tensor, x_NI: Tensor, index: BlockIndex, tile: Tile | None = None, splits: int | None = None
 ) -> Tensor:
-    """dW = dy^T x, exactly zero outside of active blocks.
+    """dW = dy^T x as the weight is stored, exactly zero outside of active blocks and in empty slots.
 
     Args:
         dy_NO, x_NI, index: as in ``linear``.
@@ -72,8 +71,8 @@ def weight_gradient(
         splits: number of parts that the tokens are cut into; None: as many as keep the device busy.
     """
     dy_NO, x_NI = _unit_stride(dy_NO), _unit_stride(x_NI)
-    (num_rows, num_columns), block_size, tokens = index.mask.shape, index.block_size, x_NI.shape[0]
-    dweight = x_NI.new_zeros(num_rows * block_size, num_columns * block_size)
+    num_rows, block_size, tokens = index.mask.shape[0], index.block_size, x_NI.shape[0]
+    dweight = x_NI.new_zeros(weight_shape(index))
     if not tokens or not index.num_active:
         return dweight
     tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, block_size, num_rows, index.num_active))
@@ -82,17 +81,15 @@ def weight_gradient(
     # Splits of whole steps; the last one may be shorter.
     tokens_per_split = -(-tokens // (splits * tile.depth)) * tile.depth
     splits = -(-tokens // tokens_per_split)
-    out, stride_out = dweight, dweight.stride(0)
+    held, out = places_by_rows(dweight, index), dweight
     if splits > 1:
-        out, stride_out = (
-            x_NI.new_empty(splits, index.num_active, block_size, block_size, dtype=torch.float32),
-            block_size,
-        )
+        out = x_NI.new_empty(splits, index.num_active, block_size, block_size, dtype=torch.float32)
     with triton_device.current(x_NI.device):
         _kernels().gradient_kernel[(programs, splits)](
-            *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows),
+            *(dy_NO, x_NI, out, index.row_offsets, index.columns, index.rows, held.places),
             *(tokens, tokens_per_split, num_rows, index.num_active),
-            *(dy_NO.stride(0), x_NI.stride(0), stride_out),
+            *(dy_NO.stride(0), x_NI.stride(0), held.row_step, held.group_step, held.place_step),
+            PACKED=index.is_packed,
             MAX_ROWS=power_of_two(num_rows),
             PARTIAL=splits > 1,
             **_constants(tile, block_size, x_NI.dtype),
@@ -100,7 +97,8 @@ def weight_gradient(
         if splits > 1:
             rows = min(block_size, 32)
             _kernels().sum_kernel[(index.num_active * (block_size // rows),)](
-                *(out, dweight, index.columns, index.rows, splits, out.stride(0), dweight.stride(0)),
+                *(out, dweight, held.places, index.rows, splits),
+                *(out.stride(0), held.row_step, held.group_step, held.place_step),
                 UNIT=block_size,
                 ROWS=rows,
             )
@@ -121,25 +119,33 @@ def _product(
     weight: Tensor,
     transposed: bool,
     bias: Tensor | None,
-    lists: tuple[Tensor, Tensor, Tensor],
-    block_size: int,
+    index: BlockIndex,
     tile: Tile | None,
 ) -> Tensor:
-    """a W^T (transposed) or a W. `lists`: offsets and inner blocks by group of outputs, and the groups' order."""
-    a, weight = _unit_stride(a), _unit_stride(weight)
-    tokens, outer, (offsets, indices, order) = a.shape[0], weight.shape[0 if transposed else 1], lists
+    """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
+    a, weight = _unit_stride(a), weight.contiguous() if index.is_packed else _unit_stride(weight)
+    if transposed:
+        held, lists = places_by_rows(weight, index), (index.row_offsets, index.columns, index.row_order)
+    else:
+        held, lists = places_by_columns(weight, index), (index.column_offsets, index.column_rows, index.column_order)
+    (offsets, indices, order), places, block_size, tokens = lists, held.places, index.block_size, a.shape[0]
+    outer = order.numel() * block_size
     c = a.new_empty(tokens, outer)
     if not c.numel():
         return c
     tile = tile or tile_cache.tile_for(
         problem(FORWARD if transposed else INPUT_GRADIENT, a, block_size, order.numel(), indices.numel())
     )
-    inner_stride, outer_stride = weight.stride()[::-1] if transposed else weight.stride()
-    # No active block at all leaves a list without memory behind it; it is not read then.
+    inner_stride, outer_stride = (1, held.row_step) if transposed else (held.row_step, 1)
+    # No active block at all leaves lists without memory behind them; they are not read then.
+    if not indices.numel():
+        indices = places = offsets
     with triton_device.current(a.device):
         _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
-            *(a, weight, a if bias is None else bias, c, offsets, indices if indices.numel() else offsets, order),
-            *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, c.stride(0)),
+            *(a, weight, a if bias is None else bias, c, offsets, indices, places, order),
+            *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, held.group_step, held.place_step),
+            c.stride(0),
+            PACKED=index.is_packed,
             GROUP=tile.group,
             HAS_BIAS=bias is not None,
             **_constants(tile, block_size, a.dtype),

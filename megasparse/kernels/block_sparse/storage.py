@@ -7,6 +7,8 @@ slots, whose weights are zero. Nothing here asks the device anything.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ def unpack(packed: Tensor, slot_blocks: Tensor, grid: tuple[int, int]) -> Tensor
     return ordered.reshape(rows * block_size, columns * block_size)
 
 
+def weight_shape(index: BlockIndex) -> tuple[int, ...]:
+    """Of the weight as it is stored."""
+    if index.slot_blocks is not None:
+        return len(index.slot_blocks), index.block_size, index.block_size
+    return tuple(size * index.block_size for size in index.mask.shape)
+
+
 def whole(weight: Tensor, index: BlockIndex) -> Tensor:
     """[out, in] of a weight in either storage; the weight itself where that is what is stored."""
     if index.slot_blocks is None:
@@ -55,6 +64,37 @@ def stored(gradient: Tensor, index: BlockIndex) -> Tensor:
     if index.slot_blocks is None:
         return apply_mask_(gradient, index.mask, index.block_size)
     return pack(gradient, index.slot_blocks, index.block_size)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a stored weight, or its gradient, holds the active blocks: all that a kernel must know of the storage.
+
+    Block j of the lists, which belongs to group g (its block row, or its block column), begins at element
+    g * group_step + places[j] * place_step; its rows are `row_step` elements apart, and contiguous.
+    """
+
+    places: Tensor
+    """int32 [L]: the block's index within its group (dense), or its slot (packed)."""
+    group_step: int
+    place_step: int
+    row_step: int
+
+
+def places_by_rows(weight: Tensor, index: BlockIndex) -> Places:
+    """In the order of `index.columns`. A dense weight has contiguous rows, a packed one is contiguous."""
+    block_size = index.block_size
+    if index.row_slots is not None:
+        return Places(index.row_slots, 0, block_size * block_size, block_size)
+    return Places(index.columns, weight.stride(0) * block_size, block_size, weight.stride(0))
+
+
+def places_by_columns(weight: Tensor, index: BlockIndex) -> Places:
+    """In the order of `index.column_rows`."""
+    block_size = index.block_size
+    if index.column_slots is not None:
+        return Places(index.column_slots, 0, block_size * block_size, block_size)
+    return Places(index.column_rows, block_size, weight.stride(0) * block_size, weight.stride(0))
 
 
 def apply_mask_(tensor: Tensor, mask: Tensor, block_size: int) -> Tensor:

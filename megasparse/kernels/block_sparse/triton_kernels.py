@@ -1,5 +1,6 @@
 """Triton kernels of the sparse linear layer: a product over the active blocks of each output group, and the weight
-gradient of active blocks. ``gpu`` launches them and is the only importer, as Triton may be missing.
+gradient of active blocks. ``gpu`` launches them and is the only importer, as Triton may be missing. Weights are stored
+dense or PACKED; where a block lies is told as in ``storage.Places``.
 
 All sums are made in float32 and in a fixed order (no atomics), so that equal inputs give equal bits. Tile sizes are
 explained in ``tiles``. Triton wants capitals for compile-time constants: UNIT is the side of the blocks.
@@ -16,18 +17,22 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["num_tokens", "num_groups"])
 def product_kernel(
     a_pointer,  # [num_tokens, inner width], unit stride along the width
-    weight_pointer,  # dense storage, only active blocks are read
+    weight_pointer,  # only active blocks are read
     bias_pointer,  # [outer width]; anything where HAS_BIAS is False
     c_pointer,  # [num_tokens, outer width]
     offsets_pointer,  # [num_groups + 1], into `indices`
     indices_pointer,  # inner block of each active block, by outer group
+    places_pointer,  # the same where the storage is dense, the slot of each active block where it is PACKED
     order_pointer,  # [num_groups], groups with most active blocks first
     num_tokens,
     num_groups,
     stride_a,
     stride_inner,  # of the weight along the summed width
     stride_outer,  # of the weight along the width of the result
+    stride_group,  # from the blocks of an outer group to those of the next one
+    stride_place,
     stride_c,
+    PACKED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -46,10 +51,11 @@ def product_kernel(
     first = tl.load(offsets_pointer + group)
     last = tl.load(offsets_pointer + group + 1)
     tokens = tile * ROWS + tl.arange(0, ROWS)
-    outer = group * UNIT + (slot % PARTS) * COLUMNS + tl.arange(0, COLUMNS)
+    within = (slot % PARTS) * COLUMNS + tl.arange(0, COLUMNS)
+    outer = group * UNIT + within
     # Rows past the last token repeat others and are never stored: that costs less than a mask in the loop.
     a_rows = a_pointer + (tokens % num_tokens).to(tl.int64)[:, None] * stride_a
-    weight_columns = weight_pointer + outer.to(tl.int64)[None, :] * stride_outer
+    weight_columns = weight_pointer + group.to(tl.int64) * stride_group + within.to(tl.int64)[None, :] * stride_outer
     depth = tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     # The block of the next step is loaded in this one. Were it loaded where it is used, Triton's pipeliner would count
@@ -59,26 +65,31 @@ def product_kernel(
         a_tile = a_rows + depth[None, :]
         weight_tile = weight_columns + depth[:, None] * stride_inner
         block = tl.load(indices_pointer + first, mask=first < last, other=0)
+        stored = tl.load(places_pointer + first, mask=first < last, other=0) if PACKED else block
         for step in range(0, (last - first) * STEPS):
-            inner = block.to(tl.int64) * UNIT + (step % STEPS) * DEPTH
-            a = tl.load(a_tile + inner)
-            weight = tl.load(weight_tile + inner * stride_inner)
+            part = (step % STEPS) * DEPTH
+            a = tl.load(a_tile + block.to(tl.int64) * UNIT + part)
+            weight = tl.load(weight_tile + stored.to(tl.int64) * stride_place + part * stride_inner)
             place = first + (step + 1) // STEPS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
+            stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
             sums = tl.dot(a, weight, sums, input_precision=PRECISION)
     else:
         # Small blocks: several in one step, so that tensor cores have enough to do between two loads.
         BLOCKS: tl.constexpr = DEPTH // UNIT
         place = first + depth // UNIT
         block = tl.load(indices_pointer + place, mask=place < last, other=0)
+        stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
+        weight_rows = weight_columns + (depth % UNIT).to(tl.int64)[:, None] * stride_inner
         for _ in range(0, tl.cdiv(last - first, BLOCKS)):
             active = place < last
             inner = _runs(block * UNIT + depth % UNIT, UNIT)
             a = tl.load(a_rows + inner[None, :], mask=active[None, :], other=0.0)
-            weight_tile = weight_columns + inner.to(tl.int64)[:, None] * stride_inner
+            weight_tile = weight_rows + stored.to(tl.int64)[:, None] * stride_place
             weight = tl.load(weight_tile, mask=active[:, None], other=0.0)
             place += BLOCKS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
+            stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
             sums = tl.dot(a, weight, sums, input_precision=PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias_pointer + outer).to(tl.float32)[None, :]
@@ -90,10 +101,11 @@ def product_kernel(
 def gradient_kernel(
     dy_pointer,  # [num_tokens, R * UNIT], unit stride along the width
     x_pointer,  # [num_tokens, C * UNIT], unit stride along the width
-    out_pointer,  # dW [R * UNIT, C * UNIT], or sums [splits, num_active, UNIT, UNIT] in float32 where PARTIAL
+    out_pointer,  # dW as it is stored, or sums [splits, num_active, UNIT, UNIT] in float32 where PARTIAL
     offsets_pointer,  # [R + 1], into `columns`
     columns_pointer,  # [num_active]
     rows_pointer,  # [num_active]
+    places_pointer,  # [num_active], as in ``product_kernel``
     num_tokens,
     tokens_per_split,
     num_rows,  # R
@@ -101,6 +113,9 @@ def gradient_kernel(
     stride_dy,
     stride_x,
     stride_out,
+    stride_group,
+    stride_place,
+    PACKED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -149,7 +164,9 @@ def gradient_kernel(
         base = out_pointer + (tl.program_id(1).to(tl.int64) * num_active + first) * (UNIT * UNIT)
         out = base + (j // UNIT * (UNIT * UNIT) + j % UNIT)[:, None] + i[None, :] * UNIT
     else:
-        out = out_pointer + (row * UNIT + i).to(tl.int64)[None, :] * stride_out + inner[:, None]
+        stored = tl.load(places_pointer + place, mask=active, other=0) if PACKED else block
+        columns = _runs(stored.to(tl.int64) * stride_place + j % UNIT, UNIT if COLUMNS > UNIT else COLUMNS)
+        out = out_pointer + row.to(tl.int64) * stride_group + i.to(tl.int64)[None, :] * stride_out + columns[:, None]
     tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=active[:, None])
 
 
@@ -157,11 +174,13 @@ def gradient_kernel(
 def sum_kernel(
     partial_pointer,  # [splits, num_active, UNIT, UNIT], float32
     dweight_pointer,
-    columns_pointer,
+    places_pointer,  # [num_active], as in ``product_kernel``
     rows_pointer,
     splits,
     stride_split,
     stride_dweight,
+    stride_group,
+    stride_place,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -175,8 +194,9 @@ def sum_kernel(
     for _ in range(0, splits):
         sums += tl.load(part)
         part += stride_split
-    row, column = tl.load(rows_pointer + place), tl.load(columns_pointer + place)
-    out = dweight_pointer + (row * UNIT + i).to(tl.int64)[:, None] * stride_dweight + column * UNIT + j[None, :]
+    row, stored = tl.load(rows_pointer + place).to(tl.int64), tl.load(places_pointer + place).to(tl.int64)
+    block = dweight_pointer + row * stride_group + stored * stride_place
+    out = block + i.to(tl.int64)[:, None] * stride_dweight + j[None, :]
     tl.store(out, sums.to(dweight_pointer.dtype.element_ty))
 
 
