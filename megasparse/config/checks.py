@@ -169,7 +169,6 @@ def _check_storage(config: RunConfig) -> None:
             "false lets one tensor-parallel rank have more blocks of a layer than there is room for,",
             "true",
         ),
-        "deepspeed.offload_optimizer": (config.deepspeed.offload_optimizer == "cpu", "cpu", "none"),
         "train.precision": (config.train.precision == "fp16", "fp16", "fp32, bf16"),
         "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
         **({single: (True, "1, single weights,", "16, 32, 64 or 128")} if single else {}),
