@@ -71,7 +71,11 @@ class Index:
 
 
 def write_index(index: Index, folder: Path) -> None:
-    content = json.dumps(asdict(index), allow_nan=True)
+    values = asdict(index)
+    for entry in values["parameters"].values():
+        if entry["grid"] is None:
+            del entry["grid"]
+    content = json.dumps(values, allow_nan=True)
     text = f'{{"format": {FORMAT}, "checksum": "{_checksum(content)}", "content":\n{content}\n}}\n'
     write_at_once(folder / INDEX, text, make_folder=False)
 

@@ -29,6 +29,7 @@ from megasparse.cost.cpu_kernels import KERNELS, cpu_kernel, cpu_kernel_obstacle
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.cost.storage import storage_stretches
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
@@ -76,6 +77,9 @@ def plan_run(
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     train = config.train
+    storage = storage_stretches(config, vocab_size, controller, world_size)
+    # At its peak: where least is packed.
+    memories = [stretch["memory"] for stretch in storage] or [memory_per_rank(config, model, world_size)]
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
     for stage in planned:
@@ -100,7 +104,8 @@ def plan_run(
             "executed": flops.executed,
             "ratio": flops.algorithmic / flops.dense,
         },
-        "memory": memory_per_rank(config, model, world_size),
+        "memory": max(memories, key=lambda parts: parts["total"]),
+        "storage": storage,
         "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": _parallel(config, world_size),
         "kernels": {

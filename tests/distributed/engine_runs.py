@@ -22,7 +22,7 @@ from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build_engine import build_engine
+from megasparse.training.build_engine import RunStorage, build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.state import TrainState
 
@@ -99,7 +99,9 @@ def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:
 
 
 def build(mesh: Mesh, config: RunConfig) -> tuple[TrainingEngine, Controller]:
-    (method,), engine = build_engine(config, config.model.vocab_size, mesh)
+    storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
+    capacities = None if storage is None else storage.plan.capacities(storage.plan.at(0))
+    (method,), engine = build_engine(config, config.model.vocab_size, mesh, capacities=capacities)
     return engine, method.controller
 
 
