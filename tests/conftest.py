@@ -10,13 +10,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+ROOT = Path(__file__).resolve().parents[1]
+# A table of measurements that another run writes meanwhile would change kernels, and with them the last bits.
+os.environ.setdefault("MEGASPARSE_CACHE", str(ROOT / ".pytest_cache" / "megasparse"))
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 WITH_RUNS = ("launch", "distributed", "extensions", "faults")
-"""Folders of tests that start runs and take long."""
+"""Folders of tests that start runs and take long; those with the longest modules first."""
 
 # The machines of CI are shared: a slow example is no failure, and the same examples must run everywhere.
 settings.register_profile("megasparse", deadline=None, derandomize=True, max_examples=60, database=None)
@@ -29,7 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Workers take modules in this order: those that wait for whole runs begin while others keep the cores busy.
-    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").parts[0] not in WITH_RUNS)
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        return WITH_RUNS.index(folder) if folder in WITH_RUNS else len(WITH_RUNS)
+
+    items.sort(key=place)
     if not config.getoption("exhaustive"):
         for item in items:
             if item.get_closest_marker("exhaustive"):

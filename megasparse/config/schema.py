@@ -319,6 +319,9 @@ class TrainConfig(Section):
     """Arithmetic of the model; master weights and moments are always float32."""
     activation_recomputation: bool = False
     """Keep only the input of each block and recompute it in the backward pass."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile for each block of the model, which joins what lies between the products. Meant for GPUs; on
+    CPUs `kernels.elementwise` is faster. The first steps take minutes."""
     log_interval: PositiveInt = 10
     """Steps between lines of metrics."""
     valid_interval: NonNegativeInt = 100

@@ -17,7 +17,7 @@ KERNELS = {"elementwise": elementwise.cpu, "optimizer": optimizer.cpu}
 
 def cpu_kernel(config: RunConfig, name: str, device: str, *, planned: bool = False) -> str:
     """planned: what can be told without a build. Raises ConfigError where the kernel that was asked for cannot run."""
-    asked = getattr(config.kernels, name)
+    asked = _asked(config, name)
     reason = None if asked == "torch" else KERNELS[name].why_not(device, planned)
     if asked == "cpu" and reason is not None:
         raise ConfigError(f"kernels.{name}: cpu cannot be used here: {reason}; must be auto or torch")
@@ -32,5 +32,11 @@ def prepare_cpu_kernels(config: RunConfig, device: str) -> bool:
 
 def cpu_kernel_obstacles(config: RunConfig, device: str, *, planned: bool = False) -> dict[str, str]:
     """What keeps `auto` from these kernels on a CPU, by setting; empty where nothing does."""
-    asked = [name for name in KERNELS if device == "cpu" and getattr(config.kernels, name) == "auto"]
+    asked = [name for name in KERNELS if device == "cpu" and _asked(config, name) == "auto"]
     return {name: reason for name in asked if (reason := KERNELS[name].why_not(device, planned)) is not None}
+
+
+def _asked(config: RunConfig, name: str) -> str:
+    """torch.compile joins torch's own operators between the products, and no others."""
+    is_traced = name == "elementwise" and config.train.compile == "blocks"
+    return "torch" if is_traced else getattr(config.kernels, name)

@@ -45,6 +45,8 @@ from megasparse.sparsity.topology import Topology
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+RECOMPILE_LIMIT = 64
+
 Objective = Callable[[GPT, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -119,6 +121,8 @@ class TrainingEngine:
         of_layers = {layer.name: layer for layer in self.packed_layers.values()}
         self._dense_gradients = DenseGradients(of_layers, mesh.data_parallel, self._state.shard)
         self._state.dense_gradients = self._dense_gradients.shares
+        if config.train.compile == "blocks":
+            compile_blocks(self.model)
         if optimizer_kernels.takes_cpu(config.kernels.optimizer, mesh.device.type):
             self.optimizer.regions = self._active_regions()
 
@@ -228,7 +232,10 @@ class TrainingEngine:
     def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean loss without a graph."""
         self.model.eval()
-        loss, _ = self._with_objective(inputs, targets, documents)
+        # Batches of other sizes than in training would be traced anew.
+        eager = self.config.train.compile != "none"
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            loss, _ = self._with_objective(inputs, targets, documents)
         self.model.train()
         return loss
 
@@ -237,6 +244,17 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for a precision that the device does not train in."""
     if config.train.precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision: fp16 needs a GPU; on this machine it must be fp32, bf16")
+
+
+def compile_blocks(model: GPT) -> None:
+    """Let torch.compile trace each block when it is first called, for `train.compile`. Blocks share what was traced."""
+    # Here, as the import costs a second. Kernels of layers and patterns change with the density: the usual 8 traces of
+    # a function are few, and what comes after them would not be compiled.
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    for block in model.layers:
+        block.compile()
 
 
 class DividedAtOnce(deepspeed.zero.Init):

@@ -1,4 +1,4 @@
-"""The block-sparse products against float64: dtypes, block sides, token counts, topologies, strides.
+"""The block-sparse products against float64: dtypes, block sides, token counts, topologies, strides, both storages.
 
 Every entry has a bound of its own: a sum of K products of inputs is off by at most K + 2 roundings of the sum of their
 magnitudes, and by one rounding to the dtype of the result. Tensor cores cut off instead of rounding, and keep two bits
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse import build_index, gpu, sparse_linear
+from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, sparse_linear, unpack
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from megasparse.utils.dtypes import dtype_name
 
 AUTOGRAD = "autograd"
-PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD)
+PACKED = {f"packed {name}": name for name in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)}
+PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD, *PACKED)
 # (tokens, topology, inputs): one token, odd counts, whole tiles, several splits of the tokens; rows without and with
 # all blocks; matrices that are cut out of wider ones, or transposed.
 SITUATIONS = (
@@ -86,6 +87,9 @@ class _Layer:
         self.dy = _matrix(case.tokens, rows * block, case, device)
         self.bias = torch.randn(rows * block, device=device).to(case.dtype)
         self.weight = torch.randn(self.keep.shape, device=device).to(case.dtype) * self.keep
+        # Two slots more than there are blocks, all in random order.
+        slots = assign_slots(mask, self.index.num_active + 2)
+        self.slots = slots[torch.randperm(len(slots))].to(device)
 
     def products(self) -> dict[str, Callable[[], Tensor]]:
         # What is in an inactive block must not be read.
@@ -95,7 +99,20 @@ class _Layer:
             INPUT_GRADIENT: lambda: gpu.input_gradient(self.dy, poisoned, self.index),
             WEIGHT_GRADIENT: lambda: gpu.weight_gradient(self.dy, self.x, self.index),
             AUTOGRAD: self._by_autograd,
+            **self._packed_products(),
         }
+
+    def _packed_products(self) -> dict[str, Callable[[], Tensor]]:
+        index = build_index(self.index.mask, self.case.block, slot_blocks=self.slots)
+        # What is in an empty slot must not be read either.
+        blocks = pack(self.weight, self.slots, self.case.block)
+        blocks = blocks.masked_fill((self.slots < 0)[:, None, None], torch.nan)
+        results = (
+            lambda: gpu.forward(self.x, blocks, self.bias, index),
+            lambda: gpu.input_gradient(self.dy, blocks, index),
+            lambda: unpack(gpu.weight_gradient(self.dy, self.x, index), self.slots, self.case.grid),
+        )
+        return dict(zip(PACKED, results, strict=True))
 
     def _by_autograd(self) -> Tensor:
         """The weight gradient by the public function."""
@@ -105,6 +122,7 @@ class _Layer:
 
     def expected(self, product_name: str) -> tuple[Tensor, Tensor]:
         """The product in float64, and the bound of each entry."""
+        product_name = PACKED.get(product_name, product_name)
         x, dy, weight = self.x.double(), self.dy.double(), self.weight.double()
         if product_name == FORWARD:
             return bounded(x, weight.t(), self.case.dtype, plus=self.bias.double())

@@ -196,9 +196,11 @@ class SparseLinear(Linear):
     def _choose_backend(self) -> None:
         if self._input is None:
             return
-        if self._input not in self._backends:
-            self._backends[self._input] = "dense" if self.index is None else self._fastest(*self._input, self.index)
-        self.backend = self._backends[self._input]
+        known = self._backends.get(self._input)
+        self.backend = known or ("dense" if self.index is None else self._fastest(*self._input, self.index))
+        # A traced program may not change a dictionary; it chooses while it is traced.
+        if not torch.compiler.is_compiling():
+            self._backends[self._input] = self.backend
 
     def _fastest(self, tokens: int, device: str, dtype: torch.dtype, index: BlockIndex) -> str:
         rows, columns = self.partition.local_shape

@@ -47,7 +47,7 @@ def build_model(
                 config.kernels.block_sparse,
                 ranks,
                 config.kernels.break_even,
-                config.kernels.elementwise,
+                "torch" if config.train.compile == "blocks" else config.kernels.elementwise,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,

@@ -68,6 +68,7 @@ class Probe:
         return replace(
             measured,
             efficiency=assumptions["kernel_efficiency"],
+            sparse_layer_seconds=given.get("sparse_layer_us", 0.0) * 1e-6,
             curves={} if "kernel_efficiency" in given else measured.curves,
             launch_seconds=given["launch_us"] * 1e-6 if "launch_us" in given else measured.launch_seconds,
             link_latency=given["link_latency_us"] * 1e-6 if "link_latency_us" in given else measured.link_latency,

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megasparse.config.loader import ConfigError
+from megasparse.cost.resources import BYTES
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.cluster import Cluster
+from megasparse.planning.sparse_products import SparseLimits
 from megasparse.planning.workload import Product
 
 Widths = tuple[int, int]
@@ -30,7 +32,8 @@ class Rates:
     """FLOPs a second of dense products, where `dense_by_widths` has no better number."""
     attention: float
     efficiency: float
-    """e: time of a sparse product = density / e times the dense one, where `curves` has no better number."""
+    """Share of what `sparse_limits` allow that sparse products reach, where `curves` has no better number. With e the
+    limit times this, the time of a product is density / e times the dense one."""
     streaming: float
     """Bytes a second of the optimizer and the loss."""
     elementwise: float
@@ -41,6 +44,10 @@ class Rates:
     link_efficiency: float
     link_latency: float
     network_latency: float
+    sparse_layer_seconds: float = 0.0
+    """Of the host for a block-sparse layer, beyond a dense one, forward and backward."""
+    sparse_limits: SparseLimits | None = None
+    """None: only the cores limit sparse products."""
     dense_by_widths: Mapping[Widths, float] = field(default_factory=dict)
     attention_by_pattern: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[Widths, Mapping[float, float]] = field(default_factory=dict)
@@ -57,7 +64,10 @@ class Rates:
         if product.executed_density >= 1.0:
             return 1.0
         curve = self.curves.get(product.shape.widths)
-        return product.density / self.efficiency if curve is None else _between(curve, product.density)
+        if curve is not None:
+            return _between(curve, product.density)
+        limit = 1.0 if self.sparse_limits is None else self.sparse_limits.efficiency(product)
+        return product.density / (self.efficiency * limit)
 
     def send_seconds(self, cluster: Cluster, sent: float, collectives: float, size: int, stride: int = 1) -> float:
         """Seconds of so many collectives over `size` ranks in which each sends `sent` bytes in all.
@@ -80,15 +90,18 @@ def sheet_rates(cluster: Cluster, precision: str, assumptions: Assumptions) -> R
             f"{', '.join(sorted(chip.peak))}"
         )
     peak, memory = chip.peak[precision], chip.memory_bandwidth * assumptions["memory_efficiency"]
+    dense, cache = peak * assumptions["dense_efficiency"], chip.memory_bandwidth * assumptions["cache_over_memory"]
     return Rates(
         peak=peak,
-        dense=peak * assumptions["dense_efficiency"],
+        dense=dense,
         attention=peak * assumptions["attention_efficiency"],
         efficiency=assumptions["kernel_efficiency"],
         streaming=memory,
         elementwise=memory,
         launch_seconds=assumptions["launch_us"] * 1e-6,
         launches_hidden=True,
+        sparse_layer_seconds=assumptions["sparse_layer_us"] * 1e-6,
+        sparse_limits=SparseLimits(dense, cache, memory, BYTES[precision]),
         link_efficiency=assumptions["link_efficiency"],
         link_latency=assumptions["link_latency_us"] * 1e-6,
         network_latency=assumptions["network_latency_us"] * 1e-6,

@@ -95,7 +95,7 @@ class StepModel:
             "attention": self._attention_seconds(moment),
             "elementwise": self._elementwise_seconds,
         }
-        micro["launches"] = self._launch_seconds(sum(micro.values()))
+        micro["launches"] = self._launch_seconds(sum(micro.values()), products)
         parts = {name: seconds * self.micro_batches for name, seconds in micro.items()}
         parts["optimizer"] = self._weights / self._sharing * OPTIMIZER_BYTES / self.rates.streaming
         parts["tensor_parallel"] = self._tensor_parallel_seconds
@@ -158,13 +158,20 @@ class StepModel:
     def _elementwise_seconds(self) -> float:
         """Of a micro-batch: blocks at the rate of elementwise work, the loss at that of streaming."""
         size = BYTES[self.config.train.precision]
-        blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size
+        blocks = self.config.model.num_layers * block_elements(self.config) * self._tokens * size * self._unfused
         loss = self._tokens * self.shard.vocabulary.share * (LOSS_BYTES + 3 * size)
         accumulated = 3 * self._weights * size if self.micro_batches > 1 else 0
         return self._passes * blocks / self.rates.elementwise + (loss + accumulated) / self.rates.streaming
 
-    def _launch_seconds(self, work: float) -> float:
-        launches = self.config.model.num_layers * LAUNCHES_PER_BLOCK * self._passes / 3 * self.rates.launch_seconds
+    @property
+    def _unfused(self) -> float:
+        """Share of the elementwise work of a block that torch.compile leaves."""
+        return self.assumptions["compiled_elementwise"] if self.config.train.compile == "blocks" else 1.0
+
+    def _launch_seconds(self, work: float, products: tuple[Product, ...]) -> float:
+        sparse_layers = sum(product.count for product in products if product.executed_density < 1.0)
+        usual = self.config.model.num_layers * LAUNCHES_PER_BLOCK * self._unfused * self.rates.launch_seconds
+        launches = (usual + sparse_layers * self.rates.sparse_layer_seconds) * self._passes / 3
         return max(launches - work, 0.0) if self.rates.launches_hidden else launches
 
     @cached_property

@@ -130,7 +130,7 @@ def _print_cases(result: Mapping[str, Any], console: Console) -> None:
         {
             "changed": names[row["assumptions"]],
             "case": row["case"],
-            "e": format_decimal(row["kernel_efficiency"], 2),
+            "kernel efficiency": format_decimal(row["kernel_efficiency"], 2),
             "time": format_seconds(row["seconds"]),
             "dense over sparse": format_factor(row["speedup_over_dense"]),
         }

@@ -150,6 +150,10 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             ["attention.dense_fallback=true", "kernels.hybrid_attention=tiled"],
             "attention.dense_fallback true is used with kernels.hybrid_attention auto only",
         ),
+        (
+            ["train.compile=blocks", "kernels.elementwise=cpu"],
+            "kernels.elementwise cpu is not used with train.compile blocks",
+        ),
         (["data.valid=[{path: a}]", "data.valid_fraction=0.1"], "data.valid replaces data.valid_fraction"),
         (["data.reset_positions=true"], "data.reset_positions is used with data.document_masking true only"),
         (

@@ -16,6 +16,7 @@ from megasparse.kernels.block_sparse import (
     packed_embedding,
     packed_linear,
     refresh_index,
+    sparse_embedding,
     sparse_linear,
     unpack,
 )
@@ -136,6 +137,24 @@ def test_embedding_matches_plain_autograd(dtype, probed) -> None:
     assert (weight.grad[index.slot_blocks < 0] == 0).all()
     if probed:
         torch.testing.assert_close(probe.grad, dense.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_gives_equal_bits_in_every_run_and_at_any_number_of_threads(dtype) -> None:
+    """Also those of dense storage, whose rows get their sums in the same order."""
+    weight, index = layer(16, dtype)
+    ids, dy = torch.randint(ROWS * 16, (900,)), torch.randn(900, COLUMNS * 16).to(dtype)
+    dense = leaf(matrix(weight, index))
+    sparse_embedding(ids, dense, build_index(index.mask, 16)).backward(dy)
+    expected, before = pack(dense.grad, index.slot_blocks, 16), torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            weight = leaf(weight)
+            packed_embedding(ids, weight, index).backward(dy)
+            assert torch.equal(weight.grad, expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_layer_without_any_block_and_a_batch_without_tokens() -> None:

@@ -86,6 +86,34 @@ def test_it_is_the_layer_in_dense_storage(low_rank) -> None:
     assert not layer.dense_weight().requires_grad
 
 
+@pytest.mark.parametrize("division", ["column", "row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("collect", [False, True])
+def test_it_is_the_layer_in_dense_storage_by_the_kernels_too(block_size, dtype, division, collect) -> None:
+    """`auto` takes the same kernel for both at this density; where there is none, dense products for both."""
+    options = {"bias": True, "block_size": block_size, "division": division, "break_even": 1.0}
+    dense = SparseLinear("layers.0.mlp.up", 6 * block_size, 4 * block_size, init_std=1.0, **options)
+    drop_half(dense)
+    layer = PackedLinear("layers.0.mlp.up", 6 * block_size, 4 * block_size, capacity=24, **options)
+    fill(layer, dense)
+    found: list[torch.Tensor] = []
+    if collect:
+        found, dense.collect_dense_gradient = received(layer), True
+    x, dy, results = torch.randn(29, 6 * block_size).to(dtype), torch.randn(29, 4 * block_size).to(dtype), []
+    for one in (layer.to(dtype), dense.to(dtype)):
+        leaf = x.clone().requires_grad_()
+        y = one(leaf)
+        y.backward(dy)
+        results.append((y, leaf.grad, one.bias.grad))
+    assert layer.backend == dense.backend
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(found) == collect
+    assert all(gradient.dtype == dtype and torch.equal(gradient, dense.weight.grad) for gradient in found)
+    assert torch.equal(layer.weight.grad, pack(dense.weight.grad, layer.slot_blocks, block_size))
+
+
 def test_slots_are_used_again() -> None:
     """A block of another place in the same slot: the lists are changed in place, as the number of blocks stays."""
     layer, dense = pair()
@@ -137,6 +165,29 @@ def test_dense_gradient_when_activations_are_computed_again() -> None:
         y = torch.utils.checkpoint.checkpoint(lambda x, one=one: one(x).tanh(), x, use_reentrant=False)
         y.backward(dy)
     assert len(found) == 1 and torch.equal(found[0], dense.weight.grad)
+
+
+def test_dense_gradient_of_a_compiled_block() -> None:
+    """The probe cuts the graph while the dense gradient is wanted, and only then."""
+    layer, dense = pair()
+    found, before = received(layer), torch._dynamo.utils.counters["graph_break"].copy()
+    block, like = nn.Sequential(nn.Tanh(), layer, nn.Tanh()), nn.Sequential(nn.Tanh(), dense, nn.Tanh())
+    torch._dynamo.reset()
+    block.compile(backend="aot_eager")
+    x, dy = torch.randn(7, IN), torch.randn(7, OUT)
+    for collect in (False, True, True, False):
+        layer.collect_dense_gradient = dense.collect_dense_gradient = collect
+        for one in (block, like):
+            one.zero_grad()
+            one(x).backward(dy)
+        if not (collect or found):
+            assert torch._dynamo.utils.counters["graph_break"] == before
+        expected = pack(dense.weight.grad, layer.slot_blocks, BLOCK)
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-6, atol=1e-6)
+        if collect:
+            torch.testing.assert_close(found[-1], dense.weight.grad, rtol=1e-6, atol=1e-6)
+    assert len(found) == 2
+    torch._dynamo.reset()
 
 
 def test_each_dense_gradient_is_gone_before_the_next_one() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megasparse.config.loader import ConfigError, load_config
-from megasparse.planning.assumptions import ASSUMPTIONS, parse_assumptions
+from megasparse.planning.assumptions import ASSUMPTIONS, Assumptions, parse_assumptions
 from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
 from megasparse.planning.layout import Layout
@@ -98,19 +98,21 @@ def test_products_cost_what_the_roofline_says() -> None:
 
 
 def test_sparse_products_cost_density_over_efficiency() -> None:
-    """Ultra-sparse against dense, both with kernels at every density."""
-    words = ("kernels.block_sparse=triton",)
+    """Ultra-sparse against dense, both with kernels at every density, where cache and memory are no limit."""
+    config, free = load_config([], [*SMALL, "kernels.block_sparse=triton"]), {"cache_over_memory": 1e9}
     for efficiency in (0.5, 0.8):
-        phases = {p["name"]: p for p in small(*words, assume=(f"kernel_efficiency={efficiency}",))["phases"]}
+        assumed = Assumptions({**free, "memory_efficiency": 1e9, "kernel_efficiency": efficiency})
+        phases = {p["name"]: p for p in forecast(config, make_cluster("h100", 8), assumed)["phases"]}
         sparse, dense = (phases[name]["step_seconds_by_part"]["sparse_products"] for name in ("ultra_sparse", "dense"))
         assert sparse / dense == pytest.approx(phases["ultra_sparse"]["density"] / efficiency, rel=0.02)
 
 
 @pytest.mark.parametrize("name", sorted(set(ASSUMPTIONS) - {"pue", "memory_reserve", "overlap_stage_3"}))
 def test_every_assumption_about_time_matters_and_low_is_slow(name) -> None:
-    # So small a model waits for its launches, unless they cost nothing.
-    free = () if name == "launch_us" else ("launch_us=0",)
-    words = ("parallel.tensor_parallel_size=2", "deepspeed.zero_stage=1", "kernels.block_sparse=triton")
+    # So small a model waits for the host, unless that takes no time.
+    free = [f"{host}=0" for host in ("launch_us", "sparse_layer_us") if host != name]
+    words = ["parallel.tensor_parallel_size=2", "deepspeed.zero_stage=1", "kernels.block_sparse=triton"]
+    words += ["train.compile=blocks"] if name == "compiled_elementwise" else []
 
     def seconds(case: str) -> float:
         value = getattr(ASSUMPTIONS[name], case)

@@ -15,6 +15,7 @@ import torch
 
 from megasparse.kernels.block_sparse import cpu, gpu
 from megasparse.kernels.block_sparse.break_even import measured
+from megasparse.kernels.common.compiling import constant_when_compiled
 
 KERNELS = ("auto", "dense", "reference", "cpu", "triton")
 
@@ -73,6 +74,7 @@ def choose(
     return "dense" if fastest(planned=True) == "dense" else fastest(planned)
 
 
+@constant_when_compiled
 def explain(device: str, dtype: torch.dtype, block_size: int, *, planned: bool = False) -> tuple[str | None, str]:
     """(The backend that saves work there, "") or (None, the reasons why none does)."""
     reasons = []

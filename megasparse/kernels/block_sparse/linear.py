@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from megasparse.kernels.block_sparse import cpu, dense, gpu, reference
 from megasparse.kernels.block_sparse.dispatch import choose
 from megasparse.kernels.block_sparse.index import BlockIndex
+from megasparse.kernels.block_sparse.storage import stored
 
 PRODUCTS: dict[str, Any] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": gpu}
 
@@ -34,7 +35,7 @@ class SparseLinear(torch.autograd.Function):
     """(x_NI, weight, bias, probe, mask, *lists, block_size, dense_gradient, kernel, break_even) -> y_NO.
 
     The index is taken apart into tensors, as autograd and torch.compile want them. The gradient of `probe`, where it
-    wants one, is the dense dy^T x; `dense_gradient`: that of a weight in dense storage is.
+    wants one (packed storage), is the dense dy^T x; `dense_gradient`: that of the weight is (dense storage).
     """
 
     @staticmethod
@@ -53,16 +54,20 @@ class SparseLinear(torch.autograd.Function):
         block_size, dense_gradient, kernel, break_even = ctx.settings
         needs_dx, needs_dweight, needs_dbias, needs_dprobe = ctx.needs_input_grad[:4]
         dy_NO = dy.contiguous()
-        needs = [needs_dx, needs_dweight and not dense_gradient, needs_dbias]
+        # With the dense gradient at hand that of a packed weight is a part of it, with the bits of dense storage.
+        makes_dense = dense_gradient or needs_dprobe
+        needs = [needs_dx, needs_dweight and not makes_dense, needs_dbias]
         dx, dweight, dbias = block_sparse_backward(dy_NO, x_NI, weight, index, block_size, kernel, break_even, needs)
-        if dense_gradient and needs_dweight:
-            dweight = dy_NO.t() @ x_NI
+        dprobe = None
+        if makes_dense and (needs_dweight or needs_dprobe):
+            dprobe = dy_NO.t() @ x_NI
+            dweight = dprobe if dense_gradient else stored(dprobe, _joined(index, block_size))
         none = (None,) * (len(index) + len(ctx.settings))
         return (
             dx if needs_dx else None,
             dweight if needs_dweight else None,
             dbias if needs_dbias else None,
-            dy_NO.t() @ x_NI if needs_dprobe else None,
+            dprobe if needs_dprobe else None,
             *none,
         )
 
