@@ -21,9 +21,11 @@ from megasparse.checkpoint.index import read_index
 from megasparse.checkpoint.order import FragmentOrder, Run
 from megasparse.checkpoint.packed import PackedMatrix, ReadSlots, blocks_of_strips, whole_numbers
 from megasparse.checkpoint.rank_file import RankFile
-from megasparse.checkpoint.saved_state import KINDS, RunFacts
+from megasparse.checkpoint.saved_state import KINDS, LIVE, RunFacts, layers_of, parameter_name
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import ShardSpec
+from megasparse.sparsity.slots import EMPTY
+from megasparse.sparsity.topology import unpack_bits
 
 METHOD, RANDOM, SLOTS = "method", "random", "slots"
 """Beginnings of the names of tensors that belong to no parameter: `method/<name>/<key>`, `random/cpu`,
@@ -137,6 +139,20 @@ class Checkpoint:
             if found:
                 break
         return found
+
+    def check_slots(self) -> None:
+        """Raise CheckpointError where a packed parameter is not made of the active blocks of its layer: what is missing
+        would be read as zeros."""
+        topology = self.topology()
+        for layer in layers_of(topology) if any(p.grid is not None for p in self.index.parameters.values()) else ():
+            name = parameter_name(layer, self.shapes)
+            slots, grid = self.slots(name), self.index.parameters[name].grid
+            if slots is None or grid is None:
+                continue
+            held = slots[slots != EMPTY].sort().values
+            active = unpack_bits(topology[f"{LIVE}{layer}"], prod(grid)).nonzero().view(-1)
+            if not torch.equal(held.long(), active):
+                raise CheckpointError(f"checkpoint {self.folder}: {name} does not hold the active blocks of {layer}")
 
     def random_state(self, rank: int) -> Tensor | None:
         """That of torch on the host, of a rank of the run that was saved; None: there was no such rank."""

@@ -247,6 +247,7 @@ class Checkpointer:
         try:
             source = self._source(checkpoint)
             topology = source.method_state(MixedSparsityTraining.name)
+            checkpoint.check_slots()
             if self._storage is not None:
                 capacities = self._storage.plan.capacities(self._storage.rung_of_saved(checkpoint.index.step, topology))
                 if capacities != capacities_of(self._engine):

@@ -14,8 +14,10 @@ from packed_trainers import CHANGES, DENSE, PACKED, STEPS, train_all
 from stacking_runs import lines, state
 
 from megasparse.checkpoint.reader import Checkpoint
+from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.weights import load_model_weights
 from megasparse.config.loader import load_config
+from megasparse.conversion.inspection.verification import verify
 from megasparse.conversion.sources import open_source, write_source
 from megasparse.training.plan import make_plan
 
@@ -136,11 +138,23 @@ def test_checkpoints_are_as_small_as_the_run(runs) -> None:
     assert size(packed) < 0.4 * size(dense)
 
 
+def test_blocks_that_are_not_those_of_the_topology_are_refused(runs) -> None:
+    with Checkpoint(runs / "undisturbed" / "checkpoints" / f"step-{SPARSE:08d}") as saved:
+        saved.check_slots()
+        name = "layers.1.mlp.up.weight"
+        slots = saved.slots(name)
+        moved = int(slots[0]) + 1 if int(slots[0]) + 1 not in slots else int(slots[0]) - 1
+        slots[0] = moved
+        with pytest.raises(CheckpointError, match="layers.1.mlp.up.weight does not hold the active blocks of layers.1"):
+            saved.check_slots()
+
+
 def test_tools_open_packed_checkpoints(runs, tmp_path) -> None:
     weights = [load_model_weights(runs / n / "checkpoints" / f"step-{SPARSE:08d}") for n in ("dense", "undisturbed")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
     write_source(open_source(runs / "undisturbed", SPARSE), tmp_path / "model")
+    assert verify(runs / "undisturbed") == []
     source = open_source(tmp_path / "model")
     for name in source.names:
         assert torch.equal(source.tensor(name), weights[1][name]), name

@@ -76,11 +76,18 @@ def _bad_checkpoint(path: Path) -> Iterator[Problem]:
         yield Problem(str(path / INDEX), str(error))
         return
     with saved:
+        are_whole = True
         for file in saved.index.files:
             try:
                 saved.check_file(file)
             except CheckpointError as error:
+                are_whole = False
                 yield Problem(str(path / file), str(error).removeprefix(f"{path / file}: "))
+        try:
+            if are_whole:
+                saved.check_slots()
+        except ValueError as error:
+            yield Problem(str(path), str(error))
 
 
 def _bad_files(path: Path, kind: str) -> Iterator[Problem]:
