@@ -110,7 +110,7 @@ class Callback:
 
     def release_engine(self) -> None:
         """The engine and the training methods are about to be replaced, as packed storage changes its capacity
-        (`sparsity.storage`): what holds them must let go of them, or two engines are in memory."""
+        (`sparsity.storage`): a callback that holds them must let go of them, or two engines are in memory."""
 
     def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
         """The new ones, which stand where the old ones stood. Methods are made anew and load what the old ones saved,

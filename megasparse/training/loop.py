@@ -25,7 +25,7 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
-from megasparse.training.build_engine import Renewal, capacities_of
+from megasparse.training.build_engine import Renewal
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -65,9 +65,8 @@ class Trainer:
         Raises SkippedStepsError, on all ranks alike, where `train.max_skipped_steps` in a row were skipped.
         """
         train = self.config.train
-        reason, start = "finished", Step(self.state.step - 1)
-        for hook in (*self.methods, *self.callbacks):
-            hook.begin_run(start)
+        reason = "finished"
+        self._begin_run()
         with self.loader() as loader:
             while reason == "finished" and self.state.step < train.steps:
                 self.renew_engine()
@@ -86,21 +85,25 @@ class Trainer:
             hook.end_run(reason)
         return reason
 
-    def renew_engine(self, *, force: bool = False) -> None:
-        """Build the engine anew where packed storage changes its capacity with the next step. force: with the same
-        ones where it does not."""
-        if self.renewal is None:
-            return
-        capacities = self.renewal.due(self.engine, self.methods, self.state.step)
-        if capacities is None and not force:
+    def _begin_run(self) -> None:
+        # In a function of its own, as no variable may hold a method when the engine is built anew.
+        start = Step(self.state.step - 1)
+        for hook in (*self.methods, *self.callbacks):
+            hook.begin_run(start)
+
+    def renew_engine(self) -> None:
+        """Build the engine anew where packed storage changes its capacity with the next step."""
+        capacities = None
+        if self.renewal is not None:
+            capacities = self.renewal.due(self.engine, self.methods, self.state.step)
+        if self.renewal is None or capacities is None:
             return
         if self.watchdog is not None:
             self.watchdog.beat(f"step {self.state.step + 1}: new engine", slow=True)
-        if capacities is None:
-            capacities = capacities_of(self.engine)
         with self.state.ledger.seconds.step(), self.state.ledger.seconds.part("topology"):
-            for hook in (*self.methods, *self.callbacks):
-                hook.release_engine()
+            # Methods are let go of themselves.
+            for callback in self.callbacks:
+                callback.release_engine()
             kept = self.renewal.keep(self.engine, self.methods)
             self.engine.close()
             del self.engine, self.methods, self._flops
