@@ -30,6 +30,15 @@ class SavedParameter:
     shape: tuple[int, ...]
     bands: int = 1
     """Bands of columns, see ``order``; 1: row-major."""
+    grid: tuple[int, int] | None = None
+    """Of a matrix of which blocks are saved only, [slots, block_size, block_size]: its rows and columns of blocks."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """As the model has it where nothing is packed."""
+        if self.grid is None:
+            return self.shape
+        return self.grid[0] * self.shape[1], self.grid[1] * self.shape[2]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,11 @@ class Index:
 
 
 def write_index(index: Index, folder: Path) -> None:
-    content = json.dumps(asdict(index), allow_nan=True)
+    values = asdict(index)
+    for entry in values["parameters"].values():
+        if entry["grid"] is None:
+            del entry["grid"]
+    content = json.dumps(values, allow_nan=True)
     # An earlier version would take the index of a group for the file of a rank.
     number = FORMAT_OF_MANY if any(not name.endswith(".safetensors") for name in index.files) else FORMAT
     text = f'{{"format": {number}, "checksum": "{_checksum(content)}", "content":\n{content}\n}}\n'
@@ -125,10 +138,14 @@ def parse_files(values: Mapping[str, Any]) -> dict[str, SavedFile]:
 def _parse(values: dict[str, Any]) -> Index:
     files = parse_files(values.pop("files"))
     parameters = {
-        name: SavedParameter(tuple(entry["shape"]), int(entry["bands"]))
+        name: SavedParameter(tuple(entry["shape"]), int(entry["bands"]), _grid(entry.get("grid")))
         for name, entry in values.pop("parameters").items()
     }
     return Index(files=files, parameters=parameters, **values)
+
+
+def _grid(values: list[int] | None) -> tuple[int, int] | None:
+    return None if values is None else (int(values[0]), int(values[1]))
 
 
 def _file_name(name: str) -> str:

@@ -21,13 +21,17 @@ from torch import Tensor
 from megasparse.checkpoint.index import SavedFile, read_index
 from megasparse.checkpoint.joined import is_joined, ranks_of, read_joined
 from megasparse.checkpoint.order import FragmentOrder, Run
+from megasparse.checkpoint.packed import PackedMatrix, ReadSlots, blocks_of_strips, whole_numbers
 from megasparse.checkpoint.rank_file import RankFile
-from megasparse.checkpoint.saved_state import KINDS, RunFacts
+from megasparse.checkpoint.saved_state import KINDS, LIVE, RunFacts, layers_of, parameter_name
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.parallel import ShardSpec
+from megasparse.sparsity.slots import EMPTY
+from megasparse.sparsity.topology import unpack_bits
 
-METHOD, RANDOM = "method", "random"
-"""Beginnings of the names of tensors that belong to no parameter: `method/<name>/<key>`, `random/cpu`."""
+METHOD, RANDOM, SLOTS = "method", "random", "slots"
+"""Beginnings of the names of tensors that belong to no parameter: `method/<name>/<key>`, `random/cpu`,
+`slots/<parameter>`."""
 
 
 class _Place(NamedTuple):
@@ -65,7 +69,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = folder, read_index(folder)
         self.step = self.index.optimizer_step
-        self.shapes = {name: parameter.shape for name, parameter in self.index.parameters.items()}
+        self.shapes = {name: parameter.matrix_shape for name, parameter in self.index.parameters.items()}
+        self._packed: dict[str, PackedMatrix] = {}
         self._opened: dict[str, RankFile] = {}
         self._top = _Listed(self.index.files)
         self._joined: dict[str, _Listed] = {}
@@ -100,15 +105,34 @@ class Checkpoint:
         """Entries [start, start + numel) of the shard of a tensor-parallel rank, flattened: float32, per-weight steps
         int16."""
         parameter = self.index.parameters[name]
-        assert spec.shape == parameter.shape, f"{name}: {spec.shape} is not {parameter.shape}"
+        assert spec.shape == self.shapes[name], f"{name}: {spec.shape} is not {self.shapes[name]}"
+        if parameter.grid is not None:
+            return self._packed_matrix(name).fragment(spec, rank, start, numel, self._reader(name, kind))
         order = FragmentOrder(spec, rank, start, numel, parameter.bands)
         return order.assemble([self._run(f"{kind}/{name}", run) for run in order.runs])
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """A whole parameter or moment."""
-        parameter = self.index.parameters[name]
-        spec = ShardSpec(parameter.shape, 1 if parameter.bands > 1 else None)
-        return self.fragment(name, kind, spec, 0, 0, prod(parameter.shape)).view(parameter.shape)
+        shape = self.shapes[name]
+        spec = ShardSpec(shape, 1 if self.index.parameters[name].bands > 1 else None)
+        return self.fragment(name, kind, spec, 0, 0, prod(shape)).view(shape)
+
+    def blocks(self, name: str, kind: str, grid: ShardSpec, rank: int, numbers: Tensor) -> Tensor:
+        """Blocks of the shard of a tensor-parallel rank by their numbers (int64 [n], -1: zeros) on its part of the
+        grid: [n, block_size, block_size]."""
+        whole = whole_numbers(grid, rank, numbers)
+        if self.index.parameters[name].grid is not None:
+            return self._packed_matrix(name).blocks(whole, self._reader(name, kind))
+        shape, block_size = self.shapes[name], self.shapes[name][1] // grid.shape[1]
+        spec = ShardSpec(shape, 1 if self.index.parameters[name].bands > 1 else None)
+        strip = block_size * shape[1]
+        return blocks_of_strips(
+            whole, grid.shape[1], block_size, lambda row: self.fragment(name, kind, spec, 0, row * strip, strip)
+        )
+
+    def slots(self, name: str) -> Tensor | None:
+        """The block of the whole grid in each slot of a packed parameter, int32, -1: none. None: it is not packed."""
+        return None if self.index.parameters[name].grid is None else self._packed_matrix(name).slots
 
     def topology(self) -> dict[str, Tensor]:
         return self.method_state("topology")
@@ -125,6 +149,20 @@ class Checkpoint:
             if found:
                 break
         return found
+
+    def check_slots(self) -> None:
+        """Raise CheckpointError where a packed parameter is not made of the active blocks of its layer: what is missing
+        would be read as zeros."""
+        topology = self.topology()
+        for layer in layers_of(topology) if any(p.grid is not None for p in self.index.parameters.values()) else ():
+            name = parameter_name(layer, self.shapes)
+            slots, grid = self.slots(name), self.index.parameters[name].grid
+            if slots is None or grid is None:
+                continue
+            held = slots[slots != EMPTY].sort().values
+            active = unpack_bits(topology[f"{LIVE}{layer}"], prod(grid)).nonzero().view(-1)
+            if not torch.equal(held.long(), active):
+                raise CheckpointError(f"checkpoint {self.folder}: {name} does not hold the active blocks of {layer}")
 
     def random_state(self, rank: int) -> Tensor | None:
         """That of torch on the host, of a rank of the run that was saved; None: there was no such rank."""
@@ -165,6 +203,20 @@ class Checkpoint:
         for name in opened.specs:
             opened.read(name)
 
+    def _packed_matrix(self, name: str) -> PackedMatrix:
+        if name not in self._packed:
+            parameter, slots = self.index.parameters[name], self.own_tensor(0, f"{SLOTS}/{name}")
+            if slots is None or slots.shape != parameter.shape[:1]:
+                raise CheckpointError(f"checkpoint {self.folder}: does not say which blocks of {name} it holds")
+            assert parameter.grid is not None
+            self._packed[name] = PackedMatrix(parameter.grid, parameter.shape[1], slots)
+        return self._packed[name]
+
+    def _reader(self, name: str, kind: str) -> ReadSlots:
+        """Reads whole slots [first, first + count) of a packed parameter, flat."""
+        size = prod(self.index.parameters[name].shape[1:])
+        return lambda first, count: self._run(f"{kind}/{name}", Run(first * size, count * size))
+
     def _run(self, key: str, run: Run) -> Tensor:
         found = list(self._pieces(self._top, key, run))
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
@@ -203,7 +255,7 @@ class Checkpoint:
             if name not in self.shapes:
                 raise CheckpointError(f"checkpoint {self.folder}: its index lists {key}, which is no parameter")
             edges = [0, *(place.end for place in places)]
-            starts = [*(place.start for place in places), prod(self.shapes[name])]
+            starts = [*(place.start for place in places), prod(self.index.parameters[name].shape)]
             if edges != starts:
                 raise CheckpointError(f"checkpoint {self.folder}: its files do not hold every entry of {key} once")
         absent = [name for name in self.shapes if prod(self.shapes[name]) and not self.kinds(name)]

@@ -40,6 +40,7 @@ class Fragments(Original, Protocol):
     """A checkpoint: a state that is read piece by piece."""
 
     def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor: ...
+    def blocks(self, name: str, kind: str, grid: ShardSpec, rank: int, numbers: Tensor) -> Tensor: ...
     def method_state(self, method: str) -> dict[str, Tensor]: ...
 
 
@@ -97,6 +98,9 @@ class StackedCheckpoint(StackedState):
 
     def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
         return self._fragments.fragment(original(name, self.small), kind, spec, rank, start, numel)
+
+    def blocks(self, name: str, kind: str, grid: ShardSpec, rank: int, numbers: Tensor) -> Tensor:
+        return self._fragments.blocks(original(name, self.small), kind, grid, rank, numbers)
 
     def method_state(self, method: str) -> dict[str, Tensor]:
         """What is saved under the name of a layer is copied with it; the rest is as it was."""

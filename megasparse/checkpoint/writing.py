@@ -26,12 +26,15 @@ from megasparse.checkpoint.index import Index, SavedFile, SavedParameter, file_e
 from megasparse.checkpoint.joined import GROUP_FILES, file_name, members, top_stride, write_joined
 from megasparse.checkpoint.order import Run, band_count, split
 from megasparse.checkpoint.rank_file import write_rank_file
-from megasparse.checkpoint.reader import METHOD, is_good
+from megasparse.checkpoint.reader import METHOD, SLOTS, is_good
 from megasparse.checkpoint.saved_state import ITEM_BYTES, WEIGHT, SavedState
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore
 from megasparse.checkpoint.tensor_files import TensorSpec, read_json
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.layers import PackedLinear
 from megasparse.parallel import ShardSpec, shard_spec_of
+from megasparse.sparsity.slots import EMPTY
+from megasparse.sparsity.topology import Topology
 from megasparse.utils.files import write_json
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 1.0
@@ -91,8 +94,21 @@ class HostCopy:
 
     def parameters(self) -> dict[str, SavedParameter]:
         """For the index."""
+        layers = self._engine.packed_layers
         specs = {name: shard_spec_of(parameter) for name, parameter in self._engine.model.named_parameters()}
-        return {name: SavedParameter(spec.shape, band_count(spec)) for name, spec in specs.items()}
+        return {
+            name: SavedParameter(spec.shape, band_count(spec), _grid(layers.get(name))) for name, spec in specs.items()
+        }
+
+    def slots(self) -> dict[str, Tensor]:
+        """The blocks in the slots of packed parameters, as the checkpoint holds them; every rank calls it."""
+        ranks, found = self._engine.mesh.tensor_parallel, {}
+        for name, layer in self._engine.packed_layers.items():
+            topology = Topology(layer.name, layer.mask, layer.block_size, layer.grid, ranks.rank)
+            numbers = topology.unit_numbers(0, topology.shard_units)[layer.slot_blocks.clamp(min=0).long()]
+            own = torch.where(layer.slot_blocks == EMPTY, EMPTY, numbers)
+            found[f"{SLOTS}/{name}"] = (ranks.gather(own) if topology.num_shards > 1 else own).reshape(-1).cpu()
+        return found
 
     def aliases(self) -> dict[str, str]:
         """Further names of shared parameters, and those that they are saved by."""
@@ -121,6 +137,13 @@ class HostCopy:
                 for kind, flat in {WEIGHT: fragment.master, **fragment.moments}.items():
                     own = flat.detach().reshape(-1)[first:last]
                     yield _Piece(f"{kind}/{name}", spec, fragment.start + first, own)
+
+
+def _grid(layer: PackedLinear | None) -> tuple[int, int] | None:
+    if layer is None:
+        return None
+    rows, columns = layer.grid.shape
+    return rows, columns
 
 
 def write_part(partial: Path, rank: int, content: RankTensors) -> None:

@@ -35,6 +35,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_precision(config)
     _check_attention(config)
     _check_stacking(config)
+    _check_storage(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -150,6 +151,33 @@ def _check_stacking(config: RunConfig) -> None:
                     f"whose copy it becomes (stacking.num_layers {small}); must be all layers, or whole groups such as "
                     f"every: {small}"
                 )
+
+
+def _check_storage(config: RunConfig) -> None:
+    """What packed storage does not go with."""
+    sparsity = config.sparsity
+    if sparsity.storage == "dense" or sparsity.algorithm == "dense":
+        return
+    tensor_parallel = config.parallel.tensor_parallel_size > 1
+    single = next((f"sparsity.groups.{n}.block_size" for n, g in enumerate(sparsity.groups) if g.block_size == 1), None)
+    if sparsity.block_size == 1 and single is None:
+        single = "sparsity.block_size"
+    refused = {
+        "sparsity.fold_low_rank": (sparsity.fold_low_rank, "true", "false"),
+        "sparsity.balance_shards": (
+            tensor_parallel and not sparsity.balance_shards,
+            "false lets one tensor-parallel rank have more blocks of a layer than there is room for,",
+            "true",
+        ),
+        "train.precision": (config.train.precision == "fp16", "fp16", "fp32, bf16"),
+        "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
+        **({single: (True, "1, single weights,", "16, 32, 64 or 128")} if single else {}),
+    }
+    for field, (is_refused, value, must) in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"{field}: {value} does not go with sparsity.storage packed; must be {must}, or sparsity.storage dense"
+            )
 
 
 def unused_settings(config: RunConfig) -> list[str]:

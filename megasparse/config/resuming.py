@@ -83,7 +83,8 @@ FREE: dict[str, str] = {
     "stacking": "until",
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
-    "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap",
+    "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap "
+    "storage",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

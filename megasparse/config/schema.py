@@ -466,6 +466,10 @@ class SparsityConfig(Section):
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []
     """Exceptions by weight name."""
+    storage: Literal["dense", "packed"] = "dense"
+    """dense: a sparse matrix is stored whole, with zeros. packed: while the density is low only its active blocks are,
+    so that gradients, optimizer state, traffic and checkpoints fall with the density; the engine is built anew in the
+    few steps in which their number changes much."""
 
     @property
     def starts_dense(self) -> bool:

@@ -33,6 +33,7 @@ from megasparse.layers import SparseLinear
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, ShardSpec
 from megasparse.sparsity.controller import Controller, stream_number
+from megasparse.sparsity.dense_gradients import BlockShare
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.evolution import random_topology, step_counts
 from megasparse.sparsity.state import StateFragment
@@ -233,6 +234,7 @@ class _OneMatrix:
 
     def __init__(self, name: str, fragment: StateFragment) -> None:
         self._fragments = {name: fragment}
+        self.dense_gradients: Mapping[str, BlockShare] = {}
 
     def fragments(self) -> Mapping[str, StateFragment]:
         return self._fragments

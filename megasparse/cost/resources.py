@@ -12,6 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
+from megasparse.layers import PackedLinear
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
@@ -36,7 +37,7 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
     separate_master = stage >= 1 or size < 4
     optimizer = local * (4 * separate_master + 8)
     if config.sparsity.per_weight_step_counts or config.sparsity.regrowth_warmup_steps:
-        optimizer += 2 * sum(prod(layer.partition.local_shape) for layer in sparse)
+        optimizer += 2 * sum(layer.weight.numel() for layer in sparse)
     optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
@@ -48,11 +49,23 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
         "gradients": local * size if stage < 2 else local * summed // share + min(local, BUCKET) * size,
         "optimizer": 0 if offloaded else optimizer,
+        **_dense_gradients(model, share),
         "activations": activation_bytes(config),
         "logits": logits_bytes(config, model),
     }
     total = sum(parts.values())
     return {**parts, **({"host_optimizer": optimizer} if offloaded else {}), "total": total}
+
+
+def _dense_gradients(model: GPT, share: int) -> dict[str, int]:
+    """Of layers with packed storage, in a topology update: a share of each in float32, and one of them whole. Nothing
+    without such layers."""
+    entries = [prod(layer.partition.local_shape) for layer in packed_layers(model)]
+    return {"dense_gradients": 4 * (sum(entries) // share + max(entries))} if entries else {}
+
+
+def packed_layers(model: GPT) -> list[PackedLinear]:
+    return [layer for layer in model.sparse_layers().values() if isinstance(layer, PackedLinear)]
 
 
 def activation_bytes(config: RunConfig) -> int:
@@ -89,6 +102,11 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
     micro_batches = config.train.accumulation_steps(replicas)
     stage = config.deepspeed.zero_stage
     step = sum(topology_bytes(topology, replicas, ranks, stage) for topology in controller.topologies.values())
+    # Dense gradients of packed layers are averaged in each micro-batch; those of grown blocks, which are at most as
+    # many as there is room for, are put together.
+    for layer in packed_layers(model):
+        ring = 8 * (replicas - 1) / replicas
+        step += ring * micro_batches * prod(layer.partition.local_shape) + (ring * layer.weight.numel() if stage else 0)
     return {
         "data_parallel": sum(data_parallel_bytes(config, model, world_size).values()),
         "tensor_parallel": micro_batches * _tensor_parallel_bytes(config, size, ranks),

@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor, nn
 
 from megasparse.parallel import CommunicationGroup, Mesh
+from megasparse.sparsity.dense_gradients import BlockShare
 from megasparse.sparsity.state import StateAccess, StateFragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "weight_steps")
@@ -132,6 +133,7 @@ class Stage0State:
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
         self._optimizer, self._weights = optimizer, weights
+        self.dense_gradients: Mapping[str, BlockShare] = {}
         self.shard, self.tensor_parallel, self.whole = CommunicationGroup(), mesh.tensor_parallel, mesh.tensor_parallel
 
     def fragments(self) -> dict[str, StateFragment]:
@@ -158,6 +160,7 @@ class PartitionedState(ABC):
         mesh: Mesh,
     ) -> None:
         self._zero_optimizer, self._optimizer, self._weights = zero_optimizer, optimizer, weights
+        self.dense_gradients: Mapping[str, BlockShare] = {}
         self.shard, self.tensor_parallel, self.whole = mesh.data_parallel, mesh.tensor_parallel, mesh.world
 
     def fragments(self) -> dict[str, StateFragment]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.optimizer import Active, square_sum
+from megasparse.layers import PackedLinear
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.sparsity.state import StateAccess, StateFragment
@@ -35,7 +36,12 @@ def global_gradient_norm(
     by the one reduction that a step needs anyway.
     """
     rank = mesh.tensor_parallel.rank
-    layers = {id(layer.weight): (name, layer) for name, layer in model.sparse_layers().items()}
+    # What is packed is all active, but for a few empty slots, whose gradient is 0.
+    layers = {
+        id(layer.weight): (name, layer)
+        for name, layer in model.sparse_layers().items()
+        if not isinstance(layer, PackedLinear)
+    }
     topologies = {
         weight: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
         for weight, (name, layer) in layers.items()

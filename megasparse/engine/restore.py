@@ -10,7 +10,7 @@ together from the ranks' pieces. DeepSpeed's own loaders are not used: they unpi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megasparse.engine.fragments import optimized_tensors
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.layers import PackedLinear
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
 from megasparse.sparsity.state import Ranks, StateFragment
 
@@ -45,6 +46,11 @@ class StateSource(Protocol):
         parameters in the same order."""
         ...
 
+    def blocks(self, name: str, kind: str, grid: ShardSpec, rank: int, numbers: Tensor) -> Tensor:
+        """Blocks of the shard of a tensor-parallel rank, by their numbers (int64 [n], -1: zeros) on its part of the
+        grid: [n, block_size, block_size]. All ranks ask for all of them in the same order."""
+        ...
+
     def loss_scaler(self) -> Mapping[str, float]:
         """Numbers of the loss scaler of float16 training."""
         ...
@@ -58,11 +64,14 @@ class StagedState:
     tensors: Mapping[tuple[str, str], Tensor]
     """This rank's entries by parameter and kind; a parameter of which it owns none has none."""
     loss_scaler: Mapping[str, float]
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    """By layer with packed storage: int32 [capacity], the block in each slot."""
 
 
-def read_state(engine: TrainingEngine, source: StateSource) -> StagedState:
+def read_state(engine: TrainingEngine, source: StateSource, slots: Mapping[str, Tensor] | None = None) -> StagedState:
     """Read this rank's pieces of weights and moments to the host; every rank calls it.
 
+    slots: the block in each slot of the layers with packed storage, by layer; None: as the layers have them now.
     Raises ValueError where the source is of another model or lacks moments or per-weight steps that the optimizer
     needs.
     """
@@ -71,6 +80,9 @@ def read_state(engine: TrainingEngine, source: StateSource) -> StagedState:
     rank = engine.mesh.tensor_parallel.rank
     counted = _counted(engine, parameters) if engine.optimizer.keeps_weight_steps else set()
     tensors = {}
+    layers = engine.packed_layers
+    if slots is None:
+        slots = {layer.name: layer.slot_blocks.cpu().clone() for layer in layers.values()}
     for name, parameter in parameters.items():
         kinds = [WEIGHT]
         if source.step > 0:
@@ -78,16 +90,32 @@ def read_state(engine: TrainingEngine, source: StateSource) -> StagedState:
         fragment = engine.access({name: parameter}).fragments().get(name)
         start, numel = (0, 0) if fragment is None else (fragment.start, fragment.numel)
         for kind in kinds:
-            entries = source.fragment(name, kind, shard_spec_of(parameter), rank, start, numel)
+            if name in layers:
+                layer = layers[name]
+                entries = _entries_of_slots(source, name, kind, layer, slots[layer.name], start, numel)
+            else:
+                entries = source.fragment(name, kind, shard_spec_of(parameter), rank, start, numel)
             if numel:
                 tensors[name, kind] = entries
-    return StagedState(source.step, tensors, dict(source.loss_scaler()))
+    return StagedState(source.step, tensors, dict(source.loss_scaler()), slots)
+
+
+def _entries_of_slots(
+    source: StateSource, name: str, kind: str, layer: PackedLinear, slot_blocks: Tensor, start: int, numel: int
+) -> Tensor:
+    """Entries [start, start + numel) of a flat packed weight, or of a moment of it."""
+    size = layer.block_size**2
+    first, last = start // size, -(-(start + numel) // size)
+    blocks = source.blocks(name, kind, layer.grid, layer.tensor_parallel.rank, slot_blocks[first:last].long())
+    return blocks.reshape(-1)[start - first * size :][:numel]
 
 
 @torch.no_grad()
 def apply_state(engine: TrainingEngine, staged: StagedState) -> None:
     """Take over weights, moments, step count and loss scale; every rank calls it, with what it has read."""
     parameters = dict(engine.model.named_parameters())
+    for layer in engine.packed_layers.values():
+        layer.slot_blocks.copy_(staged.slots[layer.name])
     if staged.step > 0:
         for flat, group in _optimized(engine):
             _create_moments(engine, flat, group, staged.step)
@@ -134,7 +162,8 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
     if odd:
         raise ValueError(f"saved parameters are of another model: they differ at {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        expected = shard_spec_of(parameter).shape
+        layer = engine.packed_layers.get(name)
+        expected = shard_spec_of(parameter).shape if layer is None else layer.partition.shape
         if tuple(source.shapes[name]) != expected:
             raise ValueError(f"saved parameter {name} has shape {tuple(source.shapes[name])}, here it has {expected}")
         missing = {"exp_avg", "exp_avg_sq"} - set(source.kinds(name))

@@ -35,9 +35,11 @@ from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.steps_in_place import steps_in_place
 from megasparse.kernels import optimizer as optimizer_kernels
+from megasparse.layers import PackedLinear
 from megasparse.models.gpt import GPT
 from megasparse.parallel import Mesh
 from megasparse.sparsity.controller import OpenWeight
+from megasparse.sparsity.dense_gradients import DenseGradients
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology
 
@@ -97,6 +99,7 @@ class TrainingEngine:
         self._is_copied = False
         """The model's weights are the master weights, as nobody has been handed these since the last step."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
+        self._masked = {parameter for group in groups if group["masked"] for parameter in group["params"]}
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
         self._engine, *_ = deepspeed.initialize(
             model=self._with_objective,
@@ -112,6 +115,16 @@ class TrainingEngine:
             # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
             self._engine.enable_backward_allreduce = False
         self._state = self._access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.packed_layers: dict[str, PackedLinear] = {
+            names[id(layer.weight)]: layer
+            for layer in self.model.sparse_layers().values()
+            if isinstance(layer, PackedLinear)
+        }
+        """Layers with packed storage, by the name of their weight."""
+        of_layers = {layer.name: layer for layer in self.packed_layers.values()}
+        self._dense_gradients = DenseGradients(of_layers, mesh.data_parallel, self._state.shard)
+        self._state.dense_gradients = self._dense_gradients.shares
         if config.train.compile == "blocks":
             compile_blocks(self.model)
         if optimizer_kernels.takes_cpu(config.kernels.optimizer, mesh.device.type):
@@ -137,9 +150,16 @@ class TrainingEngine:
         topologies = {
             name: Topology(name, layer.mask, layer.block_size, layer.grid, rank)
             for name, layer in self.model.sparse_layers().items()
+            # All of a packed weight is active, but for a few empty slots, which stay 0 by themselves.
+            if not isinstance(layer, PackedLinear)
         }
+        fragments = {name: fragment for name, fragment in self._state.fragments().items() if name in topologies}
         tensors = (tensor for tensor, _ in optimized_tensors(self._engine.optimizer, self.optimizer))
-        return ActiveRegions(tensors, self._state.fragments(), topologies)
+        return ActiveRegions(tensors, fragments, topologies)
+
+    def counts_weight_steps(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer counts the steps of each of its weights."""
+        return self.optimizer.keeps_weight_steps and parameter in self._masked
 
     @property
     def accumulation_steps(self) -> int:
@@ -169,7 +189,7 @@ class TrainingEngine:
     ) -> tuple[float, dict[str, float], bool]:
         """The norm, scalars of this rank, and whether any rank asks for something (see ``global_gradient_norm``): all
         that the host wants to know of a step, for one wait and one reduction."""
-        losses, self._losses = self._losses, 0.0
+        losses, self._losses = self._losses + self._dense_gradients.total(), 0.0
         self._known_norm, asking = self._norm(losses, asks=asks)
         norm, number, *others = torch.stack([self._known_norm, asking, *values.values()]).tolist()
         self._is_finite = math.isfinite(norm)
@@ -204,6 +224,7 @@ class TrainingEngine:
                 copies_all = skip_update or not self._is_copied
                 stack.enter_context(steps_in_place(self._engine, self.optimizer, norm, copies_all=copies_all))
             self._engine.step()
+        self._dense_gradients.clear()
         self._known_norm, self._is_copied = None, True
         self._is_finite = self.optimizer.skip_updates = False
         if not (skip_update or self._engine.was_step_applied()):

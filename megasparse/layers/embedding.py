@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         divided: bool = False,
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
-        seed: int = 0,
+        seed: int | None = 0,
         deferred: bool = False,
     ) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Embedding(nn.Module):
     def tie(self, head: Linear) -> None:
         """Look rows up through `head`, whose parameter is this table's: a head in packed storage brings its own."""
         assert head.partition.shape == (self.rows, self.width), f"{head.name} is not of the shape of {self.name}"
-        self.weight = head.weight
+        self.weight, head.drawn_as = head.weight, self.name
         # In a tuple the head does not become a submodule, so its parameters keep their one place and name.
         self._tied = (head,)
 

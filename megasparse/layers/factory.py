@@ -38,7 +38,7 @@ class LayerFactory:
 
     sparse: Callable[[str], SparseSpec | None] = lambda name: None
     """Layer name, such as `layers.3.mlp.up` or `head`, -> how it is sparse; None: plain."""
-    seed: int = 0
+    seed: int | None = 0
     """Seed of the initial weights."""
     kernel: str = "auto"
     """Kernel of the sparse linear layers."""

@@ -34,15 +34,16 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 def divided_parameter(
-    partition: ShardSpec, rank: int, *, std: float = 0.0, seed: int = 0, name: str = "", deferred: bool = False
+    partition: ShardSpec, rank: int, *, std: float = 0.0, seed: int | None = 0, name: str = "", deferred: bool = False
 ) -> nn.Parameter:
-    """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0.
+    """A parameter that holds a rank's shard of normal(0, std) drawn for the whole of it; zeros where std is 0, or
+    seed None, as the values come from elsewhere.
 
     The partition is declared on it. deferred: it holds zeros, and whoever divides it further asks for what he needs of
     the values by its attribute `initial`, an ``Initial``.
     """
     parameter = nn.Parameter(torch.zeros(partition.local_shape))
-    if std and not parameter.is_meta:
+    if std and seed is not None and not parameter.is_meta:
         initial = partial(_entries, partition, rank, _Draws(partition.shape, std, parameter_seed(seed, name)))
         if deferred:
             parameter.initial = initial

@@ -45,7 +45,7 @@ class Linear(nn.Module):
         parts: sizes of the fused outputs of a column layer (query, key, value); empty: one.
         tensor_parallel: the ranks that share the layer.
         init_std: standard deviation of the initial weight.
-        seed: seed of the run.
+        seed: seed of the run; None: weights are zeros, as they come from elsewhere.
         deferred: weights stay zero at first, see ``divided_parameter``.
         weight: a parameter to use instead of a new one, such as the one of a tied table; its values are kept.
         dense_kernel: of `dense_products.choose`.
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         parts: tuple[int, ...] = (),
         tensor_parallel: TensorParallel | None = None,
         init_std: float = 0.02,
-        seed: int = 0,
+        seed: int | None = 0,
         deferred: bool = False,
         weight: nn.Parameter | None = None,
         dense_kernel: str = "auto",
@@ -75,6 +75,8 @@ class Linear(nn.Module):
         self.name, self.in_features, self.out_features, self.division = name, in_features, out_features, division
         self.tensor_parallel = tensor_parallel or TensorParallel()
         self.init_std, self.seed, self.deferred = init_std, seed, deferred
+        self.drawn_as = name
+        """The name that keys initial weights; a tied head has those of its table."""
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)

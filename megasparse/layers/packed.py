@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from megasparse.kernels.block_sparse import BlockIndex, packed_embedding, packed_linear, unpack
+from megasparse.kernels.block_sparse import BlockIndex, pack, packed_embedding, packed_linear, unpack
 from megasparse.layers.init import divided_parameter
 from megasparse.layers.linear import SparseLinear
 from megasparse.parallel import ShardSpec, TensorParallel
@@ -71,6 +71,12 @@ class PackedLinear(SparseLinear):
         """[out, in] of this rank's shard, exactly zero outside of active blocks: a copy, without a gradient."""
         rows, columns = self.mask.shape
         return unpack(self.weight.detach(), self.slot_blocks, (rows, columns))
+
+    def initial_blocks(self) -> torch.Tensor:
+        """What the matrix begins with, of the blocks in the slots: float32 [capacity, block_size, block_size]."""
+        name, rank = f"{self.drawn_as}.weight", self.tensor_parallel.rank
+        drawn = divided_parameter(self.partition, rank, std=self.init_std, seed=self.seed, name=name).detach()
+        return pack(drawn, self.slot_blocks.to(drawn.device), self.block_size)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel = self._backend_for(x)

@@ -5,6 +5,8 @@ model = build_model(config, vocab_size, mesh.tensor_parallel)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.layers import LayerFactory, Linear, SparseSpec
@@ -14,17 +16,27 @@ from megasparse.sparsity.groups import check_groups, layer_settings
 
 
 def build_model(
-    config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup | None = None, *, deferred: bool = False
+    config: RunConfig,
+    vocab_size: int,
+    tensor_parallel: CommunicationGroup | None = None,
+    *,
+    capacities: Mapping[str, int] | None = None,
+    drawn: bool = True,
+    deferred: bool = False,
 ) -> GPT:
     """This rank's shard of the model on the default device, with the initial weights of `run.seed`; all active.
 
-    tensor_parallel: the ranks that share it; None: this process alone. deferred: see ``LayerFactory``.
+    tensor_parallel: the ranks that share it; None: this process alone. capacities: of the layers with packed storage,
+    by name, in blocks on each rank; their slots are empty. drawn: False: weights are zeros, for a state to be loaded.
+    deferred: see ``LayerFactory``.
     """
     ranks = TensorParallel(tensor_parallel or CommunicationGroup(), config.parallel.sequence_parallel)
 
     def sparse_rule(name: str) -> SparseSpec | None:
         settings = layer_settings(config.sparsity, name)
-        return None if settings is None else SparseSpec(settings.block_size, config.sparsity.low_rank)
+        if settings is None:
+            return None
+        return SparseSpec(settings.block_size, config.sparsity.low_rank, (capacities or {}).get(name))
 
     try:
         model = GPT(
@@ -33,7 +45,7 @@ def build_model(
             vocab_size,
             LayerFactory(
                 sparse_rule,
-                config.run.seed,
+                config.run.seed if drawn else None,
                 config.kernels.block_sparse,
                 ranks,
                 config.kernels.break_even,

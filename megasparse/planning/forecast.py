@@ -298,4 +298,6 @@ def _notes(planner: Planner, given: Layout, measured: dict[str, Any] | None) -> 
         )
     if config.deepspeed.offload_optimizer != "none":
         notes.append("extrapolated: deepspeed.offload_optimizer: the way to host memory and its optimizer are left out")
+    if config.sparsity.storage == "packed":
+        notes.append("sparsity.storage: packed is left out: memory and traffic are those of dense storage")
     return notes

@@ -10,6 +10,7 @@ from megasparse.config.stages import growth_step
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.groups import check_copied_settings
 from megasparse.sparsity.schedule import DensitySchedule, build_density_schedule
+from megasparse.sparsity.slots import Slots
 from megasparse.sparsity.state import StateAccess
 from megasparse.sparsity.topology import Topology
 
@@ -93,17 +94,25 @@ def check_stacked_layers(config: RunConfig, names: Iterable[str]) -> None:
         )
 
 
-def check_invariant(topologies: Iterable[Topology], access: StateAccess) -> None:
+def check_invariant(
+    topologies: Iterable[Topology], access: StateAccess, slots: Mapping[str, Slots] | None = None
+) -> None:
     """Raise RuntimeError naming the first layer whose weights or moments are not 0 outside its topology.
 
-    Per-weight steps of inactive weights count on; they begin anew when a weight is grown.
+    slots: of the layers with packed storage, by name: what is in no block is outside. Per-weight steps of inactive
+    weights count on; they begin anew when a weight is grown.
     """
     fragments = access.fragments()
     for topology in topologies:
         fragment = fragments.get(topology.name)
         if fragment is None:
             continue
-        inactive = ~topology.weights_slice(fragment.start, fragment.numel).to(fragment.master.device)
+        of_weights = (slots or {}).get(topology.name)
+        if of_weights is None:
+            active = topology.weights_slice(fragment.start, fragment.numel)
+        else:
+            active = of_weights.active_entries(fragment.start, fragment.numel)
+        inactive = ~active.to(fragment.master.device)
         moments = {label: tensor for label, tensor in fragment.moments.items() if label != "weight_steps"}
         for label, tensor in {"weight": fragment.master, **moments}.items():
             wrong = int(tensor[inactive].count_nonzero())

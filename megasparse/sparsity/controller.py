@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ from megasparse.sparsity.groups import LayerSettings, layer_settings
 from megasparse.sparsity.mask_check import check_masks, mask_digest
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
 from megasparse.sparsity.scores import DROP_SCORES
+from megasparse.sparsity.slots import Slots
 from megasparse.sparsity.state import Ranks, StateAccess
 from megasparse.sparsity.statistics import LayerStatistics, collect_statistics
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 from megasparse.sparsity.update import EvolvingLayer, update_layers
 
+ShardCounts = Mapping[str, tuple[int, ...]]
+"""Active units of each tensor-parallel shard, by layer."""
 OpenWeight = Callable[[torch.nn.Parameter], AbstractContextManager]
 
 # Densities at which two layers must agree to share one optimizer group.
@@ -49,6 +52,16 @@ class SparseLayer(Protocol):
     collect_dense_gradient: bool
 
     def topology_changed(self, num_active: int | None = None) -> None: ...
+
+
+class PackedSparseLayer(SparseLayer, Protocol):
+    """One whose weight is its active blocks."""
+
+    slot_blocks: Tensor
+
+    def initial_blocks(self) -> Tensor:
+        """Initial weights of the blocks in the slots, [capacity, block_size, block_size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,12 @@ class Controller:
             name: Topology(name, layer.mask, layer.block_size, layer.grid, self.tensor_parallel.rank)
             for name, layer in self.layers.items()
         }
+        self.slots = {
+            name: Slots(layer.slot_blocks, layer.block_size)
+            for name, layer in self.layers.items()
+            if hasattr(layer, "slot_blocks")
+        }
+        """Of the layers with packed storage."""
         self.shard_active = {name: (t.shard_units,) * t.num_shards for name, t in self.topologies.items()}
         self.ever_active: dict[str, Tensor] = {}
         self._kept_digests: list[int] = []
@@ -131,7 +150,9 @@ class Controller:
         densities = self.densities_at(0.0)
         for name, topology in self.topologies.items():
             target = unit_target(densities[name], topology.num_units)
-            if target < topology.num_units:
+            if name in self.slots:
+                self._start_packed(name, target, opened)
+            elif target < topology.num_units:
                 self._adopt(name, self._random_topology(name, target))
                 weight, power = self.layers[name].weight, self.config.sparsity.init_density_power
                 with torch.no_grad(), opened(weight):
@@ -140,6 +161,20 @@ class Controller:
                     weight.mul_(self._active_density(name) ** -power)
         self._remember_active()
         self._kept_digests = self._digests()
+
+    def _start_packed(self, name: str, target: int, opened: OpenWeight) -> None:
+        """The same for a layer with packed storage. Where its slots are too few for the beginning of the run, the state
+        of a later step is loaded next: then it only gets a mask that fits."""
+        layer, topology, slots = cast(PackedSparseLayer, self.layers[name]), self.topologies[name], self.slots[name]
+        if target > slots.capacity * topology.num_shards:
+            self._adopt(name, torch.arange(topology.num_units) < slots.capacity)
+            return
+        self._adopt(name, self._random_topology(name, target))
+        with torch.no_grad(), opened(layer.weight):
+            # At ZeRO stage 3 one rank fills in the weight for all of them.
+            if layer.weight.numel():
+                blocks = layer.initial_blocks() * self._active_density(name) ** -self.config.sparsity.init_density_power
+                layer.weight.copy_(blocks)
 
     def _random_topology(self, name: str, target: int) -> Tensor:
         """A random choice of `target` units of the whole layer, bool [num_units]; balanced between shards if asked."""
@@ -192,6 +227,7 @@ class Controller:
                 drop_score_lambda=self.config.sparsity.drop_score_lambda,
                 row_floor=self.config.sparsity.row_floor,
                 keep_regrown=self.config.sparsity.regrown == "keep",
+                slots=self.slots.get(name),
             )
             for name, counts in decision.counts.items()
         ]
@@ -282,6 +318,15 @@ class Controller:
             self.ever_active[name] = pack_bits(topology.pick(ever))
         self._kept_digests = self._digests()
 
+    def count_active(self, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Active units of each shard of each layer in what ``state`` gave. Raises ValueError as ``load_state`` does."""
+        found = {}
+        for name, topology in self.topologies.items():
+            if f"active/{name}" not in state:
+                raise ValueError(f"saved topology is of another model or setting: layer {name} is missing")
+            found[name] = _shard_counts(topology, unpack_bits(state[f"active/{name}"], topology.num_units))
+        return found
+
     def check_masks(self, mesh: Mesh) -> None:
         """Raise MaskError, on all ranks alike, where the masks of this or another rank are not those of the last
         topology update, or differ between replicas. Before a change or a save, which would hide it or make it last."""
@@ -355,8 +400,10 @@ class Controller:
         """Take over the mask of a whole layer, bool [num_units], which every rank has."""
         topology = self.topologies[name]
         topology.replace(topology.pick(active).to(topology.mask.device))
+        if name in self.slots:
+            self.slots[name].follow(topology.mask)
         # Counted where the mask comes from, the host: no layer waits for the device.
-        self._set_active(name, tuple(int(topology.pick(active, rank).sum()) for rank in range(topology.num_shards)))
+        self._set_active(name, _shard_counts(topology, active))
 
     def _set_active(self, name: str, shard_active: tuple[int, ...]) -> None:
         self.shard_active[name] = shard_active
@@ -400,6 +447,11 @@ class Controller:
 def _shares(total: int, num_shards: int) -> tuple[int, ...]:
     """As even as whole numbers can be; the first shards get one more."""
     return tuple(total // num_shards + (rank < total % num_shards) for rank in range(num_shards))
+
+
+def _shard_counts(topology: Topology, active: Tensor) -> tuple[int, ...]:
+    """active: bool [num_units]."""
+    return tuple(int(topology.pick(active, rank).sum()) for rank in range(topology.num_shards))
 
 
 def stream_number(name: str) -> int:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megasparse.sparsity.dense_gradients import BlockShare
 
 
 @dataclass(frozen=True)
 class StateFragment:
-    """Entries [start, start + numel) of a flat weight matrix, this tensor-parallel rank's shard of it.
+    """Entries [start, start + numel) of a flat weight matrix, this tensor-parallel rank's shard of it; with packed
+    storage of its blocks, slot after slot.
 
     The tensors [numel] are views, edited in place.
     """
@@ -48,6 +52,9 @@ class Ranks(Protocol):
 
 class StateAccess(Protocol):
     """State of the sparse matrices between ``backward`` and ``step``."""
+
+    dense_gradients: Mapping[str, BlockShare]
+    """This rank's shares of the dense gradients of layers with packed storage, where they were asked for."""
 
     @property
     def shard(self) -> Ranks:

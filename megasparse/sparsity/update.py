@@ -3,7 +3,8 @@
 Layers of blocks: every rank adds the sums of squares of its slices into the block grid, one all-reduce completes them,
 and each rank takes the same decision. Layers of single weights: scores stay where they are, the global top-k is a radix
 select (``selection``), and only the new mask bits, one per weight, are exchanged, between the ranks that share a
-tensor-parallel shard. Layers are taken a few at a time, which bounds the memory that a step needs.
+tensor-parallel shard. Layers are taken a few at a time, which bounds the memory that a step needs. With packed storage
+(``slots``) drop scores come from the blocks that a rank holds, growth scores from its share of the dense gradient.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megasparse.sparsity.chunks import chunks
+from megasparse.sparsity.chunks import chunks, positions
+from megasparse.sparsity.dense_gradients import BlockShare
 from megasparse.sparsity.evolution import Evolved, LayerPiece, StepCounts, evolve
 from megasparse.sparsity.scores import DROP_SCORES, block_norms, block_partial_sums
+from megasparse.sparsity.slots import EMPTY, Slots
 from megasparse.sparsity.state import StateAccess, StateFragment
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 
@@ -41,6 +44,8 @@ class EvolvingLayer:
     row_floor: bool
     keep_regrown: bool = False
     """Units that are dropped and grown again in the same update keep their weights and moments."""
+    slots: Slots | None = None
+    """Where the blocks lie, with packed storage; None: the weight is the whole matrix."""
 
     def untouched(self, piece: LayerPiece, evolved: Evolved) -> Tensor:
         """Units of a piece whose weights and moments stay as they are, bool [n]."""
@@ -94,7 +99,8 @@ def _update_blocks(
     seed: int,
     step: int,
 ) -> dict[str, Change]:
-    sums = [_block_sums(layer, fragments.get(layer.topology.name)) for layer in layers]
+    shares = {layer.topology.name: access.dense_gradients.get(layer.topology.name) for layer in layers if layer.slots}
+    sums = [_block_sums(layer, fragments.get(layer.topology.name), shares.get(layer.topology.name)) for layer in layers]
     flat = torch.cat([layer.topology.spread(part) for layer, pair in zip(layers, sums, strict=True) for part in pair])
     access.whole.sum_(flat)
     active = _whole_masks(layers, access)
@@ -116,7 +122,9 @@ def _update_blocks(
         untouched, active = layer.topology.pick(whole[0]), layer.topology.pick(whole[1])
         changes[layer.topology.name] = _adopt(layer.topology, active)
         fragment = fragments.get(layer.topology.name)
-        if fragment is not None:
+        if layer.slots is not None:
+            _edit_slots(layer.slots, layer.topology, fragment, shares[layer.topology.name], untouched)
+        elif fragment is not None:
             _edit(fragment, layer.topology, layer.topology.weights_slice(fragment.start, fragment.numel, untouched))
     return changes
 
@@ -147,14 +155,25 @@ def _block_pieces(layer: EvolvingLayer, active: Tensor, drop: Tensor, growth: Te
     ]
 
 
-def _block_sums(layer: EvolvingLayer, fragment: StateFragment | None) -> tuple[Tensor, Tensor]:
-    """This rank's share of the sums of squares behind drop and growth scores, float64 on the shard's block grid."""
+def _block_sums(
+    layer: EvolvingLayer, fragment: StateFragment | None, share: BlockShare | None
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of the sums of squares behind drop and growth scores, float64 on the shard's block grid.
+
+    share: of the dense gradient, with packed storage, where growth asks for it.
+    """
     grid, block_size = tuple(layer.topology.mask.shape), layer.topology.block_size
-    if fragment is None:
-        nothing = torch.zeros(grid, dtype=torch.float64, device=layer.topology.mask.device)
-        return nothing, nothing.clone()
-    drop, growth = _weight_scores(layer, fragment)
     device = layer.topology.mask.device
+    nothing = torch.zeros(grid, dtype=torch.float64, device=device)
+    if layer.slots is not None:
+        of_growth = nothing if share is None else share.square_sums(grid).to(device)
+        if fragment is None:
+            return nothing, of_growth
+        drop, _ = _weight_scores(layer, fragment)
+        return layer.slots.block_sums(drop, fragment.start, grid).to(device), of_growth
+    if fragment is None:
+        return nothing, nothing
+    drop, growth = _weight_scores(layer, fragment)
     return (
         block_partial_sums(drop, fragment.start, grid, block_size).to(device),
         block_partial_sums(growth, fragment.start, grid, block_size).to(device),
@@ -309,6 +328,31 @@ def _edit(fragment: StateFragment, topology: Topology, untouched: Tensor) -> Non
     for tensor in (fragment.master, *fragment.moments.values()):
         _clear(tensor, untouched)
     _clear(fragment.gradient, topology.weights_slice(fragment.start, fragment.numel))
+
+
+@torch.no_grad()
+def _edit_slots(
+    slots: Slots, topology: Topology, fragment: StateFragment | None, share: BlockShare | None, untouched: Tensor
+) -> None:
+    """Let the slots follow the new mask. Weights and moments of all but untouched blocks become 0; a slot that has a
+    new block gets its dense gradient, where there is one; gradients of other blocks that came or went become 0.
+
+    untouched: bool by block of the shard. share: all its owners call it alike.
+    """
+    before = slots.slot_blocks.clone()
+    slots.follow(topology.mask)
+    stays = (slots.slot_blocks == before) & (before != EMPTY)
+    new = positions((slots.slot_blocks != EMPTY) & ~stays)
+    gradients = None if share is None else share.gather(slots.slot_blocks[new].long().to(share.blocks.device))
+    if fragment is None:
+        return
+    start, numel = fragment.start, fragment.numel
+    kept = slots.entries(slots.of_blocks(untouched), start, numel)
+    for tensor in (fragment.master, *fragment.moments.values()):
+        _clear(tensor, kept)
+    _clear(fragment.gradient, slots.entries(stays, start, numel))
+    if gradients is not None:
+        slots.write(fragment.gradient, start, new, gradients)
 
 
 def _clear(values: Tensor, kept: Tensor) -> None:

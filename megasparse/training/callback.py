@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -27,6 +27,10 @@ from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import OpenWeight
 from megasparse.sparsity.state import StateAccess
+
+if TYPE_CHECKING:
+    # Plans import this module, and must do without DeepSpeed.
+    from megasparse.engine.training_engine import TrainingEngine
 
 
 class Beat(Protocol):
@@ -105,6 +109,14 @@ class Callback:
 
     def after_step(self, step: Step) -> None:
         """After the optimizer step; the state of training counts it as finished."""
+
+    def release_engine(self) -> None:
+        """The engine and the training methods are about to be replaced, as packed storage changes its capacity
+        (`sparsity.storage`): a callback that holds them must let go of them, or two engines are in memory."""
+
+    def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        """The new ones, which stand where the old ones stood. Methods are made anew and load what the old ones saved,
+        as in a run that goes on; ``begin_run`` of theirs follows."""
 
     def end_run(self, reason: str) -> None:
         """After the last step of this start or of a stage, whether the run is finished or was stopped."""

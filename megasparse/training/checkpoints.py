@@ -13,14 +13,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from threading import Event, Thread
 
 import torch
+from torch import Tensor
 
 from megasparse.checkpoint.index import Index, read_index
+from megasparse.checkpoint.packed import own_numbers
 from megasparse.checkpoint.reader import METHOD, RANDOM, Checkpoint, index_damage
 from megasparse.checkpoint.stacked import StackedCheckpoint
 from megasparse.checkpoint.store import PREFIX, CheckpointError, CheckpointStore, check_model
@@ -31,7 +34,11 @@ from megasparse.engine.restore import StagedState, apply_state, loss_scaler_stat
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import MaskError
 from megasparse.parallel import Mesh
+from megasparse.sparsity.slots import carried_slots
+from megasparse.sparsity.topology import unpack_bits
+from megasparse.training.build_engine import RunStorage, capacities_of
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
+from megasparse.training.mixed_sparsity import MixedSparsityTraining
 from megasparse.training.state import TrainState
 from megasparse.utils.files import describe_failure, sync_files
 
@@ -50,6 +57,10 @@ class Restored:
     """What is wrong with newer ones."""
     is_grown: bool = False
     """It is of the small model (section `stacking`), whose layers have been copied."""
+    capacities: Mapping[str, int] | None = None
+    """It needs an engine of these capacities of packed storage; nothing is restored yet."""
+    step: int | None = None
+    """Finished steps of the checkpoint that needs it."""
     needs_small: bool = False
     """The whole model has no good one, and the small one has some that it goes on from itself."""
 
@@ -66,14 +77,20 @@ class FailedSave:
 
 
 class Checkpointer:
-    """The checkpoints of one run, on every rank."""
+    """The checkpoints of one run, on every rank. storage: of a run with packed storage."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, mesh: Mesh, engine: TrainingEngine, methods: Sequence[TrainingMethod]
+        self,
+        folder: Path,
+        config: RunConfig,
+        mesh: Mesh,
+        engine: TrainingEngine,
+        methods: Sequence[TrainingMethod],
+        storage: RunStorage | None = None,
     ) -> None:
         self.store = CheckpointStore(folder, config.train.keep_checkpoints)
-        self._config, self._mesh, self._engine, self._methods = config, mesh, engine, methods
-        self._copy = HostCopy(engine)
+        self._config, self._mesh, self._storage = config, mesh, storage
+        self.take_engine(engine, methods)
         self._thread: Thread | None = None
         self._copied = Event()
         self._step = 0
@@ -89,6 +106,15 @@ class Checkpointer:
         if kind is not None and issubclass(kind, ArithmeticError | MaskError):
             self._join()
 
+    def release_engine(self) -> None:
+        """Let go of the engine, for another one to be built: what is being saved of it is waited for."""
+        self._join()
+        del self._engine, self._methods, self._copy
+
+    def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        self._engine, self._methods = engine, methods
+        self._copy = HostCopy(engine)
+
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint of the finished step; every rank calls it. The next step may begin when it returns, and
         change weights after ``wait_for_copy``: a thread copies the state, during the forward and backward passes, and
@@ -103,6 +129,7 @@ class Checkpointer:
             for method in self._methods
             for key, tensor in method.state().items()
         }
+        others |= self._copy.slots()
         others = others if self._mesh.is_first else {}
         others[f"{RANDOM}/cpu"] = torch.get_rng_state()
         # The sum of losses since the last line of metrics is each rank's own; all else in the state is common.
@@ -149,8 +176,9 @@ class Checkpointer:
             raise CheckpointError(message)
         return self.store.folder / self.store.name(self._step)
 
-    def restore(self) -> Restored:
-        """Go on from the newest good checkpoint, which rank 0 chooses; every rank calls it.
+    def restore(self, newest: int | None = None) -> Restored:
+        """Go on from the newest good checkpoint, which rank 0 chooses; every rank calls it. newest: from that of this
+        step or from an older one.
 
         Of a run with two stages (section `stacking`) those that the other stage goes on from are left aside. The whole
         model grows from one of the small one, which is at the end of its stage.
@@ -162,6 +190,7 @@ class Checkpointer:
         folders = self.store.folders() if self._mesh.is_first else []
         own = [folder for folder in folders if self._is_of_this_stage(folder) is not False]
         candidates = self._numbers([int(folder.name.removeprefix(PREFIX)) for folder in own])
+        candidates = [step for step in candidates if newest is None or step <= newest]
         for step in candidates:
             folder = self.store.folder / self.store.name(step)
             # Rank 0 looks first: the others may hold a view of a shared folder that is older. Of many files each rank
@@ -182,6 +211,9 @@ class Checkpointer:
                 continue
             assert checkpoint is not None and staged is not None
             with checkpoint:
+                if not isinstance(staged, StagedState):
+                    found.capacities, found.step = staged, step
+                    return found
                 found.is_grown = self._grows_from(checkpoint.index)
                 found.state = self._apply(checkpoint, staged)
             return found
@@ -213,11 +245,18 @@ class Checkpointer:
             return checkpoint, past, True
         return checkpoint, None, False
 
-    def _read(self, checkpoint: Checkpoint) -> tuple[StagedState | None, str | None, bool]:
-        """What this rank needs of it, or why it cannot be read, and whether older ones are of no use either."""
+    def _read(self, checkpoint: Checkpoint) -> tuple[StagedState | Mapping[str, int] | None, str | None, bool]:
+        """What this rank needs of it, or of which capacities of packed storage the engine must be to read it; or why it
+        cannot be read, and whether older ones are of no use either."""
         try:
             source = self._source(checkpoint)
-            staged = read_state(self._engine, source)
+            topology = source.method_state(MixedSparsityTraining.name)
+            checkpoint.check_slots()
+            if self._storage is not None:
+                capacities = self._storage.plan.capacities(self._storage.rung_of_saved(checkpoint.index.step, topology))
+                if capacities != capacities_of(self._engine):
+                    return capacities, None, False
+            staged = read_state(self._engine, source, self._slots(checkpoint, topology))
             for method in self._methods:
                 source.method_state(method.name)
         except CheckpointError as error:
@@ -225,6 +264,18 @@ class Checkpointer:
         except ValueError as error:
             return None, f"checkpoint {checkpoint.folder}: {error}", True
         return staged, None, False
+
+    def _slots(self, checkpoint: Checkpoint, topology: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block in each slot of this rank's packed layers, by layer: as it was where the layout is the same."""
+        ranks, found = self._mesh.tensor_parallel, {}
+        is_same = checkpoint.index.layout.get("tensor_parallel_size") == ranks.size
+        for name, layer in self._engine.packed_layers.items():
+            mask = unpack_bits(topology[f"active/{layer.name}"], prod(layer.grid.shape)).view(layer.grid.shape)
+            saved = checkpoint.slots(name) if is_same else None
+            if saved is not None:
+                saved = own_numbers(layer.grid, ranks.rank, saved.chunk(layer.grid.size)[ranks.rank])
+            found[layer.name] = carried_slots(saved, layer.grid.shard(mask, ranks.rank), layer.capacity)
+        return found
 
     def _apply(self, checkpoint: Checkpoint, staged: StagedState) -> TrainState:
         apply_state(self._engine, staged)
@@ -369,6 +420,24 @@ def begins_small(store: CheckpointStore, config: RunConfig) -> bool:
     return next((small for small in found if small is not None), True)
 
 
+def begin_capacities(storage: RunStorage | None, store: CheckpointStore | None, mesh: Mesh) -> Mapping[str, int] | None:
+    """Capacities of packed storage with which a run begins, or goes on from the newest checkpoint of `store` that can
+    be read, by rank 0; every rank calls it. ``restore`` says so where another one is taken after all."""
+    if storage is None:
+        return None
+    rung = storage.plan.at(0)
+    for folder in store.folders() if mesh.is_first and store is not None else ():
+        try:
+            with Checkpoint(folder) as checkpoint:
+                topology = checkpoint.method_state(MixedSparsityTraining.name)
+                rung = storage.rung_of_saved(checkpoint.index.step, topology)
+        except ValueError:
+            # Of a damaged checkpoint, or of one of another model, it is told when it is restored.
+            continue
+        break
+    return storage.plan.capacities(int(mesh.gather_rows(torch.tensor([rung]))[0]))
+
+
 class Checkpointing(Callback):
     """Saves every `train.save_interval` steps, and at the end of a run that has made a step since.
 
@@ -381,6 +450,12 @@ class Checkpointing(Callback):
         self._checkpointer, self._interval, self._state = checkpointer, interval, state
         self._note, self._beat, self._saved_step, self._saved = note, beat, state.step, False
         self._due = False
+
+    def release_engine(self) -> None:
+        self._checkpointer.release_engine()
+
+    def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        self._checkpointer.take_engine(engine, methods)
 
     def after_backward(self, step: Step) -> None:
         self._checkpointer.wait_for_copy()

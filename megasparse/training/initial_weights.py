@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from megasparse.checkpoint.model_folder import ModelFolder, fitted
+from megasparse.checkpoint.packed import whole_numbers
 from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import WEIGHT, apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.kernels.block_sparse import pack
 from megasparse.parallel import ShardSpec, shard_spec_of
 from megasparse.training.callback import TrainingMethod
 from megasparse.training.initial_checks import open_initial
@@ -40,16 +42,27 @@ class _InitialState:
 
     def __init__(self, folder: ModelFolder, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
         self._folder, self._methods = folder, methods
-        self.shapes = {name: shard_spec_of(p).shape for name, p in engine.model.named_parameters()}
+        layers = engine.packed_layers
+        self.shapes = {
+            name: layers[name].partition.shape if name in layers else shard_spec_of(parameter).shape
+            for name, parameter in engine.model.named_parameters()
+        }
 
     def kinds(self, name: str) -> list[str]:
         return [WEIGHT]
 
     def fragment(self, name: str, kind: str, spec: ShardSpec, rank: int, start: int, numel: int) -> Tensor:
+        return spec.shard(self._weight(name), rank).reshape(-1)[start : start + numel].clone()
+
+    def blocks(self, name: str, kind: str, grid: ShardSpec, rank: int, numbers: Tensor) -> Tensor:
+        weight = self._weight(name)
+        return pack(weight, whole_numbers(grid, rank, numbers), weight.shape[1] // grid.shape[1])
+
+    def _weight(self, name: str) -> Tensor:
         weight = fitted(name, self._folder.tensor(name), self.shapes[name]).to(torch.float32)
         for method in self._methods:
             weight = method.initial_weight(name, weight)
-        return spec.shard(weight, rank).reshape(-1)[start : start + numel].clone()
+        return weight
 
     def loss_scaler(self) -> Mapping[str, float]:
         return {}

@@ -25,6 +25,7 @@ from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.parallel import Mesh
+from megasparse.training.build_engine import Renewal
 from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -46,10 +47,11 @@ class Trainer:
     callbacks: Sequence[Callback] = field(default_factory=list)
     watchdog: Watchdog | None = None
     """None: nobody looks whether the run hangs."""
+    renewal: Renewal | None = None
+    """None: the engine is never built anew."""
 
     def __post_init__(self) -> None:
-        model = self.engine.model
-        self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
+        self._count_flops()
         if self.mesh.device.type == "cuda":
             self.state.ledger.seconds.use_device()
         self._first_step = self.state.step + 1
@@ -64,12 +66,11 @@ class Trainer:
         Raises SkippedStepsError, on all ranks alike, where `train.max_skipped_steps` in a row were skipped.
         """
         train, self._stop = self.config.train, stop
-        hooks, reason = [*self.methods, *self.callbacks], "finished"
-        start = Step(self.state.step - 1)
-        for hook in hooks:
-            hook.begin_run(start)
+        reason = "finished"
+        self._begin_run()
         with self.loader() as loader:
             while reason == "finished" and self.state.step < train.steps:
+                self.renew_engine()
                 step = self.train_step(loader)
                 for callback in self.callbacks:
                     callback.after_step(step)
@@ -81,9 +82,42 @@ class Trainer:
                     reason = f"stopped after step {train.stop_after} (train.stop_after)"
                 elif self.state.step == self._growth:
                     reason = GROWTH
-        for hook in hooks:
+        for hook in (*self.methods, *self.callbacks):
             hook.end_run(reason)
         return reason
+
+    def _begin_run(self) -> None:
+        # In a function of its own, as no variable may hold a method when the engine is built anew.
+        start = Step(self.state.step - 1)
+        for hook in (*self.methods, *self.callbacks):
+            hook.begin_run(start)
+
+    def renew_engine(self) -> None:
+        """Build the engine anew where packed storage changes its capacity with the next step."""
+        capacities = None
+        if self.renewal is not None:
+            capacities = self.renewal.due(self.engine, self.methods, self.state.step)
+        if self.renewal is None or capacities is None:
+            return
+        if self.watchdog is not None:
+            self.watchdog.beat(f"step {self.state.step + 1}: new engine", slow=True)
+        with self.state.ledger.seconds.step(), self.state.ledger.seconds.part("topology"):
+            # Methods are let go of themselves.
+            for callback in self.callbacks:
+                callback.release_engine()
+            kept = self.renewal.keep(self.engine, self.methods)
+            self.engine.close()
+            del self.engine, self.methods, self._flops
+            self.methods, self.engine = self.renewal.build(kept, capacities)
+            self._count_flops()
+        for callback in self.callbacks:
+            callback.take_engine(self.engine, self.methods)
+        for method in self.methods:
+            method.begin_run(Step(self.state.step - 1))
+
+    def _count_flops(self) -> None:
+        model = self.engine.model
+        self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
 
     def loader(self) -> BatchLoader:
         """This rank's micro-batches from the present position to the end of the run."""

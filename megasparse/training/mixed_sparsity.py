@@ -25,6 +25,7 @@ from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller, OpenWeight, TopologyReport
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due, pattern_at
+from megasparse.sparsity.storage import plan_storage
 from megasparse.training.callback import Engine, Step, TrainingMethod
 from megasparse.training.initial_checks import is_used, start_density, topology_density
 
@@ -139,6 +140,20 @@ class MixedSparsityTraining(TrainingMethod):
 
         return next((at for at in range(index + 1, last) if pattern(at) != decision.pattern), last)
 
+    def plan_lines(self) -> list[str]:
+        """Of packed storage: how much room there is in which steps."""
+        if self.config.sparsity.storage == "dense" or not self.controller.topologies:
+            return []
+        plan, topologies = plan_storage(self.config, self.controller), self.controller.topologies
+        lines = []
+        for first, end, rung in plan.stretches(self.config.train.steps):
+            room, of_rank = plan.capacities(rung), {name: t.shard_units for name, t in topologies.items()}
+            blocks, whole = sum(room.values()), sum(of_rank[name] for name in room)
+            packed = f"{len(room)} of {len(topologies)} sparse matrices packed, room for {blocks:,} of {whole:,} blocks"
+            where = f"steps {first + 1:,} to {end:,}"
+            lines.append(f"storage in {where}: {packed}" if room else f"storage in {where}: dense")
+        return lines
+
     def summary(self) -> dict[str, Any]:
         return {"final_density": self.controller.density()}
 
@@ -157,7 +172,7 @@ class MixedSparsityTraining(TrainingMethod):
     def check_state(self) -> None:
         """Inactive entries of weights and moments are exactly 0."""
         assert self._engine is not None
-        check_invariant(list(self.controller.topologies.values()), self._engine.state)
+        check_invariant(list(self.controller.topologies.values()), self._engine.state, self.controller.slots)
 
     def _record(self, report: TopologyReport, step: Step) -> dict[str, Any]:
         """The line of an update; the kernels of the layers have been chosen anew with it."""

@@ -30,6 +30,7 @@ from megasparse.cost.dense_kernels import dense_kernels, dense_warnings
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.cost.storage import storage_stretches
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
@@ -77,6 +78,9 @@ def plan_run(
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     train = config.train
+    storage = storage_stretches(config, vocab_size, controller, world_size)
+    # At its peak: where least is packed.
+    memories = [stretch["memory"] for stretch in storage] or [memory_per_rank(config, model, world_size)]
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
     for stage in planned:
@@ -101,7 +105,8 @@ def plan_run(
             "executed": flops.executed,
             "ratio": flops.algorithmic / flops.dense,
         },
-        "memory": memory_per_rank(config, model, world_size),
+        "memory": max(memories, key=lambda parts: parts["total"]),
+        "storage": storage,
         "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": _parallel(config, world_size),
         "kernels": {

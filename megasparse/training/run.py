@@ -50,9 +50,9 @@ from megasparse.monitoring.records import RunRecords
 from megasparse.monitoring.trackers import check_trackers
 from megasparse.parallel import Mesh
 from megasparse.sparsity.schedule import build_density_schedule
-from megasparse.training.build_engine import build_engine
+from megasparse.training.build_engine import Renewal, RunStorage, build_engine
 from megasparse.training.callback import Callback, MethodFactory, TrainingMethod
-from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restored, begins_small
+from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restored, begin_capacities, begins_small
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
@@ -108,6 +108,8 @@ class Stage:
     checkpointer: Checkpointer
     state: TrainState
     found: Restored
+    storage: RunStorage | None = None
+    """Of a run with packed storage."""
 
 
 @dataclass
@@ -299,15 +301,23 @@ def enter_stage(
         small = mesh.agree_any(mesh.is_first and begins_small(store, config))
         # Where no checkpoint of the whole model can be read after all, the small one goes on.
         stages = [small_stage(config)] if small else [config, small_stage(config)]
+    storage = RunStorage.of(config, prepared.vocab_size, mesh.tensor_parallel)
+    capacities = begin_capacities(storage, store if going_on else None, mesh)
     passed_over: list[str] = []
-    for own in stages:
-        methods, engine = build_engine(own, prepared.vocab_size, mesh, extensions.objective, extensions.methods)
-        checkpointer = Checkpointer(store.folder, own, mesh, engine, methods)
-        found = checkpointer.restore() if going_on else Restored()
+    newest = None
+    while stages:
+        own, more = stages[0], (extensions.objective, extensions.methods)
+        methods, engine = build_engine(own, prepared.vocab_size, mesh, *more, capacities=capacities)
+        checkpointer = Checkpointer(store.folder, own, mesh, engine, methods, storage)
+        found = checkpointer.restore(newest) if going_on else Restored()
         found.passed_over = list(dict.fromkeys([*passed_over, *found.passed_over]))
-        if not found.needs_small:
+        if not found.needs_small and found.capacities is None:
             closing.enter_context(checkpointer)
-            return Stage(own, methods, engine, checkpointer, found.state or TrainState(), found)
+            return Stage(own, methods, engine, checkpointer, found.state or TrainState(), found, storage)
+        if found.needs_small:
+            stages.pop(0)
+        else:
+            capacities, newest = found.capacities, found.step
         passed_over = found.passed_over
         engine.close()
         del methods, engine, checkpointer
@@ -321,6 +331,9 @@ def make_trainer(stage: Stage, prepared: Prepared, built: Built, profile: Sequen
     # The last loss of the small model, and the first one of the whole model, as copied.
     lines_at = {growth_step(config) or 0} if is_small(config) else {state.step + 1} if stage.found.is_grown else set()
     trainer = Trainer(config, mesh, engine, stage.methods, prepared.train_data, state, watchdog=built.watchdog)
+    if stage.storage is not None:
+        more = (built.extensions.objective, built.extensions.methods)
+        trainer.renewal = Renewal(config, prepared.vocab_size, mesh, stage.storage, *more)
     note, beat = built.progress.message, built.watchdog.beat
     trainer.callbacks = [
         *built.extensions.callbacks,

@@ -15,7 +15,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.data import split_samples
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
+from megasparse.training.callback import Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
 
 
@@ -29,6 +29,12 @@ class Validation(Callback):
         self, config: RunConfig, engine: TrainingEngine, dataset: Sequence[np.ndarray], mesh: Mesh, state: TrainState
     ) -> None:
         self._train, self._engine, self._dataset, self._mesh, self._state = config.train, engine, dataset, mesh, state
+
+    def release_engine(self) -> None:
+        del self._engine
+
+    def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        self._engine = engine
 
     def after_step(self, step: Step) -> None:
         train, interval = self._train, self._train.valid_interval

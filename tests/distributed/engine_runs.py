@@ -22,7 +22,7 @@ from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.parallel.mesh import make_mesh
 from megasparse.sparsity.checks import check_invariant
 from megasparse.sparsity.controller import Controller
-from megasparse.training.build_engine import build_engine
+from megasparse.training.build_engine import RunStorage, build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.state import TrainState
 
@@ -99,7 +99,9 @@ def make_batches(config: RunConfig, seed: int | None = None) -> list[Tensor]:
 
 
 def build(mesh: Mesh, config: RunConfig) -> tuple[TrainingEngine, Controller]:
-    (method,), engine = build_engine(config, config.model.vocab_size, mesh)
+    storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
+    capacities = None if storage is None else storage.plan.capacities(storage.plan.at(0))
+    (method,), engine = build_engine(config, config.model.vocab_size, mesh, capacities=capacities)
     return engine, method.controller
 
 
@@ -130,11 +132,13 @@ def train_step(mesh: Mesh, engine: TrainingEngine, controller: Controller, step:
 def check_state(engine: TrainingEngine, controller: Controller) -> None:
     """Inactive entries are exactly 0 in master weights, moments and the model's own weights; the latter are the master
     rounded to the model's dtype. Raises AssertionError or RuntimeError."""
-    check_invariant(list(controller.topologies.values()), engine.state)
+    check_invariant(list(controller.topologies.values()), engine.state, controller.slots)
     fragments = engine.state.fragments()
     for name, topology in controller.topologies.items():
         weight = model_weight(controller.layers[name].weight).reshape(-1)
-        assert not weight[~topology.weights_slice(0, weight.numel())].any(), f"inactive model weights of {name}"
+        stored = controller.slots.get(name)
+        active = (topology.weights_slice if stored is None else stored.active_entries)(0, weight.numel())
+        assert not weight[~active].any(), f"inactive model weights of {name}"
         if name in fragments:
             fragment = fragments[name]
             mine = weight[fragment.start : fragment.start + fragment.numel]

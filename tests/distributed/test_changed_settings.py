@@ -62,6 +62,7 @@ OTHER = {
     "sparsity.lr_density_power": "0",
     "sparsity.balance_shards": "true",
     "sparsity.algorithm": "set",
+    "sparsity.storage": "packed",
     "sparsity.groups": "[{pattern: layers.0.*, density: 0.3}]",
     "kernels.block_sparse": "reference",
     "kernels.hybrid_attention": "reference",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from harness import run_distributed
 from traffic import counted
 
 from megasparse.cost.resources import communication_per_rank, memory_per_rank
+from megasparse.cost.storage import storage_stretches
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller
 
 BLOCKS = ["model.hidden_size=64", "sparsity.block_size=16"]
 WEIGHTS = ["model.hidden_size=64", "sparsity.block_size=1"]
+PACKED = ["sparsity.storage=packed", "sparsity.algorithm=rigl", "sparsity.density=0.2"]
 CASES = {
     2: [
         *[(BLOCKS, Layout(2, 1, zero, 2)) for zero in range(4)],
+        *[([*BLOCKS, *PACKED], Layout(2, 1, zero, 2)) for zero in range(4)],
         ([*WEIGHTS, "train.precision=bf16"], Layout(2, 1, 1, 1)),
         (WEIGHTS, Layout(1, 2, 0, 2)),
         ([*BLOCKS, "parallel.sequence_parallel=true"], Layout(1, 2, 0, 1)),
@@ -41,6 +45,10 @@ def measured(mesh: Mesh, overrides: list[str], layout: Layout, traffic) -> dict:
     found: dict = {"kept": 0}
     for step, batch in enumerate(make_batches(config)[:8]):
         decision, before = controller.begin_step(step), traffic.bytes_sent
+        layers = engine.packed_layers.values()
+        whole = sum(prod(layer.partition.local_shape) for layer in layers if layer.collect_dense_gradient)
+        # In the backward passes already.
+        of_update = engine.accumulation_steps * 8 * whole * (1 - 1 / mesh.data_parallel.size)
         size = config.train.micro_batch_size
         for micro in range(engine.accumulation_steps):
             start = (micro * mesh.data_parallel.size + mesh.data_parallel.rank) * size
@@ -52,7 +60,8 @@ def measured(mesh: Mesh, overrides: list[str], layout: Layout, traffic) -> dict:
         ordinary, before_topology = traffic.bytes_sent - before, traffic.bytes_sent
         if decision.changes_topology:
             controller.update_topology(engine.state)
-            found["topology"] = traffic.bytes_sent - before_topology
+            found["topology"] = traffic.bytes_sent - before_topology + of_update
+            found["with update"] = ordinary - of_update
         before_step = traffic.bytes_sent
         engine.step(1e-3)
         found["step"] = ordinary + traffic.bytes_sent - before_step
@@ -107,12 +116,29 @@ def found() -> dict[str, dict]:
     return results
 
 
+def check_packed(ranks: list[dict], stretch: dict, dense: list[dict]) -> None:
+    """Of a run that is packed from its beginning, in an ordinary step and in one with a topology update."""
+    memory, sent = stretch["memory"], stretch["communication"]
+    for rank, of_dense in zip(ranks, dense, strict=True):
+        assert rank["step"] == pytest.approx(sent["data_parallel"], rel=0.01)
+        # Blocks are grown in fewer slots than there are.
+        assert 0.7 * sent["topology_step"] <= rank["topology"] <= sent["topology_step"] + 1
+        assert rank["with update"] <= 1.01 * sent["data_parallel"]
+        assert rank["masks"] == pytest.approx(memory["masks"], rel=1e-3)
+        assert rank["optimizer"] == pytest.approx(memory["optimizer"], rel=0.01)
+        assert rank["step"] < 0.4 * of_dense["step"] and rank["optimizer"] < 0.4 * of_dense["optimizer"]
+
+
 @pytest.mark.parametrize(("overrides", "layout"), [case for cases in CASES.values() for case in cases], ids=str)
 def test_the_plan_equals_the_run(found, overrides, layout) -> None:
     config = run_config(overrides, layout)
     with torch.device("meta"):
         model = build_model(config, config.model.vocab_size, CommunicationGroup(0, layout.tensor))
     controller = Controller(config, model.sparse_layers(), CommunicationGroup(0, layout.tensor))
+    if config.sparsity.storage == "packed":
+        (stretch,) = storage_stretches(config, config.model.vocab_size, controller, layout.world_size)
+        check_packed(found[f"{overrides}{layout}"], stretch, found[f"{BLOCKS}{layout}"])
+        return
     memory = memory_per_rank(config, model, layout.world_size)
     sent = communication_per_rank(config, model, controller, layout.world_size)
     for rank in found[f"{overrides}{layout}"]:

@@ -28,6 +28,7 @@ TWO_RANKS = [
     ("zero 1, bf16, per-weight steps", [BF16, "sparsity.per_weight_step_counts=true"], Layout(2, zero=1)),
     ("zero 2, unclipped", [UNCLIPPED], Layout(2, zero=2, accumulation=2)),
     ("zero 3, bf16", [BF16, WEIGHTS], Layout(2, zero=3)),
+    ("zero 2, packed", ["sparsity.storage=packed"], Layout(2, zero=2)),
     ("tensor parallel", [WEIGHTS], Layout(1, 2, zero=1)),
 ]
 FURTHER = [
@@ -74,7 +75,7 @@ def test_skipped_steps_change_nothing_on_any_rank(tmp_path: Path, ranks: int, ca
     chosen = (
         cases
         if ranks == 1
-        else [case for case in cases if case[0] in ("zero 1, bf16, per-weight steps", "zero 3, bf16")]
+        else [case for case in cases if case[0] in ("zero 1, bf16, per-weight steps", "zero 3, bf16", "zero 2, packed")]
     )
     resumed = run_distributed(run_faulty, ranks, chosen, tmp_path / "resumed", [7, 39, None])
     check(resumed)

@@ -13,14 +13,15 @@ from typing import Any
 
 from engine_runs import Layout, divided, run_config
 
+from megasparse.checkpoint.store import CheckpointStore
 from megasparse.config.schema import RunConfig
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.build import build_data
 from megasparse.monitoring.console import quiet
 from megasparse.parallel import Mesh
-from megasparse.training.build_engine import build_engine
+from megasparse.training.build_engine import Renewal, RunStorage, build_engine
 from megasparse.training.callback import Callback, no_beat
-from megasparse.training.checkpoints import Checkpointer, Checkpointing
+from megasparse.training.checkpoints import Checkpointer, Checkpointing, begin_capacities
 from megasparse.training.loop import Trainer
 from megasparse.training.metrics import Metrics
 from megasparse.training.objectives import Objective
@@ -69,9 +70,11 @@ def train_run(
     watch: Callable[[Trainer], Callback] | None = None,
 ) -> list[dict[str, Any]]:
     """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
-    methods, engine = build_engine(config, config.model.vocab_size, mesh, objective)
+    storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
+    capacities = begin_capacities(storage, CheckpointStore(folder / "checkpoints", 1), mesh)
+    methods, engine = build_engine(config, config.model.vocab_size, mesh, objective, capacities=capacities)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods)
+    checkpointer = Checkpointer(folder / "checkpoints", config, mesh, engine, methods, storage)
     train_data, valid_data = build_data(config, config.model.vocab_size)
     lines, state = Lines(), checkpointer.restore().state or TrainState()
     callbacks = [
@@ -80,6 +83,10 @@ def train_run(
         Checkpointing(checkpointer, config.train.save_interval, state, print, no_beat),
     ]
     trainer = Trainer(config, mesh, engine, methods, train_data, state, callbacks)
+    if storage is not None:
+        trainer.renewal = Renewal(config, config.model.vocab_size, mesh, storage, objective)
+    # The trainer alone holds them, as they may be replaced.
+    del engine, methods
     if watch is not None:
         trainer.callbacks = [watch(trainer), *callbacks]
     with checkpointer, StopSignal() as stop:

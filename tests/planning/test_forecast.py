@@ -232,3 +232,9 @@ def test_layout_words_are_settings() -> None:
     assert Layout.of(load_config([], layout.words().split())) == layout
     config = load_config([], ["train.precision=bf16"])
     assert Layout.of(layout.applied_to(config)) == layout
+
+
+def test_packed_storage_is_said_to_be_left_out() -> None:
+    words = "sparsity.storage=packed"
+    assert any(words.replace("=", ": ") in note for note in small(words)["notes"])
+    assert not any("sparsity.storage" in note for note in small()["notes"])

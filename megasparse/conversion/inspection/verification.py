@@ -76,6 +76,7 @@ def _bad_checkpoint(path: Path) -> Iterator[Problem]:
         yield Problem(str(path / INDEX), str(error))
         return
     with saved:
+        are_whole = True
         try:
             files = list(saved.files())
         except CheckpointError as error:
@@ -85,7 +86,13 @@ def _bad_checkpoint(path: Path) -> Iterator[Problem]:
             try:
                 saved.check_file(file, part)
             except CheckpointError as error:
+                are_whole = False
                 yield Problem(str(path / file), str(error).removeprefix(f"{path / file}: "))
+        try:
+            if are_whole:
+                saved.check_slots()
+        except ValueError as error:
+            yield Problem(str(path), str(error))
 
 
 def _bad_files(path: Path, kind: str) -> Iterator[Problem]:
