@@ -435,7 +435,7 @@ def begin_capacities(storage: RunStorage | None, store: CheckpointStore | None, 
             # Of a damaged checkpoint, or of one of another model, it is told when it is restored.
             continue
         break
-    return storage.plan.capacities(int(mesh.gather_rows(torch.tensor([rung]))[0]))
+    return storage.plan.capacities(int(mesh.from_first(torch.tensor([rung]))[0]))
 
 
 class Checkpointing(Callback):
