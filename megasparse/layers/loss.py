@@ -34,6 +34,21 @@ ChunkLoss = Callable[[torch.Tensor, slice, bool], torch.Tensor]
 same on all ranks. Overwrites the logits: with the gradient of the losses' sum where it is wanted."""
 
 
+def weighted(losses: ChunkLoss, weights_BT: torch.Tensor | None) -> ChunkLoss:
+    """The same losses, each times its weight, float32; None: as they are."""
+    if weights_BT is None:
+        return losses
+    weights_N = weights_BT.flatten()
+
+    def weighted_losses(logits_NW: torch.Tensor, tokens: slice, wants_gradient: bool) -> torch.Tensor:
+        losses_N = losses(logits_NW, tokens, wants_gradient)
+        if wants_gradient:
+            logits_NW.mul_(weights_N[tokens].unsqueeze(1))
+        return losses_N * weights_N[tokens]
+
+    return weighted_losses
+
+
 class Vocabulary:
     """What a rank knows of the vocabulary: `size` entries in a table of `rows` rows, divided evenly."""
 
