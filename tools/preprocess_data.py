@@ -94,9 +94,8 @@ def example_encoder(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Exam
         special = tokenizer.special_tokens
         template = load_template(arguments.tokenizer_path, list(special))
     if chosen == "tokenizer" and template is None:
-        raise ValueError(
-            f"--template: tokenizer; must be plain: {arguments.tokenizer_path or arguments.tokenizer} has no chat template"
-        )
+        named = arguments.tokenizer_path or arguments.tokenizer
+        raise ValueError(f"--template: tokenizer; must be plain: {named} has no chat template")
     return ExampleEncoder(tokenizer, ExampleOptions(**given), template, special if template else None)
 
 
