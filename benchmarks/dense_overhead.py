@@ -24,7 +24,7 @@ from megasparse.data import Batch
 from megasparse.engine.training_engine import DTYPES
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.build import build_model
-from megasparse.training.objectives import NextTokenCrossEntropy
+from megasparse.objectives.objective import NextTokenCrossEntropy
 
 
 def main() -> None:

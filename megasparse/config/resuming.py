@@ -84,6 +84,8 @@ FREE: dict[str, str] = {
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap",
+    "distillation": "teacher cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens epsilon "
+    "reduction last_state ratio_over",
     "kernels": "block_sparse break_even hybrid_attention elementwise optimizer tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
+PADDING_DOCUMENT = 2**31 - 1
+"""Number of the document that fills up samples of whole examples: behind all others, as they never decrease."""
+
+
 class Batch(NamedTuple):
     """Samples as a model takes them, each int64 [B, T]."""
 
@@ -31,6 +35,16 @@ class Batch(NamedTuple):
     """Factor of the loss of each target, float32, 0 where it is not learned; None: all 1. Their mean is 1 over all
     samples of an optimizer step, on all ranks, so that the mean over micro-batches and ranks of mean(weights * losses)
     is the mean loss of the targets that are learned, however the step is divided."""
+
+    @property
+    def is_example(self) -> torch.Tensor | None:
+        """Which inputs do not fill up a sample, bool; None: all."""
+        return None if self.documents is None else self.documents != PADDING_DOCUMENT
+
+    @property
+    def is_learned(self) -> torch.Tensor | None:
+        """Which targets have a loss, bool; None: all."""
+        return None if self.weights is None else self.weights > 0
 
 
 def split_samples(samples: torch.Tensor, target_share: float | None = None) -> Batch:

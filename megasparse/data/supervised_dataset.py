@@ -19,6 +19,7 @@ import numpy as np
 from megasparse.data.dataset import check_ids
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
+from megasparse.data.loader import PADDING_DOCUMENT
 
 
 class SupervisedDataset:
@@ -67,7 +68,7 @@ class SupervisedDataset:
             piece[0], piece[1], piece[2] = tokens, place, self._mask.document(number)
             piece[2, 0] = 0
             position += len(tokens)
-        sample[1, position:] = len(self._samples[index])
+        sample[1, position:] = PADDING_DOCUMENT
         return sample
 
     def target_share(self, index: int) -> float:

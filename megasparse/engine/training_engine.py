@@ -72,7 +72,7 @@ class TrainingEngine:
     """One rank's share of the training state. The mesh's process group must exist.
 
     rules: say which parameters have learning rates of their own.
-    objective: gives the loss of a batch and its named parts, see ``training.objectives``.
+    objective: gives the loss of a batch and its named parts, see ``objectives.objective``.
     """
 
     def __init__(

@@ -98,6 +98,26 @@ class Vocabulary:
                 logits_NW.copy_(scores_NW)
         return sums_N.log() - picked_N
 
+    def divergence(
+        self, logits_NW: torch.Tensor, teacher_NW: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(p || q) of each token, float32 [N], in nats, the same on every rank, and its gradient by the logits of q,
+        float32 [N, W]; p = softmax(teacher / temperature), q = softmax(logits / temperature). Both stay as they are."""
+        p_NW, q_NW = (self._log_probabilities(x, temperature) for x in (teacher_NW, logits_NW))
+        gradient_NW = q_NW.exp().sub_(p_NW.exp()).div_(temperature)
+        held = slice(0, self.width)
+        # Padding has -inf on both sides, and no part in the sum.
+        terms_NW = p_NW[:, held].exp() * (p_NW[:, held] - q_NW[:, held])
+        return self.tensor_parallel.axis.sum_(terms_NW.sum(1)), gradient_NW
+
+    def _log_probabilities(self, logits_NW: torch.Tensor, temperature: float) -> torch.Tensor:
+        """log softmax over the whole vocabulary, this rank's part of it, float32 [N, W]; -inf where it is padded."""
+        axis = self.tensor_parallel.axis
+        scores_NW = logits_NW.to(torch.float32) / temperature
+        scores_NW[:, self.width :] = -torch.inf
+        scores_NW.sub_(axis.max_(scores_NW.amax(1)).unsqueeze(1))
+        return scores_NW.sub_(axis.sum_(scores_NW.exp().sum(1)).log_().unsqueeze(1))
+
 
 class HeadInChunks(nn.Module):
     """The mean of a loss of the head's logits. The head stays where it is in the model; nothing is registered here.

@@ -34,6 +34,7 @@ from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
+from megasparse.objectives.checks import distillation_warnings, teacher_bytes
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.checks import check_stacked_layers
 from megasparse.sparsity.controller import Controller
@@ -100,7 +101,7 @@ def plan_run(
             "executed": flops.executed,
             "ratio": flops.algorithmic / flops.dense,
         },
-        "memory": memory_per_rank(config, model, world_size),
+        "memory": _memory(config, model, world_size),
         "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": _parallel(config, world_size),
         "kernels": {
@@ -111,6 +112,7 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
+            *distillation_warnings(config, vocab_size),
             *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
             *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
@@ -258,6 +260,12 @@ def _parallel(config: RunConfig, world_size: int) -> dict[str, int]:
         "micro_batch_size": train.micro_batch_size,
         "accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
     }
+
+
+def _memory(config: RunConfig, model: GPT, world_size: int) -> dict[str, int]:
+    """``memory_per_rank``, and the weights of a teacher where there is one."""
+    memory, teacher = memory_per_rank(config, model, world_size), teacher_bytes(config, world_size)
+    return memory | {"teacher": teacher, "total": memory["total"] + teacher} if teacher else memory
 
 
 def _documents(config: RunConfig) -> str:

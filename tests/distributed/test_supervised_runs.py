@@ -16,7 +16,7 @@ from trainer_runs import run_trainers
 from megasparse.data import IndexedDataset, IndexedDatasetWriter, split_samples
 from megasparse.data.build import build_data
 from megasparse.models.build import build_model
-from megasparse.training.objectives import NextTokenCrossEntropy
+from megasparse.objectives.objective import NextTokenCrossEntropy
 
 COMMON = [
     "model.hidden_size=32",
@@ -40,15 +40,15 @@ SEQUENCE = ["parallel.sequence_parallel=true"]
 LOSS_RTOL = 5e-6
 
 
-def write_examples(prefix: Path) -> Path:
+def write_examples(prefix: Path, vocab_size: int = 64) -> Path:
     """A prompt tells the first token of an answer and its step; answers are 1 to 20 tokens long, so that the samples
     of a step differ much in how many they have."""
     chance = random.Random(0)
     with IndexedDatasetWriter(prefix, "uint16", loss_mask=True) as writer:
         for _ in range(400):
-            first, step = chance.randrange(63), chance.randrange(1, 8)
-            answer = [1 + (first + i * step) % 63 for i in range(chance.choice((1, 2, 3, 20)))]
-            asked = [step, 63, *chance.choices(range(1, 60), k=chance.randint(0, 6)), 1 + first]
+            first, step = chance.randrange(vocab_size - 2), chance.randrange(1, 8)
+            answer = [1 + (first + i * step) % (vocab_size - 2) for i in range(chance.choice((1, 2, 3, 20)))]
+            asked = [step, vocab_size - 1, *chance.choices(range(1, 60), k=chance.randint(0, 6)), 1 + first]
             writer.add_document([*asked, *answer, 0], [0] * len(asked) + [1] * (len(answer) + 1))
     return prefix
 
