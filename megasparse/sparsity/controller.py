@@ -253,6 +253,11 @@ class Controller:
         active = sum(unit_target(densities[name], t.num_units) * t.block_size**2 for name, t in topologies.items())
         return active / sum(t.numel for t in topologies.values()) if topologies else 1.0
 
+    def starts_at(self, density: float) -> bool:
+        """Whether it is the density that the schedule starts at, as it says or in whole units of each layer."""
+        starts = (self.schedule.density(0.0), self.start_density())
+        return any(abs(density - start) <= DENSITY_TOLERANCE * start for start in starts)
+
     def lr_multiplier(self, *names: str) -> float:
         """min(density^-p, cap) at the present density of layers that share a schedule; their weight decay is divided by
         the same. Where a model folder's topology gave them different densities it is that of all of them together."""
@@ -352,9 +357,8 @@ class Controller:
     def _density_stays(self, progress: float) -> bool:
         """Whether the model has the density that the run began with, and is to have it. Masks that do not evolve then
         stay as they are: those of a model folder may lie otherwise over the layers than the schedule would have it."""
-        start = self.start_density()
         is_asked = self.schedule.density(progress) == self.schedule.density(0.0)
-        return is_asked and abs(self.density() - start) <= DENSITY_TOLERANCE * start
+        return is_asked and self.starts_at(self.density())
 
     def _is_balanced(self, name: str) -> bool:
         """Whether each tensor-parallel shard of the layer keeps its own equal share of the active units."""

@@ -16,7 +16,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, fitted, is_model_fol
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
-from megasparse.sparsity.controller import DENSITY_TOLERANCE, Controller
+from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import unpack_bits
 
 FREE_FIELDS = {"seq_length", "vocab_size", "vocab_size_multiple", "init_std", "rope_theta", "rope_scaling"}
@@ -44,7 +44,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
         warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
     start = controller.start_density()
     found = topology_density(folder, controller)
-    if folder.has_topology and not is_used(found, start):
+    if folder.has_topology and not is_used(found, controller):
         if start < 1.0:
             density = "another grid of units" if found is None else f"density {found:.4f}"
             raise ConfigError(
@@ -146,9 +146,9 @@ def topology_density(folder: ModelFolder, controller: Controller) -> float | Non
     return active / sum(topology.numel for topology in topologies.values())
 
 
-def is_used(found: float | None, start: float) -> bool:
-    """Whether a run that starts at density `start` takes over a topology of density `found`."""
-    return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
+def is_used(found: float | None, controller: Controller) -> bool:
+    """Whether a run takes over a topology of density `found`: its schedule starts there."""
+    return found is not None and controller.starts_at(found)
 
 
 def _all_active(bits: Tensor) -> bool:

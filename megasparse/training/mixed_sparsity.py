@@ -56,9 +56,8 @@ class MixedSparsityTraining(TrainingMethod):
 
     def start_from(self, folder: ModelFolder) -> None:
         """With the folder's topology, where it has the density that the schedule starts at."""
-        if self.controller.topologies and is_used(
-            topology_density(folder, self.controller), self.controller.start_density()
-        ):
+        found = topology_density(folder, self.controller)
+        if self.controller.topologies and is_used(found, self.controller):
             self.controller.load_state(folder.topology())
 
     def initial_weight(self, name: str, weight: Tensor) -> Tensor:

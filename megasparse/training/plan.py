@@ -73,6 +73,7 @@ def plan_run(
     methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
     """
     check_extra(config.deepspeed.extra)
+    of_teacher = distillation_warnings(config, vocab_size)
     planned = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
@@ -112,7 +113,7 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
-            *distillation_warnings(config, vocab_size),
+            *of_teacher,
             *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
             *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
