@@ -127,10 +127,13 @@ def test_spdf_begins_as_the_sparse_model_and_trains_all_weights(made, tmp_path) 
 
 def test_what_does_not_fit_is_refused_before_a_start(made, tmp_path) -> None:
     model, data = ("--model", made / "sparse-model"), ("--data", made / "sums")
+    with IndexedDatasetWriter(made / "long", "uint16", loss_mask=True) as writer:
+        for length in (30, 40, 30):
+            writer.add_document([65] * length, [0] * 20 + [1] * (length - 20))
     cases = {
         (*model, *data, "--teacher", tmp_path): "distillation.teacher",
         ("--model", tmp_path, *data): "--model",
-        (*model, *data, "model.seq_length=8"): "model.seq_length: 8 holds 9 tokens of an example",
+        (*model, "--data", made / "long"): "model.seq_length: 32 holds 33 tokens of an example",
         (*model, *data, "sparsity.density=0.2"): "has a topology of density 0.5",
     }
     for words, message in cases.items():
