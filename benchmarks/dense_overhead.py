@@ -26,7 +26,7 @@ from megasparse.data import Batch
 from megasparse.engine.training_engine import DTYPES
 from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
 from megasparse.models.build import build_model
-from megasparse.training.objectives import NextTokenCrossEntropy
+from megasparse.objectives.objective import NextTokenCrossEntropy
 from megasparse.training.plan import make_plan
 from megasparse.tuning.first_start import fit_tables
 

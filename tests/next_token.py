@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megasparse.data import Batch
 from megasparse.models.gpt import GPT
-from megasparse.training.objectives import NextTokenCrossEntropy
+from megasparse.objectives.objective import NextTokenCrossEntropy
 
 
 def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:

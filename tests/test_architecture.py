@@ -29,6 +29,7 @@ ORDER = (
     "monitoring",
     "reporting",
     "tuning",
+    "objectives",
     "training",
     "conversion",
     "evaluation",

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from math import gcd
 
 from megasparse.config.loader import ConfigError
-from megasparse.config.schema import RunConfig, Section, divisors
+from megasparse.config.schema import RunConfig, divisors
+from megasparse.config.section import Section
 from megasparse.config.stages import growth_step
 
 # What shapes the density of each algorithm; everything else of the schedule is unused by it.
@@ -31,7 +32,7 @@ OF_DROPPING = {"drop_score", "drop_anneal", "drop_score_lambda"}
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError where sections contradict each other or the world size."""
     _check_world(config, world_size)
-    _check_tensor_parallel(config)
+    check_tensor_parallel(config)
     _check_precision(config)
     _check_attention(config)
     _check_stacking(config)
@@ -85,7 +86,7 @@ def _check_precision(config: RunConfig) -> None:
         )
 
 
-def _check_tensor_parallel(config: RunConfig) -> None:
+def check_tensor_parallel(config: RunConfig) -> None:
     """Heads, the inside of the MLP and, under sequence parallelism, tokens must be divisible over the ranks."""
     model, size = config.model, config.parallel.tensor_parallel_size
     counts = {
@@ -250,10 +251,26 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     for name in ("parallel.sequence_parallel", "sparsity.balance_shards"):
         if name in given and config.parallel.tensor_parallel_size == 1:
             yield f"{name} is used with parallel.tensor_parallel_size above 1 only"
+    if config.distillation.teacher is None:
+        unused = sorted(name for name in given if name.startswith("distillation."))
+        if unused:
+            yield f"used with distillation.teacher only: {', '.join(unused)}"
+    else:
+        yield from _unused_distillation(config, given)
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:
         yield "data.train is unset: the run can be planned, not trained"
+
+
+def _unused_distillation(config: RunConfig, given: set[str]) -> Iterator[str]:
+    distillation = config.distillation
+    if "distillation.temperature" in given and not distillation.logits_weight:
+        yield "distillation.temperature is used with distillation.logits_weight above 0 only"
+    of_hidden = {"layer_map", "tokens", "epsilon", "reduction", "last_state", "ratio_over"}
+    unused = sorted(given & {f"distillation.{name}" for name in of_hidden})
+    if unused and not distillation.hidden_weight:
+        yield f"used with distillation.hidden_weight above 0 only: {', '.join(unused)}"
 
 
 def _given(section: Section) -> set[str]:

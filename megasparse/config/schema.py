@@ -11,14 +11,18 @@ from itertools import pairwise
 from math import inf, lcm
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+from megasparse.config.distillation import DistillationConfig
+from megasparse.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
@@ -26,14 +30,6 @@ DropScoreName = Literal["magnitude", "magnitude_gradient", "magnitude_over_gradi
 Algorithm = Literal["mst", "dense", "static", "set", "rigl", "gradual", "spdf"]
 
 DENSITY_TOLERANCE = 1e-9
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, values are not coerced across types, instances are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunSection(Section):
@@ -563,6 +559,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     stacking: StackingConfig = StackingConfig()
     sparsity: SparsityConfig = SparsityConfig()
+    distillation: DistillationConfig = DistillationConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -7,8 +7,9 @@ from megasparse.data.facts import DataFacts, EndOfDocument, read_facts
 from megasparse.data.fingerprints import fingerprint, run_fingerprint
 from megasparse.data.index_format import DatasetError, dataset_paths, smallest_dtype
 from megasparse.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megasparse.data.loader import Batch, BatchLoader, page_locked, split_samples
+from megasparse.data.loader import Batch, BatchLoader, page_locked, split_samples, target_share
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed, permuted_index
+from megasparse.data.supervised_dataset import SupervisedDataset
 from megasparse.data.tokenizer import TOKENIZER_KINDS, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "IndexedDatasetWriter",
     "PackedDataset",
     "ShuffledDataset",
+    "SupervisedDataset",
     "TOKENIZER_KINDS",
     "Tokenizer",
     "build_datasets",
@@ -41,4 +43,5 @@ __all__ = [
     "smallest_dtype",
     "split_documents",
     "split_samples",
+    "target_share",
 ]

@@ -17,6 +17,7 @@ from megasparse.data.facts import EndOfDocument, recorded_end_of_document
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
+from megasparse.data.supervised_dataset import SupervisedDataset
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 
 Source = tuple[str, float]
@@ -31,21 +32,24 @@ def build_datasets(
     vocab_size: int,
     seed: int,
     documents: bool = False,
-) -> tuple[ShuffledDataset | BlendedDataset, ConcatenatedDataset | PackedDataset | None]:
+) -> tuple[ShuffledDataset | BlendedDataset, ConcatenatedDataset | None]:
     """Returns (train, valid): train takes any global sample number, valid has a length and a fixed order.
 
     With `valid_sources`, these are the validation set, whole and one after the other (weights play no part), and the
     training sources are used whole. Without, `valid_fraction` is cut off the end of each training source, and valid
     joins these parts; it is None where the fraction is 0. `documents`: samples tell the document of each token, see
-    `PackedDataset`. ValueError or `DatasetError` for what cannot be used.
+    `PackedDataset`. Sources with a loss mask become `SupervisedDataset`; all must have one, or none, and `documents`
+    must be set. ValueError or `DatasetError` for what cannot be used.
     """
     settings: dict[str, Any] = {"seq_length": seq_length, "vocab_size": vocab_size, "documents": documents}
-    train_parts: list[PackedDataset] = []
-    valid_parts = [PackedDataset(IndexedDataset(prefix), **settings) for prefix, _ in valid_sources or ()]
+    opened = {prefix: IndexedDataset(prefix) for prefix, _ in (*train_sources, *(valid_sources or ()))}
+    _check_loss_masks(list(opened.values()), documents)
+    train_parts: list[PackedDataset | SupervisedDataset] = []
+    valid_parts = [_samples(opened[prefix], settings) for prefix, _ in valid_sources or ()]
     for prefix, _ in train_sources:
-        indexed = IndexedDataset(prefix)
+        indexed = opened[prefix]
         if valid_sources is not None:
-            train_parts.append(PackedDataset(indexed, **settings))
+            train_parts.append(_samples(indexed, settings))
             continue
         train_range, valid_range = split_documents(indexed, (1.0 - valid_fraction, valid_fraction))
         for name, piece, parts in (("training", train_range, train_parts), ("validation", valid_range, valid_parts)):
@@ -61,9 +65,35 @@ def build_datasets(
     return train, valid
 
 
-def _packed(indexed: IndexedDataset, piece: range, name: str, settings: dict[str, Any]) -> PackedDataset:
+def _check_loss_masks(datasets: Sequence[IndexedDataset], documents: bool) -> None:
+    supervised = [indexed for indexed in datasets if indexed.loss_mask is not None]
+    plain = [indexed for indexed in datasets if indexed.loss_mask is None]
+    if supervised and plain:
+        raise DatasetError(
+            f"{supervised[0].prefix} has a loss mask and {plain[0].prefix} none; all data of a run must have one "
+            "(--supervised of tools/preprocess_data.py), or none"
+        )
+    if supervised and not documents:
+        raise ConfigError(
+            f"data.document_masking: false with supervised data, {supervised[0].prefix}; must be true: the examples of "
+            "a sample must not see each other"
+        )
+
+
+def _samples(
+    indexed: IndexedDataset, settings: dict[str, Any], start: int = 0, stop: int | None = None
+) -> PackedDataset | SupervisedDataset:
+    if indexed.loss_mask is None:
+        return PackedDataset(indexed, start=start, stop=stop, **settings)
+    own = {name: value for name, value in settings.items() if name != "documents"}
+    return SupervisedDataset(indexed, start=start, stop=stop, **own)
+
+
+def _packed(
+    indexed: IndexedDataset, piece: range, name: str, settings: dict[str, Any]
+) -> PackedDataset | SupervisedDataset:
     try:
-        return PackedDataset(indexed, start=piece.start, stop=piece.stop, **settings)
+        return _samples(indexed, settings, piece.start, piece.stop)
     except DatasetError as error:
         raise DatasetError(f"the {name} split of {fspath(indexed.prefix)}: {error}") from error
 

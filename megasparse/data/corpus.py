@@ -25,12 +25,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megasparse.data.index_format import DatasetError
 from megasparse.data.packed_files import READ_ERRORS, check_format, is_json_lines, is_parquet, parquet_texts, unpacked
@@ -125,6 +125,20 @@ class CorpusReader:
         """All documents as segments, cut where `may_cut` allows; may be called again, and gives the same ones."""
         return cut_documents(self._texts(), may_cut)
 
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects of JSON lines, each with its file and line. DatasetError for other files."""
+        self.bytes_read, done = 0, 0
+        for path, _ in self._files:
+            if not is_json_lines(path):
+                raise DatasetError(f"{path}: examples are read from JSON lines; must be .jsonl, .ndjson or .json")
+            try:
+                with open(path, "rb") as raw, unpacked(raw, path) as file:
+                    yield from _json_objects(self._decoded(file, raw, path, done), path)
+            except READ_ERRORS as error:
+                raise DatasetError(f"{path}: cannot be read ({error})") from error
+            done += path.stat().st_size
+            self.bytes_read = done
+
     def _texts(self) -> Iterator[str | None]:
         """The text of all documents in pieces, with None where one ends."""
         self.bytes_read, self.skipped_files = 0, 0
@@ -198,20 +212,29 @@ class CorpusReader:
         yield None
 
     def _jsonl(self, lines, path: Path) -> Iterator[str | None]:
-        for number, line in enumerate(lines, start=1):
-            # Joined files bring their byte-order marks with them.
-            line = line.removeprefix(BYTE_ORDER_MARK)
-            if line.strip():
-                yield _json_text(line, self.options.jsonl_key, f"{path}, line {number}")
-                yield None
+        for where, record in _json_objects(lines, path):
+            yield _json_text(record, self.options.jsonl_key, where)
+            yield None
 
 
-def _json_text(line: str, key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where}: not JSON ({error}); must be one object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+def _json_objects(lines: Iterable[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each line that is not blank holds, with its place."""
+    for number, line in enumerate(lines, start=1):
+        # Joined files bring their byte-order marks with them.
+        line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DatasetError(f"{where}: not JSON ({error}); must be one object a line") from error
+        # What is no object has no text under any key.
+        yield where, record if isinstance(record, dict) else {}
+
+
+def _json_text(record: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(record.get(key), str):
         raise DatasetError(f"{where}: no text under the key {key!r}; each line is an object with a string there")
     text = record[key]
     if not text.isascii():

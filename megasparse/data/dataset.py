@@ -66,20 +66,11 @@ class PackedDataset:
         first = self.start + int(index) * self.seq_length
         sample = self.indexed.tokens(first, first + self.seq_length + 1).astype(np.int64)
         if self.vocab_size is not None:
-            self._check_ids(sample, first, self.vocab_size)
+            check_ids(self.indexed, sample, first, self.vocab_size)
         return np.stack((sample, self.indexed.documents_of(first, len(sample)))) if self.documents else sample
 
-    def _check_ids(self, sample: np.ndarray, first: int, vocab_size: int) -> None:
-        # Seen as unsigned, negative ids are huge: one pass finds both kinds of bad id.
-        if int(sample.view(np.uint64).max()) < vocab_size:
-            return
-        offset = int(np.flatnonzero((sample < 0) | (sample >= vocab_size))[0])
-        position = first + offset
-        raise DatasetError(
-            f"{self.indexed.bin_path}: token id {sample[offset]} at token {position} "
-            f"(document {self.indexed.document_at(position)}); ids must be 0 to {vocab_size - 1} "
-            f"(vocab_size {vocab_size}). Was the data written with another tokenizer?"
-        )
+    def target_share(self, index: int) -> None:
+        """None: every target of a sample counts."""
 
 
 class ConcatenatedDataset:
@@ -97,9 +88,31 @@ class ConcatenatedDataset:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside the {len(self)} samples")
+        which, own = self._locate(index)
+        return self.datasets[which][own]
+
+    def target_share(self, index: int) -> float | None:
+        """Share of the targets of sample `index` that have a loss; None: all."""
+        which, own = self._locate(index)
+        return self.datasets[which].target_share(own)
+
+    def _locate(self, index: int) -> tuple[int, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[which - 1]) if which else 0
-        return self.datasets[which][index - first]
+        return which, index - (int(self._ends[which - 1]) if which else 0)
+
+
+def check_ids(indexed: IndexedDataset, tokens: np.ndarray, first: int, vocab_size: int) -> None:
+    """Raise DatasetError for an id outside the vocabulary. tokens: int64, of the dataset from token `first` on."""
+    # Seen as unsigned, negative ids are huge: one pass finds both kinds of bad id.
+    if int(tokens.view(np.uint64).max()) < vocab_size:
+        return
+    offset = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+    position = first + offset
+    raise DatasetError(
+        f"{indexed.bin_path}: token id {tokens[offset]} at token {position} "
+        f"(document {indexed.document_at(position)}); ids must be 0 to {vocab_size - 1} "
+        f"(vocab_size {vocab_size}). Was the data written with another tokenizer?"
+    )
 
 
 def split_documents(indexed: IndexedDataset, fractions: Sequence[float]) -> list[range]:

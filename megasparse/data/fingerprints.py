@@ -25,6 +25,9 @@ READ_BYTES = 2**20
 
 def fingerprint(dataset: IndexedDataset) -> dict[str, Any]:
     """Sizes and hashes of a data set, and the hash of the tokenizer's file where it is recorded beside the data."""
+    mask = dataset.loss_mask
+    # Only where there is one: records of other data stay as they were.
+    supervised = {} if mask is None else {"loss_mask_sha256": _samples(mask.bin_path)}
     return {
         "documents": dataset.num_documents,
         "tokens": dataset.num_tokens,
@@ -32,6 +35,7 @@ def fingerprint(dataset: IndexedDataset) -> dict[str, Any]:
         "index_sha256": _whole(dataset.idx_path),
         "samples_sha256": _samples(dataset.bin_path),
         "tokenizer_sha256": None if dataset.facts is None else dataset.facts.tokenizer_sha256,
+        **supervised,
     }
 
 

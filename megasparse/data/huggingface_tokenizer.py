@@ -43,6 +43,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.file_sha256: str | None = file_sha256(path)
         added = {token["content"]: token["special"] for token in values.get("added_tokens", [])}
+        self.special_tokens = {content: vocabulary[content] for content, special in added.items() if special}
+        """Ids of the tokens that no text spells, by their names: what a chat template may write."""
         reserved = {content for content, special in added.items() if special}
         end = self._find_end_of_document(path, end_of_document, vocabulary, reserved)
         self.end_of_document: str | None = end

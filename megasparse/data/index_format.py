@@ -53,6 +53,11 @@ def dataset_paths(prefix: str | PathLike[str]) -> tuple[Path, Path]:
     return Path(fspath(prefix) + ".bin"), Path(fspath(prefix) + ".idx")
 
 
+def loss_mask_prefix(prefix: str | PathLike[str]) -> str:
+    """Prefix of the data set that says, for each token of the data set of `prefix`, whether it is learned."""
+    return fspath(prefix) + ".loss_mask"
+
+
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """The dtype to store ids of a vocabulary in: uint16 when every id fits (vocab_size <= 65536), else int32."""
     if vocab_size < 1:

@@ -30,6 +30,7 @@ from megasparse.data.index_format import (
     dataset_paths,
     dtype_code,
     dtype_from_code,
+    loss_mask_prefix,
 )
 from megasparse.utils.files import sync_and_close, sync_folder, temporary_beside
 
@@ -41,7 +42,8 @@ class IndexedDataset:
     """Memory-mapped reader of one dataset. Opening validates the pair of files; violations raise `DatasetError`.
 
     Attributes: `prefix`, `dtype`, `num_tokens`, `num_documents`, `document_offsets`: int64 [num_documents + 1], the
-    token offset of each document and the total at the end, and `facts`: how the data was made, None where unknown.
+    token offset of each document and the total at the end, `facts`: how the data was made, None where unknown, and
+    `loss_mask`: the mask beside supervised data, a dataset of uint8 with the same documents, else None.
     """
 
     def __init__(self, prefix: str | PathLike[str]):
@@ -68,6 +70,7 @@ class IndexedDataset:
         self.facts = read_facts(prefix, documents=self.num_documents, tokens=self.num_tokens)
         # An empty file cannot be memory-mapped.
         self._tokens = np.memmap(self.bin_path, self.dtype, "r") if found else np.empty(0, self.dtype)
+        self.loss_mask = _open_loss_mask(self)
 
     def __len__(self) -> int:
         return self.num_documents
@@ -93,6 +96,22 @@ class IndexedDataset:
         first, last = self.document_at(start), self.document_at(start + count - 1)
         ends = self.document_offsets[first + 1 : last + 2].clip(max=start + count)
         return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))
+
+
+def _open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:
+    """The mask beside a dataset, where there is one. DatasetError where it is not of the same documents."""
+    prefix = loss_mask_prefix(indexed.prefix)
+    if not any(path.exists() for path in dataset_paths(prefix)):
+        return None
+    mask = IndexedDataset(prefix)
+    if mask.dtype != np.uint8:
+        raise DatasetError(f"{mask.idx_path}: holds {mask.dtype.name}; a loss mask must hold uint8, 0 or 1 a token")
+    if not np.array_equal(mask.document_offsets, indexed.document_offsets):
+        raise DatasetError(
+            f"{mask.idx_path}: {mask.num_documents} documents with {mask.num_tokens} tokens, {indexed.idx_path.name} "
+            f"has {indexed.num_documents} with {indexed.num_tokens}; must be the mask of the same documents"
+        )
+    return mask
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
@@ -164,7 +183,8 @@ class IndexedDatasetWriter:
 
     `vocab_size`, where given, bounds the ids that are accepted; the dtype always does. Only `finalize` makes the
     dataset appear under `prefix`, replacing one that is there. The folder is made where missing. `facts`, where given,
-    are recorded beside the data, see ``facts``; those of a dataset that is replaced go with it.
+    are recorded beside the data, see ``facts``; those of a dataset that is replaced go with it, as does its loss mask.
+    With `loss_mask` one is written with the documents.
     """
 
     def __init__(
@@ -175,6 +195,7 @@ class IndexedDatasetWriter:
         vocab_size: int | None = None,
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
         facts: DataFacts | None = None,
+        loss_mask: bool = False,
     ):
         self.code = dtype_code(dtype)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -191,6 +212,7 @@ class IndexedDatasetWriter:
         self._open_tokens = 0
         self.num_tokens = 0
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._mask = IndexedDatasetWriter(loss_mask_prefix(prefix), np.uint8, vocab_size=2) if loss_mask else None
         self._bin_temporary = temporary_beside(self.bin_path)
         self._file = open(self._bin_temporary, "wb")
         self._open = True
@@ -208,9 +230,19 @@ class IndexedDatasetWriter:
         else:
             self.abort()
 
-    def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Appends one document. ValueError for ids that are no integers, negative, or beyond dtype or vocabulary."""
+    def add_document(
+        self, tokens: Sequence[int] | np.ndarray, loss_mask: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        """Appends one document. ValueError for ids that are no integers, negative, or beyond dtype or vocabulary.
+
+        loss_mask: as many numbers as tokens, 1 where a token is learned, else 0; only with a writer of such masks.
+        """
         tokens = np.asarray(tokens)
+        assert (loss_mask is None) == (self._mask is None), "masks are written for all documents or none"
+        if self._mask is not None:
+            mask = np.asarray(loss_mask)
+            assert mask.shape == tokens.shape, f"{mask.shape} of the mask, {tokens.shape} of the tokens"
+            self._mask.add_document(mask)
         self.add_fragments(tokens, np.array([tokens.size]), np.array([True]))
 
     def add_fragments(
@@ -254,6 +286,11 @@ class IndexedDatasetWriter:
             # Without this an old .idx could pair with the new .bin if the machine stops between the two renames.
             self.idx_path.unlink(missing_ok=True)
             facts_path(self.prefix).unlink(missing_ok=True)
+            # The mask goes before the tokens come, and a new one comes before them: they are never seen without it.
+            for path in reversed(dataset_paths(loss_mask_prefix(self.prefix))):
+                path.unlink(missing_ok=True)
+            if self._mask is not None:
+                self._mask.finalize()
             os.replace(self._bin_temporary, self.bin_path)
             os.replace(idx_temporary, self.idx_path)
             if self.facts is not None:
@@ -268,6 +305,8 @@ class IndexedDatasetWriter:
 
     def abort(self) -> None:
         """Drops everything written so far; an existing dataset of the same prefix stays as it was."""
+        if self._mask is not None:
+            self._mask.abort()
         if self._open:
             self._open = False
             self._file.close()

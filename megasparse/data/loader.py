@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import queue
 import threading
+from math import fsum
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
+
+
+PADDING_DOCUMENT = 2**31 - 1
+"""Number of the document that fills up samples of whole examples: behind all others, as they never decrease."""
 
 
 class Batch(NamedTuple):
@@ -26,14 +31,48 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     documents: torch.Tensor | None
     """The document of each input token, where samples tell it."""
+    weights: torch.Tensor | None = None
+    """Factor of the loss of each target, float32, 0 where it is not learned; None: all 1. Their mean is 1 over all
+    samples of an optimizer step, on all ranks, so that the mean over micro-batches and ranks of mean(weights * losses)
+    is the mean loss of the targets that are learned, however the step is divided."""
+
+    @property
+    def is_example(self) -> torch.Tensor | None:
+        """Which inputs do not fill up a sample, bool; None: all."""
+        return None if self.documents is None else self.documents != PADDING_DOCUMENT
+
+    @property
+    def is_learned(self) -> torch.Tensor | None:
+        """Which targets have a loss, bool; None: all."""
+        return None if self.weights is None else self.weights > 0
 
 
-def split_samples(samples: torch.Tensor) -> Batch:
-    """Inputs and targets of samples [B, T + 1], or [B, 2, T + 1] with documents below the tokens."""
+def split_samples(samples: torch.Tensor, target_share: float | None = None) -> Batch:
+    """Inputs and targets of samples [B, T + 1], or [B, 2, T + 1] with documents below the tokens, or [B, 3, T + 1] with
+    a loss mask below these.
+
+    target_share: mean of the mask over the targets of all samples that a loss is taken over, see ``target_share``.
+    """
     if samples.ndim == 2:
         return Batch(samples[:, :-1], samples[:, 1:], None)
-    tokens, documents = samples.unbind(1)
-    return Batch(tokens[:, :-1], tokens[:, 1:], documents[:, :-1])
+    tokens, documents, *masks = samples.unbind(1)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], documents[:, :-1])
+    if not masks:
+        return batch
+    assert target_share is not None, "a loss mask needs the share of the targets that it keeps"
+    return batch._replace(weights=masks[0][:, 1:].float() / target_share)
+
+
+def target_share(dataset, numbers: Iterable[int]) -> float | None:
+    """Mean share of the targets of samples `numbers` that have a loss; None where the dataset has no loss masks."""
+    shares: list[float] = []
+    for number in numbers:
+        # A plain list of samples will do as a dataset.
+        share = dataset.target_share(number) if hasattr(dataset, "target_share") else None
+        if share is None:
+            return None
+        shares.append(share)
+    return fsum(shares) / len(shares)
 
 
 def page_locked(samples: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -48,7 +87,7 @@ def page_locked(samples: torch.Tensor, device: torch.device) -> torch.Tensor:
 class BatchLoader:
     """Iterator over micro-batches, torch int64 [micro_batch_size, *shape of a sample]; a context manager.
 
-    `dataset[n]` gives global sample n as an int64 array, [seq_length + 1] or [2, seq_length + 1]. The first step
+    `dataset[n]` gives global sample n as an int64 array, [seq_length + 1] or [2 or 3, seq_length + 1]. The first step
     begins at sample `consumed_samples`; the property of that name grows by `global_batch_size` when the last
     micro-batch of a step has been handed out, and is what a checkpoint saves. The iterator is endless, or ends after
     `num_steps` steps. An exception of the dataset is raised by the `next` that would have returned the failed batch,
@@ -80,6 +119,8 @@ class BatchLoader:
         self.accumulation_steps = global_batch_size // (micro_batch_size * data_parallel_size)
         self.num_steps, self._prepare = num_steps, prepare
         self._start = self._consumed = consumed_samples
+        self.target_share: float | None = None
+        """Of the optimizer step, over all ranks, that the last micro-batch belongs to; see `target_share`."""
         self._micro_step = 0
         self._queue: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
@@ -109,18 +150,21 @@ class BatchLoader:
         if isinstance(item, BaseException):
             self.close()
             raise item
+        samples, self.target_share = item
         self._micro_step += 1
         if self._micro_step == self.accumulation_steps:
             self._micro_step = 0
             self._consumed += self.global_batch_size
-        return item
+        return samples
 
     def _produce(self) -> None:
         try:
             step_start, steps = self._start, 0
             while self.num_steps is None or steps < self.num_steps:
+                # Every rank counts the whole step: cheaper than asking the others.
+                share = target_share(self.dataset, range(step_start, step_start + self.global_batch_size))
                 for micro_step in range(self.accumulation_steps):
-                    if not self._put(self._load(self.sample_numbers(step_start, micro_step))):
+                    if not self._put((self._load(self.sample_numbers(step_start, micro_step)), share)):
                         return
                 step_start += self.global_batch_size
                 steps += 1

@@ -94,6 +94,10 @@ class ShuffledDataset:
     def __getitem__(self, number: int) -> np.ndarray:
         return self.dataset[self.sample_index(number)]
 
+    def target_share(self, number: int) -> float | None:
+        """Share of the targets of sample `number` that have a loss; None: all."""
+        return self.dataset.target_share(self.sample_index(number))
+
 
 class BlendedDataset:
     """Mixes endless datasets in fixed proportions.
@@ -159,3 +163,8 @@ class BlendedDataset:
     def __getitem__(self, number: int) -> np.ndarray:
         which, sample = self.locate(number)
         return self.datasets[which][sample]
+
+    def target_share(self, number: int) -> float | None:
+        """Share of the targets of sample `number` that have a loss; None: all."""
+        which, sample = self.locate(number)
+        return self.datasets[which].target_share(sample)

@@ -68,9 +68,9 @@ class ModelWithObjective(nn.Module):
         self._model, self._objective = (model,), objective
 
     def forward(
-        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, parts = self._objective(self._model[0], Batch(inputs, targets, documents))
+        loss, parts = self._objective(self._model[0], Batch(inputs, targets, documents, weights))
         return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -78,7 +78,7 @@ class TrainingEngine:
     """One rank's share of the training state. The mesh's process group must exist.
 
     rules: say which parameters have learning rates of their own.
-    objective: gives the loss of a batch and its named parts, see ``training.objectives``.
+    objective: gives the loss of a batch and its named parts, see ``objectives.objective``.
     """
 
     def __init__(
@@ -165,9 +165,11 @@ class TrainingEngine:
     def accumulation_steps(self) -> int:
         return self._engine.gradient_accumulation_steps()
 
-    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Mean loss of a micro-batch, float32 scalar with graph. All arguments: int64 [micro_batch_size, T]."""
-        loss, self.parts = self._engine(inputs, targets, documents)
+    def forward(
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss of a micro-batch, float32 scalar with graph. Arguments: as in ``Batch``, [micro_batch_size, T]."""
+        loss, self.parts = self._engine(inputs, targets, documents, weights)
         self._losses = self._losses + loss.detach()
         return loss
 
@@ -236,13 +238,15 @@ class TrainingEngine:
         release(self._engine)
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+    def evaluate(
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Mean loss without a graph."""
         self.model.eval()
         # Batches of other sizes than in training would be traced anew.
         eager = self.config.train.compile != "none"
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-            loss, _ = self._with_objective(inputs, targets, documents)
+            loss, _ = self._with_objective(inputs, targets, documents, weights)
         self.model.train()
         return loss
 

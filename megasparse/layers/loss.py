@@ -35,6 +35,21 @@ ChunkLoss = Callable[[torch.Tensor, slice, bool], torch.Tensor]
 same on all ranks. Overwrites the logits: with the gradient of the losses' sum where it is wanted."""
 
 
+def weighted(losses: ChunkLoss, weights_BT: torch.Tensor | None) -> ChunkLoss:
+    """The same losses, each times its weight, float32; None: as they are."""
+    if weights_BT is None:
+        return losses
+    weights_N = weights_BT.flatten()
+
+    def weighted_losses(logits_NW: torch.Tensor, tokens: slice, wants_gradient: bool) -> torch.Tensor:
+        losses_N = losses(logits_NW, tokens, wants_gradient)
+        if wants_gradient:
+            logits_NW.mul_(weights_N[tokens].unsqueeze(1))
+        return losses_N * weights_N[tokens]
+
+    return weighted_losses
+
+
 class Vocabulary:
     """What a rank knows of the vocabulary: `size` entries in a table of `rows` rows, divided evenly."""
 
@@ -79,6 +94,26 @@ class Vocabulary:
         whole_N = axis.max_(largest_N.clone())
         sums_N, picked_N = axis.sum_(torch.stack([sums_N * (largest_N - whole_N).exp(), picked_N]))
         return whole_N, sums_N, picked_N
+
+    def divergence(
+        self, logits_NW: torch.Tensor, teacher_NW: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(p || q) of each token, float32 [N], in nats, the same on every rank, and its gradient by the logits of q,
+        float32 [N, W]; p = softmax(teacher / temperature), q = softmax(logits / temperature). Both stay as they are."""
+        p_NW, q_NW = (self._log_probabilities(x, temperature) for x in (teacher_NW, logits_NW))
+        gradient_NW = q_NW.exp().sub_(p_NW.exp()).div_(temperature)
+        held = slice(0, self.width)
+        # Padding has -inf on both sides, and no part in the sum.
+        terms_NW = p_NW[:, held].exp() * (p_NW[:, held] - q_NW[:, held])
+        return self.tensor_parallel.axis.sum_(terms_NW.sum(1)), gradient_NW
+
+    def _log_probabilities(self, logits_NW: torch.Tensor, temperature: float) -> torch.Tensor:
+        """log softmax over the whole vocabulary, this rank's part of it, float32 [N, W]; -inf where it is padded."""
+        axis = self.tensor_parallel.axis
+        scores_NW = logits_NW.to(torch.float32) / temperature
+        scores_NW[:, self.width :] = -torch.inf
+        scores_NW.sub_(axis.max_(scores_NW.amax(1)).unsqueeze(1))
+        return scores_NW.sub_(axis.sum_(scores_NW.exp().sum(1)).log_().unsqueeze(1))
 
 
 class HeadInChunks(nn.Module):

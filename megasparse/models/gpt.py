@@ -125,13 +125,23 @@ class GPT(nn.Module):
         return self.logits(self.hidden_states(tokens_BT, documents_BT, cache=cache))
 
     def hidden_states(
-        self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, *, cache: KeyValueCache | None = None
+        self,
+        tokens_BT: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        outputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What the head reads, [B, T, C] as it lies between layers; arguments as in ``forward``."""
+        """What the head reads, [B, T, C] as it lies between layers; arguments as in ``forward``.
+
+        outputs: a list that the output of each block is added to, [B, T, C] as well.
+        """
         assert cache is None or documents_BT is None, "a cache holds one document"
         x_BTC = self.embedding(tokens_BT, documents_BT, first=0 if cache is None else cache.length)
         for number, block in enumerate(self.layers):
             x_BTC = self._run(block, x_BTC, documents_BT, None if cache is None else cache.layers[number])
+            if outputs is not None:
+                outputs.append(x_BTC)
         return self.final_norm(x_BTC)
 
     def logits(self, x_BTC: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,9 @@ ShardCounts = Mapping[str, tuple[int, ...]]
 """Active units of each tensor-parallel shard, by layer."""
 OpenWeight = Callable[[torch.nn.Parameter], AbstractContextManager]
 
+DENSITY_TOLERANCE = 0.01
+"""Relative: units are whole, and shares of layers are rounded."""
+
 # Densities at which two layers must agree to share one optimizer group.
 PROBES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -280,10 +283,24 @@ class Controller:
             classes.setdefault(tuple(targets), []).append(name)
         return classes
 
-    def lr_multiplier(self, name: str) -> float:
-        """min(density^-p, cap) of one layer at its present density; its weight decay is divided by the same."""
+    def start_density(self) -> float:
+        """Density that the schedule starts at in whole units: those of small layers are far apart. 1 without layers."""
+        densities, topologies = self.densities_at(0.0), self.topologies
+        active = sum(unit_target(densities[name], t.num_units) * t.block_size**2 for name, t in topologies.items())
+        return active / sum(t.numel for t in topologies.values()) if topologies else 1.0
+
+    def starts_at(self, density: float) -> bool:
+        """Whether it is the density that the schedule starts at, as it says or in whole units of each layer."""
+        starts = (self.schedule.density(0.0), self.start_density())
+        return any(abs(density - start) <= DENSITY_TOLERANCE * start for start in starts)
+
+    def lr_multiplier(self, *names: str) -> float:
+        """min(density^-p, cap) at the present density of layers that share a schedule; their weight decay is divided by
+        the same. Where a model folder's topology gave them different densities it is that of all of them together."""
         power, cap = self.config.lr_density_rule
-        return min(self._active_density(name) ** -power, cap)
+        weights = [(sum(self.shard_active[name]), self.topologies[name]) for name in names]
+        active = sum(units * topology.block_size**2 for units, topology in weights)
+        return min((active / sum(topology.numel for _, topology in weights)) ** -power, cap)
 
     def state(self) -> dict[str, Tensor]:
         """Topologies as packed bits of the whole layers, one tensor per layer and kind, the same for every layout.
@@ -362,8 +379,11 @@ class Controller:
         progress = step / self.config.train.steps
         decay = self._drop_decay(progress)
         densities, num_active = self.densities_at(progress), self.num_active
+        stays = self._density_stays(progress)
         result = {}
         for name, topology in self.topologies.items():
+            if stays and self.settings[name].drop_fraction == 0:
+                continue
             target, settings = unit_target(densities[name], topology.num_units), self.settings[name]
             share = settings.drop_fraction * decay
             if self._is_balanced(name):
@@ -378,6 +398,12 @@ class Controller:
             if any(count.keep < count.active or count.target > count.active for count in counts):
                 result[name] = counts
         return result
+
+    def _density_stays(self, progress: float) -> bool:
+        """Whether the model has the density that the run began with, and is to have it. Masks that do not evolve then
+        stay as they are: those of a model folder may lie otherwise over the layers than the schedule would have it."""
+        is_asked = self.schedule.density(progress) == self.schedule.density(0.0)
+        return is_asked and self.starts_at(self.density())
 
     def _is_balanced(self, name: str) -> bool:
         """Whether each tensor-parallel shard of the layer keeps its own equal share of the active units."""

@@ -22,13 +22,15 @@ from megasparse.engine.memory_state import MemoryState
 from megasparse.engine.restore import apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine, draws_pieces, model_construction
 from megasparse.models.build import build_model
+from megasparse.objectives.distillation import Distillation
+from megasparse.objectives.objective import NextTokenCrossEntropy, Objective
+from megasparse.objectives.teacher import open_teacher
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.storage import StoragePlan, plan_storage
 from megasparse.training.callback import MethodFactory, TrainingMethod
 from megasparse.training.methods import build_methods
 from megasparse.training.mixed_sparsity import MixedSparsityTraining
-from megasparse.training.objectives import NextTokenCrossEntropy, Objective
 
 
 def build_engine(
@@ -43,8 +45,9 @@ def build_engine(
 ) -> tuple[list[TrainingMethod], TrainingEngine]:
     """Training methods and engine of a run on this rank, at its beginning.
 
-    objective: None: next-token prediction. methods: besides those that the configuration asks for. capacities: of the
-    layers with packed storage, by name, in blocks on each rank. drawn: False: no initial weights, as a state is loaded.
+    objective: None: that of the configuration. methods: besides those that the configuration asks for. capacities: of
+    the layers with packed storage, by name, in blocks on each rank. drawn: False: no initial weights, as a state is
+    loaded.
     """
     with model_construction(config, mesh) as opened:
         # Topologies and their index lists hold the masks: these must not move afterwards.
@@ -54,7 +57,7 @@ def build_engine(
         made = build_methods(config, model, mesh.tensor_parallel, methods)
         for method in made:
             method.start(opened)
-    engine = TrainingEngine(model, made, config, mesh, objective or NextTokenCrossEntropy())
+    engine = TrainingEngine(model, made, config, mesh, objective or build_objective(config, vocab_size, mesh))
     for method in made:
         method.attach(engine, mesh)
     return made, engine
@@ -134,3 +137,10 @@ class KeptState:
 def capacities_of(engine: TrainingEngine) -> dict[str, int]:
     """Blocks that each layer with packed storage has room for, by name."""
     return {layer.name: layer.capacity for layer in engine.packed_layers.values()}
+
+
+def build_objective(config: RunConfig, vocab_size: int, mesh: Mesh) -> Objective:
+    """Next-token prediction, and what the section `distillation` adds to it."""
+    if config.distillation.teacher is None:
+        return NextTokenCrossEntropy()
+    return Distillation(config.distillation, open_teacher(config, vocab_size, mesh))

@@ -12,19 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder, model_tensors
+from megasparse.checkpoint.model_folder import ModelFolder, fitted, is_model_folder, model_tensors
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.sparsity.controller import Controller
-from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.topology import unpack_bits
 
 FREE_FIELDS = {"seq_length", "vocab_size", "vocab_size_multiple", "init_std", "rope_theta", "rope_scaling"}
 """Of the section `model`: may differ from the folder's; what changes shapes is found by its shapes."""
 CONTEXT_FIELDS = ("rope_theta", "rope_scaling")
-DENSITY_TOLERANCE = 0.01
-"""Relative: units are whole, and shares of layers are rounded."""
 
 
 def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller) -> list[str]:
@@ -45,9 +42,9 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
     window = folder.config.attention.sliding_window
     if window is not None and window != config.attention.sliding_window:
         warnings.append(f"train.init_from has a window of {window} tokens (attention.windows), this run has not")
-    start = start_density(controller)
+    start = controller.start_density()
     found = topology_density(folder, controller)
-    if folder.has_topology and not is_used(found, start):
+    if folder.has_topology and not is_used(found, controller):
         if start < 1.0:
             density = "another grid of units" if found is None else f"density {found:.4f}"
             raise ConfigError(
@@ -60,6 +57,8 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
             warnings.append(
                 "the topology of train.init_from is not used: all weights are active at the start, zeros too"
             )
+    elif folder.has_topology:
+        _check_zeros(folder, controller)
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -116,6 +115,23 @@ def _check_model(config: RunConfig, vocab_size: int, folder: ModelFolder) -> Non
             )
 
 
+def _check_zeros(folder: ModelFolder, controller: Controller) -> None:
+    """Raise ConfigError where a weight that the folder's topology says is inactive is not 0."""
+    state = folder.topology()
+    for layer, topology in controller.topologies.items():
+        name = f"{layer}.weight" if f"{layer}.weight" in folder.names else "embedding.tokens.weight"
+        side, (rows, columns) = topology.block_size, topology.whole_grid.shape
+        mask = unpack_bits(state[f"active/{layer}"], topology.num_units).view(rows, columns)
+        weight = fitted(name, folder.tensor(name), (rows * side, columns * side))
+        occupied = (weight != 0).view(rows, side, columns, side).any(3).any(1)
+        if wrong := int((occupied & ~mask).sum()):
+            units = "weights" if side == 1 else "blocks"
+            raise ConfigError(
+                f"train.init_from: {folder.folder}: {wrong} {units} of layer {layer} are not 0 and inactive in its "
+                "topology.safetensors; must be 0 there"
+            )
+
+
 def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
     """Density of the folder's topology; None where it has none, or one of other layers or units: a dense run's too."""
     state, topologies = folder.topology(), controller.topologies
@@ -130,16 +146,9 @@ def topology_density(folder: ModelFolder, controller: Controller) -> float | Non
     return active / sum(topology.numel for topology in topologies.values())
 
 
-def start_density(controller: Controller) -> float:
-    """Density that a run starts at in whole units: those of small layers are far apart. 1 for a dense model."""
-    densities, topologies = controller.densities_at(0.0), controller.topologies
-    active = sum(unit_target(densities[name], t.num_units) * t.block_size**2 for name, t in topologies.items())
-    return active / sum(t.numel for t in topologies.values()) if topologies else 1.0
-
-
-def is_used(found: float | None, start: float) -> bool:
-    """Whether a run that starts at density `start` takes over a topology of density `found`."""
-    return found is not None and abs(found - start) <= DENSITY_TOLERANCE * start
+def is_used(found: float | None, controller: Controller) -> bool:
+    """Whether a run takes over a topology of density `found`: its schedule starts there."""
+    return found is not None and controller.starts_at(found)
 
 
 def _all_active(bits: Tensor) -> bool:

@@ -165,7 +165,8 @@ class Trainer:
         engine, seconds = self.engine, self.state.ledger.seconds
         step.beat("data")
         with seconds.part("data"):
-            batch = split_samples(next(loader).to(self.mesh.device, non_blocking=True))
+            samples = next(loader).to(self.mesh.device, non_blocking=True)
+            batch = split_samples(samples, loader.target_share)
         step.beat("forward")
         with seconds.part("forward"):
             loss = engine.forward(*batch)

@@ -27,7 +27,7 @@ from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due, pattern_at
 from megasparse.sparsity.storage import plan_storage
 from megasparse.training.callback import Engine, Step, TrainingMethod
-from megasparse.training.initial_checks import is_used, start_density, topology_density
+from megasparse.training.initial_checks import is_used, topology_density
 
 PICTURES = 8
 """Times that a run draws its topologies, about."""
@@ -57,9 +57,8 @@ class MixedSparsityTraining(TrainingMethod):
 
     def start_from(self, folder: ModelFolder) -> None:
         """With the folder's topology, where it has the density that the schedule starts at."""
-        if self.controller.topologies and is_used(
-            topology_density(folder, self.controller), start_density(self.controller)
-        ):
+        found = topology_density(folder, self.controller)
+        if self.controller.topologies and is_used(found, self.controller):
             self.controller.load_state(folder.topology())
 
     def initial_weight(self, name: str, weight: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ class MixedSparsityTraining(TrainingMethod):
     def groups(self) -> Sequence[tuple[ParameterGroup, Sequence[nn.Parameter]]]:
         """One for each class of layers that have the same density all along."""
         layers, classes = self.controller.layers, self.controller.density_classes().values()
-        self._layer_of = {f"sparse.{number}": names[0] for number, names in enumerate(classes)}
+        self._layers_of = {f"sparse.{number}": names for number, names in enumerate(classes)}
         return [
             (ParameterGroup(f"sparse.{number}", masked=True), [layers[name].weight for name in names])
             for number, names in enumerate(classes)
@@ -83,7 +82,7 @@ class MixedSparsityTraining(TrainingMethod):
 
     def multipliers(self, group: str) -> Multipliers:
         """The learning rate times min(density^-p, cap), the weight decay divided by it."""
-        multiplier = self.controller.lr_multiplier(self._layer_of[group])
+        multiplier = self.controller.lr_multiplier(*self._layers_of[group])
         return Multipliers(multiplier, multiplier)
 
     def begin_run(self, step: Step) -> None:

@@ -36,6 +36,7 @@ from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
+from megasparse.objectives.checks import distillation_warnings, teacher_bytes
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.checks import check_stacked_layers
 from megasparse.sparsity.controller import Controller
@@ -74,6 +75,7 @@ def plan_run(
     methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
     """
     check_extra(config.deepspeed.extra)
+    of_teacher = distillation_warnings(config, vocab_size)
     planned = plan_stages(config, vocab_size, device, methods, planned_kernels=planned_kernels)
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
@@ -81,6 +83,7 @@ def plan_run(
     storage = storage_stretches(config, vocab_size, controller, world_size)
     # At its peak: where least is packed.
     memories = [stretch["memory"] for stretch in storage] or [memory_per_rank(config, model, world_size)]
+    memory = max(memories, key=lambda parts: parts["total"])
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
     for stage in planned:
@@ -105,7 +108,7 @@ def plan_run(
             "executed": flops.executed,
             "ratio": flops.algorithmic / flops.dense,
         },
-        "memory": max(memories, key=lambda parts: parts["total"]),
+        "memory": _with_teacher(memory, config, world_size),
         "storage": storage,
         "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": _parallel(config, world_size),
@@ -118,6 +121,7 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
+            *of_teacher,
             *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
             *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
@@ -265,6 +269,12 @@ def _parallel(config: RunConfig, world_size: int) -> dict[str, int]:
         "micro_batch_size": train.micro_batch_size,
         "accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
     }
+
+
+def _with_teacher(memory: dict[str, int], config: RunConfig, world_size: int) -> dict[str, int]:
+    """``memory_per_rank``, and the weights of a teacher where there is one."""
+    teacher = teacher_bytes(config, world_size)
+    return memory | {"teacher": teacher, "total": memory["total"] + teacher} if teacher else memory
 
 
 def _documents(config: RunConfig) -> str:

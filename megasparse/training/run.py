@@ -48,6 +48,8 @@ from megasparse.monitoring.console import (
 )
 from megasparse.monitoring.records import RunRecords
 from megasparse.monitoring.trackers import check_trackers
+from megasparse.objectives.checks import check_response_tokens
+from megasparse.objectives.objective import Objective
 from megasparse.parallel import Mesh
 from megasparse.sparsity.schedule import build_density_schedule
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine
@@ -56,7 +58,6 @@ from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restore
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
-from megasparse.training.objectives import Objective
 from megasparse.training.plan import plan_run
 from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
@@ -75,7 +76,7 @@ class Extensions:
     """What a run uses besides what its configuration asks for."""
 
     objective: Objective | None = None
-    """What is trained for; None: next-token prediction."""
+    """What is trained for; None: what the configuration asks for."""
     methods: Sequence[MethodFactory] = ()
     callbacks: Sequence[Callback] = ()
 
@@ -141,7 +142,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train, and return the summary. Raises ValueError for what the user must mend, before any process group starts.
 
-    objective: what is trained for; None: next-token prediction. methods, callbacks: besides those that the
+    objective: what is trained for; None: what the configuration asks for. methods, callbacks: besides those that the
     configuration asks for.
     """
     extensions, console = Extensions(objective, methods, callbacks), make_console()
@@ -200,6 +201,7 @@ def prepare(
     vocab_size = vocabulary_size(config, tokenizer)
     plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
     train_data, valid_data = build_data(config, vocab_size)
+    check_response_tokens(config, supervised=train_data.target_share(0) is not None)
     check_trackers(config.train.trackers)
     check_folder(folder, config)
     record = make_record(config, tokenizer)

@@ -179,6 +179,12 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             "sparsity.init_density_power is not used with train.init_from",
         ),
         (["stacking.until=0.2"], "stacking.until is used with stacking.num_layers only"),
+        (["distillation.epsilon=0"], "used with distillation.teacher only: distillation.epsilon"),
+        (["distillation.teacher=x", "distillation.temperature=2"], "distillation.temperature is used with"),
+        (
+            ["distillation.teacher=x", "distillation.hidden_weight=0", "distillation.tokens=all"],
+            "used with distillation.hidden_weight above 0 only: distillation.tokens",
+        ),
         (["sparsity.fold_low_rank=true"], "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],

@@ -16,10 +16,10 @@ from megasparse.data import Batch
 from megasparse.engine.restore import optimizer_step
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.models.gpt import GPT
+from megasparse.objectives.objective import NextTokenCrossEntropy, ObjectiveResult
 from megasparse.parallel import Mesh
 from megasparse.training.callback import Callback, Step
 from megasparse.training.loop import Trainer
-from megasparse.training.objectives import NextTokenCrossEntropy, ObjectiveResult
 
 FAULTS = {
     # Before there are moments.

@@ -18,13 +18,13 @@ from megasparse.config.schema import RunConfig
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.build import build_data
 from megasparse.monitoring.console import quiet
+from megasparse.objectives.objective import Objective
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine
 from megasparse.training.callback import Callback, no_beat
 from megasparse.training.checkpoints import Checkpointer, Checkpointing, begin_capacities
 from megasparse.training.loop import Trainer
 from megasparse.training.metrics import Metrics
-from megasparse.training.objectives import Objective
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import Validation

@@ -14,7 +14,7 @@ from megasparse.config.loader import load_config
 from megasparse.data import Batch
 from megasparse.launching import LaunchEnvironment
 from megasparse.models.gpt import GPT
-from megasparse.training.objectives import NextTokenCrossEntropy, Objective, ObjectiveResult
+from megasparse.objectives.objective import NextTokenCrossEntropy, Objective, ObjectiveResult
 from megasparse.training.run import pretrain
 
 WEIGHT = 0.5

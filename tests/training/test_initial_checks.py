@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.checkpoint.model_folder import ModelFolderWriter
+from megasparse.checkpoint.model_folder import ModelFolderWriter, load_topology
+from megasparse.checkpoint.tensor_files import save_tensors
 from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.models.build import build_model
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.topology import pack_bits, unpack_bits
 from megasparse.training.plan import make_plan
 
 SETTINGS = [
@@ -125,3 +127,17 @@ def test_a_run_that_goes_on_needs_the_folder_no_more(tmp_path) -> None:
     for fresh in ([*gone, "train.resume=never"], [*gone, "run.name=y", "train.resume=auto"]):
         with pytest.raises(ValueError, match="train.init_from: .*gone: no model folder there"):
             make_plan(config_of(*fresh), 1, "cpu")
+
+
+@pytest.mark.parametrize(("block_size", "units"), [(1, "weights"), (16, "blocks")])
+def test_masks_that_contradict_the_weights_are_refused(tmp_path, block_size, units) -> None:
+    settings = [*STATIC, f"sparsity.block_size={block_size}"]
+    folder = write(tmp_path / "sparse", *settings, topology=True)
+    assert warnings(folder, *settings) == []
+    bits = load_topology(folder / "topology.safetensors")
+    name = "active/layers.0.mlp.up"
+    # As many units as before, but others.
+    bits[name] = pack_bits(unpack_bits(bits[name], 8 * bits[name].numel()).roll(1))
+    save_tensors(bits, folder / "topology.safetensors")
+    with pytest.raises(ValueError, match=rf"{units} of layer layers.0.mlp.up are not 0 and inactive in its topology"):
+        warnings(folder, *settings)

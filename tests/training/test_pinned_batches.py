@@ -73,6 +73,12 @@ def test_the_copy_does_not_hold_up_the_host() -> None:
             copies.append((device, non_blocking))
             return torch.zeros(2, 3, dtype=torch.int64)
 
+    class Loader:
+        target_share = None
+
+        def __next__(self):
+            return Samples()
+
     gpu = torch.device("cuda", 1)
-    Trainer._micro_batch(trainer_on(gpu), iter([Samples()]), Step(0))
+    Trainer._micro_batch(trainer_on(gpu), Loader(), Step(0))
     assert copies == [(gpu, True)]

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megasparse.data import Batch
+from megasparse.layers.loss import weighted
 from megasparse.models.gpt import GPT
 
 
@@ -35,9 +36,10 @@ class Objective(Protocol):
 
 
 class NextTokenCrossEntropy:
-    """Mean of -log p(next token), in nats; the logits exist for one chunk of the tokens at a time."""
+    """Mean of -log p(next token), in nats, with the weights of the batch; the logits exist for one chunk of the tokens
+    at a time."""
 
     def __call__(self, model: GPT, batch: Batch) -> ObjectiveResult:
         hidden_BTC = model.hidden_states(batch.inputs, batch.documents)
-        losses = model.vocabulary.next_token_losses(batch.targets)
+        losses = weighted(model.vocabulary.next_token_losses(batch.targets), batch.weights)
         return ObjectiveResult(model.head_in_chunks(hidden_BTC, losses), {})
