@@ -70,7 +70,7 @@ def main() -> None:
         for zero_stage in arguments.zero_stages
         for rank in (0, world_size // 2 + MIDDLE)
     ]
-    results = [] if arguments.known is None else json.loads(arguments.known.read_text())["results"]
+    results = [] if arguments.known is None else json.loads(arguments.known.read_text(encoding="utf-8"))["results"]
     place = ("world_size", "rank", "tensor_parallel_size", "zero_stage")
     known = {tuple(result[key] for key in place) for result in results}
     cases = [case for case in cases if case[:4] not in known]

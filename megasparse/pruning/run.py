@@ -93,7 +93,7 @@ class Pruner:
     def run(self) -> None:
         """Prune all blocks that are not done; their layers are in the work folder then."""
         if self.ranks.rank == 0:
-            self.work.open(self.plan.settings.restart)
+            self.work.begin(self.plan.settings.restart)
         _barrier(self.ranks)
         first = self.work.blocks_done
         if first and self.console is not None:

@@ -62,7 +62,7 @@ class WorkFolder:
                 "to begin anew"
             )
 
-    def open(self, restart: bool) -> None:
+    def begin(self, restart: bool) -> None:
         """Make the folder, or keep what it holds; on one rank."""
         if restart:
             self.remove()
