@@ -30,7 +30,8 @@ from bench_setup import MODELS, benchmark_config, open_trainer
 from part_timer import PartTimer
 from result_file import RESULTS, write_result
 
-from megasparse.config.schema import KernelsConfig, Pattern, RunConfig
+from megasparse.config.execution import KernelsConfig
+from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data import BatchLoader
 from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
 from megasparse.training.loop import Trainer

@@ -15,7 +15,7 @@ import numpy as np
 from megasparse.config.schema import RunConfig
 from megasparse.data import BatchLoader
 from megasparse.parallel import Mesh
-from megasparse.training.build_engine import build_engine
+from megasparse.training.build_engine import Renewal, RunStorage, build_engine
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.loop import Trainer
 from megasparse.training.state import TrainState
@@ -38,11 +38,14 @@ def open_trainer(
     """A trainer that writes nothing, with its loader. checkpoint: folder from whose last checkpoint it goes on."""
     vocab_size, state = config.model.vocab_size, None
     assert vocab_size is not None, "there is no tokenizer to tell it"
-    methods, engine = build_engine(config, vocab_size, mesh)
+    storage = RunStorage.of(config, vocab_size, mesh.tensor_parallel)
+    capacities = None if storage is None else storage.plan.capacities(storage.plan.at(0))
+    renewal = None if storage is None else Renewal(config, vocab_size, mesh, storage)
+    methods, engine = build_engine(config, vocab_size, mesh, capacities=capacities)
     if checkpoint is not None:
-        state = Checkpointer(checkpoint, config, mesh, engine, methods).restore().state
+        state = Checkpointer(checkpoint, config, mesh, engine, methods, storage).restore().state
         assert state is not None, f"no checkpoint in {checkpoint}"
     data = RandomTokens(vocab_size, config.model.seq_length)
-    trainer = Trainer(config, mesh, engine, methods, data, state or TrainState())
+    trainer = Trainer(config, mesh, engine, methods, data, state or TrainState(), renewal=renewal)
     with trainer.loader() as loader:
         yield trainer, loader

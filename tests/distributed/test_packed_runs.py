@@ -104,6 +104,7 @@ def test_other_layouts_go_on(runs, corpus) -> None:
         assert torch.allclose(tensor.double(), saved[key].double(), atol=1e-5), key
 
 
+@pytest.mark.exhaustive
 def test_a_damaged_checkpoint_of_another_capacity_is_passed_over(runs, corpus) -> None:
     words = [*corpus, PACKED]
     first = [("damaged", [[*words, "train.save_interval=3", "train.stop_after=6"]], None)]

@@ -84,19 +84,27 @@ def compare(results: list[dict[str, Any]], name: str, tolerance: float = 1e-5) -
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> list[dict[str, Any]]:
-    rebuilt = [(f"{name}, rebuilt", [*words, PACKED], layout, REBUILDS) for name, (words, layout) in STAGES.items()]
-    return run_distributed(run_cases, 1, [*both(STAGES), *rebuilt], timeout=900)
+def one_rank(pytestconfig) -> list[dict[str, Any]]:
+    stages = STAGES if pytestconfig.getoption("exhaustive") else {name: STAGES[name] for name in USUAL_STAGES}
+    rebuilt = [(f"{name}, rebuilt", [*words, PACKED], layout, REBUILDS) for name, (words, layout) in stages.items()]
+    return run_distributed(run_cases, 1, [*both(stages), *rebuilt], timeout=900)
 
 
-@pytest.mark.parametrize("name", STAGES)
+# Two ranks go through all of them.
+USUAL_STAGES = ("stage 0", "stage 3")
+stages = pytest.mark.parametrize(
+    "name", [name if name in USUAL_STAGES else pytest.param(name, marks=pytest.mark.exhaustive) for name in STAGES]
+)
+
+
+@stages
 def test_every_stage_on_one_rank(one_rank, name) -> None:
     compare(one_rank, name)
     held = one_rank[0][f"{name}, {PACKED}"]["held"]
     assert held[0] == held[-1] == 0 and len(set(held)) == 4, held
 
 
-@pytest.mark.parametrize("name", STAGES)
+@stages
 def test_an_engine_that_is_built_anew_goes_on_bit_for_bit(one_rank, name) -> None:
     expected, found = one_rank[0][f"{name}, {PACKED}"], one_rank[0][f"{name}, rebuilt"]
     for key in ("losses", "norms"):

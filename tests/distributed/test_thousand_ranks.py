@@ -31,7 +31,7 @@ def counts(folder: Path, repository: Path, *words: str) -> dict:
 @pytest.mark.parametrize(
     ("tensor_parallel", "zero_stage", "overrides"),
     [
-        ("2", "3", ()),
+        pytest.param("2", "3", (), marks=pytest.mark.exhaustive),
         pytest.param("1", "1", (), marks=pytest.mark.exhaustive),
         pytest.param("1", "1", ("sparsity.block_size=1",), marks=pytest.mark.exhaustive),
         pytest.param("1", "0", (), marks=pytest.mark.exhaustive),

@@ -64,6 +64,7 @@ def test_resume_continues_bit_for_bit(corpus: Path, straight: Path, tmp_path: Pa
     assert_resumes(corpus, straight, tmp_path, stop_after)
 
 
+@pytest.mark.exhaustive
 def test_resume_inside_a_logging_window_loses_nothing_of_it(corpus: Path, tmp_path: Path) -> None:
     run(command(corpus, tmp_path / "whole", "run.name=straight", "train.log_interval=5"))
     assert_resumes(corpus, tmp_path / "whole" / "straight", tmp_path, 8, "train.log_interval=5")
@@ -188,10 +189,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(corpus: Path, straight: Path
     assert curve(tmp_path / "straight") == curve(straight)
 
 
-FURTHER_ALGORITHMS = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("static", "set", "spdf")]
+FURTHER_ALGORITHMS = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gradual", "static", "set", "spdf")]
 
 
-@pytest.mark.parametrize("algorithm", ["dense", "rigl", "gradual", *FURTHER_ALGORITHMS])
+@pytest.mark.parametrize("algorithm", ["dense", "rigl", *FURTHER_ALGORITHMS])
 def test_every_algorithm_is_one_override_away(corpus: Path, tmp_path: Path, algorithm: str) -> None:
     run(command(corpus, tmp_path, f"run.name={algorithm}", f"sparsity.algorithm={algorithm}", ranks=1))
     final = metrics(tmp_path / algorithm)[-1]["density"]
