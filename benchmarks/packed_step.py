@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from bench_setup import MODELS, benchmark_config, open_trainer
+from bench_setup import MODELS, SIZES, benchmark_config, open_trainer, seconds_per_step
 from part_timer import PartTimer
 from result_file import RESULTS, write_result
-from train_step import SIZES, seconds_per_step
 
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.resources import communication_per_rank

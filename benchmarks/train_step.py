@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
 import torch
-from bench_setup import MODELS, benchmark_config, open_trainer
+from bench_setup import MODELS, SIZES, benchmark_config, open_trainer, seconds_per_step
 from part_timer import PartTimer
 from result_file import RESULTS, write_result
 
@@ -38,8 +37,6 @@ from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.tuning.first_start import fit_tables
 
-# (sequence length, vocabulary) where they are not named.
-SIZES = {"quickstart": (256, 2048), "gpt2-small-width": (1024, 50257), "gpt2-xl-width": (1024, 50257)}
 KINDS = ("dense", "sparse", "torch")
 """`torch`: dense, with torch's own products."""
 
@@ -101,15 +98,6 @@ def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
         "train.steps=2000000",
         f"deepspeed.zero_stage={0 if arguments.precision == 'fp32' else 1}",
     )
-
-
-def seconds_per_step(trainer: Trainer, loader: BatchLoader, steps: int) -> float:
-    started = time.perf_counter()
-    for _ in range(steps):
-        trainer.train_step(loader)
-    # The last step ends on the host before it ends on the device.
-    trainer.state.ledger.seconds.settle()
-    return (time.perf_counter() - started) / steps
 
 
 def seconds_by_part(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
