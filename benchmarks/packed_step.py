@@ -30,7 +30,9 @@ from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.resources import communication_per_rank
 from megasparse.data import BatchLoader
 from megasparse.launching import LaunchEnvironment, open_mesh
-from megasparse.parallel import Mesh
+from megasparse.models.build import build_model
+from megasparse.parallel import CommunicationGroup, Mesh
+from megasparse.training.build_engine import capacities_of
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.loop import Trainer
 
@@ -45,7 +47,8 @@ def main() -> None:
             measure(arguments, mesh, stage, density) for stage in arguments.stages for density in arguments.densities
         ]
         if mesh.is_first:
-            suffix = f"{arguments.model}-{arguments.precision}-ranks{mesh.world_size}"
+            head = "-head" if arguments.sparse_head else ""
+            suffix = f"{arguments.model}-{arguments.precision}{head}-ranks{mesh.world_size}"
             numbers = {"ranks": mesh.world_size, "threads": torch.get_num_threads(), "results": rows}
             print(write_result("packed_step", numbers, suffix=suffix, folder=arguments.results).name)
 
@@ -119,7 +122,9 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     weights = {name: layer.weight for name, layer in engine.model.sparse_layers().items()}
     fragments = engine.access(weights).fragments().values()
     return {
-        "sparse_weight_bytes": sum(w.numel() * w.element_size() for w in weights.values()),
+        "sparse_weight_bytes": sum(
+            getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values()
+        ),
         "sparse_state_bytes": sum(
             tensor.numel() * tensor.element_size()
             for fragment in fragments
@@ -145,9 +150,11 @@ def checkpoint_bytes(trainer: Trainer, config: RunConfig, mesh: Mesh) -> int:
 
 
 def sent_bytes(trainer: Trainer, config: RunConfig, mesh: Mesh) -> float:
-    (method,) = trainer.methods
-    found = communication_per_rank(config, trainer.engine.model, method.controller, mesh.world_size)
-    return found["data_parallel"]
+    """Data-parallel, in an ordinary step; of a model that is not in pieces, as at stage 3 that of the engine is."""
+    (method,), capacities = trainer.methods, capacities_of(trainer.engine)
+    with torch.device("meta"):
+        model = build_model(config, config.model.vocab_size, CommunicationGroup(), capacities=capacities)
+    return communication_per_rank(config, model, method.controller, mesh.world_size)["data_parallel"]
 
 
 def show(row: dict[str, Any]) -> None:
