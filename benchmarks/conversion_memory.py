@@ -12,18 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
+from measured_tool import apart, measured
 from result_file import write_result
 
 from megasparse.checkpoint.model_folder import ModelFolder, model_tensors
@@ -35,7 +28,6 @@ from megasparse.conversion.huggingface.architectures import LLAMA, entries
 from megasparse.conversion.huggingface.settings import read_settings
 from megasparse.conversion.huggingface.tensors import their_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 3.0
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,25 +103,6 @@ class _Weights:
         return {}
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a process of its own: a measured process inherits the peak of the one that starts it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
-
-
-def measured(*words: object) -> dict[str, float]:
-    """Peak memory and seconds of the tool with these words."""
-    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{command} ended with {process.returncode}"
-    # Linux counts in units of 1,024 bytes.
-    return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "seconds": time.perf_counter() - started}
-
-
 def same_tensors(a: Path, b: Path) -> bool:
     first, second = TensorFiles(a), TensorFiles(b)
     return first.names == second.names and all(
@@ -145,14 +118,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         parameters = apart(write_random, folder / "theirs", arguments.layers)
-        numbers = {"from_huggingface": measured(
+        numbers = {"from_huggingface": measured("convert_checkpoint.py",
             "from-huggingface", "--input", folder / "theirs", "--output", folder / "ours"
         )}  # fmt: skip
-        numbers["to_huggingface"] = measured("to-huggingface", "--input", folder / "ours", "--output", folder / "again")
+        numbers["to_huggingface"] = measured(
+            "convert_checkpoint.py", "to-huggingface", "--input", folder / "ours", "--output", folder / "again"
+        )
         equal = apart(same_tensors, folder / "theirs", folder / "again")
         apart(write_run, folder / "run", folder / "ours")
         numbers["run_to_huggingface"] = measured(
-            "to-huggingface", "--input", folder / "run", "--output", folder / "of-run"
+            "convert_checkpoint.py", "to-huggingface", "--input", folder / "run", "--output", folder / "of-run"
         )
         equal = equal and apart(same_tensors, folder / "theirs", folder / "of-run")
     largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 1e9

@@ -11,26 +11,18 @@ tokens; prunes it to half of the weights and counts the zeros of every layer. Pe
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from measured_tool import apart, measured
 from result_file import write_result
 
 from megasparse.checkpoint.model_folder import ModelFolder, ModelFolderWriter, model_tensors
 from megasparse.config.loader import check_config
 from megasparse.data.indexed import IndexedDatasetWriter
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 6.0
 VOCABULARY = 128_256
 MODEL = {
@@ -67,29 +59,6 @@ def zeros_by_layer(folder: Path) -> dict[str, float]:
     return {name: 1.0 - int(opened.tensor(name).count_nonzero()) / opened.tensor(name).numel() for name in names}
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a process of its own: a measured process inherits the peak of the one that starts it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
-
-
-def measured(*words: object) -> dict[str, float]:
-    """Peak memory, seconds of the clock and seconds of the processor of the tool with these words."""
-    command = [sys.executable, str(ROOT / "tools" / "prune.py"), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{command} ended with {process.returncode}"
-    # Linux counts in units of 1,024 bytes.
-    return {
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="default: 16, a model of 1.24 billion")
@@ -107,7 +76,7 @@ def main() -> None:
         if arguments.method != "magnitude":
             apart(write_tokens, folder / "tokens", 2 * samples * window)
             words += ["--calibration", folder / "tokens", "--samples", samples, "--window", window]
-        numbers = measured(*words)
+        numbers = measured("prune.py", *words)
         zeros = apart(zeros_by_layer, folder / "sparse")
     exact = all(share == 0.5 for share in zeros.values())
     verdict = "within" if numbers["peak_gb"] <= LIMIT_GB else "ABOVE"
