@@ -36,7 +36,10 @@ def dense_kernels(config: RunConfig, model: GPT, device: str) -> list[dict[str, 
         outer, inner = layer.partition.local_shape
         # The head sees a chunk of the tokens at a time.
         seen = model.head_in_chunks.chunk_rows(tokens) if layer is model.head else tokens
-        kernel, kind = choose(asked, device, dtype, seen, (inner, outer)), layer_kind(layer.name)
+        # The head is in no block: torch.compile does not trace it.
+        is_traced = config.train.compile == "blocks" and layer is not model.head
+        wanted = "torch" if is_traced else asked
+        kernel, kind = choose(wanted, device, dtype, seen, (inner, outer)), layer_kind(layer.name)
         sizes = {"in": inner, "out": outer, "tokens": seen}
         row = rows.setdefault((kind, inner, outer), {"layer": kind, "count": 0, **sizes, "kernel": kernel})
         row["count"] += 1

@@ -189,6 +189,16 @@ def test_a_forced_kernel_that_cannot_run_is_refused() -> None:
 
 
 @needs_onednn
+def test_traced_blocks_have_torchs_products_in_the_plan_and_the_head_its_own() -> None:
+    words = ["kernels.dense=onednn", "train.precision=fp32", "train.compile=blocks", "model.vocab_size=64"]
+    config = load_config([], words)
+    with torch.device("meta"):
+        model = build_model(config, 64)
+    found = {row["layer"]: row["kernel"] for row in dense_kernels(config, model, "cpu")}
+    assert found.pop("head") == "onednn" and set(found.values()) == {"torch"}
+
+
+@needs_onednn
 def test_measured_rows_decide_near_their_tokens() -> None:
     rows = (
         table.Row("float32", 512, 64, 192, {"torch": 2.0, "onednn": 1.0}),
