@@ -4,8 +4,8 @@
     weight = compress(weight_OI, scales_O=scales_O)            # int8, symmetric, a scale for each output
     y = compressed_linear(x, weight, bias)
 
-``compressed`` holds the layouts, ``choice`` which of them fits a matrix, ``cpu`` the kernels and ``reference`` what they
-compute.
+``compressed`` holds the layouts, ``choice`` says which of them fits a matrix; the kernels are in ``cpu``, and what they
+compute in ``reference``.
 """
 
 from megasparse.kernels.sparse_inference.choice import BREAK_EVEN, Choice, choose

@@ -25,6 +25,15 @@ constexpr int64_t kStrip = 4;    // rows of the weight that are multiplied at a 
 constexpr int kTile = 6;         // rows of x: kStrip * kTile = 24 of 32 registers hold sums
 constexpr int kDirect = 4;       // up to so many rows of x nothing is unpacked
 constexpr int64_t kTokens = 48;  // rows of x for which the weight is read once: x stays in the second-level cache
+constexpr int64_t kApart = 64;   // elements between unpacked rows, so that they do not fall on one cache set
+
+// Rows of x, `step` elements from one to the next.
+template <class Product>
+struct Inputs {
+  const typename Product::Input* data;
+  int64_t step;
+  const typename Product::Input* row(int64_t n) const { return data + n * step; }
+};
 
 // What becomes of a sum. Of int8 inputs 128 was added to each, see quantize.
 struct Outputs {
@@ -70,17 +79,16 @@ struct Rows {
 
 // One row of the weight, `Count` rows of x.
 template <class Product, int Count>
-void multiply_row(const Rows<Product>& rows, int64_t row, const typename Product::Input* x, const Outputs& outputs) {
+void multiply_row(const Rows<Product>& rows, int64_t row, const Inputs<Product>& x, const Outputs& outputs) {
   using Of = typename Expanded<Product>::Of;
   constexpr int wide = Product::kWide;
-  const int64_t width = rows.groups * kGroup;
   typename Of::Sums sums[Count] = {};
   rows.walk(row, [&](int64_t g, const Expanded<Product>& weights) {
 #pragma GCC unroll 8
     for (int v = 0; v < Expanded<Product>::kVectors; ++v)
 #pragma GCC unroll 4
       for (int n = 0; n < Count; ++n)
-        sums[n] = Of::multiply_add(sums[n], weights.vectors[v], Of::inputs(x + n * width + g * kGroup + v * wide));
+        sums[n] = Of::multiply_add(sums[n], weights.vectors[v], Of::inputs(x.row(n) + g * kGroup + v * wide));
   });
   using Total = typename Product::Total;
   for (int n = 0; n < Count; ++n) outputs.write(n, row, sum_lanes<Total, wide / Product::kPerSum>(sums[n], 0));
@@ -88,18 +96,18 @@ void multiply_row(const Rows<Product>& rows, int64_t row, const typename Product
 
 // `Height` unpacked rows of the weight, `Count` rows of x.
 template <class Product, int Height, int Count>
-void multiply_tile(const typename Product::Unpacked* unpacked, const typename Product::Input* x, int64_t width,
-                   int64_t row, int64_t n, const Outputs& outputs) {
+void multiply_tile(const typename Product::Unpacked* unpacked, const Inputs<Product>& x, int64_t width, int64_t row,
+                   int64_t n, const Outputs& outputs) {
   using Of = typename Expanded<Product>::Of;
   constexpr int wide = Product::kWide;
   typename Of::Sums sums[Height][Count] = {};
   for (int64_t k = 0; k < width; k += wide) {
     typename Of::Weights weights[Height];
 #pragma GCC unroll 4
-    for (int r = 0; r < Height; ++r) weights[r] = Of::unpacked(unpacked + r * width + k);
+    for (int r = 0; r < Height; ++r) weights[r] = Of::unpacked(unpacked + r * (width + kApart) + k);
 #pragma GCC unroll 6
     for (int i = 0; i < Count; ++i) {
-      const auto inputs = Of::inputs(x + (n + i) * width + k);
+      const auto inputs = Of::inputs(x.row(n + i) + k);
 #pragma GCC unroll 4
       for (int r = 0; r < Height; ++r) sums[r][i] = Of::multiply_add(sums[r][i], weights[r], inputs);
     }
@@ -120,8 +128,8 @@ inline void in_tiles(int64_t first, int64_t last, Function&& function) {
 }
 
 template <class Product, int Height>
-void multiply_tiles(const typename Product::Unpacked* unpacked, const typename Product::Input* x, int64_t width,
-                    int64_t row, int64_t first, int64_t last, const Outputs& outputs) {
+void multiply_tiles(const typename Product::Unpacked* unpacked, const Inputs<Product>& x, int64_t width, int64_t row,
+                    int64_t first, int64_t last, const Outputs& outputs) {
   in_tiles(first, last, [&](int64_t n, auto count) {
     multiply_tile<Product, Height, decltype(count)::value>(unpacked, x, width, row, n, outputs);
   });
@@ -129,22 +137,21 @@ void multiply_tiles(const typename Product::Unpacked* unpacked, const typename P
 
 // 1 to kStrip rows of the weight by all rows of x of a tile of tokens.
 template <class Product>
-void multiply_strip(const Rows<Product>& rows, int64_t row, int64_t height, const typename Product::Input* x,
-                    int64_t first, int64_t last, const Outputs& outputs, typename Product::Unpacked* unpacked) {
+void multiply_strip(const Rows<Product>& rows, int64_t row, int64_t height, const Inputs<Product>& x, int64_t first,
+                    int64_t last, const Outputs& outputs, typename Product::Unpacked* unpacked) {
   const int64_t width = rows.groups * kGroup;
   for (int64_t r = 0; r < height; ++r)
     rows.walk(row + r, [&](int64_t g, const Expanded<Product>& weights) {
-      weights.write(unpacked + r * width + g * kGroup);
+      weights.write(unpacked + r * (width + kApart) + g * kGroup);
     });
   if (height == kStrip) return multiply_tiles<Product, kStrip>(unpacked, x, width, row, first, last, outputs);
   for (int64_t r = 0; r < height; ++r)
-    multiply_tiles<Product, 1>(unpacked + r * width, x, width, row + r, first, last, outputs);
+    multiply_tiles<Product, 1>(unpacked + r * (width + kApart), x, width, row + r, first, last, outputs);
 }
 
 template <class Product>
-void multiply_rows(const void* x_data, int64_t num_x, const Rows<Product>& rows, int64_t num_rows,
+void multiply_rows(const Inputs<Product>& x, int64_t num_x, const Rows<Product>& rows, int64_t num_rows,
                    const Outputs& outputs, void* scratch, int threads) {
-  const auto* x = static_cast<const typename Product::Input*>(x_data);
   const int64_t width = rows.groups * kGroup, strips = (num_rows + kStrip - 1) / kStrip;
   if (num_x <= kDirect) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -160,7 +167,8 @@ void multiply_rows(const void* x_data, int64_t num_x, const Rows<Product>& rows,
     const int64_t last = std::min(first + kTokens, num_x);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t strip = 0; strip < strips; ++strip) {
-      auto* unpacked = static_cast<typename Product::Unpacked*>(scratch) + omp_get_thread_num() * kStrip * width;
+      auto* unpacked = static_cast<typename Product::Unpacked*>(scratch);
+      unpacked += omp_get_thread_num() * kStrip * (width + kApart);
       const int64_t row = strip * kStrip, height = std::min(kStrip, num_rows - row);
       multiply_strip(rows, row, height, x, first, last, outputs, unpacked);
     }
@@ -189,7 +197,7 @@ inline typename Of::Inputs repeated(const Input* x) {
 }
 
 template <class Product, int Side, int Count>
-void multiply_blocks(const Blocks& blocks, int64_t strip, const typename Product::Input* x, int64_t width, int64_t n,
+void multiply_blocks(const Blocks& blocks, int64_t strip, const Inputs<Product>& x, int64_t n,
                      const Outputs& outputs) {
   // Vectors of int8 may be shorter, so that they hold 4 rows of small blocks.
   constexpr int wide = std::min<int>(Product::kWide, Product::kPerSum == 4 ? kStrip * Side : Product::kWide);
@@ -202,7 +210,7 @@ void multiply_blocks(const Blocks& blocks, int64_t strip, const typename Product
   const auto* values = static_cast<const typename Product::Weight*>(blocks.values) +
                        (begin * strips + strip % strips * count) * kStrip * Side;
   for (int64_t j = begin; j < begin + count; ++j, values += kStrip * Side) {
-    const auto* from = x + n * width + int64_t(blocks.columns[j]) * Side;
+    const auto* from = x.row(n) + int64_t(blocks.columns[j]) * Side;
     __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetch);
 #pragma GCC unroll 8
     for (int part = 0; part < per_row; ++part) {
@@ -213,9 +221,9 @@ void multiply_blocks(const Blocks& blocks, int64_t strip, const typename Product
       for (int i = 0; i < Count; ++i) {
         typename Of::Inputs inputs;
         if constexpr (Side >= wide)
-          inputs = Of::inputs(from + i * width + part * wide);
+          inputs = Of::inputs(from + i * x.step + part * wide);
         else
-          inputs = repeated<Of, Side, wide>(from + i * width);
+          inputs = repeated<Of, Side, wide>(from + i * x.step);
 #pragma GCC unroll 4
         for (int r = 0; r < num_sums; ++r) sums[r][i] = Of::multiply_add(sums[r][i], weights[r], inputs);
       }
@@ -229,28 +237,27 @@ void multiply_blocks(const Blocks& blocks, int64_t strip, const typename Product
 }
 
 template <class Product, int Side>
-void multiply_all_blocks(const void* x_data, int64_t num_x, int64_t width, const Blocks& blocks, int64_t num_rows,
+void multiply_all_blocks(const Inputs<Product>& x, int64_t num_x, const Blocks& blocks, int64_t num_rows,
                          const Outputs& outputs, int threads) {
-  const auto* x = static_cast<const typename Product::Input*>(x_data);
   for (int64_t first = 0; first < num_x; first += kTokens) {
     const int64_t last = std::min(first + kTokens, num_x);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t strip = 0; strip < num_rows / kStrip; ++strip)
       in_tiles(first, last, [&](int64_t n, auto count) {
-        multiply_blocks<Product, Side, decltype(count)::value>(blocks, strip, x, width, n, outputs);
+        multiply_blocks<Product, Side, decltype(count)::value>(blocks, strip, x, n, outputs);
       });
   }
 }
 
 template <class Product>
-void multiply_blocks_of_any_size(int64_t side, const void* x, int64_t num_x, int64_t width, const Blocks& blocks,
+void multiply_blocks_of_any_size(int64_t side, const Inputs<Product>& x, int64_t num_x, const Blocks& blocks,
                                  int64_t num_rows, const Outputs& outputs, int threads) {
   switch (side) {
-    case 4: return multiply_all_blocks<Product, 4>(x, num_x, width, blocks, num_rows, outputs, threads);
-    case 8: return multiply_all_blocks<Product, 8>(x, num_x, width, blocks, num_rows, outputs, threads);
-    case 16: return multiply_all_blocks<Product, 16>(x, num_x, width, blocks, num_rows, outputs, threads);
-    case 32: return multiply_all_blocks<Product, 32>(x, num_x, width, blocks, num_rows, outputs, threads);
-    case 64: return multiply_all_blocks<Product, 64>(x, num_x, width, blocks, num_rows, outputs, threads);
+    case 4: return multiply_all_blocks<Product, 4>(x, num_x, blocks, num_rows, outputs, threads);
+    case 8: return multiply_all_blocks<Product, 8>(x, num_x, blocks, num_rows, outputs, threads);
+    case 16: return multiply_all_blocks<Product, 16>(x, num_x, blocks, num_rows, outputs, threads);
+    case 32: return multiply_all_blocks<Product, 32>(x, num_x, blocks, num_rows, outputs, threads);
+    case 64: return multiply_all_blocks<Product, 64>(x, num_x, blocks, num_rows, outputs, threads);
   }
 }
 
@@ -267,8 +274,8 @@ void with_product(int type, Function&& function) {
 extern "C" {
 
 // Rows of x [num_x, width] to int8, symmetric by row, 128 added: bytes [num_x, padded], and the scale of each row.
-void megasparse_quantize(const float* x_data, int64_t num_x, int64_t width, int64_t padded, uint8_t* to_data, float* scales,
-                         int threads) {
+void megasparse_quantize(const float* x_data, int64_t num_x, int64_t width, int64_t padded, uint8_t* to_data,
+                         float* scales, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (num_x > kTile)
   for (int64_t n = 0; n < num_x; ++n) {
     const float* x = x_data + n * width;
@@ -286,29 +293,48 @@ void megasparse_quantize(const float* x_data, int64_t num_x, int64_t width, int6
 }
 
 int64_t megasparse_rows_scratch(int type, int64_t groups, int threads) {
-  return groups * kGroup * kStrip * threads * (type == 2 ? 1 : 4);
+  return (groups * kGroup + kApart) * kStrip * threads * (type == 2 ? 1 : 4);
 }
 
-void megasparse_multiply_rows(int type, const void* x, int64_t num_x, int64_t groups, const uint64_t* masks,
-                              const void* values, const int64_t* offsets, int64_t num_rows, const float* bias,
-                              const float* input_scales, const float* weight_scales, const int32_t* row_sums, float* y,
-                              void* scratch, int threads) {
+// x: `num_x` rows, `step` elements from one to the next, with zeros (quantize: 128) up to whole groups of 64.
+void megasparse_multiply_rows(int type, const void* x, int64_t num_x, int64_t step, int64_t groups,
+                              const uint64_t* masks, const void* values, const int64_t* offsets, int64_t num_rows,
+                              const float* bias, const float* input_scales, const float* weight_scales,
+                              const int32_t* row_sums, float* y, void* scratch, int threads) {
   const Outputs outputs{y, num_rows, bias, input_scales, weight_scales, row_sums};
   with_product(type, [&](auto product) {
     using Product = decltype(product);
+    const Inputs<Product> inputs{static_cast<const typename Product::Input*>(x), step};
     const Rows<Product> rows{masks, static_cast<const typename Product::Weight*>(values), offsets, groups};
-    multiply_rows<Product>(x, num_x, rows, num_rows, outputs, scratch, threads);
+    multiply_rows(inputs, num_x, rows, num_rows, outputs, scratch, threads);
   });
 }
 
-void megasparse_multiply_blocks(int type, const void* x, int64_t num_x, int64_t width, int64_t side,
-                                const void* values, const int64_t* offsets, const uint16_t* columns, int64_t num_rows,
-                                const float* bias, const float* input_scales, const float* weight_scales,
-                                const int32_t* row_sums, float* y, int threads) {
+// Rows [first, last) of a weight in float32, of whole groups of columns: what a dense product reads.
+void megasparse_unpack_rows(int type, int64_t groups, const uint64_t* masks, const void* values, const int64_t* offsets,
+                            int64_t first, int64_t last, float* to, int threads) {
+  const auto unpack = [&](auto product) {
+    using Product = decltype(product);
+    const Rows<Product> rows{masks, static_cast<const typename Product::Weight*>(values), offsets, groups};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = first; row < last; ++row)
+      rows.walk(row, [&](int64_t g, const Expanded<Product>& weights) {
+        weights.write(to + ((row - first) * groups + g) * kGroup);
+      });
+  };
+  if (type == 0) unpack(FloatProduct<Float32>());
+  if (type == 1) unpack(FloatProduct<BFloat16>());
+}
+
+void megasparse_multiply_blocks(int type, const void* x, int64_t num_x, int64_t step, int64_t side, const void* values,
+                                const int64_t* offsets, const uint16_t* columns, int64_t num_rows, const float* bias,
+                                const float* input_scales, const float* weight_scales, const int32_t* row_sums,
+                                float* y, int threads) {
   const Outputs outputs{y, num_rows, bias, input_scales, weight_scales, row_sums};
   with_product(type, [&](auto product) {
-    const Blocks blocks{values, offsets, columns};
-    multiply_blocks_of_any_size<decltype(product)>(side, x, num_x, width, blocks, num_rows, outputs, threads);
+    using Product = decltype(product);
+    const Inputs<Product> inputs{static_cast<const typename Product::Input*>(x), step};
+    multiply_blocks_of_any_size(side, inputs, num_x, Blocks{values, offsets, columns}, num_rows, outputs, threads);
   });
 }
 }
