@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from tool_calls import call
 from torch import Tensor
 
+from megasparse.checkpoint.model_folder import ModelFolderWriter
+from megasparse.config.loader import check_config
 from megasparse.config.schema import AttentionConfig, ModelConfig
+from megasparse.evaluation.run import EvaluationSettings, evaluate
 from megasparse.inference.compressed_linear import CompressedLinear
 from megasparse.inference.compression import compress_model
 from megasparse.inference.generation import generate
 from megasparse.kernels.sparse_inference import reference, why_not
+from megasparse.launching import LaunchEnvironment
 from megasparse.layers import LayerFactory, Linear
 from megasparse.models import GPT
+from megasparse.models.build import build_model
 
 REASON = why_not("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -125,6 +132,54 @@ def test_int8_layers_take_the_place_of_whatever_is_there() -> None:
 def rounded(x: Tensor) -> Tensor:
     q, scales = reference.quantize_rows(x.flatten(0, -2))
     return (q * scales[:, None]).view(x.shape)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model of bytes whose perceptrons are large enough for `auto`."""
+    shape = {"num_layers": 1, "hidden_size": C, "num_attention_heads": 4, "seq_length": T, "vocab_size": 257}
+    config = check_config(
+        {
+            "model": {**shape, "ffn_hidden_size": 2048, "init_std": 0.3},
+            "data": {"tokenizer": "bytes"},
+            "sparsity": {"algorithm": "dense"},
+        }
+    )
+    weights = {name: parameter.detach() for name, parameter in build_model(config, 257).named_parameters()}
+    path = tmp_path_factory.mktemp("models") / "pruned"
+    with ModelFolderWriter(path, config, dict.fromkeys(weights, torch.float32), facts={"step": 1}) as writer:
+        for name in writer.names:
+            weight = weights[name][: writer.specs[name].shape[0]]
+            writer.write(
+                name, weight * mask_like(weight, "unstructured") if ".mlp." in name and weight.ndim == 2 else weight
+            )
+    return path
+
+
+def test_generate_samples_the_same_text_by_either_kernels(folder) -> None:
+    words = ["--run", folder, "--prompt", "ab", "--tokens", "20", "--temperature", "0", "--device", "cpu"]
+    status, dense = call("../launch/generate", *words, "--kernels", "dense")
+    assert status == 0 and "unstructured" not in dense
+    status, sparse = call("../launch/generate", *words)
+    assert status == 0 and "1 x mlp.up: unstructured, float32, density 0.2" in sparse
+    assert sparse.splitlines()[-1] == dense.splitlines()[-1] and len(dense.splitlines()[-1]) > 5
+
+
+def test_evaluate_finds_the_same_loss_by_either_kernels(folder, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog looked at it. " * 3)
+    records = [
+        evaluate(
+            EvaluationSettings(
+                folder, "perplexity", str(tmp_path / "text.txt"), kernels=kernels, output=tmp_path / "x"
+            ),
+            LaunchEnvironment(0, 0, 1),
+        )
+        for kernels in ("dense", "auto")
+    ]
+    assert [record["settings"]["packed_layers"] for record in records] == [0, 2]
+    dense, sparse = (record["results"]["loss"] for record in records)
+    # Logits of order 10 in float32.
+    assert dense == pytest.approx(sparse, rel=1e-5) and dense != 0
 
 
 def test_refusals() -> None:

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
     defined(__AVX512VNNI__) && !defined(MEGASPARSE_PLAIN) && !defined(MEGASPARSE_NARROW)
@@ -21,8 +22,9 @@
 
 namespace {
 
-constexpr int64_t kGroup = 64;         // columns of a word of the mask
-constexpr int64_t kPrefetch = 1024;    // bytes ahead of what is read
+constexpr int64_t kGroup = 64;       // columns of a word of the mask
+constexpr int64_t kPrefetch = 1024;  // bytes ahead of what is read
+constexpr int64_t kLine = 64;        // bytes of a line of the cache
 
 // Sums of 4 neighbouring products, so that a vector of bytes has a fourth as many sums.
 template <int Bytes>
@@ -94,6 +96,10 @@ struct IntegerProduct {
 // The sum of `Count` lanes from `first` on, by halves.
 template <class Total, int Count, class Sums>
 inline Total sum_lanes(const Sums& sums, int first) {
+#if defined(MEGASPARSE_EXPAND)
+  if constexpr (Count == 16 && std::is_same_v<Total, float>) return _mm512_reduce_add_ps((__m512)sums);
+  if constexpr (Count == 16 && std::is_same_v<Total, int32_t>) return _mm512_reduce_add_epi32((__m512i)sums);
+#endif
   Total parts[Count];
   for (int i = 0; i < Count; ++i) parts[i] = sums[first + i];
 #pragma GCC unroll 6

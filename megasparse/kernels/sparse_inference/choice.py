@@ -1,7 +1,8 @@
 """Which layout fits a weight: whole blocks of zeros, single zeros, or too few of either.
 
-BREAK_EVEN holds the densities up to which packed products of one row of x were faster than dense ones of the same
-values (float32: torch's; bfloat16 and int8: ours of rows without a mask), see benchmarks/sparse_decoding.py.
+BREAK_EVEN holds the densities up to which packed products are taken. At a density of 0.5, for one row of x, they were
+1.4 to 1.9 times as fast as dense ones of the same values (float32 and bfloat16: torch's; int8: ours of rows without a
+mask), on one thread of an EPYC (Zen 4) under load; benchmarks/sparse_decoding.py finds where they meet on a machine.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ WASTE = 0.02
 """Zeros that blocks may hold, of their weights: a few weights are 0 by chance."""
 
 BREAK_EVEN = {
-    "unstructured": {torch.float32: 0.5, torch.bfloat16: 0.5, torch.int8: 0.5},
-    "blocks": {torch.float32: 0.9, torch.bfloat16: 0.9, torch.int8: 0.9},
+    "unstructured": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), 0.6),
+    "blocks": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), 0.7),
 }
 
 

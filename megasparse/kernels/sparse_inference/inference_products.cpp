@@ -48,6 +48,14 @@ struct Outputs {
   }
 };
 
+// Of `Count` weights the lines of the cache that lie kPrefetch bytes behind them.
+template <int Count, class Weight>
+inline void prefetch(const Weight* weights) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < int64_t(Count * sizeof(Weight)); i += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kPrefetch + i);
+}
+
 // Rows of 64-column groups: with a mask the values of the set bits, without one all of them.
 template <class Product>
 struct Rows {
@@ -63,6 +71,7 @@ struct Rows {
     if (!masks) {
       const auto* from = values + row * groups * kGroup;
       for (int64_t g = 0; g < groups; ++g) {
+        prefetch<kGroup>(from);
         weights.read(from);
         function(g, weights);
       }
@@ -70,7 +79,7 @@ struct Rows {
     }
     const auto* from = values + offsets[row];
     for (int64_t g = 0; g < groups; ++g) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetch);
+      prefetch<kGroup / 2>(from);
       weights.read(masks[row * groups + g], from);
       function(g, weights);
     }
@@ -211,7 +220,7 @@ void multiply_blocks(const Blocks& blocks, int64_t strip, const Inputs<Product>&
                        (begin * strips + strip % strips * count) * kStrip * Side;
   for (int64_t j = begin; j < begin + count; ++j, values += kStrip * Side) {
     const auto* from = x.row(n) + int64_t(blocks.columns[j]) * Side;
-    __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetch);
+    prefetch<kStrip * Side>(values);
 #pragma GCC unroll 8
     for (int part = 0; part < per_row; ++part) {
       typename Of::Weights weights[num_sums];
