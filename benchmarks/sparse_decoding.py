@@ -89,7 +89,7 @@ def make_contenders(arguments: argparse.Namespace) -> list[Contender]:
 def random_model(layers: int, width: int) -> GPT:
     heads = width // 64
     config = ModelConfig(num_layers=layers, hidden_size=width, num_attention_heads=heads, seq_length=1024, bias=False)
-    return GPT(config, AttentionConfig(), VOCABULARY, LayerFactory(seed=1)).eval()
+    return GPT(config, AttentionConfig(), VOCABULARY, LayerFactory(seed=1, dense="torch")).eval()
 
 
 def linear_layers(model: GPT) -> dict[str, Linear]:
