@@ -150,6 +150,15 @@ def test_rounding_of_the_inputs_to_int8() -> None:
     assert bool(((compressed_linear(x, weight).double() - exact).abs() <= limit).all())
 
 
+def test_numbers_that_are_none_stay_so() -> None:
+    """Rounded to int8, infinity and what is no number would become ordinary ones."""
+    weight = packed_with_unit_scales(random_weight(33, 200, "unstructured", None, torch.int8), "unstructured")
+    x = torch.randn(5, 200)
+    x[1, 7], x[3, 199], x[4] = torch.nan, -torch.inf, 1e-45
+    for y in (compressed_linear(x, weight), reference.linear(x, weight, None)):
+        assert y[[1, 3]].isnan().all() and y[[0, 2, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_inputs_of_half_precision(dtype) -> None:
     """They are widened, and the result is rounded once."""

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -290,14 +291,18 @@ void megasparse_quantize(const float* x_data, int64_t num_x, int64_t width, int6
     const float* x = x_data + n * width;
     uint8_t* to = to_data + n * padded;
     float largest = 0;
-    for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float scale = largest > 0 ? largest / 127 : 1, inverse = 1 / scale;
+    int is_lost = 0;  // an entry is infinite or no number: the whole row of y then is none
     for (int64_t i = 0; i < width; ++i) {
-      const float rounded = std::min(std::max(std::nearbyint(x[i] * inverse), -127.0f), 127.0f);
+      largest = std::max(largest, std::fabs(x[i]));
+      is_lost |= !(std::fabs(x[i]) <= std::numeric_limits<float>::max());
+    }
+    const float scale = largest / 127 > 0 && !is_lost ? largest / 127 : 1;
+    for (int64_t i = 0; i < width; ++i) {
+      const float rounded = std::min(std::max(-127.0f, std::nearbyint(x[i] / scale)), 127.0f);
       to[i] = uint8_t(int(rounded) + 128);
     }
     std::memset(to + width, 128, padded - width);
-    scales[n] = scale;
+    scales[n] = is_lost ? std::numeric_limits<float>::quiet_NaN() : scale;
   }
 }
 

@@ -22,7 +22,13 @@ def linear(x_NI: Tensor, weight: CompressedWeight, bias_O: Tensor | None) -> Ten
 
 
 def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [N, I] and float32 scales [N]: symmetric, the largest entry of a row becomes 127."""
-    largest_N = x_NI.float().abs().amax(1)
-    scales_N = torch.where(largest_N > 0, largest_N / 127, 1.0)
-    return (x_NI.float() * (1 / scales_N)[:, None]).round().clamp(-127, 127).to(torch.int8), scales_N
+    """int8 [N, I] and float32 scales [N]: symmetric, the largest entry of a row becomes 127.
+
+    The scale of a row with an infinite entry, or one that is no number, is none either.
+    """
+    x_NI = x_NI.float()
+    scales_N = x_NI.abs().amax(1) / 127
+    scales_N = torch.where(scales_N > 0, scales_N, 1.0)
+    finite_N = x_NI.isfinite().all(1)
+    q_NI = torch.where(finite_N[:, None], x_NI / scales_N[:, None], 0.0).round().clamp(-127, 127).to(torch.int8)
+    return q_NI, torch.where(finite_N, scales_N, torch.nan)
