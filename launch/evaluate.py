@@ -60,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once; default: by the model's size")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
+    kernels = "of pruned layers on a CPU; auto: sparse where faster; default: auto"
+    parser.add_argument("--kernels", choices=("auto", "dense", "sparse"), default="auto", help=kernels)
     output = "default: FOLDER/evaluations/TASK-INPUT-step-N.json"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

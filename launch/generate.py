@@ -3,7 +3,8 @@
     python launch/generate.py --run runs/quickstart-mst --prompt "def " [--step 300] [--num-samples 3]
 
 The newest good checkpoint answers, or that of --step, in float32, under the attention pattern of its last training
-step. Text goes to standard output, all else to standard error. Exit status: 0, or 2 for what the user must mend.
+step. On a CPU pruned layers are packed, and computed by sparse kernels where that is faster (--kernels). Text goes to
+standard output, all else to standard error. Exit status: 0, or 2 for what the user must mend.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megasparse.inference.compression import compress_model
     from megasparse.inference.generation import check_sampling
     from megasparse.inference.sampling import sample_text
     from megasparse.inference.trained import open_trained
@@ -34,6 +36,9 @@ def main() -> int:
         for reason in trained.passed_over:
             print(f"warning: passed over: {reason}", file=sys.stderr)
         print(f"step {trained.step}, attention {trained.pattern}, on {arguments.device}", file=sys.stderr)
+        plan = compress_model(trained.model, arguments.kernels)
+        if plan.num_packed:
+            print(*plan.lines(), sep="\n", file=sys.stderr)
         first_seed = trained.config.run.seed if arguments.seed is None else arguments.seed
         for seed in range(first_seed, first_seed + arguments.num_samples):
             if arguments.num_samples > 1:
@@ -70,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=positive, default=1, metavar="N", help="samples of seeds S, S + 1, ...")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
+    kernels = "of pruned layers on a CPU; auto: sparse where faster; default: auto"
+    parser.add_argument("--kernels", choices=("auto", "dense", "sparse"), default="auto", help=kernels)
     return parser.parse_args()
 
 

@@ -24,6 +24,7 @@ from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl,
 from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.results import print_results, show_progress
 from megasparse.evaluation.scoring import DTYPES, Scorer
+from megasparse.inference.compression import KERNELS, compress_model
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.models.gpt import GPT
@@ -53,6 +54,7 @@ class EvaluationSettings:
     device: str = "cpu"
     limit: int | None = None
     output: Path | None = None
+    kernels: str = "auto"
 
 
 def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> dict[str, Any]:
@@ -67,6 +69,10 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
     started = time.perf_counter()
     with sharing_ranks(environment, settings.device) as (ranks, device), show_progress(console) as advance:
         model = place(trained.model, device, settings.precision)
+        plan = compress_model(model, settings.kernels)
+        if console is not None and plan.num_packed:
+            for line in plan.lines():
+                console.print(line, soft_wrap=True, markup=False)
         scorer = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance)
         scores = scorer.scores(task.windows)
     record = {
@@ -80,6 +86,7 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
             "attention": trained.pattern,
             "tokenizer": trained.tokenizer.name,
             "precision": settings.precision,
+            "packed_layers": plan.num_packed,
             "batch_size": scorer.batch_size,
         },
         "results": {**task.results(scores), "seconds": round(time.perf_counter() - started, 3)},
@@ -104,6 +111,7 @@ def check_settings(settings: EvaluationSettings) -> None:
         ("task", settings.task, TASKS),
         ("detokenizer", settings.detokenizer, tuple(DETOKENIZERS)),
         ("precision", settings.precision, tuple(DTYPES)),
+        ("kernels", settings.kernels, KERNELS),
     ):
         if value not in allowed:
             raise ConfigError(f"--{name}: {value}; must be one of {', '.join(allowed)}")
