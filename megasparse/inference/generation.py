@@ -65,7 +65,7 @@ def generate(
     ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     for _ in range(max_new_tokens):
         logits_BV = evaluate(tokens_BT)[:, :num_ids]
-        chosen_B = _choose(logits_BV, temperature, top_k, top_p, generator).to(tokens_BT.device)
+        chosen_B = choose(logits_BV, temperature, top_k, top_p, generator).to(tokens_BT.device)
         chosen_B = torch.where(ended_B, tokens_BT[:, -1], chosen_B)
         ended_B |= torch.isin(chosen_B, ends)
         tokens_BT = torch.cat((tokens_BT, chosen_B.unsqueeze(1)), dim=1)
@@ -105,14 +105,14 @@ class LastLogits:
         return num_tokens + -num_tokens % self._multiple
 
 
-def _choose(
+def choose(
     logits_BV: torch.Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """A token for each row."""
+    """A token for each row of logits, int64 [B], drawn as ``generate`` does it; the cuts are named there."""
     if temperature < SMALLEST_TEMPERATURE:
         return logits_BV.argmax(dim=1)
     # Sorted once, both cuts are prefixes: the k most likely, and those that the probability p is not reached before.

@@ -12,7 +12,7 @@ from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.generation import LastLogits, generate
 from megasparse.inference.sampling import sample_text
-from megasparse.layers import LayerFactory
+from megasparse.layers import JoinedCaches, KeyValueCache, LayerFactory
 from megasparse.models import GPT
 
 V, T = 30, 8
@@ -100,6 +100,27 @@ def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns, offset
                 got, expected = kept(text[:, :length]), whole(text[:, :length])
                 # Sums of at most 24 products in float32, in another order; logits are of order 10.
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5, msg=f"length {length}")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_token_beside_those_of_other_texts_has_the_logits_that_it_has_alone(style) -> None:
+    """Texts of several lengths and patterns, which join one after the other and leave."""
+    model = build_with_patterns(style, "mixed", offsets="spread")
+    texts = [torch.randint(V, (1, length)) for length in (1, 5, 9, 13)]
+    caches = [KeyValueCache(2, 21) for _ in texts]
+    with torch.no_grad():
+        for text, cache in zip(texts, caches, strict=True):
+            model(text, cache=cache)
+            cache.advance(text.shape[1])
+        for members in ([0, 1], [0, 1, 2, 3], [3, 1], [2]):
+            new = torch.randint(V, (1, len(members)))
+            logits = model(new, cache=JoinedCaches([caches[member] for member in members]))
+            for place, member in enumerate(members):
+                caches[member].advance(1)
+                texts[member] = torch.cat((texts[member], new[:, place : place + 1]), dim=1)
+                # Sums in another order, as above.
+                expected = model(texts[member])[0, -1]
+                torch.testing.assert_close(logits[0, place], expected, rtol=1e-5, atol=2e-5)
 
 
 def test_offsets_and_scaling_change_what_a_model_says() -> None:
