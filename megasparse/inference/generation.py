@@ -115,18 +115,24 @@ def choose(
     """A token for each row of logits, int64 [B], drawn as ``generate`` does it; the cuts are named there."""
     if temperature < SMALLEST_TEMPERATURE:
         return logits_BV.argmax(dim=1)
-    # Sorted once, both cuts are prefixes: the k most likely, and those that the probability p is not reached before.
-    probabilities, order = (logits_BV / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
+    # Clients say 1 where they mean all tokens, whose order does not matter.
+    top_p = None if top_p == 1 else top_p
+    probabilities, order = (logits_BV / temperature).softmax(dim=1), None
+    # In order both cuts are prefixes: the k most likely, and those that the probability p is not reached before. To
+    # sort a vocabulary of 50,000, and to draw among all of it, takes longer than a small model.
+    if top_k is not None and top_k < probabilities.shape[1]:
+        probabilities, order = probabilities.topk(top_k, dim=1)
         probabilities /= probabilities.sum(dim=1, keepdim=True)
+    elif top_p is not None:
+        probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
     if top_p is not None:
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities[before >= top_p] = 0
     if generator is not None:
         probabilities = probabilities.to(generator.device)
     rank = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, rank.to(order.device)).squeeze(1)
+    rank = rank.to(logits_BV.device)
+    return (rank if order is None else order.gather(1, rank)).squeeze(1)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

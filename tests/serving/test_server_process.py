@@ -75,6 +75,12 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys) -> None:
     assert status == 2 and "must be printable ASCII characters, at least one" in errors
 
 
+def test_the_extra_that_is_missing_is_named(folder, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "megasparse.serving.server", None)
+    status, errors = called(monkeypatch, capsys, "--model", folder)
+    assert status == 2 and "serving needs: pip install 'megasparse[serve]'" in errors
+
+
 def test_keys_and_addresses(tmp_path) -> None:
     assert api_key({}) is None and api_key({"MEGASPARSE_API_KEY": " a b \n"}) == "a b"
     (tmp_path / "key").write_text("of the file\n")
