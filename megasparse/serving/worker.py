@@ -27,7 +27,7 @@ class Worker:
         self._changed = threading.Condition()
         self._new: list[Stream] = []
         self._open = 0
-        self._stopping = False
+        self.stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     @property
@@ -42,7 +42,7 @@ class Worker:
         """Take all of them or none. Raises RequestError, status 503, where they do not fit into the queue."""
         limits = self._batch.limits
         with self._changed:
-            if self._stopping:
+            if self.stopping:
                 raise shutting_down()
             if self._open + len(streams) > limits.streams + limits.queue:
                 raise RequestError(
@@ -60,7 +60,7 @@ class Worker:
     def stop(self, seconds: float = 10.0) -> None:
         """End all streams with an error and wait for the thread, at most so long."""
         with self._changed:
-            self._stopping = True
+            self.stopping = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(seconds)
@@ -84,6 +84,6 @@ class Worker:
                 self._batch.waiting.extend(self._new)
                 self._new = []
                 self._open = self._batch.num_streams
-                if self._open or self._stopping:
-                    return not self._stopping
+                if self._open or self.stopping:
+                    return not self.stopping
                 self._changed.wait()

@@ -173,6 +173,12 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert set(sample(probabilities, top_k=2, top_p=0.5).tolist()) == {1}
 
 
+def test_a_cut_that_keeps_all_is_none() -> None:
+    probabilities = [0.1, 0.4, 0.05, 0.3, 0.15]
+    for cut in ({"top_p": 1}, {"top_k": 5}, {"top_k": 7, "top_p": 1.0}):
+        assert torch.equal(sample(probabilities, **cut), sample(probabilities)), cut
+
+
 def test_stops_after_the_end_token() -> None:
     drawn = sample([0.5, 0.5], 100).tolist()
     first = drawn.index(1)

@@ -6,6 +6,7 @@ with running(served, Limits()) as server:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -24,7 +25,7 @@ from megasparse.models.build import build_model
 from megasparse.serving.app import Api, build_app
 from megasparse.serving.limits import Limits
 from megasparse.serving.served import Served
-from megasparse.serving.server import listen
+from megasparse.serving.server import Server, listen
 
 CONTEXT = 48
 SETTINGS = [
@@ -49,8 +50,8 @@ class TestServer:
 
     __test__ = False
 
-    def __init__(self, port: int, api: Api | None = None) -> None:
-        self.port, self.api = port, api
+    def __init__(self, port: int, api: Api | None = None, server: Server | None = None) -> None:
+        self.port, self.api, self.server = port, api, server
 
     def connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -81,6 +82,10 @@ class TestServer:
         with contextlib.closing(self.open_stream(body, path)) as connection:
             return list(events(connection.getresponse()))
 
+    def num_tasks(self) -> int:
+        """What the event loop has to do."""
+        return len(asyncio.all_tasks(self.server.servers[0].get_loop()))
+
     def until_idle(self) -> None:
         """Wait until all slots are free."""
         until(lambda: self.get("/health")[1]["running"] == self.get("/health")[1]["waiting"] == 0)
@@ -109,16 +114,17 @@ def until(condition, seconds: float = 120) -> None:
 
 
 @contextlib.contextmanager
-def running(served: Served, limits: Limits, **options: Any) -> Iterator[TestServer]:
+def running(served: Served, limits: Limits, *, grace_seconds: float = 0, **options: Any) -> Iterator[TestServer]:
     """The application on a free port of this machine, answering in a thread."""
     app = build_app(served, limits, **options)
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=20))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=60)
+    server = Server(config, "", grace_seconds)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         until(lambda: server.started)
-        yield TestServer(listening.getsockname()[1], app.state.api)
+        yield TestServer(listening.getsockname()[1], app.state.api, server)
     finally:
         server.should_exit = True
         thread.join(60)

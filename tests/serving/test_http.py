@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import threading
 import time
@@ -15,6 +16,8 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 from served_models import CONTEXT, Gate, events, running, text_of, until, write_folder  # noqa: E402
 
 from megasparse.inference.sampling import sample_text  # noqa: E402
+from megasparse.serving.batch import Running  # noqa: E402
+from megasparse.serving.exchange import Exchange  # noqa: E402
 from megasparse.serving.limits import Limits  # noqa: E402
 from megasparse.serving.served import Served, open_served  # noqa: E402
 
@@ -244,7 +247,7 @@ def test_32_streams_of_which_one_in_four_hangs_up(served) -> None:
     with running(served, Limits(streams=24, queue=32)) as server:
         assert server.post(COMPLETIONS, bodies[0])[0] == 200
         server.until_idle()
-        threads = threading.active_count()
+        threads, tasks = threading.active_count(), server.num_tasks()
 
         def client(number: int) -> None:
             with contextlib.closing(server.open_stream(bodies[number])) as connection:
@@ -263,6 +266,9 @@ def test_32_streams_of_which_one_in_four_hangs_up(served) -> None:
         server.until_idle()
         batch = server.api.batch
         assert batch.running == [] and not batch.waiting and batch.cache_bytes == 0
+        until(lambda: server.num_tasks() == tasks)
+        gc.collect()
+        assert not [found for found in gc.get_objects() if isinstance(found, Exchange | Running)]
         # Threads that encode prompts are kept by asyncio, at most 32 and 4 more.
         assert threading.active_count() <= threads + 36
         assert server.post(COMPLETIONS, bodies[0])[0] == 200
@@ -270,6 +276,25 @@ def test_32_streams_of_which_one_in_four_hangs_up(served) -> None:
     for number, text in texts.items():
         body = bodies[number]
         assert text == expected(served, body["prompt"], 30, seed=number, temperature=1.0), number
+
+
+@pytest.mark.parametrize("grace_seconds", [60, 0])
+def test_texts_have_their_time_when_the_server_ends(served, grace_seconds) -> None:
+    with running(served, LIMITS, grace_seconds=grace_seconds) as server, Gate(served.trained.model) as gate:
+        connection = server.open_stream({"prompt": "a", "max_tokens": 30, "seed": 0, "top_k": 50})
+        found = events(connection.getresponse())
+        gate.let(5)
+        until(lambda: len(gate.evaluated) == 5)
+        server.server.should_exit = True
+        if grace_seconds == 0:
+            until(lambda: server.api.worker.stopping)
+        gate.open()
+        told = list(found)
+        connection.close()
+        if grace_seconds:
+            assert told[-1] == "[DONE]" and text_of(told) == expected(served, "a", 30, temperature=1.0)
+        else:
+            assert told[-1]["error"]["code"] == "shutting_down"
 
 
 def test_a_context_that_is_full_ends_the_text(server, served) -> None:
