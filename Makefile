@@ -26,5 +26,5 @@ $(STAMP): setup.py constraints.txt
 	@echo "Setting up $(PYTHON); the first time this takes a minute or more."
 	@test -x $(PYTHON) || python3 -m venv .venv
 	@pins="-c constraints.txt"; $(PYTHON) -c "import torch" 2>/dev/null && pins=""; \
-		$(PYTHON) -m pip install --quiet $$pins -e ".[dev,hf,monitor]"
+		$(PYTHON) -m pip install --quiet $$pins -e ".[dev,hf,monitor,serve]"
 	@touch $(STAMP)

@@ -20,6 +20,7 @@ setup(
             "kernels/*/*.json",
             "planning/*.yaml",
             "reporting/templates/*",
+            "serving/*.html",
         ]
     },
     install_requires=[
@@ -62,5 +63,6 @@ setup(
         # The database in a file that runs without a server use needs the other two.
         "mlflow": ["mlflow-skinny>=2.20", "sqlalchemy>=2.0", "alembic>=1.13"],
         "eval": ["lm-eval>=0.4.9"],
+        "serve": ["starlette>=0.46,<2", "uvicorn>=0.30"],
     },
 )

@@ -26,6 +26,7 @@ ORDER = (
     "engine",
     "checkpoint",
     "inference",
+    "serving",
     "monitoring",
     "reporting",
     "tuning",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -92,7 +92,23 @@ class ExampleEncoder:
             parts, special = [(str(text), key == options.response_key) for key, text in texts.items()], False
         return self._encoded(parts, special)
 
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to the invitation to answer, the same as those of an example before its last
+        answer. ValueError for what the template refuses."""
+        *asked, _ = self._template.parts([*messages, {"role": "assistant", "content": "-"}])
+        return self._joined(asked, True)[0]
+
     def _encoded(self, parts: list[Part], special: bool) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = self._joined(parts, special)
+        # A template may have written the end token itself.
+        if tokens[-1] != self.tokenizer.end_of_document_id:
+            tokens.append(self.tokenizer.end_of_document_id)
+            mask.append(1)
+        if sum(mask[1:]) == 0 or mask[0]:
+            raise ValueError("no token of a prompt before the answer; must have both")
+        return np.array(tokens, np.int32), np.array(mask, np.uint8)
+
+    def _joined(self, parts: list[Part], special: bool) -> tuple[list[int], list[int]]:
         tokens: list[int] = []
         mask: list[int] = []
         before = ""
@@ -102,13 +118,7 @@ class ExampleEncoder:
             mask += [int(learned)] * len(ids)
             # Behind a special token text begins anew.
             before = "" if special and text.endswith(tuple(self._special)) else text
-        # A template may have written the end token itself.
-        if tokens[-1] != self.tokenizer.end_of_document_id:
-            tokens.append(self.tokenizer.end_of_document_id)
-            mask.append(1)
-        if sum(mask[1:]) == 0 or mask[0]:
-            raise ValueError("no token of a prompt before the answer; must have both")
-        return np.array(tokens, np.int32), np.array(mask, np.uint8)
+        return tokens, mask
 
     def _with_special(self, text: str, before: str) -> list[int]:
         """Of text that a template wrote: its special tokens are special, those that messages spell are text."""

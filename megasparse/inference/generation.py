@@ -65,7 +65,7 @@ def generate(
     ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     for _ in range(max_new_tokens):
         logits_BV = evaluate(tokens_BT)[:, :num_ids]
-        chosen_B = _choose(logits_BV, temperature, top_k, top_p, generator).to(tokens_BT.device)
+        chosen_B = choose(logits_BV, temperature, top_k, top_p, generator).to(tokens_BT.device)
         chosen_B = torch.where(ended_B, tokens_BT[:, -1], chosen_B)
         ended_B |= torch.isin(chosen_B, ends)
         tokens_BT = torch.cat((tokens_BT, chosen_B.unsqueeze(1)), dim=1)
@@ -105,28 +105,34 @@ class LastLogits:
         return num_tokens + -num_tokens % self._multiple
 
 
-def _choose(
+def choose(
     logits_BV: torch.Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """A token for each row."""
+    """A token for each row of logits, int64 [B], drawn as ``generate`` does it; the cuts are named there."""
     if temperature < SMALLEST_TEMPERATURE:
         return logits_BV.argmax(dim=1)
-    # Sorted once, both cuts are prefixes: the k most likely, and those that the probability p is not reached before.
-    probabilities, order = (logits_BV / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
+    # Clients say 1 where they mean all tokens, whose order does not matter.
+    top_p = None if top_p == 1 else top_p
+    probabilities, order = (logits_BV / temperature).softmax(dim=1), None
+    # In order both cuts are prefixes: the k most likely, and those that the probability p is not reached before. To
+    # sort a vocabulary of 50,000, and to draw among all of it, takes longer than a small model.
+    if top_k is not None and top_k < probabilities.shape[1]:
+        probabilities, order = probabilities.topk(top_k, dim=1)
         probabilities /= probabilities.sum(dim=1, keepdim=True)
+    elif top_p is not None:
+        probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
     if top_p is not None:
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities[before >= top_p] = 0
     if generator is not None:
         probabilities = probabilities.to(generator.device)
     rank = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, rank.to(order.device)).squeeze(1)
+    rank = rank.to(logits_BV.device)
+    return (rank if order is None else order.gather(1, rank)).squeeze(1)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

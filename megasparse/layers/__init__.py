@@ -5,7 +5,7 @@ Linear layers come from a ``LayerFactory``, which knows which of them are sparse
 
 from megasparse.kernels.hybrid_attention import active_entries
 from megasparse.layers.attention import Attention
-from megasparse.layers.cache import KeyValueCache, LayerCache
+from megasparse.layers.cache import AnyLayerCache, JoinedCaches, KeyValueCache, LayerCache
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
@@ -16,10 +16,12 @@ from megasparse.layers.packed import PackedLinear
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
+    "AnyLayerCache",
     "Attention",
     "Embedding",
     "HeadInChunks",
     "InputEmbedding",
+    "JoinedCaches",
     "KeyValueCache",
     "LayerCache",
     "LayerFactory",

@@ -15,7 +15,7 @@ from torch import nn
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.kernels.hybrid_attention import attend_cached, check_pattern, hybrid_attention
-from megasparse.layers.cache import LayerCache
+from megasparse.layers.cache import AnyLayerCache, JoinedLayerCaches, LayerCache
 from megasparse.layers.factory import LayerFactory
 from megasparse.layers.rotary import rotate
 
@@ -68,7 +68,10 @@ class Attention(nn.Module):
         self.patterns = tuple(patterns)
 
     def forward(
-        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x_BTC: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        cache: AnyLayerCache | None = None,
     ) -> torch.Tensor:
         """documents_BT: see `hybrid_attention`. cache: what the tokens before these ones left; takes these ones too."""
         q, k, v = self.qkv(x_BTC).split(self.local_widths, dim=-1)
@@ -82,13 +85,29 @@ class Attention(nn.Module):
                 rotate(x, self.rope_theta, self.rope_scaling, first=first, kernel=self.elementwise)
                 for x in (q_BHTD, k_BGTD)
             )
+        if isinstance(cache, JoinedLayerCaches):
+            tokens = zip(q_BHTD.split(1, dim=2), k_BGTD.split(1, dim=2), v_BGTD.split(1, dim=2), strict=True)
+            texts = zip(tokens, cache.texts, strict=True)
+            y_BHTD = torch.cat([self._attend(*qkv, None, text) for qkv, text in texts], dim=2)
+        else:
+            y_BHTD = self._attend(q_BHTD, k_BGTD, v_BGTD, documents_BT, cache)
+        return self.output(y_BHTD.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self,
+        q_BHTD: torch.Tensor,
+        k_BGTD: torch.Tensor,
+        v_BGTD: torch.Tensor,
+        documents_BT: torch.Tensor | None,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        """Attention of turned queries, [B, H, T, D], to these keys and those of one cache."""
         own = slice(self.first_head, self.first_head + self.local_heads)
         patterns, offsets = self.patterns[own], self.offsets[own]
-        kept = None if cache is None else cache.store(k_BGTD, v_BGTD)
-        if kept is not None and first > 0:
-            kept_k, kept_v = kept
-            y_BHTD = attend_cached(q_BHTD, kept_k, kept_v, patterns, self.stride, first, offsets=offsets)
-        else:
-            heads = patterns, self.stride, self.kernel
-            y_BHTD = hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, documents_BT=documents_BT, offsets=offsets)
-        return self.output(y_BHTD.transpose(1, 2).flatten(2))
+        if cache is not None:
+            kept_k, kept_v = cache.store(k_BGTD, v_BGTD)
+            if cache.length > 0:
+                keys = kept_k, kept_v, patterns, self.stride, cache.length
+                return attend_cached(q_BHTD, *keys, offsets=offsets)
+        heads = patterns, self.stride, self.kernel
+        return hybrid_attention(q_BHTD, k_BGTD, v_BGTD, *heads, documents_BT=documents_BT, offsets=offsets)

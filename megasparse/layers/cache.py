@@ -6,12 +6,20 @@
     logits = model(token_B1, cache=cache)          # reads the keys that the attention patterns show to it
     cache.advance(1)
 
+Texts of different lengths go on together, a token each, as one sample whose tokens are the new ones:
+
+    logits = model(tokens_1S, cache=JoinedCaches(caches))
+    for cache in caches:
+        cache.advance(1)
+
 All positions are kept, whatever the patterns are: under `strided` and `sparse` every key is seen again one stride
 later, so nothing but `local` could forget.
-Tensor names: B samples, G key-value heads of this rank, L capacity in tokens, N new tokens, D head dimension.
+Tensor names: B samples, S texts, G key-value heads of this rank, L capacity in tokens, N new tokens, D head dimension.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -53,3 +61,31 @@ class KeyValueCache:
         """The first `count` tokens of the last forward pass count from now on."""
         for layer in self.layers:
             layer.length += count
+
+
+class JoinedLayerCaches:
+    """The caches of one layer of several texts; `length` holds how many tokens of each count."""
+
+    def __init__(self, texts: Sequence[LayerCache]) -> None:
+        self.texts = tuple(texts)
+        self.length = tuple(text.length for text in self.texts)
+
+
+AnyLayerCache = LayerCache | JoinedLayerCaches
+"""What attention may be given."""
+
+
+class JoinedCaches:
+    """The caches of several texts, for one new token of each: the model takes the tokens as [1, S].
+
+    All but attention treats tokens one by one, so a token may stand beside those of other texts; attention reads the
+    keys of its own. The texts advance by themselves.
+    """
+
+    def __init__(self, texts: Sequence[KeyValueCache]) -> None:
+        self.layers = [JoinedLayerCaches(layers) for layers in zip(*(text.layers for text in texts), strict=True)]
+
+    @property
+    def length(self) -> tuple[int, ...]:
+        """Tokens of each text that count."""
+        return self.layers[0].length

@@ -82,19 +82,20 @@ class InputEmbedding(nn.Module):
         self.reset_positions = reset_positions
 
     def forward(
-        self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, first: int = 0
+        self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None = None, first: int | tuple[int, ...] = 0
     ) -> torch.Tensor:
         """Returns [B, T, C], under sequence parallelism this rank's share of the T tokens.
 
-        documents_BT: see `GPT.forward`. first: position of the first token.
+        documents_BT: see `GPT.forward`. first: position of the first token, or those of all of them.
         Raises ValueError where the positions exceed the table of learned ones.
         """
         x_BTC = self.tokens(tokens_BT)
         if self.positions is not None:
-            end = first + tokens_BT.shape[1]
+            end = max(first) + 1 if isinstance(first, tuple) else first + tokens_BT.shape[1]
             if end > self.positions.rows:
                 raise ValueError(f"seq_length: {end} tokens exceed the {self.positions.rows} learned positions")
-            position = torch.arange(first, end, device=tokens_BT.device)
+            position = torch.arange(end, device=tokens_BT.device)
+            position = position[list(first)] if isinstance(first, tuple) else position[first:]
             if self.reset_positions and documents_BT is not None:
                 position = position - document_starts(documents_BT)
             x_BTC = x_BTC + self.positions(position)

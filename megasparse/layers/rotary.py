@@ -43,16 +43,22 @@ def _scaled(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 
 
 def rotate(
-    x_BHTD: torch.Tensor, theta: float, scaling: RopeScaling | None = None, *, first: int = 0, kernel: str = "auto"
+    x_BHTD: torch.Tensor,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    *,
+    first: int | tuple[int, ...] = 0,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Turn queries or keys by their positions first .. first + T - 1; returned in the dtype of the input.
 
-    kernel: of `kernels.elementwise`.
+    first: or the positions of all T tokens, where they do not follow one another. kernel: of `kernels.elementwise`.
     """
     T, D = x_BHTD.shape[-2:]
-    end = first + T
+    end = max(first) + 1 if isinstance(first, tuple) else first + T
     # Generation comes here with one position after the other: a table of twice the length serves many of them.
     length = end if first == 0 else 1 << (end - 1).bit_length()
     tables = rotary_tables(length, D, theta, x_BHTD.device, scaling)
-    cos_TD, sin_TD = (table[first:end] for table in tables)
+    rows = list(first) if isinstance(first, tuple) else slice(first, end)
+    cos_TD, sin_TD = (table[rows] for table in tables)
     return elementwise.rotate(x_BHTD, cos_TD, sin_TD, kernel=kernel)

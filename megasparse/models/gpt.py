@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import (
     MLP,
+    AnyLayerCache,
     Attention,
     HeadInChunks,
     InputEmbedding,
+    JoinedCaches,
     KeyValueCache,
-    LayerCache,
     LayerFactory,
     SparseLinear,
     Vocabulary,
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.mlp = MLP(f"{name}.mlp", config, factory, output_std=output_std)
 
     def forward(
-        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: AnyLayerCache | None = None
     ) -> torch.Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
@@ -111,14 +112,15 @@ class GPT(nn.Module):
         tokens_BT: torch.Tensor,
         documents_BT: torch.Tensor | None = None,
         *,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | JoinedCaches | None = None,
     ) -> torch.Tensor:
         """Logits [B, T, V] for int64 tokens. Objectives take ``hidden_states`` and ``head_in_chunks`` instead.
 
         Args:
             documents_BT: number of the document of each token, never decreasing along the tokens; no token sees
                 another document. None: one document.
-            cache: keys and values of earlier tokens, which these ones follow; not with documents.
+            cache: keys and values of earlier tokens, which these ones follow, or of S texts that tokens [1, S] continue
+                by one each; not with documents.
 
         Raises ValueError where the positions exceed a table of learned ones.
         """
@@ -129,7 +131,7 @@ class GPT(nn.Module):
         tokens_BT: torch.Tensor,
         documents_BT: torch.Tensor | None = None,
         *,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | JoinedCaches | None = None,
         outputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """What the head reads, [B, T, C] as it lies between layers; arguments as in ``forward``.
@@ -167,7 +169,7 @@ class GPT(nn.Module):
         return sum(prod(shard_spec_of(parameter).shape) for parameter in self.parameters())
 
     def _run(
-        self, block: nn.Module, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None, cache: LayerCache | None
+        self, block: nn.Module, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None, cache: AnyLayerCache | None
     ) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             # There is no dropout, so no random state needs to be kept.

@@ -281,6 +281,21 @@ def test_a_message_that_spells_a_special_token_stays_text(chat_tokenizer):
     assert tokenizer.decode(tokens.tolist()) == text
 
 
+def test_a_conversation_to_be_answered_has_the_tokens_before_its_answer(chat_tokenizer):
+    tokenizer = load_tokenizer("huggingface", chat_tokenizer)
+    template = JinjaTemplate(CHATML, {}, list(tokenizer.special_tokens))
+    encode = ExampleEncoder(tokenizer, ExampleOptions(), template, tokenizer.special_tokens)
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    for _ in range(2):
+        messages = [*asked, {"role": "assistant", "content": "4"}]
+        tokens, mask = encode({"messages": messages})
+        last = len(mask) - int(np.argmin(mask[::-1]))
+        assert encode.prompt(asked) == tokens[:last].tolist()
+        asked = [*messages, {"role": "user", "content": "And 3 + 3?"}]
+    with pytest.raises(ValueError, match="must have a role and a content"):
+        encode.prompt([{"role": "user"}])
+
+
 def test_prompt_and_response_are_joined_as_they_are(tmp_path):
     lines = [
         {"prompt": "2 + 2 =", "response": " 4"},

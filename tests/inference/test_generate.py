@@ -12,7 +12,7 @@ from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.generation import LastLogits, generate
 from megasparse.inference.sampling import sample_text
-from megasparse.layers import LayerFactory
+from megasparse.layers import JoinedCaches, KeyValueCache, LayerFactory
 from megasparse.models import GPT
 
 V, T = 30, 8
@@ -102,6 +102,27 @@ def test_kept_keys_give_the_logits_of_a_whole_evaluation(style, patterns, offset
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5, msg=f"length {length}")
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_token_beside_those_of_other_texts_has_the_logits_that_it_has_alone(style) -> None:
+    """Texts of several lengths and patterns, which join one after the other and leave."""
+    model = build_with_patterns(style, "mixed", offsets="spread")
+    texts = [torch.randint(V, (1, length)) for length in (1, 5, 9, 13)]
+    caches = [KeyValueCache(2, 21) for _ in texts]
+    with torch.no_grad():
+        for text, cache in zip(texts, caches, strict=True):
+            model(text, cache=cache)
+            cache.advance(text.shape[1])
+        for members in ([0, 1], [0, 1, 2, 3], [3, 1], [2]):
+            new = torch.randint(V, (1, len(members)))
+            logits = model(new, cache=JoinedCaches([caches[member] for member in members]))
+            for place, member in enumerate(members):
+                caches[member].advance(1)
+                texts[member] = torch.cat((texts[member], new[:, place : place + 1]), dim=1)
+                # Sums in another order, as above.
+                expected = model(texts[member])[0, -1]
+                torch.testing.assert_close(logits[0, place], expected, rtol=1e-5, atol=2e-5)
+
+
 def test_offsets_and_scaling_change_what_a_model_says() -> None:
     """Without this, settings that reach neither evaluation would pass the test above."""
     text = torch.randint(V, (3, 21))
@@ -150,6 +171,12 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert set(sample(probabilities, top_p=0.8).tolist()) == {1, 3, 4}
     # Of the two most likely, 4/7 and 3/7, the first alone reaches one half.
     assert set(sample(probabilities, top_k=2, top_p=0.5).tolist()) == {1}
+
+
+def test_a_cut_that_keeps_all_is_none() -> None:
+    probabilities = [0.1, 0.4, 0.05, 0.3, 0.15]
+    for cut in ({"top_p": 1}, {"top_k": 5}, {"top_k": 7, "top_p": 1.0}):
+        assert torch.equal(sample(probabilities, **cut), sample(probabilities)), cut
 
 
 def test_stops_after_the_end_token() -> None:

@@ -1,0 +1,117 @@
+"""The server process: a socket, signals, an orderly end.
+
+    serve(served, Limits(), host="127.0.0.1", port=8000, api_key=None, grace_seconds=10)
+
+SIGTERM or Ctrl-C: no new requests; running texts have `grace_seconds` to end, then their clients are told, and the
+process ends with status 0. A second Ctrl-C ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from megasparse.serving.app import LOOPBACK, build_app
+from megasparse.serving.limits import Limits
+from megasparse.serving.served import Served
+
+KEY_VARIABLE = "MEGASPARSE_API_KEY"
+MOST_CONNECTIONS_PER_STREAM = 4
+"""Connections beyond are answered with status 503: each may hold a body, or be slow."""
+
+
+class Server(uvicorn.Server):
+    """Says where it is once signals end it in order; ends running texts once they had their time."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str, grace_seconds: float) -> None:
+        super().__init__(config)
+        self._greeting, self._grace_seconds = greeting, grace_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._greeting, file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        worker = self.config.app.state.api.worker  # type: ignore[union-attr]
+        ending = asyncio.create_task(self._end_streams(worker))
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_streams(self, worker) -> None:
+        await asyncio.sleep(self._grace_seconds)
+        await asyncio.to_thread(worker.stop)
+
+
+def serve(served: Served, limits: Limits, *, host: str, port: int, api_key: str | None, grace_seconds: float) -> None:
+    """Answer until a signal comes. Raises OSError where the address cannot be had."""
+    loopback = is_loopback(host)
+    shown = f"[{host}]" if ":" in host else host
+    app = build_app(served, limits, api_key=api_key, hosts={*LOOPBACK, shown} if loopback else None)
+    # By us, so that a port in use is one line.
+    listening = listen(host, port)
+    greeting = f"{served.name} at http://{shown}:{listening.getsockname()[1]}"
+    if not loopback and api_key is None:
+        print(f"warning: anyone who reaches {host} can use it; {KEY_VARIABLE} asks for a key", file=sys.stderr)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        limit_concurrency=MOST_CONNECTIONS_PER_STREAM * (limits.streams + limits.queue),
+        # Texts are told before; what is left then is a client that does not read.
+        timeout_graceful_shutdown=int(grace_seconds) + 5,
+    )
+    server = Server(config, greeting, grace_seconds)
+
+    def end(number: int, frame: object) -> None:
+        # uvicorn raises the signal that has ended it once more, when there is nothing left to do.
+        if not server.started:
+            sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    server.run([listening])
+    print("stopped", file=sys.stderr)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises OSError naming the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        # Python's own text of it repeats the address; errors of the look-up have negative numbers.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+        raise OSError(f"--host {host} --port {port}: {reason}; must be free here") from None
+    listening.setblocking(False)
+    return listening
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def api_key(variables: Mapping[str, str] = os.environ, file: Path | None = None) -> str | None:
+    """The key that clients must send: of a file, or of the environment; None: none is asked for.
+
+    Raises ValueError for an empty or unprintable one, and OSError for a file that cannot be read.
+    """
+    if file is None and KEY_VARIABLE not in variables:
+        return None
+    key = (variables[KEY_VARIABLE] if file is None else file.read_text(encoding="utf-8")).strip()
+    if not key or not (key.isascii() and key.isprintable()):
+        where = KEY_VARIABLE if file is None else f"--api-key-file {file}"
+        raise ValueError(f"{where}: must be printable ASCII characters, at least one")
+    return key
