@@ -37,6 +37,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_attention(config)
     _check_stacking(config)
     _check_storage(config)
+    _check_layer_dropping(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -181,6 +182,15 @@ def _check_storage(config: RunConfig) -> None:
             )
 
 
+def _check_layer_dropping(config: RunConfig) -> None:
+    # A traced block holds its scales as constants: it would be traced anew in each step.
+    if config.layer_dropping.theta is not None and config.train.compile == "blocks":
+        raise ConfigError(
+            "train.compile: blocks does not go with layer_dropping, which changes the blocks in each step; must be "
+            "none, or layer_dropping.theta unset"
+        )
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -257,6 +267,9 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
             yield f"used with distillation.teacher only: {', '.join(unused)}"
     else:
         yield from _unused_distillation(config, given)
+    unused = sorted(name for name in given if name.startswith("layer_dropping."))
+    if unused and config.layer_dropping.theta is None:
+        yield f"used with layer_dropping.theta only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
+from megasparse.config.layer_dropping import LayerDroppingConfig
 from megasparse.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -516,6 +517,7 @@ class RunConfig(Section):
     stacking: StackingConfig = StackingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     distillation: DistillationConfig = DistillationConfig()
+    layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -13,10 +13,11 @@ from megasparse.config.schema import RunConfig
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.training.callback import MethodFactory, TrainingMethod
+from megasparse.training.layer_dropping import layer_dropping
 from megasparse.training.low_rank_folding import low_rank_folding
 from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
-METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding)
+METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding, layer_dropping)
 
 
 def build_methods(
