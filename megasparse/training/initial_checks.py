@@ -59,6 +59,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
             )
     elif folder.has_topology:
         _check_zeros(folder, controller)
+        _check_activations(config, folder, controller)
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -129,6 +130,20 @@ def _check_zeros(folder: ModelFolder, controller: Controller) -> None:
             raise ConfigError(
                 f"train.init_from: {folder.folder}: {wrong} {units} of layer {layer} are not 0 and inactive in its "
                 "topology.safetensors; must be 0 there"
+            )
+
+
+def _check_activations(config: RunConfig, folder: ModelFolder, controller: Controller) -> None:
+    """Raise ConfigError where weights and activations of an MLP are both 2:4: tensor cores take one sparse operand."""
+    if config.activation_sparsity.pattern == "none":
+        return
+    for layer, topology in controller.topologies.items():
+        mask = unpack_bits(folder.topology()[f"active/{layer}"], topology.num_units).view(topology.whole_grid.shape)
+        is_alone = topology.block_size > 1 or ".mlp." not in layer or mask.shape[1] % 4 or bool(mask.all())
+        if not is_alone and int(mask.unflatten(1, (-1, 4)).sum(2).max()) <= 2:
+            raise ConfigError(
+                f"activation_sparsity.pattern: 2:4, but the weights of layer {layer} in train.init_from "
+                f"{folder.folder} are 2:4 already, and a product takes one such operand; must be none, or other weights"
             )
 
 
