@@ -30,6 +30,7 @@ ORDER = (
     "reporting",
     "tuning",
     "objectives",
+    "methods",
     "training",
     "conversion",
     "evaluation",

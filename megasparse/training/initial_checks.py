@@ -16,6 +16,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, fitted, is_model_fol
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.methods.mixed_sparsity import is_used, topology_density
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import unpack_bits
 
@@ -145,25 +146,6 @@ def _check_activations(config: RunConfig, folder: ModelFolder, controller: Contr
                 f"activation_sparsity.pattern: 2:4, but the weights of layer {layer} in train.init_from "
                 f"{folder.folder} are 2:4 already, and a product takes one such operand; must be none, or other weights"
             )
-
-
-def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
-    """Density of the folder's topology; None where it has none, or one of other layers or units: a dense run's too."""
-    state, topologies = folder.topology(), controller.topologies
-    if not topologies or set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
-        return None
-    active = 0
-    for name, topology in topologies.items():
-        try:
-            active += int(unpack_bits(state[f"active/{name}"], topology.num_units).sum()) * topology.block_size**2
-        except ValueError:
-            return None
-    return active / sum(topology.numel for topology in topologies.values())
-
-
-def is_used(found: float | None, controller: Controller) -> bool:
-    """Whether a run takes over a topology of density `found`: its schedule starts there."""
-    return found is not None and controller.starts_at(found)
 
 
 def _all_active(bits: Tensor) -> bool:

@@ -11,9 +11,9 @@ from engine_runs import Layout, collected_state, divided, make_batches, run_conf
 from harness import run_distributed
 from trainer_runs import run_trainers, write_documents
 
+from megasparse.methods.callback import Step
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.callback import Step
 
 SETTINGS = [
     "model.hidden_size=32", "model.num_layers=3", "model.activation=relu2", "sparsity.block_size=8", "train.steps=10",

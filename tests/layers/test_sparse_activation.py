@@ -13,12 +13,12 @@ from megasparse.config.schema import RunConfig
 from megasparse.kernels import activation_sparsity as kernels
 from megasparse.kernels.activation_sparsity import semi_structured
 from megasparse.layers.sparse_activation import SparseActivation
+from megasparse.methods.activation_sparsity import ActivationSparsity
+from megasparse.methods.callback import Step
 from megasparse.models import build_model
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import pack_bits
-from megasparse.training.activation_sparsity import ActivationSparsity
-from megasparse.training.callback import Step
 from megasparse.training.initial_checks import _check_activations
 
 SMALL = [

@@ -11,11 +11,11 @@ from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.layers import add_branch
+from megasparse.methods.callback import Step
+from megasparse.methods.layer_dropping import branch_scales, keep_probabilities
+from megasparse.methods.registry import build_methods
 from megasparse.models import build_model
 from megasparse.parallel import CommunicationGroup
-from megasparse.training.callback import Step
-from megasparse.training.layer_dropping import branch_scales, keep_probabilities
-from megasparse.training.methods import build_methods
 from megasparse.training.plan import make_plan
 
 # From the first step on theta is 0.3, but for 1e-9.

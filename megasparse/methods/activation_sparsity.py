@@ -12,9 +12,9 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.kernels.activation_sparsity import semi_structured
 from megasparse.layers.sparse_activation import SparseActivation
+from megasparse.methods.callback import Engine, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
-from megasparse.training.callback import Engine, Step, TrainingMethod
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,8 +44,10 @@ class ActivationSparsity(TrainingMethod):
 
     def after_step(self, step: Step) -> None:
         """Shares of the activations that were lost in the step, over all layers and ranks: along the features, and of
-        what was left along the tokens. All ranks call it."""
-        if self._mesh is None or not step.line_due:
+        what was left along the tokens. All ranks call it. Not in each step, as the host waits for the device here."""
+        train = self.config.train
+        is_due = step.number % train.log_interval == 0 or step.number == train.steps
+        if self._mesh is None or not (is_due or step.line_due):
             return
         masses = [form.mass for form in self.forms if form.mass is not None]
         if not masses:

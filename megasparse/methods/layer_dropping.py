@@ -15,11 +15,11 @@ import torch
 
 from megasparse.config.schema import RunConfig
 from megasparse.layers import Attention, Linear
+from megasparse.methods.callback import Engine, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import stream_number
 from megasparse.sparsity.random import WORD, random_words
-from megasparse.training.callback import Engine, Step, TrainingMethod
 
 BRANCHES = ("attention", "mlp")
 PLANNED_STRETCHES = 1000
