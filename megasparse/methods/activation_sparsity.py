@@ -45,6 +45,9 @@ class ActivationSparsity(TrainingMethod):
     def after_step(self, step: Step) -> None:
         """Shares of the activations that were lost in the step, over all layers and ranks: along the features, and of
         what was left along the tokens. All ranks call it. Not in each step, as the host waits for the device here."""
+        for block in self.model.layers:
+            # Between steps activations are whole, also where the model stays in training mode: the closing sample.
+            block.mlp.in_training = None
         train = self.config.train
         is_due = step.number % train.log_interval == 0 or step.number == train.steps
         if self._mesh is None or not (is_due or step.line_due):

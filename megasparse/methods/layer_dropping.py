@@ -62,6 +62,10 @@ class LayerDropping(TrainingMethod):
                 step.work.computed |= {name: share * step.work.computed.get(name, 1.0) for name in of_branch}
         step.metrics["kept_branches"] = sum(map(sum, shares)) / (2 * layers)
 
+    def after_step(self, step: Step) -> None:
+        """Between steps the model has all layers, also where it stays in training mode: the closing sample."""
+        self.model.set_branch_scales([(1.0, 1.0)] * len(self.model.layers))
+
     def next_change(self, index: int, steps: int) -> int:
         return min(index + max(steps // PLANNED_STRETCHES, 1), steps)
 

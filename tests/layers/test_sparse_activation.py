@@ -142,6 +142,8 @@ def test_the_first_steps_are_dense() -> None:
     for index in range(5):
         method.begin_step(Step(index))
         assert (model.layers[0].mlp.in_training is not None) == (index >= 3)
+        method.after_step(Step(index))
+        assert model.layers[0].mlp.in_training is None
     assert "from step 4 on" in method.plan_lines()[0]
 
 

@@ -131,11 +131,16 @@ def test_a_topology_update_by_gradient_has_all_layers_and_the_ledger_counts_thos
         for method in (methods[0], methods[-1]):
             # Without a mesh the controller only decides.
             method.begin_step(step)
+        scales = [block.branch_scales for block in model.layers]
+        methods[-1].after_step(step)
+        assert {block.branch_scales for block in model.layers} == {(1.0, 1.0)}
         if step.work.dense_gradient_layers:
+            assert set(scales) == {(1.0, 1.0)}
             assert set(step.work.computed.values()) == {1.0} == {step.metrics["kept_branches"]}
             updates.append(index)
             continue
-        for number, of_block in enumerate(branch_scales(config, index, 2)):
+        assert scales == branch_scales(config, index, 2)
+        for number, of_block in enumerate(scales):
             names = ("attention", "attention.qkv", "attention.output"), ("mlp.up", "mlp.down")
             for branch, scale in zip(names, of_block, strict=True):
                 shares = {step.work.computed[f"layers.{number}.{name}"] for name in branch}
