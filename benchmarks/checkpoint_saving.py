@@ -24,8 +24,8 @@ from bench_setup import benchmark_config, open_trainer
 from result_file import write_result
 
 from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.methods.callback import Callback, Step
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
 from megasparse.training.checkpoints import Checkpointer
 
 

@@ -219,7 +219,7 @@ def same_order() -> Iterator[None]:
 
 def phases(ledger: Any) -> Any:
     """The callback that says in which phase a run is."""
-    from megasparse.training.callback import Callback, Step
+    from megasparse.methods.callback import Callback, Step
 
     class Phases(Callback):
         def begin_step(self, step: Step) -> None:

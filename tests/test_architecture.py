@@ -31,6 +31,7 @@ ORDER = (
     "reporting",
     "tuning",
     "objectives",
+    "methods",
     "training",
     "conversion",
     "evaluation",

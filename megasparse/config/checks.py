@@ -37,6 +37,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_attention(config)
     _check_stacking(config)
     _check_storage(config)
+    _check_layer_dropping(config)
+    _check_activation_sparsity(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -181,6 +183,33 @@ def _check_storage(config: RunConfig) -> None:
             )
 
 
+def _check_layer_dropping(config: RunConfig) -> None:
+    # A traced block holds its scales as constants: it would be traced anew in each step.
+    if config.layer_dropping.theta is not None and config.train.compile == "blocks":
+        raise ConfigError(
+            "train.compile: blocks does not go with layer_dropping, which changes the blocks in each step; must be "
+            "none, or layer_dropping.theta unset"
+        )
+
+
+def _check_activation_sparsity(config: RunConfig) -> None:
+    if config.activation_sparsity.pattern == "none":
+        return
+    size, width = config.parallel.tensor_parallel_size, config.model.mlp_width
+    refused = {
+        # Others have no zeros.
+        "model.activation": (config.model.activation != "relu2", config.model.activation, "relu2"),
+        "model.ffn_hidden_size": (width % (16 * size) > 0, width, f"a multiple of {16 * size}, 16 on each rank"),
+        "train.compile": (config.train.compile == "blocks", "blocks", "none"),
+    }
+    for field, (is_refused, value, must) in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"{field}: {value} does not go with activation_sparsity.pattern 2:4; must be {must}, or the pattern "
+                "none"
+            )
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -257,6 +286,12 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
             yield f"used with distillation.teacher only: {', '.join(unused)}"
     else:
         yield from _unused_distillation(config, given)
+    unused = sorted(name for name in given if name.startswith("layer_dropping."))
+    if unused and config.layer_dropping.theta is None:
+        yield f"used with layer_dropping.theta only: {', '.join(unused)}"
+    unused = sorted(name for name in given if name.startswith("activation_sparsity."))
+    if unused and config.activation_sparsity.pattern == "none":
+        yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

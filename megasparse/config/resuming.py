@@ -87,6 +87,8 @@ FREE: dict[str, str] = {
     "storage",
     "distillation": "teacher cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens epsilon "
     "reduction last_state ratio_over",
+    "activation_sparsity": "pattern warmup_steps kernel",
+    "layer_dropping": "theta gamma together",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

@@ -13,8 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megasparse.config.activation_sparsity import ActivationSparsityConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
+from megasparse.config.layer_dropping import LayerDroppingConfig
 from megasparse.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -94,8 +96,9 @@ class ModelConfig(Section):
     """Normalisation before attention, before the MLP and before the head."""
     normalization_epsilon: PositiveFloat = 1e-5
     """Added to the variance."""
-    activation: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
-    """gelu is the tanh approximation of GPT-2, gelu_exact none (nanoGPT); swiglu has a fused gate and up projection."""
+    activation: Literal["gelu", "gelu_exact", "relu2", "swiglu"] = "gelu"
+    """gelu is the tanh approximation of GPT-2, gelu_exact none (nanoGPT); relu2 is the square of ReLU; swiglu
+    has a fused gate and up projection."""
     bias: bool = True
     """Biases in linear layers and in layernorm."""
     qkv_bias: bool | None = None
@@ -516,6 +519,8 @@ class RunConfig(Section):
     stacking: StackingConfig = StackingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     distillation: DistillationConfig = DistillationConfig()
+    activation_sparsity: ActivationSparsityConfig = ActivationSparsityConfig()
+    layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -11,6 +11,7 @@ forward pass asks the device nothing: while all units are active the layer is an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from megasparse.layers.init import divided_parameter
 from megasparse.parallel import ShardSpec, TensorParallel
 
 Division = Literal["column", "row"]
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(this rank's input, bias or None) -> this rank's output."""
 
 
 class Linear(nn.Module):
@@ -92,13 +95,17 @@ class Linear(nn.Module):
             partition, ranks.rank, std=self.init_std, seed=self.seed, name=name, deferred=self.deferred
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share."""
+    def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
+        """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share.
+
+        product: what takes the place of ``product``.
+        """
+        product = product or self.product
         if self.division == "column":
-            return self.product(self.tensor_parallel.copy_to_region(x), self.bias)
+            return product(self.tensor_parallel.copy_to_region(x), self.bias)
         if self.tensor_parallel.size == 1:
-            return self.product(x, self.bias)
-        y = self.tensor_parallel.reduce_from_region(self.product(x, None))
+            return product(x, self.bias)
+        y = self.tensor_parallel.reduce_from_region(product(x, None))
         return y if self.bias is None else y + self.tensor_parallel.shared(self.bias)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -119,6 +126,10 @@ class Linear(nn.Module):
     def product_parameters(self) -> list[torch.Tensor]:
         """What the product, with the bias, has a gradient for besides its input."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def whole_weight(self) -> torch.Tensor | None:
+        """This rank's shard of the matrix, where it is stored and multiplied as such."""
+        return self.weight
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` of this rank's shard: the layer used as an embedding table. Returns [*ids.shape, in_features]."""
@@ -229,8 +240,8 @@ class SparseLinear(Linear):
         sizes = index.density, (columns, rows)
         return choose(*place, *sizes, break_even=self.break_even, is_packed=index.is_packed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
+        y = super().forward(x, product)
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -256,6 +267,9 @@ class SparseLinear(Linear):
         if self.division == "column":
             return F.linear(self.tensor_parallel.copy_to_region(F.linear(x, shared(self.side_in))), self.side_out)
         return F.linear(self.tensor_parallel.reduce_from_region(F.linear(x, self.side_in)), shared(self.side_out))
+
+    def whole_weight(self) -> torch.Tensor | None:
+        return self.weight if self.index is None else None
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return sparse_embedding(ids, self.weight, self.index, self.collect_dense_gradient)

@@ -1,7 +1,7 @@
 """The GPT family: GPT-2 and Llama style decoders, told apart by the configuration.
 
     x = tokens + positions
-    x = x + attention(norm(x))        for each block
+    x = x + attention(norm(x))        for each block; in training each branch may be scaled, or left out of a step
     x = x + mlp(norm(x))
     logits = head(norm(x))
 
@@ -30,6 +30,7 @@ from megasparse.layers import (
     LayerFactory,
     SparseLinear,
     Vocabulary,
+    add_branch,
     shard_spec_of,
 )
 
@@ -49,12 +50,23 @@ class Block(nn.Module):
         )
         self.mlp_norm = factory.norm(config)
         self.mlp = MLP(f"{name}.mlp", config, factory, output_std=output_std)
+        self.branch_scales = (1.0, 1.0)
+        """What attention and MLP are multiplied by in training; 0: left out."""
 
     def forward(
         self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: AnyLayerCache | None = None
     ) -> torch.Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        of_attention, of_mlp = self.branch_scales if self.training else (1.0, 1.0)
+        x_BTC = add_branch(x_BTC, of_attention, self._attend, documents_BT, cache)
+        return add_branch(x_BTC, of_mlp, self._transform)
+
+    def _attend(
+        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        return self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
+
+    def _transform(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.mlp_norm(x_BTC))
 
 
 class GPT(nn.Module):
@@ -159,6 +171,11 @@ class GPT(nn.Module):
             raise ValueError(f"attention patterns: got {len(patterns)} layers, the model has {len(self.layers)}")
         for block, heads in zip(self.layers, patterns, strict=True):
             block.attention.set_patterns(heads)
+
+    def set_branch_scales(self, scales: Sequence[tuple[float, float]]) -> None:
+        """Set what attention and MLP of each block are multiplied by in training; 0: left out. One pair per layer."""
+        for block, of_block in zip(self.layers, scales, strict=True):
+            block.branch_scales = of_block
 
     def sparse_layers(self) -> dict[str, SparseLinear]:
         """The sparse linear layers by name, in the order of the forward pass."""

@@ -26,11 +26,11 @@ from megasparse.cost.layer_kernels import LayerKernels, LayerShape
 from megasparse.cost.ledger import FlopCounter, Flops, StepWork
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear, SparseLinear
+from megasparse.methods.mixed_sparsity import set_active
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller, StepDecision
-from megasparse.training.mixed_sparsity import set_active
 from megasparse.training.plan import stretches
 
 SAMPLES = 8

@@ -21,6 +21,9 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.memory_state import MemoryState
 from megasparse.engine.restore import apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine, draws_pieces, model_construction
+from megasparse.methods.callback import MethodFactory, TrainingMethod
+from megasparse.methods.mixed_sparsity import MixedSparsityTraining
+from megasparse.methods.registry import build_methods
 from megasparse.models.build import build_model
 from megasparse.objectives.distillation import Distillation
 from megasparse.objectives.objective import NextTokenCrossEntropy, Objective
@@ -28,9 +31,6 @@ from megasparse.objectives.teacher import open_teacher
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.storage import StoragePlan, plan_storage
-from megasparse.training.callback import MethodFactory, TrainingMethod
-from megasparse.training.methods import build_methods
-from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
 
 def build_engine(

@@ -33,12 +33,12 @@ from megasparse.config.stages import growth_step, is_of_small, is_small, small_s
 from megasparse.engine.restore import StagedState, apply_state, loss_scaler_state, optimizer_step, read_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import MaskError
+from megasparse.methods.callback import Beat, Callback, Step, TrainingMethod
+from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.parallel import Mesh
 from megasparse.sparsity.slots import carried_slots
 from megasparse.sparsity.topology import unpack_bits
 from megasparse.training.build_engine import RunStorage, capacities_of
-from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
-from megasparse.training.mixed_sparsity import MixedSparsityTraining
 from megasparse.training.state import TrainState
 from megasparse.utils.files import describe_failure, sync_files
 

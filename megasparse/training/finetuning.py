@@ -19,9 +19,9 @@ import torch
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, SparsityConfig, SparsityGroup
+from megasparse.methods.mixed_sparsity import topology_density
 from megasparse.models.build import build_model
 from megasparse.sparsity.controller import Controller
-from megasparse.training.initial_checks import topology_density
 
 
 def finetune_words(path: Path, *, dense: bool = False) -> list[str]:

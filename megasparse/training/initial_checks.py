@@ -16,6 +16,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, fitted, is_model_fol
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.methods.mixed_sparsity import is_used, topology_density
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.topology import unpack_bits
 
@@ -59,6 +60,7 @@ def initial_warnings(config: RunConfig, vocab_size: int, controller: Controller)
             )
     elif folder.has_topology:
         _check_zeros(folder, controller)
+        _check_activations(config, folder, controller)
     if not folder.has_topology and start < 1.0:
         warnings.append(
             f"train.init_from has no topology, and the schedule starts at density {start:.4f}: a random choice of its "
@@ -132,23 +134,18 @@ def _check_zeros(folder: ModelFolder, controller: Controller) -> None:
             )
 
 
-def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
-    """Density of the folder's topology; None where it has none, or one of other layers or units: a dense run's too."""
-    state, topologies = folder.topology(), controller.topologies
-    if not topologies or set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
-        return None
-    active = 0
-    for name, topology in topologies.items():
-        try:
-            active += int(unpack_bits(state[f"active/{name}"], topology.num_units).sum()) * topology.block_size**2
-        except ValueError:
-            return None
-    return active / sum(topology.numel for topology in topologies.values())
-
-
-def is_used(found: float | None, controller: Controller) -> bool:
-    """Whether a run takes over a topology of density `found`: its schedule starts there."""
-    return found is not None and controller.starts_at(found)
+def _check_activations(config: RunConfig, folder: ModelFolder, controller: Controller) -> None:
+    """Raise ConfigError where weights and activations of an MLP are both 2:4: tensor cores take one sparse operand."""
+    if config.activation_sparsity.pattern == "none":
+        return
+    for layer, topology in controller.topologies.items():
+        mask = unpack_bits(folder.topology()[f"active/{layer}"], topology.num_units).view(topology.whole_grid.shape)
+        is_alone = topology.block_size > 1 or ".mlp." not in layer or mask.shape[1] % 4 or bool(mask.all())
+        if not is_alone and int(mask.unflatten(1, (-1, 4)).sum(2).max()) <= 2:
+            raise ConfigError(
+                f"activation_sparsity.pattern: 2:4, but the weights of layer {layer} in train.init_from "
+                f"{folder.folder} are 2:4 already, and a product takes one such operand; must be none, or other weights"
+            )
 
 
 def _all_active(bits: Tensor) -> bool:

@@ -20,8 +20,8 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.restore import WEIGHT, apply_state, read_state
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.kernels.block_sparse import pack
+from megasparse.methods.callback import TrainingMethod
 from megasparse.parallel import ShardSpec, shard_spec_of
-from megasparse.training.callback import TrainingMethod
 from megasparse.training.initial_checks import open_initial
 
 

@@ -24,9 +24,9 @@ from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
+from megasparse.methods.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import Renewal
-from megasparse.training.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 

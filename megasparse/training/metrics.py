@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megasparse.config.schema import RunConfig
+from megasparse.methods.callback import Callback, Step
 from megasparse.monitoring.console import Progress, QuietProgress
 from megasparse.monitoring.records import RunRecords
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
 from megasparse.training.state import TrainState, Window
 
 

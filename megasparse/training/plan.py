@@ -34,6 +34,9 @@ from megasparse.cost.storage import storage_stretches
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear
+from megasparse.methods.callback import MethodFactory, Step, TrainingMethod
+from megasparse.methods.mixed_sparsity import MixedSparsityTraining
+from megasparse.methods.registry import build_methods
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.objectives.checks import distillation_warnings, teacher_bytes
@@ -41,10 +44,7 @@ from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.checks import check_stacked_layers
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.distribution import unit_target
-from megasparse.training.callback import MethodFactory, Step, TrainingMethod
 from megasparse.training.initial_checks import initial_warnings
-from megasparse.training.methods import build_methods
-from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
 CURVE_POINTS = 60
 

@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megasparse.config.schema import RunConfig
+from megasparse.methods.callback import Callback, Step
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
 from megasparse.utils.files import temporary_beside
 
 SKIPPED = 3

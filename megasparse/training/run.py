@@ -36,6 +36,7 @@ from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.launching.identity import agree, check_steps, run_identity
 from megasparse.launching.run_lock import hold_folder, owner_of
 from megasparse.launching.watchdog import Watchdog
+from megasparse.methods.callback import Callback, MethodFactory, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.monitoring.console import (
     Progress,
@@ -53,7 +54,6 @@ from megasparse.objectives.objective import Objective
 from megasparse.parallel import Mesh
 from megasparse.sparsity.schedule import build_density_schedule
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine
-from megasparse.training.callback import Callback, MethodFactory, TrainingMethod
 from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restored, begin_capacities, begins_small
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer

@@ -14,8 +14,8 @@ import torch
 from megasparse.config.schema import RunConfig
 from megasparse.data import split_samples, target_share
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.methods.callback import Callback, Step, TrainingMethod
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step, TrainingMethod
 from megasparse.training.state import TrainState
 
 

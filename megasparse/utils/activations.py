@@ -32,9 +32,15 @@ class Activation:
         return 3 if self.gated else 2
 
 
+def _squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668): most of it is exactly 0 once trained."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "gelu": Activation(partial(F.gelu, approximate="tanh"), transformers_names=("gelu_new", "gelu_pytorch_tanh")),
     "gelu_exact": Activation(F.gelu, transformers_names=("gelu",)),
+    "relu2": Activation(_squared_relu, transformers_names=("relu2",)),
     "swiglu": Activation(F.silu, gated=True, transformers_names=("silu",)),
 }
 

@@ -19,11 +19,11 @@ from megasparse.cost.attention_kernels import (
 from megasparse.cost.layer_kernels import LayerKernels
 from megasparse.cost.ledger import FlopCounter, Ledger, StepWork
 from megasparse.kernels.hybrid_attention import PATTERNS, break_even, executed_entries, pattern_mask
+from megasparse.methods.registry import build_methods
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller, StepDecision
-from megasparse.training.methods import build_methods
 from megasparse.training.plan import make_plan, walk_schedule
 
 SETTINGS = [

@@ -10,9 +10,9 @@ from typing import Any
 from engine_runs import Layout, advance, build, run_config
 
 from megasparse.launching.failures import SkippedStepsError
+from megasparse.methods.callback import Step, no_beat
 from megasparse.parallel import Mesh
 from megasparse.training import checkpoints
-from megasparse.training.callback import Step, no_beat
 from megasparse.training.checkpoints import Checkpointer, Checkpointing
 from megasparse.training.state import TrainState
 

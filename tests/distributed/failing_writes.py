@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megasparse.config.loader import load_config
 from megasparse.launching import LaunchEnvironment
-from megasparse.training.callback import Callback, Step
+from megasparse.methods.callback import Callback, Step
 from megasparse.training.run import pretrain
 from megasparse.utils.files import describe_failure
 

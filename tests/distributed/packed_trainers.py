@@ -16,7 +16,7 @@ from stacking_runs import Kill, Killed
 
 from megasparse.config.loader import load_config
 from megasparse.launching import LaunchEnvironment
-from megasparse.training.callback import Callback
+from megasparse.methods.callback import Callback
 from megasparse.training.run import pretrain
 
 PACKED, DENSE = "sparsity.storage=packed", "sparsity.storage=dense"

@@ -15,10 +15,10 @@ from trainer_runs import train_run
 from megasparse.data import Batch
 from megasparse.engine.restore import optimizer_step
 from megasparse.launching.failures import SkippedStepsError
+from megasparse.methods.callback import Callback, Step
 from megasparse.models.gpt import GPT
 from megasparse.objectives.objective import NextTokenCrossEntropy, ObjectiveResult
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
 from megasparse.training.loop import Trainer
 
 FAULTS = {

@@ -20,7 +20,7 @@ from megasparse.config.loader import load_config
 from megasparse.conversion.sources import open_source, write_source
 from megasparse.engine.restore import optimizer_step
 from megasparse.launching import LaunchEnvironment
-from megasparse.training.callback import Callback, TrainingMethod
+from megasparse.methods.callback import Callback, TrainingMethod
 from megasparse.training.run import pretrain
 
 GROWTH = 5

@@ -12,7 +12,7 @@ from harness import run_distributed
 
 from megasparse.config.loader import load_config
 from megasparse.launching import LaunchEnvironment
-from megasparse.training.callback import Callback, Step
+from megasparse.methods.callback import Callback, Step
 from megasparse.training.run import pretrain
 
 WORDS = [

@@ -12,8 +12,8 @@ from harness import run_distributed
 from trainer_runs import train_run, write_documents
 
 from megasparse.launching.failures import MaskError
+from megasparse.methods.callback import Callback, Step
 from megasparse.parallel import Mesh
-from megasparse.training.callback import Callback, Step
 from megasparse.training.loop import Trainer
 
 SETTINGS = [

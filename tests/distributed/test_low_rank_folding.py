@@ -12,9 +12,9 @@ from harness import run_distributed
 from trainer_runs import run_trainers, write_documents
 
 from megasparse.config.loader import ConfigError, load_config
+from megasparse.methods.callback import Step
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import build_engine
-from megasparse.training.callback import Step
 from megasparse.training.plan import make_plan
 
 SETTINGS = [

@@ -17,11 +17,11 @@ from megasparse.checkpoint.store import CheckpointStore
 from megasparse.config.schema import RunConfig
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.build import build_data
+from megasparse.methods.callback import Callback, no_beat
 from megasparse.monitoring.console import quiet
 from megasparse.objectives.objective import Objective
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine
-from megasparse.training.callback import Callback, no_beat
 from megasparse.training.checkpoints import Checkpointer, Checkpointing, begin_capacities
 from megasparse.training.loop import Trainer
 from megasparse.training.metrics import Metrics

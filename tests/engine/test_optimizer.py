@@ -18,10 +18,10 @@ from megasparse.engine.optimizer import (
     parameter_groups,
     set_learning_rates,
 )
+from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
-from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
 SMALL = [
     "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=16",

@@ -21,9 +21,9 @@ from megasparse.config.loader import load_config
 from megasparse.config.schema import RunConfig
 from megasparse.engine.optimizer import Multipliers, ParameterGroup
 from megasparse.launching import LaunchEnvironment
+from megasparse.methods.callback import Callback, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
-from megasparse.training.callback import Callback, Step, TrainingMethod
 from megasparse.training.run import pretrain
 
 

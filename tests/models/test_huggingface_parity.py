@@ -8,6 +8,7 @@ import torch
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.layers import LayerFactory
 from megasparse.models import GPT
+from megasparse.utils.activations import ACTIVATIONS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -95,3 +96,12 @@ def test_llama(groups) -> None:
         theirs |= {f"model.layers.{i}.{name}.weight": weight for name, weight in parts.items()}
     reference.load_state_dict(theirs)
     assert_same(model, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [(n, their) for n, a in ACTIVATIONS.items() for their in a.transformers_names]
+)
+def test_activations_are_what_transformers_calls_so(name: str, theirs: str) -> None:
+    x = torch.randn(1000, dtype=torch.float64) * 3
+    found = ACTIVATIONS[name].function(x)
+    torch.testing.assert_close(found, transformers.activations.ACT2FN[theirs](x))

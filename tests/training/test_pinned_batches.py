@@ -12,8 +12,8 @@ import torch
 
 from megasparse.config.loader import check_config
 from megasparse.cost.ledger import Ledger
+from megasparse.methods.callback import Step
 from megasparse.parallel import CommunicationGroup
-from megasparse.training.callback import Step
 from megasparse.training.loop import Trainer
 
 CONFIG = check_config({"train": {"global_batch_size": 4, "micro_batch_size": 2, "steps": 3}})

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megasparse.config.schema import RunConfig
+from megasparse.methods.activation_sparsity import activation_sparsity
+from megasparse.methods.callback import MethodFactory, TrainingMethod
+from megasparse.methods.layer_dropping import layer_dropping
+from megasparse.methods.low_rank_folding import low_rank_folding
+from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
-from megasparse.training.callback import MethodFactory, TrainingMethod
-from megasparse.training.low_rank_folding import low_rank_folding
-from megasparse.training.mixed_sparsity import MixedSparsityTraining
 
-METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding)
+METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding, layer_dropping, activation_sparsity)
 
 
 def build_methods(

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from megasparse.config.schema import RunConfig
 from megasparse.layers import SparseLinear
+from megasparse.methods.callback import Engine, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh, shard_spec_of
 from megasparse.sparsity.schedule import first_dense_step
 from megasparse.sparsity.state import StateAccess
-from megasparse.training.callback import Engine, Step, TrainingMethod
 
 
 class LowRankFolding(TrainingMethod):

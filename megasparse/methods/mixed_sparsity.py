@@ -19,6 +19,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import describe_changes, running_kernels
 from megasparse.cost.ledger import StepWork
 from megasparse.engine.optimizer import Multipliers, ParameterGroup
+from megasparse.methods.callback import Engine, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.checks import check_invariant
@@ -26,8 +27,7 @@ from megasparse.sparsity.controller import Controller, OpenWeight, TopologyRepor
 from megasparse.sparsity.distribution import unit_target
 from megasparse.sparsity.schedule import is_update_due, pattern_at
 from megasparse.sparsity.storage import plan_storage
-from megasparse.training.callback import Engine, Step, TrainingMethod
-from megasparse.training.initial_checks import is_used, topology_density
+from megasparse.sparsity.topology import unpack_bits
 
 PICTURES = 8
 """Times that a run draws its topologies, about."""
@@ -197,6 +197,25 @@ class MixedSparsityTraining(TrainingMethod):
         if self._engine is not None:
             for name in dict.fromkeys(names[index] for index in (0, len(names) // 2, -1)) if names else ():
                 step.pictures[name] = self.controller.whole_mask(name)
+
+
+def topology_density(folder: ModelFolder, controller: Controller) -> float | None:
+    """Density of the folder's topology; None where it has none, or one of other layers or units: a dense run's too."""
+    state, topologies = folder.topology(), controller.topologies
+    if not topologies or set(state) != {f"{kind}/{name}" for kind in ("active", "ever") for name in topologies}:
+        return None
+    active = 0
+    for name, topology in topologies.items():
+        try:
+            active += int(unpack_bits(state[f"active/{name}"], topology.num_units).sum()) * topology.block_size**2
+        except ValueError:
+            return None
+    return active / sum(topology.numel for topology in topologies.values())
+
+
+def is_used(found: float | None, controller: Controller) -> bool:
+    """Whether a run takes over a topology of density `found`: its schedule starts there."""
+    return found is not None and controller.starts_at(found)
 
 
 def set_active(controller: Controller, progress: float) -> None:
