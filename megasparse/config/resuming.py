@@ -87,6 +87,7 @@ FREE: dict[str, str] = {
     "storage",
     "distillation": "teacher cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens epsilon "
     "reduction last_state ratio_over",
+    "task": "path kind choices marker max_tokens limit batch_size",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

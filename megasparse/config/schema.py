@@ -24,6 +24,7 @@ from megasparse.config.section import (
     PositiveInt,
     Section,
 )
+from megasparse.config.task import TaskConfig
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
@@ -516,6 +517,7 @@ class RunConfig(Section):
     stacking: StackingConfig = StackingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     distillation: DistillationConfig = DistillationConfig()
+    task: TaskConfig = TaskConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
