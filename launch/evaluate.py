@@ -9,8 +9,8 @@ Tasks: `perplexity` of a text file, compressed or not, or an indexed data set (p
 lines {"text": ...}; `multiple-choice`, lines {"context": ..., "choices": [...], "label": 0}. Of lines {"prompt": ...,
 "response": ...}: `classification`, the likeliest of the responses; `answer`, the greedy answer, or what stands behind
 its marker. Ranks share the work and give the same numbers however many they are. Rank 0 prints a table and writes a
-JSON file. What is counted, and how: launch/README.md. `--run` and `--model` are the same; torchrun lets only `--model` pass.
-Exit status: 0, 2 for what the user must mend, 3 where another rank was lost.
+JSON file. What is counted, and how: launch/README.md. `--run` and `--model` are the same; torchrun lets only `--model`
+pass. Exit status: 0, 2 for what the user must mend, 3 where another rank was lost.
 """
 
 from __future__ import annotations

@@ -23,16 +23,9 @@ CLASSIFICATION = ["task.kind=classification", "task.batch_size=5"]
 
 
 def settings(folder: Path, kind: list[str]) -> list[str]:
-    data = [f"data.train=[{{path: {folder / 'tasks'}}}]", f"task.path={folder / 'tasks.jsonl'}", "task.limit=25"]
-    return [
-        *COMMON,
-        *data,
-        *kind,
-        "data.tokenizer=bytes",
-        "model.vocab_size=257",
-        "train.steps=24",
-        "optimizer.lr=0.02",
-    ]
+    data = [f"data.train=[{{path: {folder / 'tasks'}}}]", f"task.path={folder / 'tasks.jsonl'}", "task.limit=9"]
+    model = ["data.tokenizer=bytes", "model.vocab_size=257", "optimizer.lr=0.03"]
+    return [*COMMON, *data, *kind, *model, "train.steps=16", "train.valid_interval=8"]
 
 
 def write(folder: Path) -> None:

@@ -121,7 +121,7 @@ def test_choices_are_those_of_the_file_where_none_are_named(tmp_path: Path) -> N
         (
             ("a" * 30, " no"),
             classification_task,
-            r"line 1: prompt with response ' no' has 34 tokens; at most 33",
+            r"line 1: prompt with response ' yes' has 35 tokens; must",
         ),
         (("a", " perhaps"), classification_task, r"line 1: response: ' perhaps'; must be one of task.choices"),
         (("a", "7"), answer_task, r"line 1: response: '7'; must have a result behind '####'"),
