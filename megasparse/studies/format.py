@@ -45,12 +45,9 @@ class Budget(Section):
     @model_validator(mode="after")
     def _is_one_of_them(self) -> Budget:
         given = self.model_dump(exclude_none=True)
-        if sum(value is not None for value in (self.flops, self.share, self.steps)) != 1:
-            raise ValueError(
-                f"budget: {given} is not one budget; must be flops, share and of (an arm's name), or steps"
-            )
-        if (self.share is None) != (self.of is None):
-            raise ValueError(f"budget: {given} is no budget; must be share and of (an arm's name) together")
+        one = sum(value is not None for value in (self.flops, self.share, self.steps)) == 1
+        if not one or (self.share is None) != (self.of is None):
+            raise ValueError(f"budget: {given} is not one budget; must be flops, or share and of (an arm), or steps")
         return self
 
 

@@ -40,8 +40,8 @@ class Studied:
     """A study whose arms are solved. Raises ConfigError where one cannot be."""
 
     def __init__(self, study: Study, file: Path, known: Sequence[Path] = (), *, without_models: bool = False) -> None:
-        """known: results of earlier studies, of which runs with the same settings and data are taken. without_models: for
-        a dry run before they are made, see ``solve``."""
+        """known: results of earlier studies, of which runs with the same settings and data are taken. without_models:
+        for a dry run before they are made, see ``solve``."""
         self.study = study
         self.place = Path(study.folder) / study.name
         self.known = read_known(known)
