@@ -60,7 +60,7 @@ def measure(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[str
             arguments.model,
             output,
             method=case.method,
-            density=1.0 - case.sparsity,
+            density=round(1.0 - case.sparsity, 9),
             distribution=case.distribution,
             sds=case.sds,
             calibration=arguments.calibration if needs_data else None,
