@@ -56,7 +56,6 @@ def two_ranks(mesh, folder: Path) -> dict:
         ("answer stage 3", settings(folder, ANSWER), Layout(data=2, zero=3), []),
         ("classification stage 3", settings(folder, CLASSIFICATION), Layout(data=2, zero=3), []),
         ("answer sequence", [*settings(folder, ANSWER), *SEQUENCE], Layout(tensor=2), []),
-        ("classification tensor", settings(folder, CLASSIFICATION), Layout(tensor=2), []),
     ]
     return run_trainers(mesh, cases, folder / "two", task_of)
 
