@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-dense", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
     zeros = "weights that are 0 in a model without a topology stay 0"
     parser.add_argument("--keep-zeros", action="store_true", help=zeros)
-    calibration = parser.add_argument_group("calibration (wanda, sparsegpt)")
+    calibration = parser.add_argument_group("calibration (wanda, sparsegpt, --sds)")
     calibration.add_argument("--calibration", metavar="FILE", help="text, or prefix of an indexed data set")
     calibration.add_argument("--samples", type=int, metavar="N", help="windows of it (default: 128)")
     window = "tokens of a window (default: the model's seq_length, at most 2048)"
@@ -68,6 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     calibration.add_argument("--damping", type=float, metavar="X", help=damping)
     columns = "of SparseGPT: columns whose weights are chosen together (default: 128)"
     calibration.add_argument("--columns", type=int, metavar="N", help=columns)
+    sds = "prune, let the removed weights come back, prune again (any method; needs --calibration)"
+    parser.add_argument("--sds", action="store_true", help=sds)
+    penalty = "of --sds: price of removed weights that come back (default: 1)"
+    parser.add_argument("--sds-penalty", type=float, metavar="X", help=penalty)
     restart = "begin anew where an unfinished pruning of other settings is there"
     parser.add_argument("--restart", action="store_true", help=restart)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]

@@ -14,9 +14,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megasparse.config.loader import ConfigError
 from megasparse.data.arguments import run_tool, tool_parser
+
+if TYPE_CHECKING:
+    from megasparse.studies.format import Preparation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +44,13 @@ def main(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
     if study.prepare == "quickstart":
         prepare_quickstart()
-    studied, console = Studied(study, arguments.study, arguments.known), make_console()
+    missing = [step for step in study.preparations if not step.is_done]
+    if not arguments.dry_run:
+        for step in missing:
+            make(step)
+        missing = []
+    studied = Studied(study, arguments.study, arguments.known, without_models=bool(missing))
+    console = make_console()
     if arguments.dry_run:
         studied.dry_run(console)
         return 0
@@ -57,6 +67,17 @@ def main(arguments: argparse.Namespace) -> int:
 def run_command(job) -> list[str]:
     """The command line of a run, which is that of any run."""
     return [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(job.config_file)]
+
+
+def make(step: Preparation) -> None:
+    """Run a step of the preparation; it goes on where it was, as the scripts do. Raises ConfigError where it fails."""
+    print(f"making {step.makes}: {' '.join(step.run)}", flush=True)
+    script, *words = step.run
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], check=False)
+    if done.returncode or not step.is_done:
+        raise ConfigError(
+            f"prepare: {script} ended with status {done.returncode} and without {step.makes}; the same command goes on"
+        )
 
 
 def prepare_quickstart() -> None:

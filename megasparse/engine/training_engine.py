@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm
@@ -52,6 +52,7 @@ DIVIDED_OTHERWISE = {"offload_param", "zero_hpz_partition_size", "mics_shard_siz
 on other ranks, too."""
 
 Objective = Callable[[GPT, Batch], tuple[Tensor, dict[str, Tensor]]]
+Answer = TypeVar("Answer")
 
 
 class ModelWithObjective(nn.Module):
@@ -68,8 +69,18 @@ class ModelWithObjective(nn.Module):
         self._model, self._objective = (model,), objective
 
     def forward(
-        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        inputs: Tensor | None,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        question: Callable[[GPT], Any] | None = None,
+    ) -> Any:
+        """Loss and its parts; or what a question, in place of a batch, finds out."""
+        if question is not None:
+            return question(self._model[0])
+        assert inputs is not None and targets is not None
         loss, parts = self._objective(self._model[0], Batch(inputs, targets, documents, weights))
         return loss, {name: part.detach() for name, part in parts.items()}
 
@@ -242,13 +253,24 @@ class TrainingEngine:
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """Mean loss without a graph."""
+        with self._evaluating():
+            return self._with_objective(inputs, targets, documents, weights)[0]
+
+    @torch.no_grad()
+    def ask(self, question: Callable[[GPT], Answer]) -> Answer:
+        """What a question finds out from the model, in evaluation mode and without a graph. At ZeRO stage 3 all ranks
+        must make as many forward passes, and weights be used by the model's own modules alone."""
+        with self._evaluating():
+            return self._with_objective(None, question=question)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self.model.eval()
         # Batches of other sizes than in training would be traced anew.
         eager = self.config.train.compile != "none"
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-            loss, _ = self._with_objective(inputs, targets, documents, weights)
+            yield
         self.model.train()
-        return loss
 
 
 def check_precision(config: RunConfig, device: torch.device) -> None:

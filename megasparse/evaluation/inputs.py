@@ -60,17 +60,18 @@ def read_text(path: str, *, option: str = "--input") -> str:
     return text
 
 
-def read_jsonl(path: str, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file, line N`, object) of each line that is not empty, the first `limit` of them; at least one."""
+def read_jsonl(path: str, limit: int | None = None, *, option: str = "--input") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file, line N`, object) of each line that is not empty, the first `limit` of them; at least one. option: for
+    messages."""
     found = 0
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, option=option).split("\n"), 1):
         # Joined files bring their byte-order marks with them.
         line = line.removeprefix(BYTE_ORDER_MARK)
         if limit is not None and found >= limit:
             return
         if not line.strip():
             continue
-        where = f"--input: {path}, line {number}"
+        where = f"{option}: {path}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, check_values
+from megasparse.config.task import TaskConfig
 from megasparse.evaluation.continuations import LastWord, MultipleChoice, last_word_task, multiple_choice_task
 from megasparse.evaluation.detokenizers import DETOKENIZERS
 from megasparse.evaluation.inputs import is_token_file, open_tokens, read_jsonl, read_text
 from megasparse.evaluation.perplexity import Perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.results import print_results, show_progress
 from megasparse.evaluation.scoring import DTYPES, Scorer
+from megasparse.evaluation.supervised_tasks import Asking, SupervisedTask, open_task
 from megasparse.inference.compression import KERNELS, compress_model
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.launching import LaunchEnvironment, open_mesh
@@ -33,7 +35,8 @@ from megasparse.parallel import CommunicationGroup
 from megasparse.utils.files import write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
-TASKS = ("perplexity", "last-word", "multiple-choice")
+SUPERVISED = ("classification", "answer")
+TASKS = ("perplexity", "last-word", "multiple-choice", *SUPERVISED)
 TIMEOUT_SECONDS = 1800
 """How long a rank waits for the others, whose share is of the same size."""
 
@@ -53,6 +56,9 @@ class EvaluationSettings:
     batch_size: int | None = None
     device: str = "cpu"
     limit: int | None = None
+    choices: tuple[str, ...] | None = None
+    marker: str | None = None
+    max_tokens: int | None = None
     output: Path | None = None
     kernels: str = "auto"
 
@@ -73,8 +79,12 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
         if console is not None and plan.num_packed:
             for line in plan.lines():
                 console.print(line, soft_wrap=True, markup=False)
-        scorer = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance)
-        scores = scorer.scores(task.windows)
+        if isinstance(task, SupervisedTask):
+            batch_size = settings.batch_size or TaskConfig().batch_size
+            results = task.measure(model, Asking(batch_size, ranks, advance=advance))
+        else:
+            scorer = Scorer(model, batch_size=settings.batch_size, ranks=ranks, advance=advance)
+            batch_size, results = scorer.batch_size, task.results(scorer.scores(task.windows))
     record = {
         "task": settings.task,
         "input": settings.input,
@@ -87,9 +97,9 @@ def evaluate(settings: EvaluationSettings, environment: LaunchEnvironment) -> di
             "tokenizer": trained.tokenizer.name,
             "precision": settings.precision,
             "packed_layers": plan.num_packed,
-            "batch_size": scorer.batch_size,
+            "batch_size": batch_size,
         },
-        "results": {**task.results(scores), "seconds": round(time.perf_counter() - started, 3)},
+        "results": {**results, "seconds": round(time.perf_counter() - started, 3)},
         "hardware": describe_hardware(device, environment.world_size),
         "versions": package_versions(),
     }
@@ -122,15 +132,32 @@ def check_settings(settings: EvaluationSettings) -> None:
         raise ConfigError("--precision: fp16 needs a GPU; on a CPU it must be fp32, bf16")
     if settings.output is not None and settings.output.is_dir():
         raise ConfigError(f"--output: {settings.output} is a folder; must be the name of a file")
+    for name, of in (("choices", "classification"), ("marker", "answer"), ("max_tokens", "answer")):
+        if settings.task != of and getattr(settings, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: only used with --task {of}")
     if settings.task != "perplexity":
         for name, usual in (("window", None), ("stride", None), ("detokenizer", "none")):
             if getattr(settings, name) != usual:
                 raise ConfigError(f"--{name}: only used with --task perplexity")
 
 
-def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Perplexity | LastWord | MultipleChoice:
+Task = Perplexity | LastWord | MultipleChoice | SupervisedTask
+
+
+def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Task:
     """Read and encode the input."""
     length = trained.config.model.seq_length
+    if settings.task in SUPERVISED:
+        given = {
+            "path": settings.input,
+            "kind": settings.task,
+            "choices": None if settings.choices is None else list(settings.choices),
+            "marker": settings.marker,
+            "max_tokens": settings.max_tokens,
+            "limit": settings.limit,
+        }
+        asked = check_values(TaskConfig, {name: value for name, value in given.items() if value is not None})
+        return open_task(asked, trained.tokenizer, length, option="--input")
     window = length if settings.window is None else settings.window
     if not min(2, length) <= window <= length:
         raise ConfigError(f"--window: {window}; must be 2 to {length}, the sequence length of the model")

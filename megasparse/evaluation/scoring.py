@@ -32,7 +32,9 @@ class Scorer:
     Args:
         model: in evaluation mode, on its device and in its precision.
         batch_size: windows at once; None: as many as keep the logits small. Another batch size changes rounding.
-        ranks: those that share the work; each holds the whole model. Its collectives must take CPU tensors.
+        ranks: those that share the work; each holds the whole model, or, with `together`, a piece of it.
+        ranks_device: of tensors that their collectives take.
+        together: make as many forward passes on all ranks, and take the logits of a window at once.
         chunk_elements: of the logits that are computed at once; the logits of a whole window never are there.
         advance: called with the number of batches that are done, after each of this rank, and their number.
     """
@@ -45,11 +47,14 @@ class Scorer:
         ranks: CommunicationGroup | None = None,
         advance: Callable[[int, int], None] = lambda done, total: None,
         chunk_elements: int = CHUNK_ELEMENTS,
+        together: bool = False,
+        ranks_device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.ranks, self.advance = model, ranks or CommunicationGroup(), advance
         self.seq_length, self.chunk_elements = model.config.seq_length, chunk_elements
         self.batch_size = batch_size or default_batch_size(self.seq_length, model.vocab_size)
         self.device = next(model.parameters()).device
+        self.together, self.ranks_device = together, ranks_device
 
     def scores(self, windows: Sequence[Window]) -> np.ndarray:
         """float64 [n, 2], the same on every rank. Raises ArithmeticError where a log-likelihood is not finite."""
@@ -58,11 +63,16 @@ class Scorer:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         own = batches[self.ranks.rank :: self.ranks.size]
         found = torch.zeros(len(windows), 2, dtype=torch.float64)
-        for done, batch in enumerate(own, 1):
-            found[batch] = self._score([windows[index] for index in batch])
-            self.advance(done, len(own))
+        rounds = -(-len(batches) // self.ranks.size) if self.together else len(own)
+        for done in range(rounds):
+            batch = own[done] if done < len(own) else []
+            # As many forward passes, and heads in them, on all ranks.
+            padding = [order[0]] * (self.batch_size - len(batch) if self.together else 0)
+            scored = self._score([windows[index] for index in (*batch, *padding)])
+            found[batch] = scored[: len(batch)]
+            self.advance(done + 1, rounds)
         # Every row is zero on all ranks but one, so the sum is exact.
-        scores = self.ranks.sum_(found).numpy()
+        scores = self.ranks.sum_(found.to(self.ranks_device)).cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(scores[:, 0]))
         if len(bad):
             raise ArithmeticError(f"the log-likelihood of window {bad[0]} is {scores[bad[0], 0]}; {len(bad)} are so")
@@ -85,7 +95,7 @@ class Scorer:
         """Log-likelihood of the scored tokens, and whether each of them is the most likely one."""
         targets_T = torch.from_numpy(window.tokens[window.first :].astype(np.int64)).to(self.device)
         scored_TC = x_TC[window.first - 1 : len(window.tokens) - 1]
-        rows = max(1, self.chunk_elements // self.model.vocab_size)
+        rows = len(scored_TC) if self.together else max(1, self.chunk_elements // self.model.vocab_size)
         chunks = zip(scored_TC.split(rows), targets_T.split(rows), strict=True)
         found = torch.stack([self._chunk(*chunk) for chunk in chunks])
         return torch.stack([found[:, 0].sum(), found[:, 1].amin()])

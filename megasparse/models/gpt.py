@@ -61,7 +61,7 @@ class Block(nn.Module):
         return add_branch(x_BTC, of_mlp, self._transform)
 
     def _attend(
-        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
+        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: AnyLayerCache | None = None
     ) -> torch.Tensor:
         return self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
 

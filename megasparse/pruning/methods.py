@@ -1,6 +1,6 @@
 """The methods by name: what each wants to know of a layer's inputs, and how it prunes the layer.
 
-    method = METHODS["wanda"]
+    method = method_of(settings)
     weight, units = method.prune(LayerTask(weight, statistic, pattern, available, count, settings))
 
 A new one is a function and a line in ``METHODS``.
@@ -9,13 +9,15 @@ A new one is a function and a line in ``METHODS``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megasparse.pruning.criteria import magnitude, wanda
 from megasparse.pruning.patterns import Pattern
+from megasparse.pruning.sds import sparse_dense_sparse
 from megasparse.pruning.settings import PruneSettings
 from megasparse.pruning.sparsegpt import sparsegpt
 from megasparse.pruning.statistics import InputGram, InputSquares, InputStatistic
@@ -74,3 +76,24 @@ METHODS = {
     "wanda": PruningMethod(_by_wanda, InputSquares),
     "sparsegpt": PruningMethod(_by_sparsegpt, InputGram),
 }
+
+
+def method_of(settings: PruneSettings) -> PruningMethod:
+    """The method that the settings name, with SDS around it where they ask for that."""
+    method = METHODS[settings.method]
+    return PruningMethod(partial(_twice, method), InputGram) if settings.sds else method
+
+
+def _twice(method: PruningMethod, task: LayerTask) -> tuple[Tensor, Tensor]:
+    gram, penalty = task.inputs, task.settings.sds_penalty_or_default
+    assert gram is not None
+    # What the method itself would have collected.
+    inputs = None if method.statistic is None else gram if method.statistic is InputGram else gram.diagonal()
+    return sparse_dense_sparse(
+        lambda weight: method.prune(replace(task, weight=weight, inputs=inputs)),
+        task.weight,
+        gram,
+        task.pattern,
+        task.available,
+        penalty=penalty,
+    )

@@ -214,5 +214,6 @@ def _fingerprint(settings: PruneSettings, windows: Tensor | None) -> dict[str, A
         "keep_zeros": settings.keep_zeros,
         "damping": settings.damping_or_default if settings.method == "sparsegpt" else None,
         "columns": settings.columns_or_default if settings.method == "sparsegpt" else None,
+        "sds_penalty": settings.sds_penalty_or_default if settings.sds else None,
         "calibration": None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }

@@ -30,7 +30,7 @@ from megasparse.monitoring.console import make_console
 from megasparse.parallel import CommunicationGroup
 from megasparse.pruning.budget import spread_counts, uniform_counts
 from megasparse.pruning.heavy_tails import eigenvalues, relative_sparsities, tail_exponent
-from megasparse.pruning.methods import METHODS, LayerTask
+from megasparse.pruning.methods import LayerTask, method_of
 from megasparse.pruning.model_in_blocks import ModelInBlocks
 from megasparse.pruning.output import write_pruned
 from megasparse.pruning.patterns import zeroed
@@ -85,7 +85,7 @@ class Pruner:
         console: Console | None = None,
     ) -> None:
         self.plan, self.work, self.ranks, self.device, self.console = plan, work, ranks, device, console
-        self.method = METHODS[plan.settings.method]
+        self.method = method_of(plan.settings)
         self.model = ModelInBlocks(plan.source, device)
         samples = 0 if plan.windows is None else len(plan.windows)
         self.own_samples = range(ranks.rank, samples, ranks.size)

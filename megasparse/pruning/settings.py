@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megasparse.config.loader import ConfigError
 from megasparse.pruning.patterns import Pattern
+from megasparse.pruning.sds import PENALTY
 from megasparse.pruning.sparsegpt import COLUMNS, DAMPING
 
 METHOD_NAMES = ("magnitude", "wanda", "sparsegpt")
@@ -36,12 +37,14 @@ class PruneSettings:
     seed: int | None = None
     damping: float | None = None
     columns: int | None = None
+    sds: bool = False
+    sds_penalty: float | None = None
     restart: bool = False
     device: str = "cpu"
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method != "magnitude"
+        return self.method != "magnitude" or self.sds
 
     @property
     def target_density(self) -> float:
@@ -52,6 +55,10 @@ class PruneSettings:
     @property
     def spread_or_default(self) -> float:
         return SPREAD if self.spread is None else self.spread
+
+    @property
+    def sds_penalty_or_default(self) -> float:
+        return PENALTY if self.sds_penalty is None else self.sds_penalty
 
     @property
     def damping_or_default(self) -> float:
@@ -68,7 +75,8 @@ def check_settings(settings: PruneSettings) -> None:
     _one_of("distribution", settings.distribution, DISTRIBUTIONS)
     _check_density(settings)
     if settings.needs_calibration and settings.calibration is None:
-        raise ConfigError(f"--calibration: missing; --method {settings.method} needs a text or a token file")
+        needs = "--sds" if settings.method == "magnitude" else f"--method {settings.method}"
+        raise ConfigError(f"--calibration: missing; {needs} needs a text or a token file")
     unused = {} if settings.needs_calibration else _named(settings, "calibration", "samples", "window", "seed")
     if settings.method != "sparsegpt":
         unused |= _named(settings, "damping", "columns")
@@ -78,6 +86,10 @@ def check_settings(settings: PruneSettings) -> None:
         raise ConfigError(f"--spread: {settings.spread}; must be left out: it is for --distribution alpha")
     if not 0.0 < settings.spread_or_default < 1.0:
         raise ConfigError(f"--spread: {settings.spread}; must be above 0 and below 1")
+    if settings.sds_penalty is not None and not settings.sds:
+        raise ConfigError(f"--sds-penalty: {settings.sds_penalty}; must be left out: it is for --sds")
+    if not 0.0 < settings.sds_penalty_or_default <= 100.0:
+        raise ConfigError(f"--sds-penalty: {settings.sds_penalty}; must be above 0 and at most 100")
     if settings.damping is not None and not 0.0 < settings.damping <= 1.0:
         raise ConfigError(f"--damping: {settings.damping}; must be above 0 and at most 1")
     for name, smallest in (("samples", 1), ("window", 2), ("columns", 1)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
+from megasparse.checkpoint.tensor_files import read_json
 from megasparse.config.loader import ConfigError, check_values, load_config
 from megasparse.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, Section
 
@@ -38,13 +39,40 @@ class Budget(Section):
     """Of the FLOPs of the arm `of`, with its own steps."""
     of: str | None = None
     """Name of an arm with `solve: none`."""
+    steps: PositiveInt | None = None
+    """Steps of every arm, instead of FLOPs."""
 
     @model_validator(mode="after")
-    def _is_one_of_the_two(self) -> Budget:
-        if (self.flops is None) == (self.share is None) or (self.share is None) != (self.of is None):
-            given = self.model_dump(exclude_none=True)
-            raise ValueError(f"budget: {given} is not one budget; must be flops, or share and of (an arm's name)")
+    def _is_one_of_them(self) -> Budget:
+        given = self.model_dump(exclude_none=True)
+        one = sum(value is not None for value in (self.flops, self.share, self.steps)) == 1
+        if not one or (self.share is None) != (self.of is None):
+            raise ValueError(f"budget: {given} is not one budget; must be flops, or share and of (an arm), or steps")
         return self
+
+
+class Preparation(Section):
+    """What is made once before the arms run, such as a pruned model; left out where it is there already."""
+
+    makes: str
+    """File or folder that it makes; a run folder counts when the run has finished."""
+    run: Annotated[list[str], Field(min_length=1)]
+    """A script of `launch/` or `tools/`, and its words."""
+
+    @model_validator(mode="after")
+    def _is_a_script_of_ours(self) -> Preparation:
+        script = PurePosixPath(self.run[0])
+        if script.parent.name not in ("launch", "tools") or len(script.parts) != 2 or script.suffix != ".py":
+            raise ValueError(f"run: {self.run[0]} is no script; must be launch/NAME.py or tools/NAME.py")
+        return self
+
+    @property
+    def is_done(self) -> bool:
+        path = Path(self.makes)
+        summary = path / "summary.json"
+        if (path / "metrics.jsonl").is_file():
+            return summary.is_file() and read_json(summary).get("finished") is True
+        return path.exists()
 
 
 class Arm(Section):
@@ -59,6 +87,8 @@ class Arm(Section):
     none: nothing, the arm costs what it costs."""
     lr: Rates | None = None
     """Learning rates to try; unset: those of the study."""
+    baselines: list[str] | None = None
+    """Names of the arms to which it is compared; unset: those of the study."""
 
 
 class Study(Section):
@@ -66,8 +96,8 @@ class Study(Section):
     """Title, and the name of its folder."""
     folder: str = "runs"
     """Folder that holds the folders of studies."""
-    prepare: Literal["quickstart"] | None = None
-    """Data that are made first where they are missing: those of launch/quickstart.sh."""
+    prepare: Literal["quickstart"] | list[Preparation] | None = None
+    """What is made first where it is missing: the data of launch/quickstart.sh, or steps in their order."""
     base: list[str] | str = []
     """Configuration files of all arms, relative to the file of the study."""
     settings: dict[str, Any] = {}
@@ -91,7 +121,8 @@ class Study(Section):
         for field, values in (("arms", names), ("seeds", [str(seed) for seed in self.seeds])):
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{field}: {twice[0]} is there twice; must be different ones")
-        for field, wanted in (("baselines", self.baselines), ("budget.of", [self.budget.of])):
+        of_arms = [name for arm in self.arms for name in arm.baselines or []]
+        for field, wanted in (("baselines", [*self.baselines, *of_arms]), ("budget.of", [self.budget.of])):
             if unknown := [name for name in wanted if name is not None and name not in names]:
                 raise ValueError(f"{field}: {unknown[0]} is no arm; must be one of {', '.join(names)}")
         if self.sweep_seed in self.seeds and any(len(arm.lr or self.lr or []) > 1 for arm in self.arms):
@@ -110,6 +141,14 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _steps_are_not_solved(self) -> Study:
+        if self.budget.steps is None:
+            return self
+        if wrong := [arm for arm in self.arms if arm.solve == "width"]:
+            raise ValueError(f"arms: {wrong[0].name} has solve width, but budget is steps; must be steps, none")
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_free(self) -> Study:
         for place, arm in [("settings", None), *((f"arms.{n}.settings", arm) for n, arm in enumerate(self.arms))]:
             swept = self.lr is not None or any(one.lr for one in self.arms) if arm is None else arm.lr or self.lr
@@ -118,6 +157,14 @@ class Study(Section):
                     of = "lr" if name == "optimizer.lr" else "the study for each run"
                     raise ValueError(f"{place}.{name}: {value!r} is set by {of}; must be left out")
         return self
+
+    @property
+    def preparations(self) -> list[Preparation]:
+        return self.prepare if isinstance(self.prepare, list) else []
+
+    def baselines_of(self, arm: str) -> list[str]:
+        own = next(one.baselines for one in self.arms if one.name == arm)
+        return [name for name in (self.baselines if own is None else own) if name != arm]
 
     def paths(self, file: Path) -> list[Path]:
         return [file.parent / name for name in ([self.base] if isinstance(self.base, str) else self.base)]

@@ -32,6 +32,10 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
             "Of runs of the same seed, which share initial weights and order of data. Intervals: Student t over the "
             "pairs. Negative: the arm is better than the baseline.",
         ),
+        "Paired differences of the task accuracy": (
+            difference_rows(results, "accuracy_differences"),
+            "Of the same pairs. Positive: the arm is better.",
+        ),
         "Learning rates": (sweep_rows(results), "Tried on a seed of their own; the best was used for all others."),
     }
     page = fill_in(

@@ -49,12 +49,8 @@ def collect(
         "versions": finished.get("versions"),
         "confidence": CONFIDENCE,
         "arms": rows,
-        "differences": [
-            difference
-            for baseline in study.baselines
-            for row in rows
-            if row["arm"] != baseline and (difference := _difference(row, _named(rows, baseline)))
-        ],
+        "differences": _differences(study, rows, "val_loss"),
+        "accuracy_differences": _differences(study, rows, "task_accuracy"),
         "failures": dict(failures),
     }
 
@@ -99,6 +95,7 @@ def _arm(arm: SolvedArm, sweep: Sequence[Job], jobs: Sequence[Job], digest_of: C
         "flops_dense": arm.plan["flops"]["dense"],
         "n": len(losses),
         "mean": fmean(losses) if losses else None,
+        **_accuracies([run.get("task_accuracy") for run in runs]),
         "spread": spread(losses),
         "seconds": fmean(run["seconds"] for run in runs) if runs else None,
         "runs": runs,
@@ -115,6 +112,7 @@ def _run(job: Job, digest_of: Callable[[Job], str]) -> dict[str, Any]:
         "seed": job.seed,
         "lr": job.rate,
         "val_loss": job.val_loss,
+        **({"task_accuracy": summary["task_accuracy"]} if "task_accuracy" in summary else {}),
         "flops": summary["flops_algorithmic"],
         "seconds": summary["seconds"],
         "hardware": summary["hardware"],
@@ -130,9 +128,24 @@ def _curve(run: RunData) -> dict[str, list[float]]:
     return rounded | {"step": [int(step) for step in found["step"]]}
 
 
-def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+def _accuracies(found: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and spread of those of a task; nothing where runs have none."""
+    known = [accuracy for accuracy in found if accuracy is not None]
+    return {"accuracy": fmean(known), "accuracy_spread": spread(known)} if known else {}
+
+
+def _differences(study: Study, rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
+    """Of each arm and each of its baselines, in the order of the baselines."""
+    names = list(dict.fromkeys([*study.baselines, *(name for row in rows for name in study.baselines_of(row["arm"]))]))
+    pairs = [(row, name) for name in names for row in rows if name in study.baselines_of(row["arm"])]
+    return [found for row, name in pairs if (found := _difference(row, _named(rows, name), value))]
+
+
+def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any], value: str) -> dict[str, Any] | None:
     """Over the seeds with which both have finished."""
-    ours, theirs = ({run["seed"]: run["val_loss"] for run in one["runs"]} for one in (row, baseline))
+    ours, theirs = (
+        {run["seed"]: run[value] for run in one["runs"] if run.get(value) is not None} for one in (row, baseline)
+    )
     if not (common := [seed for seed in ours if seed in theirs]):
         return None
     found = paired([ours[seed] for seed in common], [theirs[seed] for seed in common])

@@ -59,9 +59,17 @@ class SolvedArm:
         return self.plan["parameters"]["mean_active"]
 
 
-def solve(study: Study, file: Path) -> tuple[list[SolvedArm], float]:
-    """The arms in their order, and the budget in FLOPs. file: that of the study. Raises ConfigError naming the arm."""
+def solve(study: Study, file: Path, *, without_models: bool = False) -> tuple[list[SolvedArm], float]:
+    """The arms in their order, and the budget in FLOPs: the most that one costs where it is given in steps.
+
+    file: that of the study. without_models: leave out `train.init_from` and the teacher, which are still to be made;
+    FLOPs do not depend on them. Raises ConfigError naming the arm.
+    """
     configs = {arm.name: study.config(arm, file) for arm in study.arms}
+    if without_models:
+        configs = {name: _without_models(config) for name, config in configs.items()}
+    if study.budget.steps is not None:
+        return _equal_steps(study, configs, study.budget.steps)
     budget = study.budget.flops
     if budget is None:
         assert study.budget.of is not None and study.budget.share is not None
@@ -77,6 +85,19 @@ def solve(study: Study, file: Path) -> tuple[list[SolvedArm], float]:
                 config = _solve_steps(config, budget)
             solved.append(SolvedArm(arm.name, arm.solve, config, study.rates(arm, config), _plan(config)))
     return solved, budget
+
+
+def _equal_steps(study: Study, configs: dict[str, RunConfig], steps: int) -> tuple[list[SolvedArm], float]:
+    solved = []
+    for arm in study.arms:
+        with named(arm.name):
+            config = with_fields(configs[arm.name], "train", steps=steps)
+            solved.append(SolvedArm(arm.name, "none", config, study.rates(arm, config), _plan(config)))
+    return solved, max(arm.flops for arm in solved)
+
+
+def _without_models(config: RunConfig) -> RunConfig:
+    return with_fields(with_fields(config, "train", init_from=None), "distillation", teacher=None)
 
 
 def _solve_steps(config: RunConfig, budget: float) -> RunConfig:

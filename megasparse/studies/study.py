@@ -39,20 +39,24 @@ RESULTS, PAGE = "results.json", "study.html"
 class Studied:
     """A study whose arms are solved. Raises ConfigError where one cannot be."""
 
-    def __init__(self, study: Study, file: Path, known: Sequence[Path] = ()) -> None:
-        """known: results of earlier studies, of which runs with the same settings and data are taken."""
+    def __init__(self, study: Study, file: Path, known: Sequence[Path] = (), *, without_models: bool = False) -> None:
+        """known: results of earlier studies, of which runs with the same settings and data are taken. without_models:
+        for a dry run before they are made, see ``solve``."""
         self.study = study
         self.place = Path(study.folder) / study.name
         self.known = read_known(known)
         self._data: dict[str, Any] = {}
         """Fingerprints of the data by arm: each reads some megabytes."""
-        self.arms, self.budget = solve(study, file)
+        self.arms, self.budget = solve(study, file, without_models=without_models)
         self.sweep = [job for arm in self.arms for job in sweep_jobs(self.place, arm, study.sweep_seed)]
         self.slots = make_slots(study.processes, len(self.sweep) + len(self.arms) * len(study.seeds))
 
     def dry_run(self, console: Console) -> None:
         """Print what every arm costs, and the time on this machine where it can be measured: on its processor."""
         ranks = len(self.slots)
+        for step in self.study.preparations:
+            done = "is there" if step.is_done else "is to be made first, by " + " ".join(step.run[:1])
+            console.print(f"{step.makes} {done}", soft_wrap=True, markup=False, highlight=False)
         on_gpus = "CUDA_VISIBLE_DEVICES" in self.slots[0]
         seconds = {} if on_gpus else {arm.name: training_seconds(arm.config, ranks) for arm in self.arms}
         title = f"{self.study.name}: a budget of {format_flops(self.budget)}, {ranks} runs at a time"
@@ -108,6 +112,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         ("Learning rates", sweep_rows(results)),
         (results["study"], arm_rows(results)),
         ("Paired differences of the validation loss", difference_rows(results)),
+        ("Paired differences of the task accuracy", difference_rows(results, "accuracy_differences")),
     ):
         if rows:
             print_table(rows, console, title)

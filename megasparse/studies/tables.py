@@ -69,6 +69,7 @@ def arm_rows(results: Mapping[str, Any]) -> list[Row]:
         {
             "arm": arm["arm"],
             "validation loss": _plus_minus(arm["mean"], arm["spread"]),
+            **({"task accuracy": _plus_minus(arm["accuracy"], arm["accuracy_spread"])} if "accuracy" in arm else {}),
             "n": str(arm["n"]),
             "lr": format_compact(arm["lr"]),
             "shape": f"{arm['num_layers']} x {arm['hidden_size']}",
@@ -82,8 +83,8 @@ def arm_rows(results: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def difference_rows(results: Mapping[str, Any]) -> list[Row]:
-    """Paired differences with their confidence intervals."""
+def difference_rows(results: Mapping[str, Any], of: str = "differences") -> list[Row]:
+    """Paired differences with their confidence intervals. of: those of the loss, or `accuracy_differences`."""
     share = format_share(results["confidence"])
     return [
         {
@@ -94,7 +95,7 @@ def difference_rows(results: Mapping[str, Any]) -> list[Row]:
             "pairs": str(one["n"]),
             "below": f"{one['below']} of {one['n']}",
         }
-        for one in results["differences"]
+        for one in results.get(of, [])
     ]
 
 

@@ -30,6 +30,7 @@ from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine.training_engine import TrainingEngine, check_precision
+from megasparse.evaluation.supervised_tasks import SupervisedTask, open_task
 from megasparse.inference.sampling import sample_text
 from megasparse.kernels.common import tables
 from megasparse.launching import LaunchEnvironment, open_mesh
@@ -62,7 +63,7 @@ from megasparse.training.plan import plan_run
 from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
-from megasparse.training.validation import Validation
+from megasparse.training.validation import TaskMeasurement, Validation
 from megasparse.tuning.first_start import fit_tables
 from megasparse.utils.files import describe_failure, make_folders, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
@@ -96,6 +97,8 @@ class Prepared:
     """What the run keeps of its data, see ``data.record``."""
     changed_data: list[str]
     """What differs in it from the run that is gone on with, where that is allowed."""
+    task: SupervisedTask | None = None
+    """Measured at each validation."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,8 @@ def prepare(
     record = make_record(config, tokenizer)
     going_on = config.train.resume == "auto" and CheckpointStore(folder / CHECKPOINTS, 1).folders()
     changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
-    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed)
+    task = None if config.task.path is None else open_task(config.task, tokenizer, config.model.seq_length)
+    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed, task)
 
 
 def fit_to_machine(
@@ -340,6 +344,7 @@ def make_trainer(stage: Stage, prepared: Prepared, built: Built, profile: Sequen
     trainer.callbacks = [
         *built.extensions.callbacks,
         *([] if prepared.valid_data is None else [Validation(config, engine, prepared.valid_data, mesh, state)]),
+        *([] if prepared.task is None else [TaskMeasurement(config, engine, prepared.task, mesh, state)]),
         *profile,
         Metrics(config, mesh, state, built.records, built.progress, lines_at),
         Checkpointing(stage.checkpointer, config.train.save_interval, state, note, beat),
@@ -422,6 +427,7 @@ def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, 
         "loss": state.last_loss,
         "val_loss": state.last_val_loss,
         "best_val_loss": state.best_val_loss,
+        **_task_results(config, state),
         "skipped_steps": state.norms.skipped,
         **{key: value for method in trainer.methods for key, value in method.summary().items()},
         "flops_dense": state.ledger.flops.dense,
@@ -436,6 +442,12 @@ def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, 
         "finished": state.step == config.train.steps,
         "reason": reason,
     }
+
+
+def _task_results(config: RunConfig, state: TrainState) -> dict[str, float | None]:
+    if config.task.path is None:
+        return {}
+    return {"task_accuracy": state.last_task_accuracy, "best_task_accuracy": state.best_task_accuracy}
 
 
 def _resolved(config: RunConfig, folder: Path, device: str) -> RunConfig:

@@ -77,6 +77,8 @@ class TrainState:
     best_val_loss: float | None = None
     last_loss: float | None = None
     last_val_loss: float | None = None
+    last_task_accuracy: float | None = None
+    best_task_accuracy: float | None = None
     norms: GradientNorms = field(default_factory=GradientNorms)
     window: Window = field(default_factory=Window)
     ledger: Ledger = field(default_factory=Ledger)

@@ -1,6 +1,7 @@
 """Validation inside the training loop: the mean loss over a fixed, evenly spaced choice of samples.
 
-``Validation`` is the callback that does it where it is due; ``validation_loss`` the measurement itself.
+``Validation`` is the callback that does it where it is due, ``validation_loss`` the measurement itself;
+``TaskMeasurement`` measures a task (section `task`) at the same steps.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megasparse.config.schema import RunConfig
+from megasparse.config.schema import RunConfig, TrainConfig
 from megasparse.data import split_samples, target_share
 from megasparse.engine.training_engine import TrainingEngine
+from megasparse.evaluation.supervised_tasks import Asking, SupervisedTask
 from megasparse.methods.callback import Callback, Step, TrainingMethod
 from megasparse.parallel import Mesh
 from megasparse.training.state import TrainState
@@ -37,8 +39,8 @@ class Validation(Callback):
         self._engine = engine
 
     def after_step(self, step: Step) -> None:
-        train, interval = self._train, self._train.valid_interval
-        if step.number != train.steps and not (interval and step.number % interval == 0):
+        train = self._train
+        if not is_due(train, step):
             return
         step.beat("validation", slow=True)
         loss = validation_loss(self._engine, self._dataset, train.valid_samples, train.micro_batch_size, self._mesh)
@@ -50,6 +52,44 @@ class Validation(Callback):
             step.notes.append(f"warning: step {step.number:,}: the validation loss is {loss}")
         step.metrics["val_loss"] = loss
         step.line_due = True
+
+
+class TaskMeasurement(Callback):
+    """How often the model is right on a task, where validation is due, for the line of metrics."""
+
+    def __init__(
+        self, config: RunConfig, engine: TrainingEngine, task: SupervisedTask, mesh: Mesh, state: TrainState
+    ) -> None:
+        self._train, self._engine, self._task, self._state = config.train, engine, task, state
+        self._asking = Asking(config.task.batch_size, mesh.data_parallel, mesh.device)
+
+    def release_engine(self) -> None:
+        del self._engine
+
+    def take_engine(self, engine: TrainingEngine, methods: Sequence[TrainingMethod]) -> None:
+        self._engine = engine
+
+    def after_step(self, step: Step) -> None:
+        if not is_due(self._train, step):
+            return
+        step.beat("task", slow=True)
+        state, best = self._state, self._state.best_task_accuracy
+        state.last_task_accuracy = step.metrics["task_accuracy"] = None
+        step.line_due = True
+        try:
+            results = self._engine.ask(lambda model: self._task.measure(model, self._asking))
+        except ArithmeticError as error:
+            step.notes.append(f"warning: step {step.number:,}: the task is not measured: {error}")
+            return
+        accuracy = results["accuracy"]
+        state.last_task_accuracy, state.best_task_accuracy = accuracy, max(accuracy, best or 0.0)
+        step.metrics["task_accuracy"] = accuracy
+        step.notes.append(f"step {step.number:,}: task accuracy {accuracy:.4f}")
+
+
+def is_due(train: TrainConfig, step: Step) -> bool:
+    """Whether the step is followed by a validation."""
+    return step.number == train.steps or bool(train.valid_interval and step.number % train.valid_interval == 0)
 
 
 def validation_loss(

@@ -17,6 +17,7 @@ from megasparse.checkpoint.store import CheckpointStore
 from megasparse.config.schema import RunConfig
 from megasparse.data import IndexedDatasetWriter
 from megasparse.data.build import build_data
+from megasparse.evaluation.supervised_tasks import SupervisedTask
 from megasparse.methods.callback import Callback, no_beat
 from megasparse.monitoring.console import quiet
 from megasparse.objectives.objective import Objective
@@ -27,7 +28,7 @@ from megasparse.training.loop import Trainer
 from megasparse.training.metrics import Metrics
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
-from megasparse.training.validation import Validation
+from megasparse.training.validation import TaskMeasurement, Validation
 
 # What depends on the clock.
 PASSING = ("tokens_per_s", "seconds")
@@ -68,6 +69,7 @@ def train_run(
     folder: Path,
     objective: Objective | None = None,
     watch: Callable[[Trainer], Callback] | None = None,
+    task: SupervisedTask | None = None,
 ) -> list[dict[str, Any]]:
     """One leg of a run, from the newest checkpoint in `folder` (where there is one) to its end; lines of metrics."""
     storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
@@ -79,6 +81,7 @@ def train_run(
     lines, state = Lines(), checkpointer.restore().state or TrainState()
     callbacks = [
         *([] if valid_data is None else [Validation(config, engine, valid_data, mesh, state)]),
+        *([] if task is None else [TaskMeasurement(config, engine, task, mesh, state)]),
         Metrics(config, mesh, state, lines, quiet()),
         Checkpointing(checkpointer, config.train.save_interval, state, print, no_beat),
     ]
@@ -94,8 +97,10 @@ def train_run(
     return lines.metrics_lines
 
 
-def run_trainers(mesh: Mesh, cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of metrics of each case."""
+def run_trainers(
+    mesh: Mesh, cases: list[Case], folder: Path, task: Callable[[RunConfig], SupervisedTask] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The lines of metrics of each case. task: what is measured in a run of this configuration."""
     results = {}
     for name, overrides, layout, stops in cases:
         own, results[name] = divided(mesh, layout.tensor), []
@@ -103,7 +108,7 @@ def run_trainers(mesh: Mesh, cases: list[Case], folder: Path) -> dict[str, list[
             for stop in [*stops, None]:
                 ending = [] if stop is None else [f"train.stop_after={stop}"]
                 config = run_config([*overrides, *ending], layout)
-                results[name] += train_run(own, config, folder / name)
+                results[name] += train_run(own, config, folder / name, task=task and task(config))
                 assert results[name][-1]["step"] == (stop or config.train.steps)
         except Exception as error:
             raise RuntimeError(f"case {name}") from error

@@ -315,6 +315,9 @@ WRONG = [
     ({"method": "magnitude", "calibration": "x"}, "--calibration: x; must be left out: --method magnitude"),
     ({"method": "wanda", "damping": 0.1}, "--damping: 0.1; must be left out: --method wanda does not use it"),
     ({"damping": 0.0}, "--damping: 0.0; must be above 0 and at most 1"),
+    ({"sds_penalty": 0.2}, "--sds-penalty: 0.2; must be left out: it is for --sds"),
+    ({"sds": True, "sds_penalty": 0.0}, "--sds-penalty: 0.0; must be above 0 and at most 100"),
+    ({"method": "magnitude", "sds": True, "calibration": None}, "--calibration: missing; --sds needs a text"),
     ({"spread": 0.2}, "--spread: 0.2; must be left out: it is for --distribution alpha"),
     ({"spread": 1.0, "distribution": "alpha"}, "--spread: 1.0; must be above 0 and below 1"),
     ({"method": "best"}, "--method: best; must be one of magnitude, wanda, sparsegpt"),
@@ -469,3 +472,31 @@ def test_the_tool_prunes_and_says_so(trained, tmp_path) -> None:
     assert "active units: " in done.stdout and "(0.5000)" in done.stdout
     again = processes.run([*command, *words, "--output", str(tmp_path / "out")])
     assert again.returncode == 2 and again.stderr.strip().endswith("must be a folder that is new or empty")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_sds_around_a_method_lowers_errors_at_equal_counts(trained, tmp_path, method) -> None:
+    given = settings(trained, tmp_path / "twice", density=0.3, sds=True)
+    given = dataclasses.replace(given, method=method)
+    plan = make_plan(given)
+    prune(given, ALONE)
+    once = dataclasses.replace(given, output=tmp_path / "once", sds=False)
+    if method == "magnitude":
+        once = dataclasses.replace(once, calibration=None, samples=None, window=None)
+    prune(once, ALONE)
+    model, samples = ModelInBlocks(plan.source, torch.device("cpu")), range(len(plan.windows))
+    errors = {"once": [], "twice": []}
+    with model.block(0) as block:
+        layers = model.linear_layers(0)
+        with collecting(layers, InputGram) as found:
+            for sample in samples:
+                block(model.embed(plan.windows[sample].unsqueeze(0)))
+        for name, layer in layers.items():
+            gram = found[name].total(CommunicationGroup())
+            for output, values in errors.items():
+                pruned = ModelFolder(tmp_path / output).tensor(f"{name}.weight").float()
+                values.append(output_error(layer.weight, pruned, gram))
+    assert all(twice < once for once, twice in zip(errors["once"], errors["twice"], strict=True)), errors
+    counts = [{name: int(mask.sum()) for name, mask in masks(tmp_path / output).items()} for output in errors]
+    assert counts[0] == counts[1]
+    assert ModelFolder(tmp_path / "twice").facts["prunings"][-1]["sds_penalty"] == 1.0

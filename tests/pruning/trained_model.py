@@ -51,7 +51,8 @@ def trained(config: RunConfig, steps: int = 150) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 3.2, loss
+    # Untrained it is 5.5. The text changes with the documents of the repository, and the last batch with it.
+    assert loss.item() < 3.5, loss
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

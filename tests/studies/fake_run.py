@@ -44,7 +44,8 @@ def record(step: int, config: dict) -> dict:
     rate, width, seed = config["optimizer"]["lr"], config["model"]["hidden_size"], config["run"]["seed"]
     loss = 2.0 + abs(rate - 2e-3) * 100 + 10.0 / width + 0.01 * seed + 1.0 / step if step else None
     costs = {"tokens": 64 * step, "flops_algorithmic": 1e6 * step, "flops_dense": 1e6 * step, "seconds": 0.5 * step}
-    return {"step": step, "steps": step, "loss": loss, "val_loss": loss, **costs}
+    task = {"task_accuracy": 1.0 / width + 0.001 * seed} if config.get("task", {}).get("path") else {}
+    return {"step": step, "steps": step, "loss": loss, "val_loss": loss, **task, **costs}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ def test_studies_of_the_repository_are_read(path) -> None:
         ({"lr": [1e-3, 2e-3], "sweep_seed": 2}, r"sweep_seed: 2 is one of seeds \[1, 2\]; must be another one"),
         ({"settings": {"run": {"seed": 3}}}, r"settings.run.seed: 3 is set by the study for each run"),
         ({"lr": [1e-3], "settings": {"optimizer.lr": 3}}, r"settings.optimizer.lr: 3 is set by lr; must be left out"),
+        ({"budget": {"steps": 9, "flops": 1e9}}, r"must be flops, or share and of \(an arm\), or steps"),
+        ({"budget": {"steps": 9}}, r"arms: small has solve width, but budget is steps"),
+        ({"prepare": [{"makes": "x", "run": ["/bin/sh", "x"]}]}, r"run: /bin/sh is no script; must be launch/NAME.py"),
+        ({"prepare": [{"makes": "x", "run": ["tools/../x.py"]}]}, r"run: .* is no script"),
+        (
+            {"arms": [{"name": "a", "baselines": ["b"]}], "budget": {"flops": 1}, "baselines": []},
+            r"baselines: b is no arm",
+        ),
         ({"processes": 0}, r"processes: 0 is not allowed"),
     ],
 )

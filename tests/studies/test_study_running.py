@@ -12,7 +12,8 @@ from pathlib import Path
 
 import processes
 import pytest
-from study_files import write
+import study_files
+from study_files import DENSE, write
 
 from megasparse.config.loader import ConfigError
 from megasparse.studies.format import load_study
@@ -195,3 +196,46 @@ def test_cores_and_gpus_are_divided(monkeypatch) -> None:
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in make_slots(2, 3)] == ["5", "7"]
     with pytest.raises(ConfigError, match="processes: 5 on 4 GPUs"):
         make_slots(5, 6)
+
+
+def test_arms_of_equal_steps_are_compared_with_their_own_baselines_on_a_task(tmp_path) -> None:
+    settings = {**study_files.SETTINGS, "task": {"path": "task.jsonl"}}
+    arms = [
+        {"name": "dense", "settings": DENSE, "baselines": []},
+        {"name": "wide", "settings": {**DENSE, "model.hidden_size": 128}},
+        {"name": "third", "settings": DENSE, "baselines": ["wide"]},
+    ]
+    made = tmp_path / "made"
+    prepare = [{"makes": str(made), "run": ["tools/make_tasks.py", "arithmetic"]}]
+    changes = {"settings": settings, "arms": arms, "budget": {"steps": 60}, "baselines": ["dense"], "prepare": prepare}
+    file = write(tmp_path, **changes)
+    results = run(file)
+    assert [arm["steps"] for arm in results["arms"]] == [60, 60, 60]
+    assert [arm["accuracy"] for arm in results["arms"]] == pytest.approx(
+        [1 / 64 + 0.0015, 1 / 128 + 0.0015, 1 / 64 + 0.0015]
+    )
+    found = {(one["arm"], one["baseline"]): one["mean"] for one in results["accuracy_differences"]}
+    assert found == pytest.approx({("wide", "dense"): -1 / 128, ("third", "wide"): 1 / 128})
+    assert {(one["arm"], one["baseline"]) for one in results["differences"]} == set(found)
+    page = (tmp_path / "tiny" / PAGE).read_text(encoding="utf-8")
+    assert "Paired differences of the task accuracy" in page and "task accuracy" in page
+
+
+def test_a_dry_run_does_not_need_what_is_still_to_be_made(tmp_path) -> None:
+    changes = {"train.init_from": str(tmp_path / "nowhere"), "distillation.teacher": str(tmp_path / "nobody")}
+    arms = [{"name": "dense", "settings": {**DENSE, **changes}}]
+    made = tmp_path / "nowhere"
+    prepare = [{"makes": str(made), "run": ["tools/prune.py", "--model", "x"]}]
+    file = write(tmp_path, arms=arms, budget={"steps": 20}, baselines=[], prepare=prepare)
+    study = load_study(file)
+    assert not study.preparations[0].is_done
+    assert Studied(study, file, without_models=True).arms[0].config.train.steps == 20
+    with pytest.raises(ConfigError, match="no model folder"):
+        Studied(study, file)
+    made.mkdir()
+    assert study.preparations[0].is_done
+    (made / "metrics.jsonl").touch()
+    (made / "summary.json").write_text('{"finished": false}')
+    assert not study.preparations[0].is_done
+    (made / "summary.json").write_text('{"finished": true}')
+    assert study.preparations[0].is_done
