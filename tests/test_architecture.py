@@ -34,6 +34,7 @@ ORDER = (
     "conversion",
     "evaluation",
     "pruning",
+    "quantization",
     "planning",
     "gpu_check",
     "studies",

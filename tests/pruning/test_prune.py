@@ -319,7 +319,7 @@ WRONG = [
     ({"spread": 1.0, "distribution": "alpha"}, "--spread: 1.0; must be above 0 and below 1"),
     ({"method": "best"}, "--method: best; must be one of magnitude, wanda, sparsegpt"),
     ({"keep_dense": ("layers.7.*",)}, "--keep-dense: no layer falls to 'layers.7.*'"),
-    ({"keep_dense": ("layers.*",)}, "--keep-dense: every layer stays dense"),
+    ({"keep_dense": ("layers.*",)}, "--keep-dense: every layer stays as it is"),
     ({"model": Path("nowhere")}, "--model: nowhere: no model folder there"),
 ]  # fmt: skip
 
