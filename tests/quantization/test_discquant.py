@@ -32,7 +32,7 @@ def with_weights(teacher: GPT, matrices: dict[str, QuantizedMatrix]) -> GPT:
 def half_empty_teacher() -> tuple[GPT, torch.Tensor]:
     """A model that has learned a little of a text, half of its weights zero, and the text's tokens."""
     torch.manual_seed(0)
-    config = trained_model.model_config(num_layers=1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64)
+    config = trained_model.model_config(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64)
     model = build_model(config, V)
     masks = {
         name: torch.rand_like(weight) < 0.5 for name, weight in model.named_parameters()
@@ -40,7 +40,7 @@ def half_empty_teacher() -> tuple[GPT, torch.Tensor]:
     }  # fmt: skip
     stream = torch.tensor(list(trained_model.text().encode()), dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
+    for _ in range(120):
         starts = torch.randint(len(stream) - T - 1, (16,)).tolist()
         batch = torch.stack([stream[start : start + T + 1] for start in starts])
         loss = F.cross_entropy(model(batch[:, :-1])[..., :V].flatten(0, 1), batch[:, 1:].flatten())
@@ -56,9 +56,8 @@ def half_empty_teacher() -> tuple[GPT, torch.Tensor]:
 
 def test_it_is_nearer_to_the_teacher_than_the_nearest_levels() -> None:
     teacher, stream = half_empty_teacher()
-    names = [
-        name.removesuffix(".weight") for name, w in teacher.named_parameters() if w.dim() == 2 and "layers" in name
-    ]
+    weights = {name: weight for name, weight in teacher.named_parameters() if "layers" in name and weight.dim() == 2}
+    names = [name.removesuffix(".weight") for name in weights]
     windows = stream[: len(stream) // 2 // T * T].view(-1, T)
     held_out = stream[-60 * T :].view(-1, T)
     plain = {name: quantized(teacher.get_submodule(name).weight.detach(), 3, 32) for name in names}
