@@ -37,8 +37,9 @@ V = trained_model.VOCABULARY
 GPT2 = {
     "normalization": "layernorm", "position_embedding": "learned", "activation": "gelu", "bias": True,
     "ffn_hidden_size": 96, "tie_embeddings": True, "num_layers": 2,
+    "num_key_value_heads": 2,
 }  # fmt: skip
-LLAMA = {"num_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "ffn_hidden_size": 96}
+LLAMA = {"num_layers": 2, "ffn_hidden_size": 96}
 
 
 def random_weights(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -52,7 +53,7 @@ def random_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.exhaustive)])
 def sparse_model(request, tmp_path_factory) -> Path:
     """A random model pruned to half of its weights, `half`, and a text."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -126,7 +127,10 @@ def test_masks_survive_and_the_folder_is_a_model(sparse_model, tmp_path, options
         n.endswith("weight") or "mlp." in n and n.endswith("weight")}  # fmt: skip
     tokens = torch.randint(V, (2, 30))
     expected = plain_logits(after, tokens, int8=described.activations == "int8")
-    torch.testing.assert_close(logits(output, tokens), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    # In float the roundings of sums. In int8 some inputs lie between two levels within those, and go the other way;
+    # without quantised activations the distance is above 0.1.
+    tolerance = 0.02 if described.activations == "int8" else 1e-4
+    assert (logits(output, tokens) - expected).norm() < tolerance * expected.norm()
     # Tools that know nothing of it write it as an ordinary folder, with the same numbers and zeros.
     write_source(FolderSource(output), tmp_path / "again")
     again = ModelFolder(tmp_path / "again")
@@ -253,8 +257,6 @@ def test_a_description_that_does_not_fit_is_refused(sparse_model, tmp_path, chan
 
 
 def test_the_tool_quantises_and_says_so(sparse_model, tmp_path) -> None:
-    if sparse_model.name.startswith("gpt2"):
-        pytest.skip("one start of the tool is enough")
     words = ["--model", sparse_model / "half", "--output", tmp_path / "out", "--calibration", sparse_model / "text.txt"]
     words += ["--samples", 4, "--window", 20, "--smoothing", 0.5]
     done = processes.run([sys.executable, str(ROOT / "tools" / "quantize.py"), *map(str, words)])
