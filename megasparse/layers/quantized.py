@@ -2,8 +2,9 @@
 
     replace_linear_layers(model, {"layers.0.mlp.up": matrix})
 
-``QuantizedLinear.product`` is where another kernel comes in: a function of (x, values, scales, bias), see
-``kernels.quantized.int8_linear`` for shapes, dtypes and what it must give.
+Where another kernel comes in: ``quantized_layers`` gives what such layers hold, for whoever puts others in their
+place; or a function of (x, values, scales, bias) is put into ``QuantizedLinear.product``. What it must give:
+``kernels.quantized.int8_linear``.
 """
 
 from __future__ import annotations
@@ -57,3 +58,9 @@ def replace_linear_layers(model: nn.Module, matrices: Mapping[str, QuantizedMatr
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear), name
         setattr(model.get_submodule(parent), own, QuantizedLinear(layer, matrix))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Levels int8 [out, in] and scales float32 [out] of a model's quantised layers, by name: for other kernels."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return {layer.name: (layer.values, layer.scales) for layer in layers}

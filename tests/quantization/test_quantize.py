@@ -24,7 +24,7 @@ from megasparse.inference.trained import open_trained
 from megasparse.kernels.quantized import quantize_tokens, quantized
 from megasparse.launching import LaunchEnvironment
 from megasparse.layers import Linear
-from megasparse.layers.quantized import QuantizedLinear
+from megasparse.layers.quantized import QuantizedLinear, quantized_layers
 from megasparse.models.build import build_model
 from megasparse.pruning.run import prune
 from megasparse.pruning.settings import PruneSettings
@@ -147,6 +147,10 @@ def test_levels_lie_there_as_they_are(sparse_model, tmp_path) -> None:
     for name, matrix in matrices.items():
         expected = quantized(before.tensor(f"{name}.weight"), 8)
         assert torch.equal(matrix.values, expected.values) and torch.equal(matrix.scales, expected.scales)
+    for name, (values, scales) in quantized_layers(model).items():
+        assert torch.equal(values, matrices.pop(name).values) and scales.dtype == torch.float32
+    assert not matrices
+    matrices = dict(folder.quantized_layers())
     layer = model.layers[0].attention.qkv
     assert isinstance(layer, QuantizedLinear)
     levels, scales = quantize_tokens(x)
