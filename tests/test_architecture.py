@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "conversion",
     "pruning",
+    "quantization",
     "planning",
     "gpu_check",
     "studies",

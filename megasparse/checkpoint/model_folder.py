@@ -3,6 +3,7 @@
     FOLDER/config.yaml              a run configuration; paths of the tokenizer are relative to the folder
     FOLDER/model.safetensors        or model-00001-of-0000N.safetensors and model.safetensors.index.json
     FOLDER/topology.safetensors     optional: which units are active, packed bits of every layer
+    FOLDER/quantization.json        optional: which weights lie there as levels and scales (``quantized``)
     FOLDER/checksums.json           size and SHA-256 of these files
     FOLDER/tokenizer.json, ...      whatever belongs to the tokenizer
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megasparse.checkpoint.quantized import (
+    QUANTIZATION,
+    Quantization,
+    QuantizedFiles,
+    read_quantization,
+    write_quantization,
+)
 from megasparse.checkpoint.store import CheckpointError, sha256
 from megasparse.checkpoint.tensor_files import (
     MAX_FILE_BYTES,
@@ -43,6 +51,7 @@ from megasparse.checkpoint.tensor_files import (
 )
 from megasparse.config.loader import ConfigError, load_config, save_config
 from megasparse.config.schema import RunConfig
+from megasparse.kernels.quantized import QuantizedMatrix
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import GPT
 from megasparse.parallel.shard_spec import ShardSpec, shard_spec_of
@@ -106,12 +115,14 @@ class ModelFolder:
     Attributes:
         config: its configuration; paths of the tokenizer lead into the folder.
         facts: what is known of how it came to be, such as `step`; plain values.
+        quantization: how weights are quantised; None: they are not. ``tensor`` gives them in float32 either way.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_config(folder)
-        self._files = TensorFiles(folder)
+        self.quantization = read_quantization(folder)
+        self._files = TensorFiles(folder) if self.quantization is None else QuantizedFiles(folder, self.quantization)
         found = self._files.metadata.get(FORMAT_KEY)
         if found != str(FORMAT):
             raise CheckpointError(f"model folder {folder}: format {found}; must be {FORMAT}")
@@ -136,6 +147,12 @@ class ModelFolder:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, mapped from its file."""
         return self._files.rows(name, start, stop)
+
+    def quantized_layers(self) -> Iterator[tuple[str, QuantizedMatrix]]:
+        """Name, levels and scales of each quantised layer."""
+        if isinstance(self._files, QuantizedFiles):
+            for layer in self._files.quantization.layers:
+                yield layer, self._files.matrix(f"{layer}.weight")
 
     @property
     def has_topology(self) -> bool:
@@ -193,6 +210,7 @@ class ModelFolderWriter:
         dtypes: of every tensor, by name.
         facts: plain values that say how the model came to be.
         max_file_bytes: limit on the size of a file of weights.
+        quantization: of the weights that ``write_quantized`` takes.
     """
 
     def __init__(
@@ -204,8 +222,9 @@ class ModelFolderWriter:
         facts: Mapping[str, Any] | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
         replace: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
-        self.folder, self.config, self._replace = folder, config, replace
+        self.folder, self.config, self._replace, self._quantization = folder, config, replace, quantization
         expected = model_tensors(config)
         assert set(dtypes) == set(expected), sorted(set(dtypes) ^ set(expected))
         self.specs = {name: TensorSpec(partition.shape, dtypes[name]) for name, partition in expected.items()}
@@ -220,7 +239,8 @@ class ModelFolderWriter:
 
     def __enter__(self) -> ModelFolderWriter:
         self._partial = self._stack.enter_context(new_folder(self.folder, replace=self._replace))
-        self._files = TensorFileWriter(self._partial, self.specs, self._metadata, self._max_file_bytes)
+        specs = self.specs if self._quantization is None else self._quantization.stored_specs(self.specs)
+        self._files = TensorFileWriter(self._partial, specs, self._metadata, self._max_file_bytes)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -231,8 +251,10 @@ class ModelFolderWriter:
         with self._stack:
             self._files.close()
             save_config(self.config, self._partial / CONFIG)
+            if self._quantization is not None:
+                write_quantization(self._quantization, self._partial)
             checksums = dict(self._files.checksums)
-            for name in (CONFIG, TOPOLOGY):
+            for name in (CONFIG, TOPOLOGY, QUANTIZATION):
                 path = self._partial / name
                 if path.is_file():
                     checksums[name] = (path.stat().st_size, sha256(path))
@@ -244,6 +266,12 @@ class ModelFolderWriter:
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{name}: has shape {list(tensor.shape)}, the configuration asks for {[*spec.shape]}")
         self._files.write(name, tensor.to(spec.dtype))
+
+    def write_quantized(self, name: str, matrix: QuantizedMatrix) -> None:
+        """The next tensor, of a layer that the quantization names."""
+        assert self._quantization is not None and tuple(matrix.values.shape) == self.specs[name].shape, name
+        for key, tensor in self._quantization.tensors(name, matrix).items():
+            self._files.write(key, tensor)
 
     def topology(self, state: Mapping[str, Tensor]) -> None:
         """Which units are active, as ``Controller.state`` gives it."""

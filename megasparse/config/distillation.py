@@ -13,6 +13,9 @@ class DistillationConfig(Section):
     teacher: str | None = None
     """Model folder (tools/convert_checkpoint.py) of the teacher, with the run's vocabulary; unset: no distillation. The
     validation loss stays that of the next token, and FLOPs those of the student."""
+    states: str | None = None
+    """Folder of the teacher's hidden states on this run's samples (tools/teacher_states.py), which are read instead of
+    computed; refused where teacher, data or order differ. Needs logits_weight 0."""
     cross_entropy_weight: NonNegativeFloat = 1.0
     """Weight of the cross entropy of the next token."""
     logits_weight: NonNegativeFloat = 0.0
@@ -44,6 +47,18 @@ class DistillationConfig(Section):
         weights = {name: getattr(self, name) for name in ("cross_entropy_weight", "logits_weight", "hidden_weight")}
         if self.teacher is not None and not any(weights.values()):
             raise ValueError(f"{', '.join(weights)}: all 0; must be above 0 for at least one")
+        return self
+
+    @model_validator(mode="after")
+    def _states_are_of_a_teacher(self) -> DistillationConfig:
+        if self.states is not None and self.teacher is None:
+            raise ValueError(
+                f"states: {self.states} without a teacher; must be unset, or teacher the folder they are of"
+            )
+        if self.states is not None and not self.hidden_weight:
+            raise ValueError(f"states: {self.states} with hidden_weight 0; must be unset: nothing is read from them")
+        if self.states is not None and self.logits_weight:
+            raise ValueError(f"logits_weight: {self.logits_weight:g} with states; must be 0: they hold no logits")
         return self
 
     @model_validator(mode="after")

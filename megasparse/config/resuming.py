@@ -85,8 +85,8 @@ FREE: dict[str, str] = {
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap "
     "storage",
-    "distillation": "teacher cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens epsilon "
-    "reduction last_state ratio_over",
+    "distillation": "teacher states cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens "
+    "epsilon reduction last_state ratio_over",
     "activation_sparsity": "pattern warmup_steps kernel",
     "layer_dropping": "theta gamma together",
     "task": "path kind choices marker max_tokens limit batch_size",

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 
+from megasparse.config.loader import ConfigError
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.generation import generate
 from megasparse.models.gpt import GPT
@@ -28,11 +29,13 @@ def sample_text(
 
     end_tokens: those that end a text, which are not shown; begin_token: what an empty prompt means, the beginning of a
     document. None: the tokenizer's end of a document, for either. Only tokens that the tokenizer has are drawn. The
-    text depends on the model and these arguments alone. Raises ValueError for an option that is out of range.
+    text depends on the model and these arguments alone. Raises ValueError for an option that is out of range, and for a
+    prompt that the model cannot read as a whole.
     """
     end = tokenizer.end_of_document_id
     ends = {end} if end_tokens is None else set(end_tokens)
     prompt_ids = tokenizer.encode(prompt) or [end if begin_token is None else begin_token]
+    check_prompt("prompt", len(prompt_ids), model.config.seq_length)
     out = generate(
         model,
         torch.tensor([prompt_ids], device=next(model.parameters()).device),
@@ -47,3 +50,9 @@ def sample_text(
     tokens = out[0].tolist()
     shown = tokens[:-1] if len(tokens) > len(prompt_ids) and tokens[-1] in ends else tokens
     return tokenizer.decode(shown)
+
+
+def check_prompt(field: str, num_tokens: int, seq_length: int) -> None:
+    """Raise ConfigError for a prompt that is longer than the context: its beginning would not be read."""
+    if num_tokens > seq_length:
+        raise ConfigError(f"{field}: {num_tokens:,} tokens; must be at most {seq_length:,}, the model's seq_length")

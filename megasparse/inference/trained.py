@@ -22,6 +22,7 @@ from megasparse.data.facts import EndOfDocument
 from megasparse.data.record import recorded_end
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.own_tokens import begin_token, end_tokens, leading_tokens
+from megasparse.layers.quantized import replace_linear_layers
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
@@ -78,6 +79,8 @@ def _open_model_folder(path: Path, step: int | None, device: torch.device | str)
     end = EndOfDocument.recorded_in(folder.facts, path)
     trained = _untrained(folder.config, path, folder.facts.get("step", 0), [], end)
     load_weights(trained.model, folder)
+    if folder.quantization is not None and folder.quantization.activations == "int8":
+        replace_linear_layers(trained.model, dict(folder.quantized_layers()))
     trained.model.to(device)
     tokenizer, vocab_size = trained.tokenizer, trained.model.vocab_size
     begin = begin_token(path, tokenizer, vocab_size)

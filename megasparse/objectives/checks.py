@@ -16,6 +16,7 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, SparsityConfig
 from megasparse.cost.resources import BYTES
 from megasparse.data.vocabulary import file_sha256
+from megasparse.objectives.stored_states import check_states
 
 
 def distillation_warnings(config: RunConfig, vocab_size: int) -> list[str]:
@@ -41,6 +42,8 @@ def distillation_warnings(config: RunConfig, vocab_size: int) -> list[str]:
         check_tensor_parallel(teacher_config(config, folder))
     except ConfigError as error:
         raise ConfigError(f"distillation.teacher: {path}: {error}") from None
+    if distillation.states is not None:
+        check_states(config, folder)
     return _tokenizer_warnings(config, folder)
 
 
@@ -54,7 +57,7 @@ def teacher_config(config: RunConfig, folder: ModelFolder) -> RunConfig:
 
 def teacher_bytes(config: RunConfig, world_size: int) -> int:
     """What the teacher's weights need on a rank, but for the layer that stage 3 has together; 0 without one."""
-    if config.distillation.teacher is None:
+    if config.distillation.teacher is None or config.distillation.states is not None:
         return 0
     folder = ModelFolder(Path(config.distillation.teacher))
     ranks = world_size if config.deepspeed.zero_stage == 3 else config.parallel.tensor_parallel_size

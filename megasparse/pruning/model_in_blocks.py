@@ -22,7 +22,7 @@ from megasparse.config.schema import RunConfig, SparsityConfig
 from megasparse.conversion.sources import Source
 from megasparse.layers import Linear
 from megasparse.models.build import build_model
-from megasparse.models.gpt import Block
+from megasparse.models.gpt import GPT, Block
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 
 TOKENS, POSITIONS = "embedding.tokens.weight", "embedding.positions.weight"
@@ -36,12 +36,8 @@ class ModelInBlocks:
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
-        config = source.config
-        assert config.model.vocab_size is not None, "model.vocab_size is unset"
         with torch.device("meta"):
-            self.model = build_model(_dense(config), config.model.vocab_size).eval()
-        schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
-        self.model.set_attention_patterns(schedule.layer_patterns(attention_pattern(source)))
+            self.model = whole_model(source)
 
     @property
     def num_blocks(self) -> int:
@@ -81,6 +77,16 @@ class ModelInBlocks:
                 yield block
             finally:
                 block.to("meta")
+
+
+def whole_model(source: Source) -> GPT:
+    """The model, dense, in its attention patterns, in evaluation mode; on the default device, weights not loaded."""
+    config = source.config
+    assert config.model.vocab_size is not None, "model.vocab_size is unset"
+    model = build_model(_dense(config), config.model.vocab_size, drawn=False).eval()
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    model.set_attention_patterns(schedule.layer_patterns(attention_pattern(source)))
+    return model
 
 
 def attention_pattern(source: Source) -> AttentionPattern:

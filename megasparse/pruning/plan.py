@@ -7,9 +7,10 @@ plan.layers["layers.0.mlp.up"].available(weight)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,46 +82,59 @@ class PrunePlan:
 def make_plan(settings: PruneSettings) -> PrunePlan:
     """Raises ConfigError and CheckpointError for what cannot be pruned so."""
     check_settings(settings)
-    output = settings.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output: {output} is there already; must be a folder that is new or empty")
-    if not is_model_folder(settings.model):
-        raise ConfigError(
-            f"--model: {settings.model}: no model folder there; must be one, such as tools/convert_checkpoint.py makes"
-        )
-    source = FolderSource(settings.model)
-    if source.config.sparsity.low_rank and source.config.sparsity.algorithm != "dense":
-        raise ConfigError(
-            f"--model: {settings.model}: sparsity.low_rank is {source.config.sparsity.low_rank}; must be 0, pruning "
-            "does not know low-rank branches"
-        )
+    source = open_model(settings.model, settings.output)
     chosen = _chosen_layers(settings, ModelInBlocks(source, torch.device("cpu")))
     layers = _planned(settings, source, chosen)
     _check_budget(settings, [layer.units for layer in layers.values()])
-    windows = _windows(settings, source) if settings.needs_calibration else None
+    windows = None
+    if settings.needs_calibration:
+        drawn = {"samples": settings.samples, "window": settings.window, "seed": settings.seed}
+        windows = folder_windows(source, settings.calibration, **drawn)
     return PrunePlan(settings, source, layers, windows, _fingerprint(settings, windows))
 
 
-def _chosen_layers(settings: PruneSettings, model: ModelInBlocks) -> dict[str, Linear]:
-    """The linear layers of all blocks that no pattern of --keep-dense matches."""
+def open_model(model: Path, output: Path) -> FolderSource:
+    """The folder of --model, whose layers will be changed. Raises ConfigError, also where --output is there already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: {output} is there already; must be a folder that is new or empty")
+    if not is_model_folder(model):
+        raise ConfigError(
+            f"--model: {model}: no model folder there; must be one, such as tools/convert_checkpoint.py makes"
+        )
+    source = FolderSource(model)
+    if source.config.sparsity.low_rank and source.config.sparsity.algorithm != "dense":
+        raise ConfigError(
+            f"--model: {model}: sparsity.low_rank is {source.config.sparsity.low_rank}; must be 0, low-rank branches "
+            "cannot be changed with their layers"
+        )
+    return source
+
+
+def layers_apart_from(option: str, patterns: Sequence[str], model: ModelInBlocks) -> dict[str, Linear]:
+    """The linear layers of all blocks that no pattern of the option, such as --keep-dense, matches."""
     names = model.linear_layers()
-    for pattern in settings.keep_dense:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"--keep-dense: no layer falls to {pattern!r}; must be patterns that match one of "
+                f"{option}: no layer falls to {pattern!r}; must be patterns that match one of "
                 f"{', '.join(list(names)[:4])}, ..."
             )
-    kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in settings.keep_dense)]
+    kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(kept) == len(names):
-        raise ConfigError("--keep-dense: every layer stays dense; must be patterns that leave some")
-    chosen = {name: layer for name, layer in names.items() if name not in kept}
+        raise ConfigError(f"{option}: every layer stays as it is; must be patterns that leave some")
+    return {name: layer for name, layer in names.items() if name not in kept}
+
+
+def _chosen_layers(settings: PruneSettings, model: ModelInBlocks) -> dict[str, Linear]:
+    chosen = layers_apart_from("--keep-dense", settings.keep_dense, model)
     for name, layer in chosen.items():
         settings.pattern.check(name, layer.partition)
     return chosen
 
 
 def _planned(settings: PruneSettings, source: FolderSource, chosen: Mapping[str, Linear]) -> dict[str, PlannedLayer]:
-    masks = _earlier_masks(settings, source)
+    masks = earlier_masks(source)
+    _check_extends(settings, masks)
     odd = sorted(set(masks) - set(chosen))
     if odd:
         raise ConfigError(
@@ -134,7 +148,7 @@ def _planned(settings: PruneSettings, source: FolderSource, chosen: Mapping[str,
         free = units
         if mask is not None or settings.keep_zeros:
             weight = source.tensor(f"{name}.weight")
-            _check_mask(source, name, weight, mask)
+            check_mask(source, name, weight, mask)
             free = int(pattern.units_of(_available(weight, mask, settings.keep_zeros)).sum())
         parts = layer.partition.parts or (layer.partition.shape[0],)
         block = int(name.split(".")[1])
@@ -144,19 +158,21 @@ def _planned(settings: PruneSettings, source: FolderSource, chosen: Mapping[str,
     return planned
 
 
-def _earlier_masks(settings: PruneSettings, source: FolderSource) -> dict[str, EarlierMask]:
+def earlier_masks(source: FolderSource) -> dict[str, EarlierMask]:
     """By layer."""
     topology = source.topology()
     shapes = {name: source.shape(name) for name in source.names}
-    masks = {}
-    for sparse in sparse_parameters(source.config, shapes, layers_of(topology)).values():
-        if sparse.block_size % settings.pattern.block_size:
+    found = sparse_parameters(source.config, shapes, layers_of(topology)).values()
+    return {sparse.layer: EarlierMask(sparse, topology[f"{LIVE}{sparse.layer}"]) for sparse in found}
+
+
+def _check_extends(settings: PruneSettings, masks: Mapping[str, EarlierMask]) -> None:
+    for layer, mask in masks.items():
+        if mask.sparse.block_size % settings.pattern.block_size:
             raise ConfigError(
-                f"--pattern: {settings.pattern} cannot extend the mask of layer {sparse.layer}, whose block size is "
-                f"{sparse.block_size}; must be unstructured, or blocks whose size divides it"
+                f"--pattern: {settings.pattern} cannot extend the mask of layer {layer}, whose block size is "
+                f"{mask.sparse.block_size}; must be unstructured, or blocks whose size divides it"
             )
-        masks[sparse.layer] = EarlierMask(sparse, topology[f"{LIVE}{sparse.layer}"])
-    return masks
 
 
 def _available(weight: Tensor, mask: EarlierMask | None, keep_zeros: bool) -> Tensor:
@@ -165,7 +181,8 @@ def _available(weight: Tensor, mask: EarlierMask | None, keep_zeros: bool) -> Te
     return found & (weight != 0) if keep_zeros else found
 
 
-def _check_mask(source: FolderSource, name: str, weight: Tensor, mask: EarlierMask | None) -> None:
+def check_mask(source: FolderSource, name: str, weight: Tensor, mask: EarlierMask | None) -> None:
+    """Raise CheckpointError where a weight of layer `name` outside of its mask is not 0."""
     if mask is None:
         return
     wrong = int(weight[~mask.weights()].count_nonzero())
@@ -184,17 +201,18 @@ def _check_budget(settings: PruneSettings, units: list[LayerUnits]) -> None:
         uniform_counts(units, settings.target_density)
 
 
-def _windows(settings: PruneSettings, source: FolderSource) -> Tensor:
+def folder_windows(
+    source: FolderSource, calibration: str | None, *, samples: int | None, window: int | None, seed: int | None
+) -> Tensor:
+    """Calibration tokens for a model, int64 [samples, window]; None: as is usual. Raises ConfigError."""
     longest, vocab_size = source.config.model.seq_length, source.config.model.vocab_size
-    assert settings.calibration is not None and vocab_size is not None
-    window = min(longest, WINDOW) if settings.window is None else settings.window
+    assert calibration is not None and vocab_size is not None
+    window = min(longest, WINDOW) if window is None else window
     if window > longest:
         raise ConfigError(f"--window: {window}; must be at most {longest}, the seq_length of the model")
-    samples = SAMPLES if settings.samples is None else settings.samples
+    samples = SAMPLES if samples is None else samples
     tokenizer = source_tokenizer(source)
-    return calibration_windows(
-        settings.calibration, tokenizer, vocab_size, samples=samples, window=window, seed=settings.seed or 0
-    )
+    return calibration_windows(calibration, tokenizer, vocab_size, samples=samples, window=window, seed=seed or 0)
 
 
 def _fingerprint(settings: PruneSettings, windows: Tensor | None) -> dict[str, Any]:

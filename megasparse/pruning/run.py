@@ -29,6 +29,7 @@ from megasparse.models.gpt import Block
 from megasparse.monitoring.console import make_console
 from megasparse.parallel import CommunicationGroup
 from megasparse.pruning.budget import spread_counts, uniform_counts
+from megasparse.pruning.calibrated_walk import CalibratedWalk, barrier
 from megasparse.pruning.heavy_tails import eigenvalues, relative_sparsities, tail_exponent
 from megasparse.pruning.methods import LayerTask, method_of
 from megasparse.pruning.model_in_blocks import ModelInBlocks
@@ -37,8 +38,8 @@ from megasparse.pruning.patterns import zeroed
 from megasparse.pruning.plan import PlannedLayer, PrunePlan, make_plan
 from megasparse.pruning.reporting import Advance, print_block, print_layers, showing_progress
 from megasparse.pruning.settings import PruneSettings
-from megasparse.pruning.statistics import InputGram, InputStatistic, collecting, output_error
-from megasparse.pruning.work_folder import ActivationFile, LayerRecord, WorkFolder
+from megasparse.pruning.statistics import InputGram, InputStatistic, output_error
+from megasparse.pruning.work_folder import LayerRecord, WorkFolder
 from megasparse.sparsity.topology import pack_bits
 
 
@@ -70,7 +71,7 @@ def _finish(plan: PrunePlan, work: WorkFolder, ranks: CommunicationGroup, consol
             write_pruned(plan, work, progress)
         print_layers(console, plan.units, {name: work.record(name) for name in plan.layers})
         work.remove()
-    _barrier(ranks)
+    barrier(ranks)
 
 
 class Pruner:
@@ -87,23 +88,22 @@ class Pruner:
         self.plan, self.work, self.ranks, self.device, self.console = plan, work, ranks, device, console
         self.method = method_of(plan.settings)
         self.model = ModelInBlocks(plan.source, device)
-        samples = 0 if plan.windows is None else len(plan.windows)
-        self.own_samples = range(ranks.rank, samples, ranks.size)
+        self.walk = CalibratedWalk(self.model, plan.windows, ranks, device, work.inputs_file)
 
     def run(self) -> None:
         """Prune all blocks that are not done; their layers are in the work folder then."""
         if self.ranks.rank == 0:
             self.work.begin(self.plan.settings.restart)
-        _barrier(self.ranks)
+        barrier(self.ranks)
         first = self.work.blocks_done
         if first and self.console is not None:
             self.console.print(f"going on at block {first + 1} of {self.model.num_blocks}", soft_wrap=True)
         counts = self.work.counts or self._counts()
         if first == 0:
-            self._embed()
+            self.walk.embed()
             self._advance_to(0, counts)
         layers = len(self.plan.layers) // self.model.num_blocks + 1
-        steps = (self.model.num_blocks - first) * (2 * len(self.own_samples) + layers)
+        steps = (self.model.num_blocks - first) * (2 * len(self.walk.own_samples) + layers)
         with showing_progress(self.console, steps) as advance:
             for number in range(first, self.model.num_blocks):
                 self._prune_block(number, counts, advance)
@@ -146,11 +146,11 @@ class Pruner:
                 if index % self.ranks.size == self.ranks.rank:
                     self._prune_layer(layer, linear[name].weight, total, counts[name])
                 advance(f"{what}: pruning", 1)
-            _barrier(self.ranks)
+            barrier(self.ranks)
             for name in layers:
                 linear[name].weight.copy_(self.work.weight(name))
             if number + 1 < self.model.num_blocks:
-                self._run_on(number, block, partial(advance, f"{what}: outputs"))
+                self.walk.run_on(number, block, partial(advance, f"{what}: outputs"))
         print_block(self.console, number, self.model.num_blocks, {name: self.work.record(name) for name in layers})
 
     def _collect(
@@ -159,12 +159,7 @@ class Pruner:
         """Statistics of the inputs of these layers by name; none where the method needs none."""
         if self.method.statistic is None or not linear:
             return {}
-        with collecting(linear, self.method.statistic) as found:
-            inputs = self._activations(number)
-            for sample in self.own_samples:
-                block(inputs.read(sample).to(self.device))
-                advance(1)
-        return found
+        return self.walk.collect(number, block, linear, self.method.statistic, advance)
 
     def _prune_layer(self, layer: PlannedLayer, weight: Tensor, total: Tensor | None, count: int) -> None:
         """Put the pruned layer into the work folder.
@@ -186,43 +181,11 @@ class Pruner:
         record = LayerRecord(pack_bits(units), int(units.sum()), error)
         self.work.save_layer(layer.name, pruned.to(dtype).cpu().contiguous(), record)
 
-    def _embed(self) -> None:
-        if self.plan.windows is None:
-            return
-        inputs = self._activations(0)
-        if self.ranks.rank == 0:
-            inputs.create()
-        _barrier(self.ranks)
-        for sample in self.own_samples:
-            inputs.write(sample, self.model.embed(self.plan.windows[sample].unsqueeze(0)))
-
-    def _run_on(self, number: int, block: Block, advance: Callable[[int], None]) -> None:
-        """What the next block reads."""
-        if self.plan.windows is None:
-            return
-        inputs, outputs = self._activations(number), self._activations(number + 1)
-        if self.ranks.rank == 0:
-            outputs.create()
-        _barrier(self.ranks)
-        for sample in self.own_samples:
-            outputs.write(sample, block(inputs.read(sample).to(self.device)))
-            advance(1)
-
-    def _activations(self, number: int) -> ActivationFile:
-        assert self.plan.windows is not None
-        samples, length = self.plan.windows.shape
-        return ActivationFile(self.work.inputs_file(number), (samples, length, self.model.model.config.hidden_size))
-
     def _advance_to(self, number: int, counts: Mapping[str, int]) -> None:
         """So many blocks are done, on all ranks."""
-        _barrier(self.ranks)
+        barrier(self.ranks)
         if self.ranks.rank == 0:
             self.work.save(number, counts)
             if number > 0:
                 self.work.inputs_file(number - 1).unlink(missing_ok=True)
-        _barrier(self.ranks)
-
-
-def _barrier(ranks: CommunicationGroup) -> None:
-    """Wait until all ranks have come here."""
-    ranks.sum_(torch.zeros(1))
+        barrier(self.ranks)

@@ -56,6 +56,19 @@ class InputGram:
         return ranks.sum_(self._sum)
 
 
+class InputMaxima:
+    """Largest magnitude of each input, float32 [in]."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._largest = torch.zeros(width, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        torch.maximum(self._largest, inputs.abs().amax(0), out=self._largest)
+
+    def total(self, ranks: CommunicationGroup) -> Tensor:
+        return ranks.max_(self._largest)
+
+
 ROWS = 1024
 """Of a weight whose products are in memory at a time."""
 S = TypeVar("S", bound=InputStatistic)

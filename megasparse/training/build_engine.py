@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,15 +21,16 @@ from torch import Tensor
 from megasparse.config.schema import RunConfig
 from megasparse.engine.memory_state import MemoryState
 from megasparse.engine.restore import apply_state, read_state
-from megasparse.engine.training_engine import TrainingEngine, draws_pieces, model_construction
+from megasparse.engine.training_engine import DTYPES, TrainingEngine, draws_pieces, model_construction
 from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.registry import build_methods
 from megasparse.models.build import build_model
 from megasparse.objectives.distillation import Distillation
 from megasparse.objectives.objective import NextTokenCrossEntropy, Objective
+from megasparse.objectives.stored_states import StoredTeacher
 from megasparse.objectives.teacher import open_teacher
-from megasparse.parallel import CommunicationGroup, Mesh
+from megasparse.parallel import CommunicationGroup, Mesh, TensorParallel
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.storage import StoragePlan, plan_storage
 
@@ -143,4 +145,8 @@ def build_objective(config: RunConfig, vocab_size: int, mesh: Mesh) -> Objective
     """Next-token prediction, and what the section `distillation` adds to it."""
     if config.distillation.teacher is None:
         return NextTokenCrossEntropy()
-    return Distillation(config.distillation, open_teacher(config, vocab_size, mesh))
+    if config.distillation.states is None:
+        return Distillation(config.distillation, open_teacher(config, vocab_size, mesh))
+    ranks = TensorParallel(mesh.tensor_parallel, config.parallel.sequence_parallel)
+    folder, dtype = Path(config.distillation.states), DTYPES[config.train.precision]
+    return Distillation(config.distillation, StoredTeacher(folder, ranks, mesh.device, dtype))

@@ -33,6 +33,8 @@ from megasparse.cost.resources import communication_per_rank, memory_per_rank
 from megasparse.cost.storage import storage_stretches
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.inference.sampling import check_prompt
 from megasparse.layers import Linear
 from megasparse.methods.callback import MethodFactory, Step, TrainingMethod
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
@@ -57,8 +59,17 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     """
     check_run(config, world_size)
     config = resolve_dense_fallback(config, device or target_device())
-    vocab_size = vocabulary_size(config, open_tokenizer(config))
+    tokenizer = open_tokenizer(config)
+    check_sample_prompt(config, tokenizer)
+    vocab_size = vocabulary_size(config, tokenizer)
     return plan_run(config, vocab_size, world_size, device or target_device())
+
+
+def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer | None) -> None:
+    """Raise ConfigError where the sample at the end of the run could not be drawn."""
+    if tokenizer is not None and config.train.sample_tokens:
+        num_tokens = len(tokenizer.encode(config.train.sample_prompt))
+        check_prompt("train.sample_prompt", num_tokens, config.model.seq_length)
 
 
 def plan_run(

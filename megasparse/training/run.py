@@ -59,7 +59,7 @@ from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restore
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
-from megasparse.training.plan import plan_run
+from megasparse.training.plan import check_sample_prompt, plan_run
 from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -201,6 +201,7 @@ def prepare(
         check_precision(config, torch.device(target_device()))
     config = _resolved(config, folder, device or target_device())
     tokenizer = open_tokenizer(config)
+    check_sample_prompt(config, tokenizer)
     vocab_size = vocabulary_size(config, tokenizer)
     plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
     train_data, valid_data = build_data(config, vocab_size)

@@ -11,7 +11,7 @@ from torch import nn
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.generation import LastLogits, generate
-from megasparse.inference.sampling import sample_text
+from megasparse.inference.sampling import check_prompt, sample_text
 from megasparse.layers import JoinedCaches, KeyValueCache, LayerFactory
 from megasparse.models import GPT
 
@@ -240,3 +240,11 @@ def test_rows_that_end_wait_for_the_others() -> None:
 def test_mistakes_are_named(prompt, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         generate(build(), torch.tensor(prompt, dtype=torch.int64), 1, **options)
+
+
+def test_prompts_longer_than_the_context_are_refused() -> None:
+    model, tokenizer = build(), load_tokenizer("bytes")
+    length = model.config.seq_length
+    check_prompt("prompt", length, length)
+    with pytest.raises(ValueError, match=f"prompt: {length + 1} tokens; must be at most {length}, the model's seq_len"):
+        sample_text(model, tokenizer, "a" * (length + 1), 1, seed=0)

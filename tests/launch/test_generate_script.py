@@ -120,6 +120,8 @@ def test_what_is_missing_is_named(trained: Path, copied: Path, tmp_path: Path) -
     assert "no run there" in refused.stderr and refused.stdout == ""
     refused = generate(trained, "--temperature", "nan", expect=2)
     assert "temperature: nan; must be 0 (greedy) or more, and finite" in refused.stderr and refused.stdout == ""
+    refused = generate(trained, "--prompt", "a" * 33, expect=2)
+    assert "prompt: 33 tokens; must be at most 32, the model's seq_length" in refused.stderr and refused.stdout == ""
     assert f"{2**63}; must be 0 to 2^63 - 1" in generate(trained, "--seed", str(2**63), expect=2).stderr
     with pytest.raises(ValueError, match="no checkpoint of step 9; must be 8, 16, 24"):
         open_trained(trained, step=9)

@@ -27,13 +27,13 @@ from megasparse.inference.trained import open_trained
 from megasparse.launching import LaunchEnvironment
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
-from megasparse.pruning import run
+from megasparse.pruning.calibrated_walk import CalibratedWalk
 from megasparse.pruning.criteria import magnitude, wanda
 from megasparse.pruning.methods import METHODS
 from megasparse.pruning.model_in_blocks import ModelInBlocks
 from megasparse.pruning.patterns import Pattern, parse_pattern
 from megasparse.pruning.plan import make_plan
-from megasparse.pruning.run import prune
+from megasparse.pruning.run import Pruner, prune
 from megasparse.pruning.settings import METHOD_NAMES, PruneSettings
 from megasparse.pruning.sparsegpt import sparsegpt
 from megasparse.pruning.statistics import InputGram, collecting, output_error
@@ -322,7 +322,7 @@ WRONG = [
     ({"spread": 1.0, "distribution": "alpha"}, "--spread: 1.0; must be above 0 and below 1"),
     ({"method": "best"}, "--method: best; must be one of magnitude, wanda, sparsegpt"),
     ({"keep_dense": ("layers.7.*",)}, "--keep-dense: no layer falls to 'layers.7.*'"),
-    ({"keep_dense": ("layers.*",)}, "--keep-dense: every layer stays dense"),
+    ({"keep_dense": ("layers.*",)}, "--keep-dense: every layer stays as it is"),
     ({"model": Path("nowhere")}, "--model: nowhere: no model folder there"),
 ]  # fmt: skip
 
@@ -375,14 +375,14 @@ def test_numbers_that_are_not_finite_are_named(trained, tmp_path) -> None:
 
 
 def test_an_output_that_appears_meanwhile_costs_no_work(trained, tmp_path, monkeypatch) -> None:
-    original = run.Pruner.run
+    original = Pruner.run
 
     def disturbed(self):
         original(self)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("keep")
 
-    monkeypatch.setattr(run.Pruner, "run", disturbed)
+    monkeypatch.setattr(Pruner, "run", disturbed)
     with pytest.raises(ValueError, match="holds something already"):
         prune(settings(trained, tmp_path / "out"), ALONE)
     assert (tmp_path / ".out.pruning" / "state.json").is_file()
@@ -397,10 +397,13 @@ class Killed(BaseException):
     """What ends a process in the middle."""
 
 
-@pytest.mark.parametrize("place", ["_prune_layer", "_run_on", "_advance_to", "_embed"])
-def test_a_killed_pruning_goes_on_and_gives_the_same(trained, tmp_path, monkeypatch, place) -> None:
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(Pruner, "_prune_layer"), (CalibratedWalk, "run_on"), (Pruner, "_advance_to"), (CalibratedWalk, "embed")],
+)
+def test_a_killed_pruning_goes_on_and_gives_the_same(trained, tmp_path, monkeypatch, kind, place) -> None:
     prune(settings(trained, tmp_path / "whole", distribution="alpha"), ALONE)
-    chosen, calls, original = settings(trained, tmp_path / "out", distribution="alpha"), [], getattr(run.Pruner, place)
+    chosen, calls, original = settings(trained, tmp_path / "out", distribution="alpha"), [], getattr(kind, place)
 
     def killed_at_times(self, *arguments):
         calls.append(place)
@@ -411,7 +414,7 @@ def test_a_killed_pruning_goes_on_and_gives_the_same(trained, tmp_path, monkeypa
             raise Killed
         return result
 
-    monkeypatch.setattr(run.Pruner, place, killed_at_times)
+    monkeypatch.setattr(kind, place, killed_at_times)
     for _ in range(30):
         try:
             prune(chosen, ALONE)
@@ -429,14 +432,14 @@ def trained_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_other_settings_do_not_go_on(trained, tmp_path, monkeypatch) -> None:
-    original = run.Pruner._prune_block
+    original = Pruner._prune_block
 
     def killed(self, number, *arguments):
         if number == 1:
             raise Killed
         original(self, number, *arguments)
 
-    monkeypatch.setattr(run.Pruner, "_prune_block", killed)
+    monkeypatch.setattr(Pruner, "_prune_block", killed)
     with pytest.raises(Killed):
         prune(settings(trained, tmp_path / "out"), ALONE)
     state = json.loads((tmp_path / ".out.pruning" / "state.json").read_text())

@@ -141,3 +141,13 @@ def test_masks_that_contradict_the_weights_are_refused(tmp_path, block_size, uni
     save_tensors(bits, folder / "topology.safetensors")
     with pytest.raises(ValueError, match=rf"{units} of layer layers.0.mlp.up are not 0 and inactive in its topology"):
         warnings(folder, *settings)
+
+
+def test_a_prompt_of_the_last_sample_that_the_context_does_not_hold_is_refused() -> None:
+    def plan(*settings: str):
+        return make_plan(config_of("model.vocab_size=257", "data.tokenizer=bytes", *settings), 1, "cpu")
+
+    assert plan("train.sample_prompt=abcdefgh")
+    with pytest.raises(ValueError, match="train.sample_prompt: 9 tokens; must be at most 8, the model's seq_length"):
+        plan("train.sample_prompt=abcdefghi")
+    assert plan("train.sample_prompt=abcdefghi", "train.sample_tokens=0")

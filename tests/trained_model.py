@@ -12,7 +12,7 @@ from megasparse.config.loader import check_config
 from megasparse.config.schema import RunConfig
 from megasparse.models.build import build_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 T = 48
 VOCABULARY = 257
 """Of bytes and the end of a document."""
