@@ -38,7 +38,8 @@ packed_step, EPYC: 3.2 to 4.9 ns per inactive entry, at 10 GB/s)."""
 STATE_BYTES = 24
 """The same of master weight, moments and norm, which ZeRO divides over the data-parallel ranks."""
 REBUILD_BYTES = 150
-"""Of memory traffic per parameter of a rank each time that the engine is built anew."""
+"""Of memory traffic per parameter of a rank each time that the engine is built anew: weights and moments to the host
+and back, and the copies and zeros in between, some twelve passes over 12 bytes. Assumed, not measured."""
 MARGIN = 2.0
 """Seconds saved over seconds of rebuilding from which storage is packed."""
 MINOR = 0.1
@@ -50,7 +51,7 @@ class Machine:
     """What a rank is taken to have: bytes a second of memory and links, seconds that any rebuilding takes.
 
     CPU: processes of one machine over gloo, as measured beside packed_step (0.6 GB/s); CUDA: an H100 and what it has of
-    its node's adapters (planning/chips.yaml), less than their sheets say.
+    its node's adapters (planning/chips.yaml), less than their sheets say. The seconds of a rebuilding are assumed.
     """
 
     memory: float
