@@ -80,6 +80,8 @@ def whole_matrices(mesh: Mesh, engine: Any) -> dict[str, Tensor]:
         name = key.partition("/")[2]
         layer = engine.packed_layers.get(name)
         spec = shard_spec_of(parameters[name]) if layer is None else layer.partition
+        # Gloo does not gather the small integers of step counts.
+        shard = shard if shard.is_floating_point() else shard.long()
         found[key] = spec.merge(list(mesh.tensor_parallel.gather(shard.reshape(spec.local_shape)))).clone()
     return found
 
