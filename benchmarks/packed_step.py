@@ -1,7 +1,11 @@
 """A training step with packed storage against one with dense storage at the same density: seconds, optimizer, bytes.
 
-    python benchmarks/packed_step.py [--densities 0.1 0.25] [--stages 1 2 3] [--precision bf16] [--sparse-head]
+    python benchmarks/packed_step.py [--precision bf16] [--sparse-head]
+    python benchmarks/packed_step.py --ranks 1 2 4 --densities 0.05 0.1 0.25 0.5 --stages 1 2 3
     torchrun --standalone --nproc-per-node 2 benchmarks/packed_step.py
+
+The result is rewritten after each stage and density. Started again on the same day with the same settings, the script
+goes on with what is missing (`--anew`: measures all again). ZeRO stage 0 needs `--precision fp32`.
 
 Two trainers stand side by side in one process, at constant density without topology updates, and take turns: each round
 times some steps of one, then of the other, and one more step of each by part. Bytes of weights, gradients and optimizer
@@ -13,18 +17,23 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from bench_setup import MODELS, SIZES, benchmark_config, open_trainer, seconds_per_step
 from part_timer import PartTimer
-from result_file import RESULTS, write_result
+from result_file import RESULTS, result_path, write_result
 
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.resources import communication_per_rank
@@ -40,17 +49,48 @@ STORAGES = ("dense", "packed")
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    several, words = parse_ranks()
+    for ranks in several:
+        start_on(ranks, words)
+    if several:
+        return
+    arguments = parse_arguments(words)
     os.environ["DS_ACCELERATOR"] = arguments.device
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
-        rows = [
-            measure(arguments, mesh, stage, density) for stage in arguments.stages for density in arguments.densities
-        ]
-        if mesh.is_first:
-            head = "-head" if arguments.sparse_head else ""
-            suffix = f"{arguments.model}-{arguments.precision}{head}-ranks{mesh.world_size}"
-            numbers = {"ranks": mesh.world_size, "threads": torch.get_num_threads(), "results": rows}
-            print(write_result("packed_step", numbers, suffix=suffix, folder=arguments.results).name)
+        head = "-head" if arguments.sparse_head else ""
+        suffix = f"{arguments.model}-{arguments.precision}{head}-ranks{mesh.world_size}"
+        settings = {"ranks": mesh.world_size, "threads": torch.get_num_threads(), **shared_settings(arguments)}
+        path = result_path("packed_step", suffix, arguments.results)
+        rows = [] if arguments.anew else known_rows(path, settings)
+        cases = list(product(arguments.stages, arguments.densities))
+        known = [any((row["zero_stage"], row["density"]) == case for row in rows) for case in cases]
+        # Only the first rank may see the file.
+        for case, is_known in zip(cases, mesh.from_first(torch.tensor(known)).tolist(), strict=True):
+            if not is_known:
+                rows.append(measure(arguments, mesh, *case))
+            if mesh.is_first and not is_known:
+                numbers = {**settings, "results": rows}
+                print(write_result("packed_step", numbers, suffix=suffix, folder=arguments.results).name, flush=True)
+
+
+def start_on(ranks: int, words: Sequence[str]) -> None:
+    """This script on so many ranks of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    subprocess.run([*launcher, __file__, *words], check=True)
+
+
+def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a file have in common."""
+    names = ("model", "precision", "device", "block", "sparse_head", "attention_pattern", "layers", "tokens")
+    return {name: getattr(arguments, name) for name in (*names, "steps", "rounds")}
+
+
+def known_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of an earlier start with the same settings."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["results"] if all(found.get(name) == value for name, value in settings.items()) else []
 
 
 def measure(arguments: argparse.Namespace, mesh: Mesh, stage: int, density: float) -> dict[str, Any]:
@@ -165,7 +205,15 @@ def show(row: dict[str, Any]) -> None:
         print(f"  {name:22s} dense {dense[name]:14.6g}  packed {packed[name]:14.6g}  {ratio}", flush=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_ranks() -> tuple[list[int], list[str]]:
+    """Numbers of ranks to be started one after the other, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[])
+    arguments, words = parser.parse_known_args()
+    return arguments.ranks, words
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="gpt2-small-width")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
@@ -180,7 +228,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps per round (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each trainer (default: 5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    return parser.parse_args()
+    parser.add_argument("--ranks", type=int, nargs="+", help="start it on so many ranks, one number after the other")
+    parser.add_argument("--anew", action="store_true", help="measure again what the result file of today has")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megasparse.utils.files import write_at_once
 from megasparse.utils.hardware import describe_hardware, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -19,20 +20,27 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def write_result(benchmark: str, numbers: dict[str, Any], *, suffix: str, folder: Path = RESULTS) -> Path:
     """Write the numbers of a run under a name of benchmark, suffix, hardware and date; returns the file."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    date = datetime.date.today().isoformat()
-    hardware = describe_hardware(device, 1)
+    hardware = _hardware()
     result = {
         "benchmark": benchmark,
-        "date": date,
+        "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/{benchmark}.py {' '.join(sys.argv[1:])}".strip(),
         "hardware": hardware,
         "load_average_before": round(os.getloadavg()[0], 2),
         "versions": package_versions(),
         **numbers,
     }
-    short = re.sub(r"[^a-z0-9]+", "-", hardware.split(",")[0].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}_{suffix}_{short}_{date}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = result_path(benchmark, suffix, folder)
+    write_at_once(path, json.dumps(result, indent=2) + "\n")
     return path
+
+
+def result_path(benchmark: str, suffix: str, folder: Path = RESULTS) -> Path:
+    """Where a run of today writes its numbers."""
+    short = re.sub(r"[^a-z0-9]+", "-", _hardware().split(",")[0].lower()).strip("-")
+    return folder / f"{benchmark}_{suffix}_{short}_{datetime.date.today().isoformat()}.json"
+
+
+def _hardware() -> str:
+    return describe_hardware(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), 1)

@@ -64,6 +64,14 @@ def _check_world(config: RunConfig, world_size: int) -> None:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{train.micro_batch_size} x {data_parallel_size} data-parallel ranks; must be multiples of {samples}"
         )
+    of_rank = train.global_batch_size // data_parallel_size
+    for phase, size in train.micro_batch_size_by_phase.items():
+        if of_rank % size:
+            raise ConfigError(
+                f"train.micro_batch_size_by_phase.{phase}: {size} does not divide the {of_rank} samples of a "
+                f"data-parallel rank in a step (train.global_batch_size {train.global_batch_size} over "
+                f"{data_parallel_size} ranks); must be one of {divisors(of_rank)}"
+            )
 
 
 def _check_precision(config: RunConfig) -> None:
@@ -157,10 +165,15 @@ def _check_stacking(config: RunConfig) -> None:
 
 
 def _check_storage(config: RunConfig) -> None:
-    """What packed storage does not go with."""
+    if config.sparsity.storage == "packed" and (obstacle := storage_obstacle(config)):
+        raise ConfigError(f"{obstacle}, or sparsity.storage dense")
+
+
+def storage_obstacle(config: RunConfig) -> str | None:
+    """What of a configuration packed storage does not go with: field, value, and what it must be; None: nothing."""
     sparsity = config.sparsity
-    if sparsity.storage == "dense" or sparsity.algorithm == "dense":
-        return
+    if sparsity.algorithm == "dense":
+        return None
     tensor_parallel = config.parallel.tensor_parallel_size > 1
     single = next((f"sparsity.groups.{n}.block_size" for n, g in enumerate(sparsity.groups) if g.block_size == 1), None)
     if sparsity.block_size == 1 and single is None:
@@ -178,9 +191,8 @@ def _check_storage(config: RunConfig) -> None:
     }
     for field, (is_refused, value, must) in refused.items():
         if is_refused:
-            raise ConfigError(
-                f"{field}: {value} does not go with sparsity.storage packed; must be {must}, or sparsity.storage dense"
-            )
+            return f"{field}: {value} does not go with sparsity.storage packed; must be {must}"
+    return None
 
 
 def _check_layer_dropping(config: RunConfig) -> None:

@@ -76,7 +76,8 @@ FREE: dict[str, str] = {
     "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path allow_changed",
     "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction decay_start beta1 beta2 epsilon "
     "weight_decay gradient_clipping",
-    "train": "steps global_batch_size micro_batch_size precision activation_recomputation compile log_interval "
+    "train": "steps global_batch_size micro_batch_size micro_batch_size_by_phase precision "
+    "activation_recomputation compile log_interval "
     "valid_interval valid_samples save_interval keep_checkpoints resume stop_after trackers sample_tokens "
     "sample_prompt profile_steps distributed_timeout_seconds step_timeout_seconds start_timeout_seconds "
     "skip_step_sigma max_skipped_steps",

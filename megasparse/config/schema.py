@@ -316,6 +316,9 @@ class TrainConfig(Section):
     """Samples per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: PositiveInt = 4
     """Samples per forward pass of a rank."""
+    micro_batch_size_by_phase: dict[Phase, PositiveInt] = {}
+    """The same in some phases, such as {ultra_sparse: 16}: larger while the density is low, where packed storage has
+    freed memory. The samples of a step, and their order, stay what they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; master weights and moments are always float32."""
     activation_recomputation: bool = False
@@ -361,6 +364,11 @@ class TrainConfig(Section):
     steps (6 is usual); unset: only those with a loss or gradient that is not finite."""
     max_skipped_steps: PositiveInt = 10
     """So many skipped steps in a row end the run."""
+
+    def in_phase(self, phase: Phase) -> TrainConfig:
+        """With the micro-batch of a phase."""
+        size = self.micro_batch_size_by_phase.get(phase, self.micro_batch_size)
+        return self if size == self.micro_batch_size else self.model_copy(update={"micro_batch_size": size})
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of a rank in an optimizer step."""
@@ -467,10 +475,11 @@ class SparsityConfig(Section):
     """The head (with tied embeddings: the embedding too) is sparse as well (paper preset)."""
     groups: list[SparsityGroup] = []
     """Exceptions by weight name."""
-    storage: Literal["dense", "packed"] = "dense"
+    storage: Literal["dense", "packed", "auto"] = "dense"
     """dense: a sparse matrix is stored whole, with zeros. packed: while the density is low only its active blocks are,
     so that gradients, optimizer state, traffic and checkpoints fall with the density; the engine is built anew in the
-    few steps in which their number changes much."""
+    few steps in which their number changes much. auto: packed where the plan expects it to save at least twice the time
+    that building anew takes, and nothing speaks against it; decided at the start of a run, which keeps it."""
 
     @property
     def starts_dense(self) -> bool:

@@ -1,4 +1,4 @@
-"""The ledger: what the run cost, in FLOPs of three kinds and in seconds by part.
+"""The ledger: what the run cost, in FLOPs of three kinds, in seconds by part, and in bytes that a rank sent.
 
 - dense: what the same model without sparsity would need (causal attention, every weight);
 - algorithmic: active weights and active attention entries; the dense weight gradient of topology updates is counted;
@@ -168,10 +168,19 @@ class Seconds:
 
 @dataclass
 class Ledger:
-    """Totals since the start of the run, carried over restarts."""
+    """Totals since the start of the run, carried over restarts.
+
+    sent: bytes that a rank has sent, by kind, as ``resources.step_bytes`` counts them for each step;
+    topology updates are left out.
+    """
 
     flops: Flops = field(default_factory=Flops)
     seconds: Seconds = field(default_factory=Seconds)
+    sent: dict[str, float] = field(default_factory=dict)
+
+    def add_sent(self, sent: Mapping[str, float]) -> None:
+        for kind, count in sent.items():
+            self.sent[kind] = self.sent.get(kind, 0.0) + count
 
     def state(self) -> dict:
         self.seconds.settle()
@@ -179,7 +188,8 @@ class Ledger:
 
     @classmethod
     def from_state(cls, state: Mapping) -> Ledger:
-        return cls(Flops(**state["flops"]), Seconds(dict(state["seconds"]["parts"]), state["seconds"]["total"]))
+        seconds = Seconds(dict(state["seconds"]["parts"]), state["seconds"]["total"])
+        return cls(Flops(**state["flops"]), seconds, dict(state.get("sent", {})))
 
     def by_part(self) -> dict[str, float]:
         """Seconds by part; `other` is what no part claims."""

@@ -106,7 +106,8 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
     # many as there is room for, are put together.
     for layer in packed_layers(model):
         ring = 8 * (replicas - 1) / replicas
-        step += ring * micro_batches * prod(layer.partition.local_shape) + (ring * layer.weight.numel() if stage else 0)
+        step += ring * micro_batches * prod(layer.partition.local_shape)
+        step += ring * layer.capacity * layer.block_size**2 if stage else 0
     return {
         "data_parallel": sum(data_parallel_bytes(config, model, world_size).values()),
         "tensor_parallel": micro_batches * _tensor_parallel_bytes(config, size, ranks),
@@ -115,11 +116,25 @@ def communication_per_rank(config: RunConfig, model: GPT, controller: Controller
     }
 
 
+def step_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step without a topology update: `reduced` (gradients), `gathered` (weights) and
+    `tensor_parallel`."""
+    size, ranks = BYTES[config.train.precision], config.parallel.tensor_parallel_size
+    of_data = data_parallel_bytes(config, model, world_size)
+    micro_batches = config.train.accumulation_steps(world_size // ranks)
+    return {
+        "reduced": of_data["gradient_reduce"],
+        "gathered": of_data["weight_gather"],
+        "tensor_parallel": micro_batches * _tensor_parallel_bytes(config, size, ranks),
+    }
+
+
 def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, float]:
     """Bytes that a rank sends in a step to reduce gradients and to gather weights."""
     replicas, stage = world_size // config.parallel.tensor_parallel_size, config.deepspeed.zero_stage
     micro_batches = config.train.accumulation_steps(replicas)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    # ZeRO stage 3 leaves nothing of a parameter where it was.
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     weights = count * BYTES[config.train.precision] * (replicas - 1) / replicas
     # Gradients are reduced once, or at stages 2 and 3 with every micro-batch; weights are gathered after the step, or
     # at stage 3 before every use: backward passes reuse those of the forward pass while all of them fit.

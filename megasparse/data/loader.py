@@ -90,8 +90,9 @@ class BatchLoader:
     `dataset[n]` gives global sample n as an int64 array, [seq_length + 1] or [2 or 3, seq_length + 1]. The first step
     begins at sample `consumed_samples`; the property of that name grows by `global_batch_size` when the last
     micro-batch of a step has been handed out, and is what a checkpoint saves. The iterator is endless, or ends after
-    `num_steps` steps. An exception of the dataset is raised by the `next` that would have returned the failed batch,
-    and the loader is then closed. `prepare` is called with each batch by the background thread.
+    `num_steps` steps. `micro_batch_size` may be a function of the step, counted from the loader's first one: the
+    samples of a step stay the same. An exception of the dataset is raised by the `next` that would have returned the
+    failed batch, and the loader is then closed. `prepare` is called with each batch by the background thread.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class BatchLoader:
         dataset,
         *,
         global_batch_size: int,
-        micro_batch_size: int,
+        micro_batch_size: int | Callable[[int], int],
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
@@ -107,21 +108,21 @@ class BatchLoader:
         prefetch: int = 4,
         prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
-        _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
+        if not callable(micro_batch_size):
+            _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank is {data_parallel_rank}; must be 0 to {data_parallel_size - 1}")
         for name, value, least in (("consumed_samples", consumed_samples, 0), ("prefetch", prefetch, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.dataset = dataset
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
-        self.accumulation_steps = global_batch_size // (micro_batch_size * data_parallel_size)
         self.num_steps, self._prepare = num_steps, prepare
         self._start = self._consumed = consumed_samples
         self.target_share: float | None = None
         """Of the optimizer step, over all ranks, that the last micro-batch belongs to; see `target_share`."""
-        self._micro_step = 0
+        self._micro_step = self._step = 0
         self._queue: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -131,11 +132,34 @@ class BatchLoader:
         """Global samples of all finished steps, over all ranks."""
         return self._consumed
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Of the step whose batches are handed out."""
+        return self._size_in(self._step)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Of the same step."""
+        return self._accumulation_in(self._step)
+
     def sample_numbers(self, step_start: int, micro_step: int) -> range:
         """Global samples of this rank in one micro-step of the step that begins at global sample `step_start`."""
+        size = self._size_in((step_start - self._start) // self.global_batch_size)
         slot = micro_step * self.data_parallel_size + self.data_parallel_rank
-        first = step_start + slot * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
+        first = step_start + slot * size
+        return range(first, first + size)
+
+    def _size_in(self, step: int) -> int:
+        """step: counted from the first one of this loader."""
+        size = self._micro_batch_size
+        if not callable(size):
+            return size
+        found = size(step)
+        _check_sizes(self.global_batch_size, found, self.data_parallel_size)
+        return found
+
+    def _accumulation_in(self, step: int) -> int:
+        return self.global_batch_size // (self._size_in(step) * self.data_parallel_size)
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -154,6 +178,7 @@ class BatchLoader:
         self._micro_step += 1
         if self._micro_step == self.accumulation_steps:
             self._micro_step = 0
+            self._step += 1
             self._consumed += self.global_batch_size
         return samples
 
@@ -163,7 +188,7 @@ class BatchLoader:
             while self.num_steps is None or steps < self.num_steps:
                 # Every rank counts the whole step: cheaper than asking the others.
                 share = target_share(self.dataset, range(step_start, step_start + self.global_batch_size))
-                for micro_step in range(self.accumulation_steps):
+                for micro_step in range(self._accumulation_in(steps)):
                     if not self._put((self._load(self.sample_numbers(step_start, micro_step)), share)):
                         return
                 step_start += self.global_batch_size

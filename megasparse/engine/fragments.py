@@ -116,6 +116,18 @@ def _never(norm: Any) -> bool:
     return False
 
 
+def set_micro_batch_size(engine: Any, size: int, global_batch_size: int) -> None:
+    """Divide the steps that follow into micro-batches of `size` samples of a rank; between two steps only."""
+    if size == engine.train_micro_batch_size_per_gpu():
+        return
+    engine.set_train_micro_batch_size(size)
+    engine.set_train_batch_size(global_batch_size)
+    # A step ends where the micro-batches since the start are a multiple of those in a step.
+    engine.micro_steps = 0
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = engine.gradient_accumulation_steps()
+
+
 def release(engine: Any) -> None:
     """Let go of an engine's model, for another engine to come. Hooks on gradients hold it where Python's garbage
     collection does not see them, and ZeRO stage 3 keeps modules in a list and in a cache that no engine owns."""

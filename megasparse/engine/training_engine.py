@@ -30,7 +30,14 @@ from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.active_regions import ActiveRegions
-from megasparse.engine.fragments import finite_gradients, optimized_tensors, release, state_access, wait_for_reductions
+from megasparse.engine.fragments import (
+    finite_gradients,
+    optimized_tensors,
+    release,
+    set_micro_batch_size,
+    state_access,
+    wait_for_reductions,
+)
 from megasparse.engine.gradient_norm import global_gradient_norm
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.steps_in_place import steps_in_place
@@ -175,6 +182,10 @@ class TrainingEngine:
     @property
     def accumulation_steps(self) -> int:
         return self._engine.gradient_accumulation_steps()
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """Of the steps that follow; the global batch stays. Between two steps only."""
+        set_micro_batch_size(self._engine, size, self.config.train.global_batch_size)
 
     def forward(
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, weights: Tensor | None = None

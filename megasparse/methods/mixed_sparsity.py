@@ -141,7 +141,7 @@ class MixedSparsityTraining(TrainingMethod):
 
     def plan_lines(self) -> list[str]:
         """Of packed storage: how much room there is in which steps."""
-        if self.config.sparsity.storage == "dense" or not self.controller.topologies:
+        if self.config.sparsity.storage != "packed" or not self.controller.topologies:
             return []
         plan, topologies = plan_storage(self.config, self.controller), self.controller.topologies
         lines = []

@@ -182,11 +182,11 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         f"{format_share(flops['ratio'])}, {format_factor(divide(flops['dense'], flops['algorithmic']))} fewer",
         "Memory per rank": f"{total}: " + ", ".join(f"{name} {format_bytes(part)}" for name, part in memory.items()),
         "Sent per rank": f"{sent['data_parallel']} data-parallel and {sent['tensor_parallel']} tensor-parallel a step; "
-        f"up to {sent['topology_step']} a topology update",
+        f"up to {sent['topology_step']} a topology update{_sent_over_the_run(plan)}",
         "Parallel": f"{count['world_size']:,} {'rank' if count['world_size'] == 1 else 'ranks'}: "
         f"{count['data_parallel_size']:,} data x {count['tensor_parallel_size']:,} tensor, ZeRO stage "
         f"{count['zero_stage']}; micro-batch {count['micro_batch_size']:,} x {count['accumulation_steps']:,} "
-        "accumulation steps",
+        f"accumulation steps{_micro_batches(plan)}",
         "Kernels": "\n".join(
             [
                 f"device: {kernels['device']}",
@@ -202,6 +202,30 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     }
     print_facts(f"Plan of {plan['run']}", rows, console)
     print_warnings(plan["warnings"], console)
+
+
+def _sent_over_the_run(plan: Mapping[str, Any]) -> str:
+    """Bytes by kind, where the plan has them."""
+    if "bytes" not in plan or not plan["bytes"]["total"]["sent"]:
+        return ""
+    total = plan["bytes"]["total"]
+    kinds = {
+        "reduced": "gradients",
+        "gathered": "weights",
+        "tensor_parallel": "tensor-parallel",
+        "topology": "topology",
+    }
+    parts = [f"{name} {format_bytes(total[kind])}" for kind, name in kinds.items() if total[kind]]
+    return f"; {format_bytes(total['sent'])} over the run: {', '.join(parts)}"
+
+
+def _micro_batches(plan: Mapping[str, Any]) -> str:
+    """Those of the phases, where they differ."""
+    rows = plan.get("bytes", {}).get("phases", [])
+    sizes = {row["phase"]: row["micro_batch_size"] for row in rows}
+    if len(set(sizes.values())) < 2:
+        return ""
+    return "; micro-batch by phase: " + ", ".join(f"{format_phase(name)} {size:,}" for name, size in sizes.items())
 
 
 def _by_kernel(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -27,6 +27,8 @@ from megasparse.planning.layout import Layout, layout_fault, possible_counts, po
 from megasparse.planning.rates import Rates, sheet_rates
 from megasparse.planning.step_time import StepModel
 from megasparse.planning.workload import Shards, Stretch
+from megasparse.sparsity.schedule import settings_at
+from megasparse.training.plan import resolve_storage
 
 MAKE_RATES = Callable[[Cluster, str, Assumptions], Rates]
 Work = Sequence[tuple[StepModel, tuple[Stretch, ...]]]
@@ -61,7 +63,13 @@ class Planner:
         return found
 
     def memory(self, config: RunConfig) -> dict[str, int]:
-        return memory_per_rank(config, self.shards.model(config), self.cluster.count)
+        """At its peak over the run."""
+        schedule, kinds = self.shards.controller(config).schedule, {}
+        for step in self.shards.settled_steps(config):
+            own, stored = settings_at(config, schedule, step), self.shards.stored(config, step)
+            kinds[own.train.micro_batch_size, id(stored)] = own, stored
+        found = [memory_per_rank(own, stored, self.cluster.count) for own, stored in kinds.values()]
+        return max(found, key=lambda parts: parts["total"])
 
     def fits(self, layout: Layout) -> bool:
         return self.memory(layout.applied_to(self.config))["total"] <= self.usable_memory
@@ -72,7 +80,7 @@ class Planner:
         for stage in stages(config):
             rates = self.make_rates(self.cluster, stage.train.precision, assumptions)
             shard, controller = self.shards.model(stage), self.shards.controller(stage)
-            steps = StepModel(stage, self.cluster, rates, assumptions, shard, controller)
+            steps = StepModel(stage, self.cluster, rates, assumptions, shard, controller, self.shards)
             found.append((steps, self.shards.stretches(stage)))
         return found
 
@@ -105,6 +113,7 @@ def forecast(
     """
     _check(config, cluster)
     shards = Shards.of(config)
+    config, choice = resolve_storage(config, shards.vocab_size, cluster.count, cluster.chip.device)
     # Blocks that do not fit the ranks of the configuration itself are an error of it.
     shards.controller(config)
     planner = Planner(config, cluster, assumptions, shards, make_rates)
@@ -127,7 +136,10 @@ def forecast(
         "layouts": rows[:top],
         "layouts_that_fit": len(rows),
         "layouts_tried": len(needs),
-        "notes": _notes(planner, given, measured),
+        "notes": [
+            *([f"sparsity.storage auto takes {choice.storage}: {choice.reason}"] if choice else []),
+            *_notes(planner, given, measured),
+        ],
     }
 
 
@@ -192,15 +204,22 @@ def _phase(steps: StepModel, stretch: Stretch) -> dict[str, Any]:
         "flops": asdict(flops),
         "step_seconds": sum(parts.values()),
         "step_seconds_by_part": parts,
+        "sent": _mean_sent(steps, stretch),
         "topology_step_extra_seconds": sum(n * step.topology_extra for n, step in found) / stretch.steps,
         "seconds": total_seconds([(steps, (stretch,))]),
     }
 
 
+def _mean_sent(steps: StepModel, stretch: Stretch) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by kind; for a topology update as many as it takes on top."""
+    found = [(moment.steps, steps.at(moment).sent) for moment in stretch.moments]
+    return {kind: sum(n * sent[kind] for n, sent in found) / stretch.steps for kind in found[0][1]}
+
+
 def _dense_seconds(work: Work, planner: Planner) -> float:
     """Of dense training that grows alike."""
     return sum(
-        sum(stretch.steps for stretch in found) * steps.step(planner.shards.dense_moment(steps.config)).seconds
+        sum(stretch.steps for stretch in found) * steps.whole.step(planner.shards.dense_moment(steps.config)).seconds
         for steps, found in work
     )
 
@@ -299,5 +318,5 @@ def _notes(planner: Planner, given: Layout, measured: dict[str, Any] | None) -> 
     if config.deepspeed.offload_optimizer != "none":
         notes.append("extrapolated: deepspeed.offload_optimizer: the way to host memory and its optimizer are left out")
     if config.sparsity.storage == "packed":
-        notes.append("sparsity.storage: packed is left out: memory and traffic are those of dense storage")
+        notes.append("extrapolated: sparsity.storage: the time of building the engine anew is left out")
     return notes

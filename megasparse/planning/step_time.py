@@ -11,7 +11,7 @@ to wait for one another, for data, or for a checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megasparse.config.schema import RunConfig
@@ -22,8 +22,9 @@ from megasparse.models.gpt import GPT
 from megasparse.planning.assumptions import Assumptions
 from megasparse.planning.cluster import Cluster
 from megasparse.planning.rates import Rates
-from megasparse.planning.workload import Moment, Product, dense_products
+from megasparse.planning.workload import Moment, Product, Shards, dense_products
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.schedule import settings_at
 from megasparse.utils.activations import ACTIVATIONS
 
 PARTS = (
@@ -62,6 +63,28 @@ class StepModel:
     assumptions: Assumptions
     shard: GPT
     controller: Controller
+    shards: Shards | None = None
+    """Where storage and micro-batch differ between the steps of the run, the source of ``at``; None: they are those of
+    `stored` and `config` throughout."""
+    stored: GPT | None = None
+    """The shard with packed storage; None: whole matrices."""
+    _others: dict[tuple[int, int], StepModel] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, moment: Moment) -> StepModel:
+        """With the storage and the micro-batch of a moment."""
+        if self.shards is None:
+            return self
+        step = moment.decision.step
+        own, stored = settings_at(self.config, self.controller.schedule, step), self.shards.stored(self.config, step)
+        key = own.train.micro_batch_size, id(stored)
+        if key not in self._others:
+            self._others[key] = replace(self, config=own, shards=None, stored=stored, _others={})
+        return self._others[key]
+
+    @property
+    def whole(self) -> StepModel:
+        """With whole matrices and the usual micro-batch, as dense training has them."""
+        return self if self.shards is None else replace(self, shards=None, _others={})
 
     @property
     def micro_batches(self) -> int:
@@ -77,17 +100,23 @@ class StepModel:
 
     @cached_property
     def _weights(self) -> int:
-        return sum(parameter.numel() for parameter in self.shard.parameters())
+        return sum(parameter.numel() for parameter in self._stored.parameters())
+
+    @property
+    def _stored(self) -> GPT:
+        return self.shard if self.stored is None else self.stored
 
     @cached_property
     def sent(self) -> dict[str, float]:
         """Bytes that a rank sends, by kind."""
-        every = communication_per_rank(self.config, self.shard, self.controller, self.cluster.count)
-        parts = data_parallel_bytes(self.config, self.shard, self.cluster.count)
+        every = communication_per_rank(self.config, self._stored, self.controller, self.cluster.count)
+        parts = data_parallel_bytes(self.config, self._stored, self.cluster.count)
         names = ("gradient_reduce", "weight_gather", "tensor_parallel", "topology_step")
         return {name: {**every, **parts}[name] for name in names}
 
     def step(self, moment: Moment) -> Step:
+        if self.shards is not None:
+            return self.at(moment).step(moment)
         products = moment.products(self.kernels)
         micro = {
             "sparse_products": sum(map(self._product_seconds, products)),

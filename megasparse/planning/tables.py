@@ -92,6 +92,7 @@ def _print_phases(result: Mapping[str, Any], console: Console) -> None:
             "density, attention": f"{format_share(phase['density'])}, {phase['pattern']}",
             "FLOPs alg. / exec.": " / ".join(flops),
             "step": format_seconds(phase["step_seconds"]),
+            "gradients, weights sent": format_bytes(phase["sent"]["gradient_reduce"] + phase["sent"]["weight_gather"]),
             "topology update +": format_seconds(phase["topology_step_extra_seconds"]),
             "most of it": ", ".join(largest),
         }

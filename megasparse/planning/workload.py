@@ -31,6 +31,7 @@ from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import Controller, StepDecision
+from megasparse.sparsity.storage import StoragePlan, plan_storage
 from megasparse.training.plan import stretches
 
 SAMPLES = 8
@@ -121,6 +122,8 @@ class Shards:
     _models: dict[tuple[int, int], GPT] = field(default_factory=dict)
     _controllers: dict[tuple[int, int], Controller] = field(default_factory=dict)
     _stretches: dict[tuple[int, int], tuple[Stretch, ...]] = field(default_factory=dict)
+    _storage: dict[tuple[int, int], StoragePlan] = field(default_factory=dict)
+    _packed: dict[tuple[int, int, int], GPT] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RunConfig) -> Shards:
@@ -141,6 +144,31 @@ class Shards:
             layers, ranks = self.model(config).sparse_layers(), config.parallel.tensor_parallel_size
             self._controllers[key] = Controller(config, layers, CommunicationGroup(0, ranks))
         return self._controllers[key]
+
+    def stored(self, config: RunConfig, step: int) -> GPT:
+        """The model with the storage that its sparse layers have in a step (0-based), on the meta device."""
+        if config.sparsity.storage != "packed" or not self.controller(config).topologies:
+            return self.model(config)
+        plan = self._storage_plan(config)
+        key = (*_key(config), plan.at(step))
+        if key not in self._packed:
+            ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
+            with torch.device("meta"):
+                self._packed[key] = build_model(config, self.vocab_size, ranks, capacities=plan.capacities(key[-1]))
+        return self._packed[key]
+
+    def settled_steps(self, config: RunConfig) -> list[int]:
+        """First steps of the stretches in which storage and micro-batch stay."""
+        schedule, changes = self.controller(config).schedule, [0]
+        if config.sparsity.storage == "packed" and self.controller(config).topologies:
+            changes += [first for first, _ in self._storage_plan(config).changes]
+        return sorted({*changes, *schedule.phase_starts(config.train.steps)})
+
+    def _storage_plan(self, config: RunConfig) -> StoragePlan:
+        key = _key(config)
+        if key not in self._storage:
+            self._storage[key] = plan_storage(config, self.controller(config))
+        return self._storage[key]
 
     def stretches(self, config: RunConfig) -> tuple[Stretch, ...]:
         """The phases of the run, or of the stage that it is the configuration of, sampled; micro-batch, ZeRO stage and

@@ -69,6 +69,14 @@ class DensitySchedule:
         segment = self.segment(progress)
         return (progress - segment.start) / (segment.end - segment.start)
 
+    def phase_starts(self, steps: int) -> list[int]:
+        """First step (0-based) of each segment in a run of so many: a step belongs to where its progress lies."""
+        starts = {
+            next((n for n in _near(segment.start * steps) if n / steps >= segment.start), steps)
+            for segment in self.segments
+        }
+        return sorted(start for start in starts if start < steps)
+
     @property
     def dense_from(self) -> float | None:
         """Progress from which on the density is 1 to the end; None where it never is."""
@@ -82,6 +90,17 @@ class DensitySchedule:
     @property
     def min_density(self) -> float:
         return min(min(segment.first, segment.last) for segment in self.segments)
+
+
+def _near(position: float) -> range:
+    """Whole numbers among which the first one from `position` on is, however that was rounded."""
+    return range(max(math.floor(position) - 1, 0), math.floor(position) + 3)
+
+
+def settings_at(config: RunConfig, schedule: DensitySchedule, step: int) -> RunConfig:
+    """The configuration as it holds in step `step` (0-based), whose phase may have its own micro-batch."""
+    train = config.train.in_phase(schedule.phase(step / config.train.steps))
+    return config if train is config.train else config.model_copy(update={"train": train})
 
 
 def build_density_schedule(sparsity: SparsityConfig) -> DensitySchedule:

@@ -74,7 +74,7 @@ class RunStorage:
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, tensor_parallel: CommunicationGroup) -> RunStorage | None:
         """None where every layer is a whole matrix all along."""
-        if config.sparsity.storage == "dense":
+        if config.sparsity.storage != "packed":
             return None
         ranks = CommunicationGroup(tensor_parallel.rank, tensor_parallel.size)
         with torch.device("meta"):

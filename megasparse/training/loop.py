@@ -6,7 +6,7 @@ saved of the work, is the business of methods and callbacks, which the loop know
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -19,6 +19,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.config.stages import growth_step, is_small
 from megasparse.cost.layer_kernels import LayerKernels, running_kernels
 from megasparse.cost.ledger import FlopCounter
+from megasparse.cost.resources import step_bytes
 from megasparse.data import BatchLoader, page_locked, split_samples
 from megasparse.engine.lr_schedule import decay_start, learning_rate
 from megasparse.engine.training_engine import TrainingEngine
@@ -26,6 +27,7 @@ from megasparse.launching.failures import SkippedStepsError
 from megasparse.launching.watchdog import Watchdog
 from megasparse.methods.callback import Beat, Callback, Step, TrainingMethod
 from megasparse.parallel import Mesh
+from megasparse.sparsity.schedule import build_density_schedule, settings_at
 from megasparse.training.build_engine import Renewal
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -56,6 +58,7 @@ class Trainer:
             self.state.ledger.seconds.use_device()
         self._first_step = self.state.step + 1
         self._decay_start = decay_start(self.config)
+        self._schedule = build_density_schedule(self.config.sparsity)
         self._growth = growth_step(self.config) if is_small(self.config) else None
         self._stop: StopSignal | None = None
 
@@ -117,7 +120,16 @@ class Trainer:
 
     def _count_flops(self) -> None:
         model = self.engine.model
+        self._sent: dict[int, dict[str, float]] = {}
         self._flops = FlopCounter(self.config, model, LayerKernels(self.config, model, self.mesh.device.type))
+
+    def _step_bytes(self, micro_batch_size: int) -> dict[str, float]:
+        """Bytes that a rank sends in a step of such micro-batches."""
+        if micro_batch_size not in self._sent:
+            train = self.config.train.model_copy(update={"micro_batch_size": micro_batch_size})
+            own = self.config.model_copy(update={"train": train})
+            self._sent[micro_batch_size] = step_bytes(own, self.engine.model, self.mesh.world_size)
+        return self._sent[micro_batch_size]
 
     def loader(self) -> BatchLoader:
         """This rank's micro-batches from the present position to the end of the run."""
@@ -125,7 +137,7 @@ class Trainer:
         return BatchLoader(
             self.train_data,
             global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=self._micro_batch_sizes(self.state.step),
             data_parallel_rank=self.mesh.data_parallel.rank,
             data_parallel_size=self.mesh.data_parallel.size,
             consumed_samples=self.state.consumed_samples,
@@ -133,10 +145,20 @@ class Trainer:
             prepare=partial(page_locked, device=device) if device.type == "cuda" else None,
         )
 
+    def _micro_batch_sizes(self, first: int) -> int | Callable[[int], int]:
+        """Of the steps from `first` on, which number 0 of the function is."""
+        config, schedule = self.config, self._schedule
+        if not config.train.micro_batch_size_by_phase:
+            return config.train.micro_batch_size
+        return lambda step: settings_at(config, schedule, first + step).train.micro_batch_size
+
     def train_step(self, loader: BatchLoader) -> Step:
         """One optimizer step over the global batch, as the methods have it; ``run`` tells the callbacks of it."""
         state, engine, seconds = self.state, self.engine, self.state.ledger.seconds
         step = Step(state.step, state.norms.skipped_in_a_row, beat=self._beat_of(state.step + 1))
+        engine.set_micro_batch_size(loader.micro_batch_size)
+        if self.config.train.micro_batch_size_by_phase:
+            step.metrics["micro_batch_size"] = loader.micro_batch_size
         with seconds.step():
             for hook in (*self.methods, *self.callbacks):
                 hook.begin_step(step)
@@ -152,6 +174,7 @@ class Trainer:
             with seconds.part("optimizer"):
                 used_norm = engine.step(step.lr, skip_update=step.skip_update)
         state.ledger.flops.add(flops)
+        state.ledger.add_sent(self._step_bytes(loader.micro_batch_size))
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
         state.advance(losses if isfinite(step.gradient_norm) else {}, loader.consumed_samples, tokens)
         if not step.skipped:

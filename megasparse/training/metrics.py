@@ -78,6 +78,7 @@ class Metrics(Callback):
             "flops_dense": ledger.flops.dense,
             "flops_algorithmic": ledger.flops.algorithmic,
             "flops_executed": ledger.flops.executed,
+            **{f"bytes_{kind}": count for kind, count in ledger.sent.items()},
             "seconds": ledger.seconds.total,
             **{f"seconds_{name}": value for name, value in ledger.by_part().items()},
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from megasparse.cost.cpu_kernels import KERNELS, cpu_kernel, cpu_kernel_obstacle
 from megasparse.cost.dense_kernels import dense_kernels, dense_warnings
 from megasparse.cost.layer_kernels import LayerKernels, target_device
 from megasparse.cost.ledger import FlopCounter, Flops
-from megasparse.cost.resources import communication_per_rank, memory_per_rank
-from megasparse.cost.storage import storage_stretches
+from megasparse.cost.phase_costs import phase_costs, storage_stretches, total_bytes
+from megasparse.cost.resources import communication_per_rank
+from megasparse.cost.storage_choice import StorageChoice, choose_storage
 from megasparse.cost.table_sources import table_warnings
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.data.tokenizer import Tokenizer
@@ -58,11 +60,26 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     not be there.
     """
     check_run(config, world_size)
-    config = resolve_dense_fallback(config, device or target_device())
+    device = device or target_device()
+    config = resolve_dense_fallback(config, device)
     tokenizer = open_tokenizer(config)
     check_sample_prompt(config, tokenizer)
     vocab_size = vocabulary_size(config, tokenizer)
-    return plan_run(config, vocab_size, world_size, device or target_device())
+    config, choice = resolve_storage(config, vocab_size, world_size, device)
+    return plan_run(config, vocab_size, world_size, device, choice=choice)
+
+
+def resolve_storage(
+    config: RunConfig, vocab_size: int, world_size: int, device: str, saved: Path | None = None
+) -> tuple[RunConfig, StorageChoice | None]:
+    """With `sparsity.storage` dense or packed in place of auto, and why; None: nothing was left to decide.
+
+    Arguments: as for ``choose_storage``.
+    """
+    if config.sparsity.storage != "auto":
+        return config, None
+    choice = choose_storage(config, vocab_size, world_size, device, saved)
+    return choice.applied_to(config), choice
 
 
 def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer | None) -> None:
@@ -80,10 +97,13 @@ def plan_run(
     methods: Sequence[MethodFactory] = (),
     *,
     planned_kernels: bool = True,
+    choice: StorageChoice | None = None,
 ) -> dict[str, Any]:
-    """``make_plan`` of a configuration that fits the ranks and in which `attention.dense_fallback` is resolved.
+    """``make_plan`` of a configuration that fits the ranks and in which `attention.dense_fallback` and
+    `sparsity.storage` are resolved.
 
     methods: besides those that the configuration asks for. planned_kernels: False: ask the kernels, which are built.
+    choice: how the latter was, for the plan to tell.
     """
     check_extra(config.deepspeed.extra)
     of_teacher = distillation_warnings(config, vocab_size)
@@ -91,10 +111,9 @@ def plan_run(
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     train = config.train
-    storage = storage_stretches(config, vocab_size, controller, world_size)
-    # At its peak: where least is packed.
-    memories = [stretch["memory"] for stretch in storage] or [memory_per_rank(config, model, world_size)]
-    memory = max(memories, key=lambda parts: parts["total"])
+    costs = phase_costs(config, vocab_size, controller, world_size)
+    # At its peak: where least is packed, or micro-batches are largest.
+    memory = max((row["memory"] for row in costs), key=lambda parts: parts["total"])
     tokens_per_step = train.global_batch_size * config.model.seq_length
     flops = Flops()
     for stage in planned:
@@ -112,7 +131,12 @@ def plan_run(
             "curve": [controller.schedule.density(point / CURVE_POINTS) for point in range(CURVE_POINTS + 1)],
         },
         "stages": [stage.facts() for stage in planned],
-        "methods": [*_stage_lines(planned), *(line for method in made for line in method.plan_lines())],
+        "storage_choice": asdict(choice) if choice else None,
+        "methods": [
+            *_storage_lines(choice),
+            *_stage_lines(planned),
+            *(line for method in made for line in method.plan_lines()),
+        ],
         "flops": {
             "dense": flops.dense,
             "algorithmic": flops.algorithmic,
@@ -120,7 +144,8 @@ def plan_run(
             "ratio": flops.algorithmic / flops.dense,
         },
         "memory": _with_teacher(memory, config, world_size),
-        "storage": storage,
+        "storage": storage_stretches(config, costs),
+        "bytes": {"phases": costs, "total": total_bytes(costs)},
         "communication": communication_per_rank(config, model, controller, world_size),
         "parallel": _parallel(config, world_size),
         "kernels": {
@@ -132,11 +157,18 @@ def plan_run(
         },
         "warnings": [
             *unused_settings(config),
+            *_unused_phases(config, controller),
             *of_teacher,
             *initial_warnings(planned[0].config, vocab_size, planned[0].controller),
             *_kernel_warnings(config, kernels, device, planned=planned_kernels),
         ],
     }
+
+
+def _unused_phases(config: RunConfig, controller: Controller) -> list[str]:
+    phases = {segment.phase for segment in controller.schedule.segments}
+    unused = sorted(set(config.train.micro_batch_size_by_phase) - phases)
+    return [f"train.micro_batch_size_by_phase.{phase} is not used: the run has no such phase" for phase in unused]
 
 
 def _kernel_warnings(config: RunConfig, kernels: LayerKernels, device: str, *, planned: bool) -> list[str]:
@@ -220,6 +252,10 @@ def _mean(planned: Sequence[PlannedStage], value: Callable[[PlannedStage], float
     return sum((stage.end - stage.start) * value(stage) for stage in planned) / planned[-1].end
 
 
+def _storage_lines(choice: StorageChoice | None) -> list[str]:
+    return [f"sparsity.storage auto takes {choice.storage}: {choice.reason}"] if choice else []
+
+
 def _stage_lines(planned: Sequence[PlannedStage]) -> list[str]:
     return [
         f"{small.config.model.num_layers} layers until step {small.end:,}, then copied to "
@@ -278,7 +314,7 @@ def _parallel(config: RunConfig, world_size: int) -> dict[str, int]:
         "tensor_parallel_size": tensor_parallel_size,
         "zero_stage": config.deepspeed.zero_stage,
         "micro_batch_size": train.micro_batch_size,
-        "accumulation_steps": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
+        "accumulation_steps": train.accumulation_steps(data_parallel_size),
     }
 
 

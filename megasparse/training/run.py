@@ -26,6 +26,7 @@ from megasparse.config.stages import growth_step, is_small, small_stage
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
 from megasparse.cost.cpu_kernels import prepare_cpu_kernels
 from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
+from megasparse.cost.storage_choice import StorageChoice, agree_on_storage
 from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
 from megasparse.data.record import RECORD, changes_since, make_record
 from megasparse.data.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restore
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
-from megasparse.training.plan import check_sample_prompt, plan_run
+from megasparse.training.plan import check_sample_prompt, plan_run, resolve_storage
 from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
@@ -99,6 +100,8 @@ class Prepared:
     """What differs in it from the run that is gone on with, where that is allowed."""
     task: SupervisedTask | None = None
     """Measured at each validation."""
+    choice: StorageChoice | None = None
+    """How `sparsity.storage` auto was resolved."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +202,12 @@ def prepare(
     folder = Path(config.run.folder) / config.run.name
     if device is None:
         check_precision(config, torch.device(target_device()))
-    config = _resolved(config, folder, device or target_device())
+    device = device or target_device()
     tokenizer = open_tokenizer(config)
     check_sample_prompt(config, tokenizer)
     vocab_size = vocabulary_size(config, tokenizer)
-    plan = plan_run(config, vocab_size, world_size, device or target_device(), methods)
+    config, choice = _resolved(config, folder, vocab_size, world_size, device)
+    plan = plan_run(config, vocab_size, world_size, device, methods, choice=choice)
     train_data, valid_data = build_data(config, vocab_size)
     check_response_tokens(config, supervised=train_data.target_share(0) is not None)
     check_trackers(config.train.trackers)
@@ -212,7 +216,7 @@ def prepare(
     going_on = config.train.resume == "auto" and CheckpointStore(folder / CHECKPOINTS, 1).folders()
     changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
     task = None if config.task.path is None else open_task(config.task, tokenizer, config.model.seq_length)
-    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed, task)
+    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed, task, choice)
 
 
 def fit_to_machine(
@@ -233,13 +237,15 @@ def fit_to_machine(
     told = tell if environment.rank == 0 else None
     if not fit_tables(given, prepared.plan, tell=told, warn=lambda text: print_warnings([text], console)):
         return prepared
-    config = _resolved(given, prepared.folder, device)
-    plan = plan_run(config, prepared.vocab_size, environment.world_size, device, methods)
-    return replace(prepared, config=config, plan=plan)
+    vocab_size, world_size = prepared.vocab_size, environment.world_size
+    config, choice = _resolved(given, prepared.folder, vocab_size, world_size, device)
+    plan = plan_run(config, vocab_size, world_size, device, methods, choice=choice)
+    return replace(prepared, config=config, plan=plan, choice=choice)
 
 
 def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodFactory] = ()) -> Prepared:
-    """Compile the kernels that the plan wants to use, and plan without those that cannot be.
+    """Compile the kernels that the plan wants to use, and plan without those that cannot be, nor with packed storage
+    that was chosen for them.
 
     Raises ConfigError where one cannot that was asked for by name.
     """
@@ -247,8 +253,12 @@ def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodF
     by_device = (prepare_attention, prepare_cpu_kernels)
     if all([prepare_kernels(config, plan), *(is_ready(config, device) for is_ready in by_device)]):
         return prepared
-    plan = plan_run(config, prepared.vocab_size, world_size, device, methods, planned_kernels=False)
-    return replace(prepared, plan=plan)
+    choice = prepared.choice
+    if choice is not None and choice.storage == "packed" and not choice.is_kept:
+        choice = StorageChoice("dense", "a kernel that it needs cannot be built")
+        config = choice.applied_to(config)
+    plan = plan_run(config, prepared.vocab_size, world_size, device, methods, planned_kernels=False, choice=choice)
+    return replace(prepared, config=config, plan=plan, choice=choice)
 
 
 def build(
@@ -269,7 +279,7 @@ def build(
     if config.kernels.tune == "auto":
         # All ranks have come: the first one of this node has measured what was missing.
         tables.forget()
-    config = agree_on_dense_fallback(config, mesh)
+    config = agree_on_storage(agree_on_dense_fallback(config, mesh), mesh)
     watchdog = stack.enter_context(Watchdog(mesh, folder / "hangs", config.train.step_timeout_seconds, timeout))
     closing = stack.enter_context(ExitStack())
     stage = enter_stage(config, prepared, mesh, extensions, closing, going_on=config.train.resume == "auto")
@@ -434,6 +444,7 @@ def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, 
         "flops_dense": state.ledger.flops.dense,
         "flops_algorithmic": state.ledger.flops.algorithmic,
         "flops_executed": state.ledger.flops.executed,
+        "bytes_sent": dict(state.ledger.sent),
         "seconds": state.ledger.seconds.total,
         "seconds_by_part": state.ledger.by_part(),
         "kernels": {**plan["kernels"], "layers_at_end": {kernel: kernels.count(kernel) for kernel in set(kernels)}},
@@ -451,10 +462,13 @@ def _task_results(config: RunConfig, state: TrainState) -> dict[str, float | Non
     return {"task_accuracy": state.last_task_accuracy, "best_task_accuracy": state.best_task_accuracy}
 
 
-def _resolved(config: RunConfig, folder: Path, device: str) -> RunConfig:
-    """With a list of patterns in place of attention.dense_fallback: true; a run that goes on keeps its list."""
+def _resolved(
+    config: RunConfig, folder: Path, vocab_size: int, world_size: int, device: str
+) -> tuple[RunConfig, StorageChoice | None]:
+    """With a list of patterns in place of attention.dense_fallback: true, and dense or packed in place of
+    sparsity.storage: auto; a run that goes on keeps both."""
     before = folder / "config.yaml" if config.train.resume == "auto" else None
-    return resolve_dense_fallback(config, device, before)
+    return resolve_storage(resolve_dense_fallback(config, device, before), vocab_size, world_size, device, before)
 
 
 def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:

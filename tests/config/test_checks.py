@@ -20,6 +20,11 @@ def test_a_good_run_passes() -> None:
         (3, [], ["train.global_batch_size: 32", "train.micro_batch_size 4 x 3", "multiples of 12"]),
         (1, ["train.micro_batch_size=5"], ["train.global_batch_size: 32", "5 x 1", "multiples of 5"]),
         (16, [], ["train.global_batch_size: 32", "multiples of 64"]),
+        (
+            4,
+            ["train.micro_batch_size_by_phase={ultra_sparse: 3}"],
+            ["train.micro_batch_size_by_phase.ultra_sparse: 3 does not divide the 8 samples", "[1, 2, 4, 8]"],
+        ),
         (0, [], ["world size 0"]),
         (1, ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage: 0", "train.precision bf16", "must be one of 1"]),
         (

@@ -213,6 +213,21 @@ def test_a_step_has_the_same_samples_in_every_layout(size, micro):
     assert steps_of(size, micro, 3) == [list(range(24 * s, 24 * s + 24)) for s in range(3)]
 
 
+def test_micro_batches_may_differ_from_step_to_step():
+    settings = {"global_batch_size": 8, "data_parallel_size": 2, "num_steps": 4}
+    loaders = [
+        BatchLoader(Numbers(), micro_batch_size=lambda step: 1 + step % 2, data_parallel_rank=rank, **settings)
+        for rank in range(2)
+    ]
+    for step, size in enumerate((1, 2, 1, 2)):
+        assert {(loader.micro_batch_size, loader.accumulation_steps) for loader in loaders} == {(size, 4 // size)}
+        batches = [next(loader)[:, 0].tolist() for _ in range(4 // size) for loader in loaders]
+        assert all(len(batch) == size for batch in batches)
+        assert sum(batches, []) == list(range(8 * step, 8 * step + 8))
+    for loader in loaders:
+        loader.close()
+
+
 def test_resuming_in_another_layout_continues_the_order():
     whole = steps_of(2, 3, 6)
     assert whole == steps_of(4, 2, 2) + steps_of(1, 6, 4, consumed=48)

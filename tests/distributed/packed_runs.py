@@ -13,23 +13,26 @@ from torch import Tensor
 from megasparse.config.schema import RunConfig
 from megasparse.engine.memory_state import MemoryState
 from megasparse.kernels.block_sparse import unpack
-from megasparse.parallel import Mesh
+from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine, capacities_of
 
 assert BASE
 WORDS = ["sparsity.block_size=8", "model.hidden_size=32", "sparsity.density=0.2"]
 
 
-def run_case(mesh: Mesh, config: RunConfig, rebuilds: Collection[int] = ()) -> dict[str, Any]:
+def run_case(
+    mesh: Mesh, config: RunConfig, rebuilds: Collection[int] = (), looked_at: Collection[int] = ()
+) -> dict[str, Any]:
     """A whole run: losses and gradient norms, packed masks after every step, capacities in every step, final state.
 
-    rebuilds: steps before which the engine is built anew, whatever the plan says.
+    rebuilds: steps before which the engine is built anew, whatever the plan says. looked_at: steps after which whole
+    weights and moments are put together from all ranks.
     """
     storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
     capacities = None if storage is None else storage.plan.capacities(storage.plan.at(0))
     methods, engine = build_engine(config, config.model.vocab_size, mesh, capacities=capacities)
     renewal = Renewal(config, config.model.vocab_size, mesh, storage)
-    losses, norms, masks, held = [], [], [], []
+    losses, norms, masks, held, states = [], [], [], [], {}
     for step, batch in enumerate(make_batches(config)):
         due = None if storage is None else renewal.due(engine, methods, step)
         if due is not None or step in rebuilds:
@@ -46,12 +49,15 @@ def run_case(mesh: Mesh, config: RunConfig, rebuilds: Collection[int] = ()) -> d
         state = controller.state()
         masks.append({name: state[f"active/{name}"] for name in controller.topologies})
         held.append(sum(capacities_of(engine).values()))
+        if step in looked_at:
+            states[str(step)] = whole_matrices(mesh, engine)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "norms": torch.tensor(norms, dtype=torch.float64),
         "masks": masks,
         "held": held,
         "state": matrices(engine),
+        "states": states,
     }
 
 
@@ -67,12 +73,28 @@ def matrices(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def run_cases(mesh: Mesh, cases: list[tuple[str, list[str], Layout, list[int]]]) -> dict[str, dict]:
-    """Many runs in one world: (name, overrides, layout, rebuilds) -> result by name."""
+def whole_matrices(mesh: Mesh, engine: Any) -> dict[str, Tensor]:
+    """The same from the shards of all tensor-parallel ranks."""
+    parameters, found = dict(engine.model.named_parameters()), {}
+    for key, shard in matrices(engine).items():
+        name = key.partition("/")[2]
+        layer = engine.packed_layers.get(name)
+        spec = shard_spec_of(parameters[name]) if layer is None else layer.partition
+        # Gloo does not gather the small integers of step counts.
+        shard = shard if shard.is_floating_point() else shard.long()
+        found[key] = spec.merge(list(mesh.tensor_parallel.gather(shard.reshape(spec.local_shape)))).clone()
+    return found
+
+
+def run_cases(
+    mesh: Mesh, cases: list[tuple[str, list[str], Layout, list[int]]], looked_at: Collection[int] = ()
+) -> dict[str, dict]:
+    """Many runs in one world: (name, overrides, layout, rebuilds) -> result by name. looked_at: as in ``run_case``."""
     results = {}
     for name, overrides, layout, rebuilds in cases:
         try:
-            results[name] = run_case(divided(mesh, layout.tensor), run_config([*WORDS, *overrides], layout), rebuilds)
+            config = run_config([*WORDS, *overrides], layout)
+            results[name] = run_case(divided(mesh, layout.tensor), config, rebuilds, looked_at)
         except Exception as error:
             raise RuntimeError(f"case {name}") from error
         gc.collect()

@@ -4,6 +4,7 @@
 
 It shares the dense forward pass with the product, and nothing of what is tested: schedule, masks, scores, growth,
 random numbers, clipping, optimizer and learning rates are written a second time, from the description of the method.
+With `balance_shards` tensor-parallel ranks decide for themselves: ``shard_units`` says which units are whose.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ TIE_STREAM, GROWTH_STREAM = 1, 2
 class PlainTraining:
     """State of the reference: a dense model, one full-size bool mask per sparse matrix, moments by parameter name."""
 
-    def __init__(self, config: RunConfig, batches: list[Tensor]) -> None:
-        self.config, self.batches = config, batches
+    def __init__(self, config: RunConfig, batches: list[Tensor], balanced_shards: int = 1) -> None:
+        """balanced_shards: tensor-parallel ranks that each keep their own equal share of every matrix's units."""
+        self.config, self.batches, self.balanced_shards = config, batches, balanced_shards
         self.model = GPT(config.model, config.attention, config.model.vocab_size, LayerFactory(seed=config.run.seed))
         self.weights = dict(self.model.named_parameters())
         # Parameter name by sparse layer; the tied head's weight is the token table.
@@ -97,34 +99,61 @@ class PlainTraining:
         """One topology update of one matrix; whether anything could change."""
         sparsity, weight = self.config.sparsity, self.weights[parameter]
         active = self.units(self.masks[layer].float()) > 0
-        num_active, num_units = int(active.sum()), active.size
-        target = min(num_units, max(1, math.floor(self.target_density(step) * num_units + 0.5)))
+        target = min(active.size, max(1, math.floor(self.target_density(step) * active.size + 0.5)))
         zeta = 0.3 / 2 * (1 + math.cos(math.pi * step / self.config.train.steps))
-        drop = 0 if target == num_units else math.floor(zeta * num_active)
-        drop = max(drop, num_active - target)
-        grow = target - (num_active - drop)
-        if drop == 0 and grow == 0:
-            return False
-        ratio = sparsity.growth_ratio
+        ratio, parts = sparsity.growth_ratio, []
         share = {"mixed": ratio / (ratio + 1), "random": 0.0, "gradient": 1.0}[sparsity.growth or "mixed"]
-        by_gradient = math.floor(share * grow + 0.5)
+        for rank, units in enumerate(self.shard_units(layer, weight)):
+            wanted = target // self.balanced_shards + (rank < target % self.balanced_shards)
+            num_active = int(active[units].sum())
+            drop = 0 if wanted == len(units) else math.floor(zeta * num_active)
+            drop = max(drop, num_active - wanted)
+            grow = wanted - (num_active - drop)
+            parts.append((units, num_active - drop, grow, math.floor(share * grow + 0.5)))
+        if all(grow == 0 for _, _, grow, _ in parts) and sum(keep for _, keep, _, _ in parts) == active.sum():
+            return False
         score = weight.abs()
         if sparsity.drop_score == "magnitude_gradient":
             score = score + sparsity.drop_score_lambda * gradient.abs()
-        elif by_gradient == 0:
+        elif all(by_gradient == 0 for *_, by_gradient in parts):
             # Nothing asks for the dense gradient, so units that come to life have none in this step.
             gradient[~self.masks[layer]] = 0
-        key, indices = (self.config.run.seed, step, zlib.crc32(layer.encode())), np.arange(num_units)
-        tie = hashed(indices, *key, TIE_STREAM)
-        kept = self.best_with_margin(self.units(score), tie, active, num_active - drop)
-        grown = self.best_with_margin(self.units(gradient), tie, ~kept, by_gradient)
-        chance = (hashed(indices, *key, GROWTH_STREAM) >> np.uint32(8)).astype(np.float32) / 2**24
-        grown |= best(chance, tie, ~(kept | grown), grow - by_gradient)
+        key = (self.config.run.seed, step, zlib.crc32(layer.encode()))
+        drop_score, growth_score = self.units(score), self.units(gradient)
+        kept, grown = np.zeros_like(active), np.zeros_like(active)
+        for units, keep, grow, by_gradient in parts:
+            tie = hashed(units, *key, TIE_STREAM)
+            kept[units] = self.best_with_margin(drop_score[units], tie, active[units], keep)
+            chosen = self.best_with_margin(growth_score[units], tie, ~kept[units], by_gradient)
+            chance = (hashed(units, *key, GROWTH_STREAM) >> np.uint32(8)).astype(np.float32) / 2**24
+            grown[units] = chosen | best(chance, tie, ~(kept[units] | chosen), grow - by_gradient)
         self.masks[layer] = self.expanded(kept | grown, weight)
         gone = ~self.expanded(kept | (grown & active) if sparsity.regrown == "keep" else kept, weight)
         for tensor in (weight, self.first[parameter], self.second[parameter], self.age[parameter]):
             tensor[gone] = 0
         return True
+
+    def shard_units(self, layer: str, weight: Tensor) -> list[np.ndarray]:
+        """Numbers of the units that decide together: all of them, or with balanced shards those of each rank.
+
+        A rank has its share of the columns of what leads back into the residual stream; of everything else its share
+        of the rows: of queries, keys and values each, and of both halves of a gated MLP.
+        """
+        b = self.config.sparsity.block_size
+        rows, columns = (width // b for width in weight.shape)
+        numbers = np.arange(rows * columns).reshape(rows, columns)
+        if layer.endswith((".output", ".down")):
+            return [part.reshape(-1) for part in np.split(numbers, self.balanced_shards, axis=1)]
+        model, fused = self.config.model, [rows]
+        if layer.endswith(".qkv"):
+            key_value = model.key_value_heads * model.head_dim // b
+            fused = [rows - 2 * key_value, key_value, key_value]
+        elif layer.endswith(".gate_up"):
+            fused = [rows // 2, rows // 2]
+        halves = [
+            np.split(part, self.balanced_shards) for part in np.split(numbers, np.cumsum(fused)[:-1].tolist(), axis=0)
+        ]
+        return [np.concatenate([part[rank] for part in halves]).reshape(-1) for rank in range(self.balanced_shards)]
 
     def best_with_margin(self, score: np.ndarray, tie: np.ndarray, allowed: np.ndarray, count: int) -> np.ndarray:
         chosen = best(score, tie, allowed, count)

@@ -39,6 +39,7 @@ OTHER = {
     "train.steps": "18",
     "train.global_batch_size": "12",
     "train.micro_batch_size": "2",
+    "train.micro_batch_size_by_phase": "{ultra_sparse: 8, restoration: 2}",
     "train.precision": "bf16",
     "train.activation_recomputation": "true",
     "train.log_interval": "1",

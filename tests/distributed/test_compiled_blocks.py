@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_runs import Layout, build, divided, make_batches, run_config, train_step
 from harness import run_distributed
+from packed_runs import run_cases
 from torch import nn
 
 from megasparse.parallel import Mesh
@@ -43,6 +44,24 @@ def losses(mesh: Mesh, layout: Layout, words: list[str], backend: str) -> dict[s
             "given_up": sum("limit" in reason for reason in counters["unimplemented"]),
         }
     return found
+
+
+def packed_losses(mesh: Mesh) -> dict[str, Any]:
+    """Of runs with packed storage, whose engine is built anew some times, without and with compiled blocks."""
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    cases = [
+        (kind, [*SETTINGS, "sparsity.storage=packed", f"train.compile={kind}"], Layout(), [])
+        for kind in ("none", "blocks")
+    ]
+    return {kind: {name: run[name] for name in ("losses", "held")} for kind, run in run_cases(mesh, cases).items()}
+
+
+@pytest.mark.exhaustive
+def test_compiled_blocks_and_packed_storage_go_together() -> None:
+    found = run_distributed(packed_losses, 1, timeout=900)[0]
+    plain, compiled = found["none"], found["blocks"]
+    torch.testing.assert_close(compiled["losses"], plain["losses"], rtol=2e-6, atol=0)
+    assert compiled["held"] == plain["held"] and len(set(compiled["held"])) > 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from megasparse.checkpoint.model_folder import ModelFolder, ModelFolderWriter, l
 from megasparse.data import Batch
 from megasparse.models.build import build_model
 from megasparse.objectives.teacher import open_teacher
+from megasparse.parallel import CommunicationGroup
+from megasparse.training.build_engine import RunStorage
 
 STUDENT = [
     *COMMON,
@@ -23,6 +25,14 @@ STUDENT = [
     "distillation.logits_weight=0.5",
     "distillation.hidden_weight=0.7",
     "distillation.temperature=2",
+]
+EVOLVING = [
+    "sparsity.algorithm=mst",
+    "sparsity.density=0.25",
+    "sparsity.update_interval=2",
+    "sparsity.warmup_end=0.3",
+    "sparsity.restoration_start=0.5",
+    "sparsity.restoration_end=0.8",
 ]
 LAYER_MAP = ["distillation.layer_map=[[0, 1], [1, 2]]", "distillation.tokens=response"]
 
@@ -44,6 +54,8 @@ def one_rank(mesh, folder: Path) -> dict[str, Any]:
         ("resumed", settings(folder), Layout(), [5]),
         ("mapped", deep, Layout(), []),
         ("reference", settings(folder, "distillation.ratio_over=micro_batch"), Layout(), []),
+        ("evolving", settings(folder, *EVOLVING), Layout(zero=2), []),
+        ("packed", settings(folder, *EVOLVING, "sparsity.storage=packed"), Layout(zero=2), [7]),
     ]
     return run_trainers(mesh, cases, folder / "one")
 
@@ -139,6 +151,14 @@ def test_the_validation_loss_is_the_cross_entropy(alone) -> None:
 def test_the_curve_does_not_depend_on_accumulation(alone) -> None:
     assert distance(alone["accumulated"], alone["alone"]) < LOSS_RTOL
     assert distance(alone["reference"], alone["alone"]) > 20 * LOSS_RTOL
+
+
+def test_a_student_with_packed_storage_has_the_curve_of_dense_storage(alone, folder) -> None:
+    config = run_config(settings(folder, *EVOLVING, "sparsity.storage=packed"), Layout(zero=2))
+    storage = RunStorage.of(config, 61, CommunicationGroup())
+    assert len(storage.plan.changes) > 2, "the engine is built anew, with the teacher"
+    assert distance(alone["packed"], alone["evolving"]) < LOSS_RTOL
+    assert distance(alone["evolving"], alone["alone"]) > 20 * LOSS_RTOL
 
 
 def test_a_student_resumes_exactly(alone) -> None:

@@ -11,8 +11,8 @@ from engine_runs import GLOBAL_BATCH, Layout, build, divided, make_batches, run_
 from harness import run_distributed
 from traffic import counted
 
-from megasparse.cost.resources import communication_per_rank, memory_per_rank
-from megasparse.cost.storage import storage_stretches
+from megasparse.cost.phase_costs import phase_costs
+from megasparse.cost.resources import communication_per_rank, memory_per_rank, step_bytes
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import Controller
@@ -29,7 +29,10 @@ CASES = {
         ([*BLOCKS, "parallel.sequence_parallel=true"], Layout(1, 2, 0, 1)),
         ([*BLOCKS, "train.activation_recomputation=true"], Layout(1, 2, 0, 1)),
     ],
-    4: [(WEIGHTS, Layout(2, 2, 1, 1)), (BLOCKS, Layout(2, 2, 3, 1)), (WEIGHTS, Layout(4, 1, 2, 1))],
+    4: [
+        *[(WEIGHTS, Layout(2, 2, 1, 1)), (BLOCKS, Layout(2, 2, 3, 1)), (WEIGHTS, Layout(4, 1, 2, 1))],
+        *[(words, Layout(4, 1, 2, 2)) for words in (BLOCKS, [*BLOCKS, *PACKED])],
+    ],
 }
 
 
@@ -42,7 +45,7 @@ def measure(mesh: Mesh, cases: list) -> list[dict]:
 def measured(mesh: Mesh, overrides: list[str], layout: Layout, traffic) -> dict:
     config = run_config(overrides, layout)
     engine, controller = build(mesh, config)
-    found: dict = {"kept": 0}
+    found: dict = {"kept": 0, "of the ledger": step_bytes(config, engine.model, mesh.world_size)}
     for step, batch in enumerate(make_batches(config)[:8]):
         decision, before = controller.begin_step(step), traffic.bytes_sent
         layers = engine.packed_layers.values()
@@ -126,6 +129,7 @@ def check_packed(ranks: list[dict], stretch: dict, dense: list[dict]) -> None:
         assert rank["with update"] <= 1.01 * sent["data_parallel"]
         assert rank["masks"] == pytest.approx(memory["masks"], rel=1e-3)
         assert rank["optimizer"] == pytest.approx(memory["optimizer"], rel=0.01)
+        assert rank["of the ledger"] == {name: stretch["sent"][name] for name in rank["of the ledger"]}
         assert rank["step"] < 0.4 * of_dense["step"] and rank["optimizer"] < 0.4 * of_dense["optimizer"]
 
 
@@ -136,7 +140,7 @@ def test_the_plan_equals_the_run(found, overrides, layout) -> None:
         model = build_model(config, config.model.vocab_size, CommunicationGroup(0, layout.tensor))
     controller = Controller(config, model.sparse_layers(), CommunicationGroup(0, layout.tensor))
     if config.sparsity.storage == "packed":
-        (stretch,) = storage_stretches(config, config.model.vocab_size, controller, layout.world_size)
+        (stretch,) = phase_costs(config, config.model.vocab_size, controller, layout.world_size)
         check_packed(found[f"{overrides}{layout}"], stretch, found[f"{BLOCKS}{layout}"])
         return
     memory = memory_per_rank(config, model, layout.world_size)
@@ -144,6 +148,7 @@ def test_the_plan_equals_the_run(found, overrides, layout) -> None:
     for rank in found[f"{overrides}{layout}"]:
         # Norms, overflow flags and padding of flat groups are not counted: a few bytes in a hundred thousand.
         assert rank["step"] == pytest.approx(sent["data_parallel"] + sent["tensor_parallel"], rel=0.01)
+        assert sum(rank["of the ledger"].values()) == sent["data_parallel"] + sent["tensor_parallel"]
         # At most; fewer rounds where scores do not tie. Blocks have no rounds, so the number is exact.
         low = 1.0 if "sparsity.block_size=16" in overrides else 0.1
         assert low * sent["topology_step"] - 1 <= rank["topology"] <= sent["topology_step"] + 1

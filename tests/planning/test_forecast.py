@@ -75,6 +75,46 @@ def test_totals_are_the_sums_of_their_parts() -> None:
     assert result["energy"]["megawatt_hours"] == pytest.approx(energy)
 
 
+def test_packed_storage_sends_less_the_lower_the_density_is() -> None:
+    words = ("kernels.block_sparse=triton", "deepspeed.zero_stage=2", "train.micro_batch_size=8")
+    dense, packed = (small(*words, f"sparsity.storage={storage}", count=4) for storage in ("dense", "packed"))
+    assert packed["time"]["dense_seconds"] == pytest.approx(dense["time"]["dense_seconds"])
+    assert packed["memory"]["total"] == dense["memory"]["total"], "it is dense at both ends"
+    plan = make_plan(load_config([], [*SMALL, *words, "sparsity.storage=packed"]), 4, "cuda")
+    # Seconds fall less than bytes: so small a model waits for latencies.
+    shares = {}
+    for before, now in zip(dense["phases"], packed["phases"], strict=True):
+        sent = [phase["sent"]["gradient_reduce"] for phase in (before, now)]
+        parts = [phase["step_seconds_by_part"] for phase in (before, now)]
+        shares[now["name"]] = sent[1] / sent[0], parts[1]["data_parallel"] / parts[0]["data_parallel"]
+        assert parts[1]["sparse_products"] == pytest.approx(parts[0]["sparse_products"])
+    assert shares["dense"] == (1.0, 1.0)
+    assert shares["ultra_sparse"][0] < 0.3 and shares["ultra_sparse"][1] < 0.6 < shares["restoration"][0] < 1.0
+    planned = [row for row in plan["bytes"]["phases"] if row["phase"] == "ultra_sparse"][-1]["sent"]
+    phase = packed["phases"][1]
+    assert phase["sent"]["gradient_reduce"] == pytest.approx(planned["reduced"])
+    assert phase["sent"]["weight_gather"] == pytest.approx(planned["gathered"])
+    assert phase["sent"]["topology_step"] == pytest.approx(100 * planned["topology"])
+
+
+def test_micro_batches_of_phases_take_memory_and_save_reductions() -> None:
+    words = ("deepspeed.zero_stage=2", "train.micro_batch_size=2")
+    alike, larger = small(*words, count=4), small(*words, "train.micro_batch_size_by_phase={ultra_sparse: 16}", count=4)
+    assert larger["memory"]["total"] > alike["memory"]["total"]
+    ratios = [
+        now["sent"]["gradient_reduce"] / before["sent"]["gradient_reduce"]
+        for before, now in zip(alike["phases"], larger["phases"], strict=True)
+    ]
+    assert ratios == [1.0, 0.125, 1.0, 1.0]
+    plan = make_plan(load_config([], [*SMALL, *words, "train.micro_batch_size_by_phase={ultra_sparse: 16}"]), 4, "cuda")
+    assert plan["memory"]["total"] == larger["memory"]["total"]
+
+
+def test_automatic_storage_says_what_it_takes() -> None:
+    result = small("sparsity.storage=auto", "sparsity.block_size=1")
+    assert result["notes"][0].startswith("sparsity.storage auto takes dense: sparsity.block_size: 1, single weights")
+
+
 def test_a_run_that_grows_is_the_sum_of_its_stages() -> None:
     shallow, deep, grown = small("model.num_layers=1"), small(), small("stacking.num_layers=1", "stacking.until=0.1")
     assert [(phase["num_layers"], phase["start_step"]) for phase in grown["phases"]] == [
@@ -234,7 +274,6 @@ def test_layout_words_are_settings() -> None:
     assert Layout.of(layout.applied_to(config)) == layout
 
 
-def test_packed_storage_is_said_to_be_left_out() -> None:
-    words = "sparsity.storage=packed"
-    assert any(words.replace("=", ": ") in note for note in small(words)["notes"])
-    assert not any("sparsity.storage" in note for note in small()["notes"])
+def test_the_time_of_rebuilding_is_said_to_be_left_out() -> None:
+    note = "extrapolated: sparsity.storage: the time of building the engine anew is left out"
+    assert note in small("sparsity.storage=packed")["notes"] and note not in small()["notes"]
