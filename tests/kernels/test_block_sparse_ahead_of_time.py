@@ -19,7 +19,7 @@ import ahead_of_time as aot  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, triton_kernels  # noqa: E402
-from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile  # noqa: E402
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile, swapped_tile  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -73,6 +73,26 @@ def test_other_defaults(kernel, block_size, dtype, chip, precision) -> None:
     tensor_cores = "tf32" in made.assembly or "mma" in made.assembly.replace("mmap", "")
     if dtype == FP32 and chip != "gfx942":
         assert tensor_cores == (precision == "tf32")
+
+
+@pytest.mark.parametrize(
+    "kernel, block_size",
+    [(INPUT_GRADIENT, 128), *(pytest.param(FORWARD, size, marks=pytest.mark.exhaustive) for size in (64, 128))],
+)
+def test_swapped_operands_are_the_widest_products(kernel, block_size) -> None:
+    """256 tokens in one instruction, and half the instructions for a multiplication with blocks of 128."""
+    tile = swapped_tile(block_size)
+    made = aot.compile_kernel(kernel, block_size, BF16, "sm_90", tile)
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in made.assembly and ", 0x10, " in made.assembly
+    assert made.spills == 0 and made.shared <= aot.SHARED_LIMIT["sm_90"]
+    # All registers of a processor: 64 Ki.
+    assert made.registers * tile.warps * 32 <= 2**16
+    default = default_tile(kernel, block_size, BF16)
+    steps, share = [], {128: 0.6, 64: 0.9}[block_size]
+    for each, of in ((tile, made), (default, aot.compile_kernel(kernel, block_size, BF16, "sm_90", default))):
+        work = each.rows * each.columns * each.depth
+        steps.append(aot.loop_instructions(of, "sm_90") * each.warps / work)
+    assert steps[0] < share * steps[1]
 
 
 def test_limits_are_seen_to_be_broken() -> None:

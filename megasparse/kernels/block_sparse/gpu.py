@@ -147,6 +147,7 @@ def _product(
             c.stride(0),
             PACKED=index.is_packed,
             GROUP=tile.group,
+            SWAPPED=tile.swapped,
             HAS_BIAS=bias is not None,
             **_constants(tile, block_size, a.dtype),
         )

@@ -38,12 +38,14 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """c = a B^T + bias, where B is the weight (y = x W^T + b) or its transpose (dx = dy W).
 
-    A program computes ROWS tokens x COLUMNS features of one group of UNIT features.
+    A program computes ROWS tokens x COLUMNS features of one group of UNIT features; where SWAPPED as c^T = B a^T, so
+    that its tokens are the long side of the tensor cores.
     """
     PARTS: tl.constexpr = UNIT // COLUMNS
     tile, slot = _place(tl.program_id(0), tl.cdiv(num_tokens, ROWS), num_groups * PARTS, GROUP)
@@ -57,7 +59,7 @@ def product_kernel(
     a_rows = a_pointer + (tokens % num_tokens).to(tl.int64)[:, None] * stride_a
     weight_columns = weight_pointer + group.to(tl.int64) * stride_group + within.to(tl.int64)[None, :] * stride_outer
     depth = tl.arange(0, DEPTH)
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    sums = tl.zeros((COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS), dtype=tl.float32)
     # The block of the next step is loaded in this one. Were it loaded where it is used, Triton's pipeliner would count
     # the loads behind it as a second level, and would leave them a single buffer (seen in the compiled code).
     if DEPTH <= UNIT:
@@ -73,7 +75,7 @@ def product_kernel(
             place = first + (step + 1) // STEPS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
             stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
-            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+            sums = _add_product(a, weight, sums, SWAPPED, PRECISION)
     else:
         # Small blocks: several in one step, so that tensor cores have enough to do between two loads.
         BLOCKS: tl.constexpr = DEPTH // UNIT
@@ -90,7 +92,9 @@ def product_kernel(
             place += BLOCKS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
             stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
-            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+            sums = _add_product(a, weight, sums, SWAPPED, PRECISION)
+    if SWAPPED:
+        sums = tl.trans(sums)
     if HAS_BIAS:
         sums += tl.load(bias_pointer + outer).to(tl.float32)[None, :]
     c_tile = c_pointer + tokens.to(tl.int64)[:, None] * stride_c + outer[None, :]
@@ -198,6 +202,16 @@ def sum_kernel(
     block = dweight_pointer + row * stride_group + stored * stride_place
     out = block + i.to(tl.int64)[:, None] * stride_dweight + j[None, :]
     tl.store(out, sums.to(dweight_pointer.dtype.element_ty))
+
+
+@triton.jit
+def _add_product(a, weight, sums, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a weight, or its transpose: operands in shared memory are turned for nothing."""
+    if SWAPPED:
+        sums = tl.dot(tl.trans(weight), tl.trans(a), sums, input_precision=PRECISION)
+    else:
+        sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
