@@ -151,18 +151,26 @@ def gradient_kernel(
     active = place < last
     block = tl.load(columns_pointer + place, mask=active, other=0)
     inner = _runs(block * UNIT + j % UNIT, UNIT if COLUMNS > UNIT else COLUMNS)
-    x_columns = x_pointer + inner[:, None]
-    dy_columns = dy_pointer + row * UNIT + i[None, :]
     start = tl.program_id(1) * tokens_per_split
     end = tl.minimum(start + tokens_per_split, num_tokens)
+    step = tl.arange(0, DEPTH)
+    x_rows = x_pointer + start.to(tl.int64) * stride_x
+    dy_rows = dy_pointer + start.to(tl.int64) * stride_dy
+    x_tile = step[None, :] * stride_x + inner[:, None]
+    dy_tile = step[:, None] * stride_dy + (row * UNIT + i)[None, :]
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    for first_token in range(start, end, DEPTH):
-        tokens = first_token + tl.arange(0, DEPTH)
+    # Whole steps need no mask: columns beyond the last active block repeat another block's, and are not stored.
+    for _ in range(0, (end - start) // DEPTH):
+        x = tl.load(x_rows + x_tile)
+        dy = tl.load(dy_rows + dy_tile)
+        x_rows += DEPTH * stride_x
+        dy_rows += DEPTH * stride_dy
+        sums = tl.dot(x, dy, sums, input_precision=PRECISION)
+    left = (end - start) % DEPTH
+    if left > 0:
         # Both sides are masked: zero times an infinity of a token beyond the end would not be zero.
-        x_mask = (tokens < end)[None, :] & active[:, None]
-        x = tl.load(x_columns + tokens.to(tl.int64)[None, :] * stride_x, mask=x_mask, other=0.0)
-        dy_tile = dy_columns + tokens.to(tl.int64)[:, None] * stride_dy
-        dy = tl.load(dy_tile, mask=(tokens < end)[:, None], other=0.0)
+        x = tl.load(x_rows + x_tile, mask=(step < left)[None, :], other=0.0)
+        dy = tl.load(dy_rows + dy_tile, mask=(step < left)[:, None], other=0.0)
         sums = tl.dot(x, dy, sums, input_precision=PRECISION)
     if PARTIAL:
         base = out_pointer + (tl.program_id(1).to(tl.int64) * num_active + first) * (UNIT * UNIT)
