@@ -46,14 +46,15 @@ class Block(nn.Module):
         self.attention = Attention(
             f"{name}.attention", config, attention, factory, output_std=output_std, kernel=attention_kernel
         )
-        self.mlp_norm = factory.norm(config)
+        self.mlp_norm = factory.norm_of_sum(config)
         self.mlp = MLP(f"{name}.mlp", config, factory, output_std=output_std)
 
     def forward(
         self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: LayerCache | None = None
     ) -> torch.Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        attended_BTC = self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
+        x_BTC, normalized_BTC = self.mlp_norm(x_BTC, attended_BTC)
+        return x_BTC + self.mlp(normalized_BTC)
 
 
 class GPT(nn.Module):

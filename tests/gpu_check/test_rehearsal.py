@@ -47,7 +47,9 @@ def test_every_kernel_was_compared(kernels) -> None:
     three = {"forward", "input gradient", "weight gradient"}
     swapped = {"swapped forward", "swapped input gradient"}
     assert products == {*three, "autograd", *(f"packed {name}" for name in three), *swapped}
-    assert {row["name"] for row in compared} == {"product", "attention", "large"}
+    operators = {row["case"]["operator"] for row in compared if row["name"] == "elementwise"}
+    assert operators == {"gate", "rotation", "sum and norm"}
+    assert {row["name"] for row in compared} == {"product", "attention", "elementwise", "large"}
 
 
 def test_training_was_compared(others) -> None:
