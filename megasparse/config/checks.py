@@ -268,8 +268,9 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield "attention.stride_offsets is used by the patterns strided, sparse and fixed only"
     if attention.dense_fallback is True and config.kernels.hybrid_attention != "auto":
         yield "attention.dense_fallback true is used with kernels.hybrid_attention auto only"
-    if config.train.compile == "blocks" and config.kernels.elementwise == "cpu":
-        yield "kernels.elementwise cpu is not used with train.compile blocks, which joins torch's own operators"
+    if config.train.compile == "blocks" and config.kernels.elementwise in ("cpu", "triton"):
+        kernel = config.kernels.elementwise
+        yield f"kernels.elementwise {kernel} is not used with train.compile blocks, which joins torch's own operators"
     if data.valid is not None and "data.valid_fraction" in given:
         yield "data.valid replaces data.valid_fraction"
     if data.reset_positions and not data.document_masking:

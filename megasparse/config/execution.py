@@ -18,9 +18,10 @@ class KernelsConfig(Section):
     carries too; auto takes the latter in layers where they were measured to be faster (tune)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
-    elementwise: Literal["auto", "torch", "cpu"] = "auto"
-    """Kernel of activations, norms and rotary positions: torch's operators, or C++ kernels on CPUs that go through
-    memory once; auto takes the latter where they can run."""
+    elementwise: Literal["auto", "torch", "cpu", "triton"] = "auto"
+    """Kernel of activations, norms and rotary positions: torch's operators, or kernels that go through memory once, in
+    C++ on CPUs and in Triton on GPUs (gate of SwiGLU, rotary positions, residual sum with the norm after it); auto
+    takes one of the latter where it can run."""
     optimizer: Literal["auto", "torch", "cpu"] = "auto"
     """Kernel of the optimizer step and the gradient norm: torch's operators over all weights, or a C++ kernel on CPUs
     that passes over inactive blocks; auto takes the latter where it can run."""

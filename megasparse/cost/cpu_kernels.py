@@ -1,11 +1,13 @@
-"""Which C++ kernels for CPUs a run uses beside those of layers and attention patterns: for the plan, and their build
-before the run starts.
+"""Which kernels a run uses beside those of layers and attention patterns, in C++ on CPUs, and in Triton for elementwise
+work on GPUs: for the plan, and their build before the run starts.
 
     kernel = cpu_kernel(config, "elementwise", "cpu", planned=True)      # "cpu" or "torch"
     prepare_cpu_kernels(config, "cpu")                                   # builds what is used
 """
 
 from __future__ import annotations
+
+import torch
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
@@ -18,10 +20,20 @@ KERNELS = {"elementwise": elementwise.cpu, "optimizer": optimizer.cpu, "loss": c
 def cpu_kernel(config: RunConfig, name: str, device: str, *, planned: bool = False) -> str:
     """planned: what can be told without a build. Raises ConfigError where the kernel that was asked for cannot run."""
     asked = _asked(config, name)
+    if asked == "triton" or (asked == "auto" and name == "elementwise" and device != "cpu"):
+        return _triton(asked, device, planned)
     reason = None if asked == "torch" else KERNELS[name].why_not(device, planned)
     if asked == "cpu" and reason is not None:
         raise ConfigError(f"kernels.{name}: cpu cannot be used here: {reason}; must be auto or torch")
     return "torch" if asked == "torch" or reason is not None else "cpu"
+
+
+def _triton(asked: str, device: str, planned: bool) -> str:
+    """The elementwise kernels of a GPU. They take every precision of training."""
+    reason = elementwise.gpu.why_not(device, torch.float32, planned)
+    if asked == "triton" and reason is not None:
+        raise ConfigError(f"kernels.elementwise: triton cannot be used here: {reason}; must be auto or torch")
+    return "triton" if reason is None else "torch"
 
 
 def prepare_cpu_kernels(config: RunConfig, device: str) -> bool:

@@ -1,7 +1,7 @@
 """Section `numerics`: every kernel against float64, twice with equal bits; an exception counts as wrong.
 
-Products: `product_numerics.py`. Attention: `attention_numerics.py`. What the kernels need that is launched, without the
-comparison, is also what `compiling` compiles ahead.
+Products: `product_numerics.py`. Attention: `attention_numerics.py`. What lies between: `elementwise_numerics.py`. What
+the kernels need that is launched, without the comparison, is also what `compiling` compiles ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megasparse.gpu_check import attention_numerics, large_numerics, product_numerics
+from megasparse.gpu_check import attention_numerics, elementwise_numerics, large_numerics, product_numerics
 from megasparse.gpu_check.context import Context
 
 LAST_WORDS = 400
@@ -52,10 +52,12 @@ def run(context: Context) -> None:
 
 def cases(rehearse: bool) -> list[Case]:
     """All comparisons at ordinary sizes."""
-    products, attention = product_numerics.cases(rehearse), attention_numerics.cases(rehearse)
-    # By their relative places in both lists.
-    placed: list[tuple[float, int, Case]] = [(n / len(products), 0, case) for n, case in enumerate(products)]
-    placed += [(n / len(attention), 1, case) for n, case in enumerate(attention)]
+    kinds = (product_numerics, attention_numerics, elementwise_numerics)
+    placed: list[tuple[float, int, Case]] = []
+    for number, kind in enumerate(kinds):
+        found: list[Case] = list(kind.cases(rehearse))
+        # By their relative places in their lists.
+        placed += [(place / len(found), number, case) for place, case in enumerate(found)]
     return [case for *_, case in sorted(placed, key=lambda each: each[:2])]
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, sparse_linear, unpack
 from megasparse.kernels.block_sparse.index import BlockIndex
-from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, swapped_tile
 from megasparse.utils.dtypes import dtype_name
 
 AUTOGRAD = "autograd"
 PACKED = {f"packed {name}": name for name in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)}
-PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD, *PACKED)
+SWAPPED = {f"swapped {name}": name for name in (FORWARD, INPUT_GRADIENT)}
+PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD, *PACKED, *SWAPPED)
 # (tokens, topology, inputs): one token, odd counts, whole tiles, several splits of the tokens; rows without and with
 # all blocks; matrices that are cut out of wider ones, or transposed.
 SITUATIONS = (
@@ -100,7 +101,16 @@ class _Layer:
             WEIGHT_GRADIENT: lambda: gpu.weight_gradient(self.dy, self.x, self.index),
             AUTOGRAD: self._by_autograd,
             **self._packed_products(),
+            **self._swapped_products(poisoned),
         }
+
+    def _swapped_products(self, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+        tile = swapped_tile(self.case.block)
+        results = (
+            lambda: gpu.forward(self.x, weight, self.bias, self.index, tile),
+            lambda: gpu.input_gradient(self.dy, weight, self.index, tile),
+        )
+        return dict(zip(SWAPPED, results, strict=True))
 
     def _packed_products(self) -> dict[str, Callable[[], Tensor]]:
         index = build_index(self.index.mask, self.case.block, slot_blocks=self.slots)
@@ -122,7 +132,7 @@ class _Layer:
 
     def expected(self, product_name: str) -> tuple[Tensor, Tensor]:
         """The product in float64, and the bound of each entry."""
-        product_name = PACKED.get(product_name, product_name)
+        product_name = (PACKED | SWAPPED).get(product_name, product_name)
         x, dy, weight = self.x.double(), self.dy.double(), self.weight.double()
         if product_name == FORWARD:
             return bounded(x, weight.t(), self.case.dtype, plus=self.bias.double())
@@ -146,6 +156,8 @@ def cases(rehearse: bool) -> list[ProductCase]:
         for dtype in (torch.bfloat16, torch.float32, torch.float16)
         for block in gpu.UNITS
         for name in (PRODUCTS if situation == SITUATIONS[1] else PRODUCTS[:3])
+        # Swapped operands are for tensor cores and large blocks.
+        if name not in SWAPPED or dtype != torch.float32 and block >= 64
     ]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from megasparse.inference.compressed_linear import CompressedLinear
 from megasparse.kernels.sparse_inference import Choice, choose, compress, why_not
 from megasparse.layers import Linear
+from megasparse.layers.quantized import quantized_layers
 from megasparse.models.gpt import GPT
 from megasparse.utils.dtypes import dtype_name
 
@@ -88,7 +89,8 @@ def compress_model(
         kernels: `dense` changes nothing; `sparse` packs every layer that has zeros; `auto` those for which it is faster
             on a CPU.
         quantized: int8 values [out, in] and float32 scales [out] of layers by name, which take the place of whatever
-            module is there. They are packed on every CPU that has the kernels, those without zeros as dense rows.
+            module is there; None: those of the model's quantised layers. They are packed on every CPU that has the
+            kernels, those without zeros as dense rows.
 
     Raises:
         ValueError: unknown kernels, or `sparse` where no layer has a zero, or where the kernels cannot run.
@@ -97,7 +99,7 @@ def compress_model(
         raise ValueError(f"kernels: {kernels}; must be one of {', '.join(KERNELS)}")
     device = next(model.parameters()).device.type
     reason = why_not(device, planned=True) if kernels != "dense" else None
-    layers, choices = _layers(model, quantized or {}), {}
+    layers, choices = _layers(model, quantized_layers(model) if quantized is None else quantized), {}
     if kernels != "dense" and reason is None:
         choices = {name: _choice(values, scales, kernels) for name, (values, scales) in layers.items()}
         if any(choices.values()):

@@ -13,7 +13,7 @@ from megasparse.layers.loss import HeadInChunks, Vocabulary
 from megasparse.layers.mlp import MLP
 from megasparse.layers.normalization import Normalization
 from megasparse.layers.packed import PackedLinear
-from megasparse.layers.residual import add_branch
+from megasparse.layers.residual import scaled_branch
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
@@ -34,6 +34,6 @@ __all__ = [
     "SparseSpec",
     "Vocabulary",
     "active_entries",
-    "add_branch",
+    "scaled_branch",
     "shard_spec_of",
 ]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from megasparse.config.schema import ModelConfig
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
-from megasparse.layers.normalization import Normalization
+from megasparse.layers.normalization import Normalization, NormalizationOfSum
 from megasparse.layers.packed import PackedLinear
 from megasparse.parallel import TensorParallel, shard_spec_of
+
+Norm = TypeVar("Norm", bound=Normalization)
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,16 @@ class LayerFactory:
 
     def norm(self, config: ModelConfig) -> Normalization:
         """A normalisation between layers."""
+        return self._norm(Normalization, config)
+
+    def norm_of_sum(self, config: ModelConfig) -> NormalizationOfSum:
+        """One that comes after an addition to the residual stream."""
+        return self._norm(NormalizationOfSum, config)
+
+    def _norm(self, made: type[Norm], config: ModelConfig) -> Norm:
         kind, size, epsilon, bias = config.normalization, config.hidden_size, config.normalization_epsilon, config.bias
         settings: dict[str, Any] = {"tensor_parallel": self.tensor_parallel, "kernel": self.elementwise}
-        return Normalization(kind, size, epsilon=epsilon, bias=bias, **settings)
+        return made(kind, size, epsilon=epsilon, bias=bias, **settings)
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= self._drawing() | {"dense_kernel": self.dense}

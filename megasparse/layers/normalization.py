@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megasparse.kernels.elementwise import normalize
+from megasparse.kernels.elementwise import normalize, normalize_sum
 from megasparse.parallel import ShardSpec, TensorParallel
 
 
@@ -35,9 +35,18 @@ class Normalization(nn.Module):
         self.bias = _replicated(torch.zeros(size)) if bias and kind == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return normalize(x, *self._parameters_here(), self.epsilon, self.kind, kernel=self.kernel)
+
+    def _parameters_here(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         shared = self.tensor_parallel.shared
-        bias = None if self.bias is None else shared(self.bias)
-        return normalize(x, shared(self.weight), bias, self.epsilon, self.kind, kernel=self.kernel)
+        return shared(self.weight), None if self.bias is None else shared(self.bias)
+
+
+class NormalizationOfSum(Normalization):
+    """Of what is added to the residual stream: (x, added) -> x + added and its normalisation, in one pass on GPUs."""
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return normalize_sum(x, added, *self._parameters_here(), self.epsilon, self.kind, kernel=self.kernel)
 
 
 def _replicated(values: torch.Tensor) -> nn.Parameter:

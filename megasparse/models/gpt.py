@@ -30,7 +30,7 @@ from megasparse.layers import (
     LayerFactory,
     SparseLinear,
     Vocabulary,
-    add_branch,
+    scaled_branch,
     shard_spec_of,
 )
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.attention = Attention(
             f"{name}.attention", config, attention, factory, output_std=output_std, kernel=attention_kernel
         )
-        self.mlp_norm = factory.norm(config)
+        self.mlp_norm = factory.norm_of_sum(config)
         self.mlp = MLP(f"{name}.mlp", config, factory, output_std=output_std)
         self.branch_scales = (1.0, 1.0)
         """What attention and MLP are multiplied by in training; 0: left out."""
@@ -57,16 +57,10 @@ class Block(nn.Module):
         self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: AnyLayerCache | None = None
     ) -> torch.Tensor:
         of_attention, of_mlp = self.branch_scales if self.training else (1.0, 1.0)
-        x_BTC = add_branch(x_BTC, of_attention, self._attend, documents_BT, cache)
-        return add_branch(x_BTC, of_mlp, self._transform)
-
-    def _attend(
-        self, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None = None, cache: AnyLayerCache | None = None
-    ) -> torch.Tensor:
-        return self.attention(self.attention_norm(x_BTC), documents_BT, cache=cache)
-
-    def _transform(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.mlp_norm(x_BTC))
+        normalized_BTC = self.attention_norm(x_BTC)
+        attended_BTC = scaled_branch(self.attention, of_attention, normalized_BTC, documents_BT, cache)
+        x_BTC, normalized_BTC = self.mlp_norm(x_BTC, attended_BTC)
+        return x_BTC + scaled_branch(self.mlp, of_mlp, normalized_BTC)
 
 
 class GPT(nn.Module):

@@ -45,8 +45,11 @@ def test_every_kernel_was_compared(kernels) -> None:
     assert all(row["right"] is True for row in compared)
     products = {row["case"]["product"] for row in compared if row["name"] == "product"}
     three = {"forward", "input gradient", "weight gradient"}
-    assert products == {*three, "autograd", *(f"packed {name}" for name in three)}
-    assert {row["name"] for row in compared} == {"product", "attention", "large"}
+    swapped = {"swapped forward", "swapped input gradient"}
+    assert products == {*three, "autograd", *(f"packed {name}" for name in three), *swapped}
+    operators = {row["case"]["operator"] for row in compared if row["name"] == "elementwise"}
+    assert operators == {"gate", "rotation", "sum and norm"}
+    assert {row["name"] for row in compared} == {"product", "attention", "elementwise", "large"}
 
 
 def test_training_was_compared(others) -> None:

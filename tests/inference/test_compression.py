@@ -17,7 +17,8 @@ from megasparse.evaluation.run import EvaluationSettings, evaluate
 from megasparse.inference.compressed_linear import CompressedLinear
 from megasparse.inference.compression import compress_model
 from megasparse.inference.generation import generate
-from megasparse.kernels.sparse_inference import reference, why_not
+from megasparse.kernels.quantized import quantize_tokens
+from megasparse.kernels.sparse_inference import why_not
 from megasparse.launching import LaunchEnvironment
 from megasparse.layers import LayerFactory, Linear
 from megasparse.models import GPT
@@ -130,8 +131,8 @@ def test_int8_layers_take_the_place_of_whatever_is_there() -> None:
 
 
 def rounded(x: Tensor) -> Tensor:
-    q, scales = reference.quantize_rows(x.flatten(0, -2))
-    return (q * scales[:, None]).view(x.shape)
+    levels, scales = quantize_tokens(x)
+    return levels * scales
 
 
 @pytest.fixture(scope="module")

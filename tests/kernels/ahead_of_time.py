@@ -70,7 +70,7 @@ def compile_kernel(
         constants |= {"MAX_ROWS": 128, "PARTIAL": kernel == SPLIT}
     else:
         function = triton_kernels.product_kernel
-        constants |= {"GROUP": tile.group, "HAS_BIAS": kernel == FORWARD}
+        constants |= {"GROUP": tile.group, "SWAPPED": tile.swapped, "HAS_BIAS": kernel == FORWARD}
         # The weight is contiguous along its input width: the forward product sums over it, the input gradient not.
         constants["stride_inner" if kernel == FORWARD else "stride_outer"] = 1
     return _compile(function, constants, dtype, tile, chip)
@@ -108,6 +108,33 @@ def compile_source(source: ASTSource, chip: str, **options: int) -> Compiled:
 
 def _registers_and_spills(ptx: str, chip: str) -> tuple[int, int]:
     """As the assembler tells them; the metadata of a kernel that was never loaded on a device does not hold them."""
+    told, _ = _assemble(ptx, chip)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+    return int(re.search(r"Used (\d+) registers", told)[1]), spills
+
+
+def loop_instructions(made: Compiled, chip: str) -> int:
+    """Machine instructions of the smallest loop that holds all matrix products of one step: what a warp issues then."""
+    _, listing = _assemble(made.assembly, chip, disassemble=True)
+    places, lines = {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = len(lines)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
+            lines.append(line)
+    products = [number for number, line in enumerate(lines) if re.search(r"\b(HGMMA|HMMA)\.", line)]
+    loops = []
+    for number, line in enumerate(lines):
+        if (jump := re.search(r"\bBRA .*`\((\.L_x_\d+)\)", line)) and places[jump[1]] <= number:
+            begin = places[jump[1]]
+            inside = sum(begin <= place <= number for place in products)
+            loops.append((-inside, number + 1 - begin))
+    assert loops and loops[0][0], "no loop with a matrix product"
+    return min(loops)[1]
+
+
+def _assemble(ptx: str, chip: str, disassemble: bool = False) -> tuple[str, str]:
+    """What the assembler says, and the machine code in words."""
     # Triton brings one assembler for chips up to some generation and one for newer ones.
     assembler = get_ptxas(TARGETS[chip].arch).path
     architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
@@ -124,8 +151,10 @@ def _registers_and_spills(ptx: str, chip: str) -> tuple[int, int]:
             str(Path(folder) / "kernel.cubin"),
         ]
         told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
-    return int(re.search(r"Used (\d+) registers", told)[1]), spills
+        if not disassemble:
+            return told, ""
+        command = [str(Path(assembler).with_name("nvdisasm")), "-c", str(Path(folder) / "kernel.cubin")]
+        return told, subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def cases(units: tuple[int, ...] = (16, 32, 64, 128)) -> Iterator[tuple[str, int, torch.dtype, str]]:

@@ -96,6 +96,11 @@ def tiles() -> None:
         tile = Tile(16, columns, depth, warps=4, stages=2, group=group)
         check(gpu.forward(x, weight, None, index, tile), x, weight.t())
         check(gpu.input_gradient(dy, weight, index, tile), dy, weight)
+    for block_size, rows, columns, depth in ((16, 32, 16, 64), (32, 64, 16, 16), (64, 16, 64, 32)):
+        index, x, weight, dy = layer(mask, block_size, 50)
+        tile, bias = Tile(rows, columns, depth, warps=4, stages=2, group=2, swapped=True), torch.randn(len(weight))
+        check(gpu.forward(x, weight, bias, index, tile), x, weight.t(), bias)
+        check(gpu.input_gradient(dy, weight, index, tile), dy, weight)
     for block_size, rows, columns, depth, splits in (
         *((16, 16, 64, 16, 1), (16, 16, 64, 16, 3), (32, 16, 16, 32, 2)),
         *((32, 32, 64, 32, 2), (64, 32, 32, 32, 1), (64, 64, 128, 32, 5)),
@@ -150,6 +155,7 @@ def packed() -> None:
             check_packed(block_size, density, tokens)
     for block_size, depth, columns in ((16, 64, 16), (32, 16, 16), (64, 32, 32)):
         check_packed(block_size, 0.6, 50, Tile(16, columns, depth, warps=4, stages=2))
+    check_packed(32, 0.6, 50, Tile(64, 32, 32, warps=4, stages=2, swapped=True))
     for block_size, rows, columns, splits in ((16, 16, 64, 1), (16, 16, 64, 3), (32, 16, 16, 2), (64, 64, 128, 2)):
         tile = Tile(rows, columns, 32, warps=4, stages=2)
         check_packed(block_size, 0.6, 83, gradient_tile=tile, splits=splits)

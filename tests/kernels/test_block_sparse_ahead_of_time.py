@@ -18,8 +18,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import ahead_of_time as aot  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, triton_kernels  # noqa: E402
-from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, default_tile  # noqa: E402
+from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, triton_kernels, waves  # noqa: E402
+from megasparse.kernels.block_sparse.tiles import (  # noqa: E402
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Tile,
+    default_tile,
+    swapped_tile,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -45,6 +52,8 @@ def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
     # Loads run ahead of the products only where each operand has two buffers or more.
     tile = default_tile(kernel, block_size, BF16)
     assert made.shared >= 2 * (tile.rows + tile.columns) * tile.depth * BF16.itemsize
+    if kernel == WEIGHT_GRADIENT:
+        check_room(made, tile, chip)
     # 16 bytes at a time, also where the columns of a tile come from several blocks.
     assert "cp.async.cg.shared.global" in made.assembly and ", 0x10, " in made.assembly
     if chip == "sm_90":
@@ -73,6 +82,26 @@ def test_other_defaults(kernel, block_size, dtype, chip, precision) -> None:
     tensor_cores = "tf32" in made.assembly or "mma" in made.assembly.replace("mmap", "")
     if dtype == FP32 and chip != "gfx942":
         assert tensor_cores == (precision == "tf32")
+
+
+@pytest.mark.parametrize(
+    "kernel, block_size",
+    [(INPUT_GRADIENT, 128), *(pytest.param(FORWARD, size, marks=pytest.mark.exhaustive) for size in (64, 128))],
+)
+def test_swapped_operands_are_the_widest_products(kernel, block_size) -> None:
+    """256 tokens in one instruction, and half the instructions for a multiplication with blocks of 128."""
+    tile = swapped_tile(block_size)
+    made = aot.compile_kernel(kernel, block_size, BF16, "sm_90", tile)
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in made.assembly and ", 0x10, " in made.assembly
+    assert made.spills == 0 and made.shared <= aot.SHARED_LIMIT["sm_90"]
+    # All registers of a processor: 64 Ki.
+    assert made.registers * tile.warps * 32 <= 2**16
+    default = default_tile(kernel, block_size, BF16)
+    steps, share = [], {128: 0.6, 64: 0.9}[block_size]
+    for each, of in ((tile, made), (default, aot.compile_kernel(kernel, block_size, BF16, "sm_90", default))):
+        work = each.rows * each.columns * each.depth
+        steps.append(aot.loop_instructions(of, "sm_90") * each.warps / work)
+    assert steps[0] < share * steps[1]
 
 
 def test_limits_are_seen_to_be_broken() -> None:
@@ -128,6 +157,16 @@ def test_launches_compile_once_for_all_steps(launches, is_packed) -> None:
         for made in launches[:4]:
             assert ", 0x10, " in made.asm["ptx"] and "wgmma.mma_async" in made.asm["ptx"]
     assert sets[0] == sets[1] == sets[2]
+
+
+def check_room(made: aot.Compiled, tile: Tile, chip: str) -> None:
+    """As many programs at once as the weight gradient is cut for, of 2^16 registers and most threads: 2,048."""
+    memory = {"sm_80": 164, "sm_90": 228}[chip] * 1024
+    device = waves.Processors(1, memory, 2**16, loads_fragments=chip == "sm_80")
+    threads = tile.warps * 32
+    # The assembler gives registers to a warp in units of 8 for each thread.
+    real = min(memory // (made.shared + 1024), 2**16 // (threads * (-(-made.registers // 8) * 8)), 2048 // threads)
+    assert waves.programs_at_once(tile, BF16, device) <= real
 
 
 def check_limits(made: aot.Compiled, chip: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megasparse.kernels.common.build import load_library
+from megasparse.kernels.quantized import quantize_tokens
 from megasparse.kernels.sparse_inference import (
     CompressedWeight,
     compress,
@@ -72,8 +73,8 @@ def check(y: Tensor, x: Tensor, weight: CompressedWeight, bias: Tensor | None) -
     if weight.scales_O is None:
         terms, expected, size = weight.shape[1] / 8 + 7, x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     else:
-        q, scales = reference.quantize_rows(x)
-        terms, expected = 5, (q.double() @ matrix.T) * scales.double()[:, None] * weight.scales_O.double()
+        q, scales = quantize_tokens(x)
+        terms, expected = 5, (q.double() @ matrix.T) * scales.double() * weight.scales_O.double()
         size = expected.abs()
     limit = terms * ROUNDING * (size + abs(added) + 1e-30)
     assert bool(((y.double() - expected - added).abs() <= limit).all())

@@ -10,7 +10,7 @@ import torch
 from megasparse.config.checks import check_run, unused_settings
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
-from megasparse.layers import add_branch
+from megasparse.layers import scaled_branch
 from megasparse.methods.callback import Step
 from megasparse.methods.layer_dropping import branch_scales, keep_probabilities
 from megasparse.methods.registry import build_methods
@@ -66,7 +66,7 @@ def test_the_expected_output_of_a_linear_block_is_that_of_all_layers(draws) -> N
     full, added, pooled = x + x @ weight, (x @ weight).norm(), torch.zeros(2, 3, 8, dtype=torch.float64)
     for number in range(LAYERS):
         scales, counts = draws[:, number].flatten().unique(return_counts=True)
-        outputs = [add_branch(x, float(scale), lambda x: x @ weight) for scale in scales]
+        outputs = [x + scaled_branch(lambda x: x @ weight, float(scale), x) for scale in scales]
         mean = sum(output * count for output, count in zip(outputs, counts, strict=True)) / counts.sum()
         p = 1 - (number + 1) / LAYERS * 0.7
         assert (mean - full).norm() < 4.5 * sqrt((1 - p) / p / (2 * STEPS)) * added, f"block {number}"
@@ -92,7 +92,7 @@ def test_a_model_with_dropped_branches_is_the_model_without_them(recompute: bool
     model.set_branch_scales(scales)
     found = model(tokens)
     x = model.embedding(tokens)
-    x = x + 1.25 * model.layers[0].mlp(model.layers[0].mlp_norm(x))
+    x = x + 1.25 * model.layers[0].mlp(normalized(model.layers[0], x))
     x = x + 2.0 * model.layers[1].attention(model.layers[1].attention_norm(x))
     expected = model.logits(model.final_norm(x))
     assert torch.equal(found, expected)
@@ -111,11 +111,15 @@ def test_a_model_with_dropped_branches_is_the_model_without_them(recompute: bool
     assert torch.equal(model(tokens), build_all(model, tokens))
 
 
+def normalized(block, x: torch.Tensor) -> torch.Tensor:
+    return block.mlp_norm(x, torch.zeros_like(x))[1]
+
+
 def build_all(model, tokens: torch.Tensor) -> torch.Tensor:
     x = model.embedding(tokens)
     for block in model.layers:
         x = x + block.attention(block.attention_norm(x))
-        x = x + block.mlp(block.mlp_norm(x))
+        x = x + block.mlp(normalized(block, x))
     return model.logits(model.final_norm(x))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.kernels.block_sparse import dense, tile_cache
+from megasparse.kernels.block_sparse import dense, tile_cache, waves
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.storage import places_by_columns, places_by_rows, weight_shape
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Tile
@@ -68,7 +68,7 @@ def weight_gradient(
     Args:
         dy_NO, x_NI, index: as in ``linear``.
         tile: instead of the tuned one.
-        splits: number of parts that the tokens are cut into; None: as many as keep the device busy.
+        splits: number of parts that the tokens are cut into; None: by ``waves``.
     """
     dy_NO, x_NI = _unit_stride(dy_NO), _unit_stride(x_NI)
     num_rows, block_size, tokens = index.mask.shape[0], index.block_size, x_NI.shape[0]
@@ -77,7 +77,9 @@ def weight_gradient(
         return dweight
     tile = tile or tile_cache.tile_for(problem(WEIGHT_GRADIENT, x_NI, block_size, num_rows, index.num_active))
     programs = gradient_programs(tile, block_size, num_rows, index.num_active)
-    splits = splits or _splits(programs, tokens, x_NI.device)
+    if splits is None:
+        working = working_programs(tile, block_size, num_rows, index.num_active)
+        splits = waves.best_splits(tile, x_NI.dtype, working, tokens, waves.processors(x_NI.device))
     # Splits of whole steps; the last one may be shorter.
     tokens_per_split = -(-tokens // (splits * tile.depth)) * tile.depth
     splits = -(-tokens // tokens_per_split)
@@ -114,6 +116,17 @@ def gradient_programs(tile: Tile, block_size: int, num_rows: int, num_active: in
     return min(num_active, num_active // blocks + num_rows) * (block_size // tile.rows)
 
 
+def working_programs(tile: Tile, block_size: int, num_rows: int, num_active: int) -> int:
+    """About how many of ``gradient_programs`` find a chunk: half of the block rows end with one that is not full where
+    a chunk has two blocks, three quarters where it has four."""
+    most = gradient_programs(tile, block_size, num_rows, num_active)
+    if tile.columns <= block_size:
+        return most
+    blocks = tile.columns // block_size
+    chunks = num_active // blocks + num_rows * (blocks - 1) // (2 * blocks)
+    return max(1, min(most, chunks * (block_size // tile.rows)))
+
+
 def _product(
     a: Tensor,
     weight: Tensor,
@@ -147,6 +160,7 @@ def _product(
             c.stride(0),
             PACKED=index.is_packed,
             GROUP=tile.group,
+            SWAPPED=tile.swapped,
             HAS_BIAS=bias is not None,
             **_constants(tile, block_size, a.dtype),
         )
@@ -165,11 +179,6 @@ def _constants(tile: Tile, block_size: int, dtype: torch.dtype) -> dict[str, Any
     }
 
 
-def _splits(programs: int, tokens: int, device: torch.device) -> int:
-    """Parts of the tokens: enough programs for two per processor, but at least 512 tokens for each."""
-    return max(1, min(-(-2 * _processors(device) // programs), tokens // 512))
-
-
 def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -177,11 +186,6 @@ def _unit_stride(matrix: Tensor) -> Tensor:
 @cache
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

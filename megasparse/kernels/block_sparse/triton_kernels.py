@@ -38,12 +38,14 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """c = a B^T + bias, where B is the weight (y = x W^T + b) or its transpose (dx = dy W).
 
-    A program computes ROWS tokens x COLUMNS features of one group of UNIT features.
+    A program computes ROWS tokens x COLUMNS features of one group of UNIT features; where SWAPPED as c^T = B a^T, so
+    that its tokens are the long side of the tensor cores.
     """
     PARTS: tl.constexpr = UNIT // COLUMNS
     tile, slot = _place(tl.program_id(0), tl.cdiv(num_tokens, ROWS), num_groups * PARTS, GROUP)
@@ -57,7 +59,7 @@ def product_kernel(
     a_rows = a_pointer + (tokens % num_tokens).to(tl.int64)[:, None] * stride_a
     weight_columns = weight_pointer + group.to(tl.int64) * stride_group + within.to(tl.int64)[None, :] * stride_outer
     depth = tl.arange(0, DEPTH)
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    sums = tl.zeros((COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS), dtype=tl.float32)
     # The block of the next step is loaded in this one. Were it loaded where it is used, Triton's pipeliner would count
     # the loads behind it as a second level, and would leave them a single buffer (seen in the compiled code).
     if DEPTH <= UNIT:
@@ -73,7 +75,7 @@ def product_kernel(
             place = first + (step + 1) // STEPS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
             stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
-            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+            sums = _add_product(a, weight, sums, SWAPPED, PRECISION)
     else:
         # Small blocks: several in one step, so that tensor cores have enough to do between two loads.
         BLOCKS: tl.constexpr = DEPTH // UNIT
@@ -90,7 +92,9 @@ def product_kernel(
             place += BLOCKS
             block = tl.load(indices_pointer + place, mask=place < last, other=0)
             stored = tl.load(places_pointer + place, mask=place < last, other=0) if PACKED else block
-            sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+            sums = _add_product(a, weight, sums, SWAPPED, PRECISION)
+    if SWAPPED:
+        sums = tl.trans(sums)
     if HAS_BIAS:
         sums += tl.load(bias_pointer + outer).to(tl.float32)[None, :]
     c_tile = c_pointer + tokens.to(tl.int64)[:, None] * stride_c + outer[None, :]
@@ -147,18 +151,26 @@ def gradient_kernel(
     active = place < last
     block = tl.load(columns_pointer + place, mask=active, other=0)
     inner = _runs(block * UNIT + j % UNIT, UNIT if COLUMNS > UNIT else COLUMNS)
-    x_columns = x_pointer + inner[:, None]
-    dy_columns = dy_pointer + row * UNIT + i[None, :]
     start = tl.program_id(1) * tokens_per_split
     end = tl.minimum(start + tokens_per_split, num_tokens)
+    step = tl.arange(0, DEPTH)
+    x_rows = x_pointer + start.to(tl.int64) * stride_x
+    dy_rows = dy_pointer + start.to(tl.int64) * stride_dy
+    x_tile = step[None, :] * stride_x + inner[:, None]
+    dy_tile = step[:, None] * stride_dy + (row * UNIT + i)[None, :]
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    for first_token in range(start, end, DEPTH):
-        tokens = first_token + tl.arange(0, DEPTH)
+    # Whole steps need no mask: columns beyond the last active block repeat another block's, and are not stored.
+    for _ in range(0, (end - start) // DEPTH):
+        x = tl.load(x_rows + x_tile)
+        dy = tl.load(dy_rows + dy_tile)
+        x_rows += DEPTH * stride_x
+        dy_rows += DEPTH * stride_dy
+        sums = tl.dot(x, dy, sums, input_precision=PRECISION)
+    left = (end - start) % DEPTH
+    if left > 0:
         # Both sides are masked: zero times an infinity of a token beyond the end would not be zero.
-        x_mask = (tokens < end)[None, :] & active[:, None]
-        x = tl.load(x_columns + tokens.to(tl.int64)[None, :] * stride_x, mask=x_mask, other=0.0)
-        dy_tile = dy_columns + tokens.to(tl.int64)[:, None] * stride_dy
-        dy = tl.load(dy_tile, mask=(tokens < end)[:, None], other=0.0)
+        x = tl.load(x_rows + x_tile, mask=(step < left)[None, :], other=0.0)
+        dy = tl.load(dy_rows + dy_tile, mask=(step < left)[:, None], other=0.0)
         sums = tl.dot(x, dy, sums, input_precision=PRECISION)
     if PARTIAL:
         base = out_pointer + (tl.program_id(1).to(tl.int64) * num_active + first) * (UNIT * UNIT)
@@ -198,6 +210,16 @@ def sum_kernel(
     block = dweight_pointer + row * stride_group + stored * stride_place
     out = block + i.to(tl.int64)[:, None] * stride_dweight + j[None, :]
     tl.store(out, sums.to(dweight_pointer.dtype.element_ty))
+
+
+@triton.jit
+def _add_product(a, weight, sums, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a weight, or its transpose: operands in shared memory are turned for nothing."""
+    if SWAPPED:
+        sums = tl.dot(tl.trans(weight), tl.trans(a), sums, input_precision=PRECISION)
+    else:
+        sums = tl.dot(a, weight, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit

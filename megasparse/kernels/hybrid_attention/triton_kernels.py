@@ -129,11 +129,34 @@ def attend_rows(q, rows, tile, scope, factor, top, total, sums, BEYOND, QUERIES,
 def attend_tiles(q, rows, tile, scope, factor, top, total, sums, PART, BEYOND, QUERIES, KEYS, DIMS, PRECISION):
     """Join the keys of one part to the running maximum, sum and weighted values."""
     begin, end, span = parts.key_range(tile, scope, PART, BEYOND, QUERIES)
-    for index in range(begin, end, KEYS):
-        _, v, scores, active = parts.score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION)
-        top, total, shrink, weights = raise_top(top, total, tl.where(active, scores, float("-inf")))
-        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
+    given = q, rows, span, factor
+    if PART == "window" or PART == "block":
+        for index in range(begin, end, KEYS):
+            top, total, sums = attend_tile(*given, index, top, total, sums, KEYS, DIMS, PRECISION, False)
+    else:
+        # Far keys take many tiles. Those of them that all queries see whole come first, and need no mask.
+        front, back = parts.whole_tiles(tile, scope, begin, end, span, PART, BEYOND, KEYS)
+        for number in range(front, back):
+            index = begin + number * KEYS
+            top, total, sums = attend_tile(*given, index, top, total, sums, KEYS, DIMS, PRECISION, True)
+        for number in range(0, tl.cdiv(tl.maximum(end - begin, 0), KEYS) - (back - front)):
+            index = begin + tl.where(number < front, number, number + back - front) * KEYS
+            top, total, sums = attend_tile(*given, index, top, total, sums, KEYS, DIMS, PRECISION, False)
     return top, total, sums
+
+
+@triton.jit
+def attend_tile(q, rows, span, factor, index, top, total, sums, KEYS, DIMS, PRECISION, WHOLE):
+    """Join one tile of keys. The factor of the scores goes into the exponent, one multiplication and addition."""
+    _, v, keys, products = parts.score_keys(q, rows, index, span, KEYS, DIMS, PRECISION, WHOLE)
+    if not WHOLE:
+        products = tl.where(parts.seen(keys, span), products, float("-inf"))
+    raised = tl.maximum(top, tl.max(products, 1) * factor)
+    finite = tl.where(raised == float("-inf"), 0.0, raised)
+    weights = tl.exp2(products * factor - finite[:, None])
+    shrink = tl.exp2(top - finite)
+    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
+    return raised, total * shrink + tl.sum(weights, 1), sums
 
 
 @triton.jit
@@ -238,10 +261,27 @@ def add_rows(q, dout, lse, delta, rows, tile, scope, factor, dq, BEYOND, QUERIES
 def add_tiles(q, dout, lse, delta, rows, tile, scope, factor, dq, PART, BEYOND, QUERIES, KEYS, DIMS, PRECISION):
     """dQ / scale plus that of the tiles of one part."""
     begin, end, span = parts.key_range(tile, scope, PART, BEYOND, QUERIES)
-    for index in range(begin, end, KEYS):
-        k, v, scores, active = parts.score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION)
-        weights = tl.where(active, tl.exp2(scores - lse[:, None]), 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    given = q, dout, lse, delta, rows, span, factor
+    if PART == "window" or PART == "block":
+        for index in range(begin, end, KEYS):
+            dq = add_tile(*given, index, dq, KEYS, DIMS, PRECISION, False)
+    else:
+        front, back = parts.whole_tiles(tile, scope, begin, end, span, PART, BEYOND, KEYS)
+        for number in range(front, back):
+            dq = add_tile(*given, begin + number * KEYS, dq, KEYS, DIMS, PRECISION, True)
+        for number in range(0, tl.cdiv(tl.maximum(end - begin, 0), KEYS) - (back - front)):
+            index = begin + tl.where(number < front, number, number + back - front) * KEYS
+            dq = add_tile(*given, index, dq, KEYS, DIMS, PRECISION, False)
     return dq
+
+
+@triton.jit
+def add_tile(q, dout, lse, delta, rows, span, factor, index, dq, KEYS, DIMS, PRECISION, WHOLE):
+    """dQ / scale plus that of one tile of keys."""
+    k, v, keys, products = parts.score_keys(q, rows, index, span, KEYS, DIMS, PRECISION, WHOLE)
+    weights = tl.exp2(products * factor - lse[:, None])
+    if not WHOLE:
+        weights = tl.where(parts.seen(keys, span), weights, 0.0)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dscores = weights * (dweights - delta[:, None])
+    return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)

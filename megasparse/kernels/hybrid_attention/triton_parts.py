@@ -69,16 +69,39 @@ def key_range(tile, scope, PART, BEYOND, QUERIES):
 
 
 @triton.jit
-def score_keys(q, rows, index, span, factor, KEYS, DIMS, PRECISION):
-    """KEYS keys from number `index` of a span on: keys, values, their scores and which of these are active."""
+def whole_tiles(tile, scope, begin, end, span, PART, BEYOND, KEYS):
+    """Tiles of KEYS from `begin` to `end`: from which to which one every query sees every key of them."""
+    first, positions, valid, starts = tile
+    starts_pointer, sample, seq_length, stride, offset = scope
+    base, step = span[0], span[1]
+    # Both limits grow with the query.
+    last = tl.max(tl.where(valid, positions, 0), 0)
+    low, _ = limits(last, bounds_of(starts_pointer, sample, last, seq_length, 0), stride, offset, PART, BEYOND)
+    _, high = limits(first, first * 0, stride, offset, PART, BEYOND)
+    front = tl.cdiv(tl.maximum(count_before(low, base, step) - begin, 0), KEYS)
+    back = tl.maximum(count_before(high + 1, base, step) - begin, 0) // KEYS
+    front = tl.minimum(front, tl.cdiv(tl.maximum(end - begin, 0), KEYS))
+    return front, tl.maximum(front, back)
+
+
+@triton.jit
+def score_keys(q, rows, index, span, KEYS, DIMS, PRECISION, WHOLE):
+    """KEYS keys from number `index` of a span on: keys, values, positions, and products of queries and keys. WHOLE:
+    none of them lies beyond the span."""
     k_rows, v_rows = rows
-    base, step, end, low, high = span
+    base, step, end = span[0], span[1], span[2]
     places = index + tl.arange(0, KEYS)
-    keys = base + places * step
-    k = load_rows(k_rows, keys, places < end, DIMS)
-    v = load_rows(v_rows, keys, places < end, DIMS)
-    active = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
-    return k, v, tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor, active
+    positions = base + places * step
+    inside = positions >= 0 if WHOLE else places < end
+    k = load_rows(k_rows, positions, inside, DIMS)
+    v = load_rows(v_rows, positions, inside, DIMS)
+    return k, v, positions, tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
+def seen(positions, span):
+    """Which keys of a tile each query sees."""
+    return (positions[None, :] >= span[3][:, None]) & (positions[None, :] <= span[4][:, None])
 
 
 @triton.jit

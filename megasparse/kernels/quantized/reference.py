@@ -19,11 +19,16 @@ EXACT_COLUMNS = 1024
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels int8 [..., in] and scales float32 [..., 1] of activations [..., in]."""
+    """Levels int8 [..., in] and scales float32 [..., 1] of activations [..., in].
+
+    The scale of a token with an infinite entry, or one that is no number, is none either, and so is what comes of it.
+    """
     x, largest = x.float(), largest_level(8)
     scales = x.abs().amax(-1, keepdim=True) / largest
     scales = torch.where(scales > 0, scales, 1.0)
-    return (x / scales).round_().clamp_(-largest, largest).to(torch.int8), scales
+    finite = x.isfinite().all(-1, keepdim=True)
+    levels = torch.where(finite, x / scales, 0.0).round_().clamp_(-largest, largest).to(torch.int8)
+    return levels, torch.where(finite, scales, torch.nan)
 
 
 def int8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
