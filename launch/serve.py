@@ -3,8 +3,9 @@
     python launch/serve.py --model models/gpt2-50 [--port 8000] [--max-streams 32] [--api-key-file FILE]
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
 
-In float32, under the attention pattern of the last training step. Requests that come together are answered together,
-a token each at a time. A key that clients must send is read from --api-key-file or the variable MEGASPARSE_API_KEY.
+In float32, under the attention pattern of the last training step; on a CPU pruned layers are packed, as by generate.py
+(--kernels). Requests that come together are answered together, a token each at a time. A key that clients must send is
+read from --api-key-file or the variable MEGASPARSE_API_KEY.
 SIGTERM or Ctrl-C ends it in order. Exit status: 0, or 2 for what the user must mend.
 """
 
@@ -27,6 +28,7 @@ def main() -> int:
     # DeepSpeed is here only for reading its files, as in generate.py.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
+        from megasparse.inference.compression import compress_model
         from megasparse.serving.limits import Limits
         from megasparse.serving.served import open_served
         from megasparse.serving.server import api_key, serve
@@ -46,6 +48,9 @@ def main() -> int:
         served = open_served(arguments.model, arguments.name, arguments.device)
         for reason in served.trained.passed_over:
             print(f"warning: passed over: {reason}", file=sys.stderr)
+        plan = compress_model(served.trained.model, arguments.kernels)
+        if plan.num_packed:
+            print(*plan.lines(), sep="\n", file=sys.stderr)
         address = {"host": arguments.host, "port": arguments.port}
         serve(served, limits, **address, api_key=key, grace_seconds=arguments.grace_seconds)
     except (ValueError, OSError) as error:
@@ -77,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=300, metavar="S", help="of a request; default: 300")
     grace = "that running texts have when the server is to stop; default: 10"
     parser.add_argument("--grace-seconds", type=_seconds, default=10, metavar="S", help=grace)
+    kernels = "of pruned layers on a CPU; auto: sparse where faster; default: auto"
+    parser.add_argument("--kernels", choices=("auto", "dense", "sparse"), default="auto", help=kernels)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
     return parser.parse_args()
