@@ -18,6 +18,7 @@ from megasparse.config.stages import growth_step
 SCHEDULE_FIELDS = {
     "mst": {"warmup_end", "restoration_start", "restoration_end", "warmup_shape", "restoration_shape"},
     "gradual": {"warmup_end", "warmup_shape"},
+    "obert": {"warmup_end", "warmup_shape"},
     "spdf": {"restoration_start"},
     "static": set(),
     "set": set(),
@@ -39,6 +40,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_storage(config)
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
+    _check_second_order(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -185,6 +187,8 @@ def storage_obstacle(config: RunConfig) -> str | None:
             "false lets one tensor-parallel rank have more blocks of a layer than there is room for,",
             "true",
         ),
+        # Its Fisher matrices are of rows of whole matrices.
+        "sparsity.algorithm": (sparsity.algorithm == "obert", "obert", "gradual"),
         "train.precision": (config.train.precision == "fp16", "fp16", "fp32, bf16"),
         "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
         **({single: (True, "1, single weights,", "16, 32, 64 or 128")} if single else {}),
@@ -222,6 +226,32 @@ def _check_activation_sparsity(config: RunConfig) -> None:
             )
 
 
+def _check_second_order(config: RunConfig) -> None:
+    """Weights that go are chosen by what they cost alone, and lie with their neighbours on one tensor-parallel rank."""
+    sparsity, size, side = config.sparsity, config.parallel.tensor_parallel_size, config.second_order.fisher_block
+    if sparsity.algorithm != "obert":
+        return
+    groups = {f"sparsity.groups.{number}": group for number, group in enumerate(sparsity.groups) if not group.dense}
+    refused = {
+        "parallel.tensor_parallel_size": (size > 1, size, "1"),
+        "sparsity.drop_fraction": (bool(sparsity.drop_fraction), sparsity.drop_fraction, "unset, 0"),
+        **{
+            f"{name}.{field}": (bool(value), value, "unset")
+            for name, group in groups.items()
+            for field, value in group.model_dump(include={"algorithm", "drop_fraction", "drop_score"}).items()
+        },
+    }
+    for field, (is_refused, value, must) in refused.items():
+        if is_refused:
+            raise ConfigError(f"{field}: {value} does not go with sparsity.algorithm obert; must be {must}, or gradual")
+    for block_size in (sparsity.block_size, *(group.block_size for group in groups.values())):
+        if block_size is not None and block_size % side and side % block_size:
+            raise ConfigError(
+                f"second_order.fisher_block: {side} neither divides the block size {block_size} of sparse matrices nor "
+                f"is a multiple of it; must be such as {block_size}"
+            )
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -249,11 +279,13 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
     if algorithm in FIXED_TOPOLOGY:
         yield from sentences(OF_GROWTH | OF_DROPPING)
         return
+    if algorithm == "obert":
+        yield from sentences(OF_DROPPING)
     growths = {sparsity.growth, *(group.growth for group in sparsity.groups)} - {None}
     if "growth_ratio" in given and "mixed" not in growths and (growths or algorithm in ("set", "rigl")):
         yield "sparsity.growth_ratio is used by sparsity.growth mixed only"
     scores = {sparsity.drop_score, *(group.drop_score for group in sparsity.groups)}
-    if "drop_score_lambda" in given and "magnitude_gradient" not in scores:
+    if algorithm != "obert" and "drop_score_lambda" in given and "magnitude_gradient" not in scores:
         yield "sparsity.drop_score_lambda is used by sparsity.drop_score magnitude_gradient only"
     if "shape_steps" in given and "steps" not in (sparsity.warmup_shape, sparsity.restoration_shape):
         yield "sparsity.shape_steps is used by the shape `steps` only"
@@ -305,6 +337,9 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     unused = sorted(name for name in given if name.startswith("activation_sparsity."))
     if unused and config.activation_sparsity.pattern == "none":
         yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
+    unused = sorted(name for name in given if name.startswith("second_order."))
+    if unused and config.sparsity.algorithm != "obert":
+        yield f"used with sparsity.algorithm obert only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

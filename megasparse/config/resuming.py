@@ -66,6 +66,7 @@ FIXED: dict[str, Rule] = {
     "sparsity.init_density_power": _always,
     "sparsity.groups": _changes_blocks,
     "sparsity.lr_density_power": _becomes_auto,
+    "second_order.fisher_block": _always,
     "sparsity.per_weight_step_counts": _lacks_step_counts,
     "sparsity.regrowth_warmup_steps": _lacks_step_counts,
 }
@@ -90,6 +91,7 @@ FREE: dict[str, str] = {
     "epsilon reduction last_state ratio_over",
     "activation_sparsity": "pattern warmup_steps kernel",
     "layer_dropping": "theta gamma together",
+    "second_order": "gradients damping",
     "task": "path kind choices marker max_tokens limit batch_size",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",

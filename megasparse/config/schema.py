@@ -17,6 +17,7 @@ from megasparse.config.activation_sparsity import ActivationSparsityConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from megasparse.config.layer_dropping import LayerDroppingConfig
+from megasparse.config.second_order import SecondOrderConfig
 from megasparse.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -31,7 +32,7 @@ from megasparse.config.task import TaskConfig
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
 DropScoreName = Literal["magnitude", "magnitude_gradient", "magnitude_over_gradient", "snip"]
-Algorithm = Literal["mst", "dense", "static", "set", "rigl", "gradual", "spdf"]
+Algorithm = Literal["mst", "dense", "static", "set", "rigl", "gradual", "obert", "spdf"]
 
 DENSITY_TOLERANCE = 1e-9
 
@@ -404,8 +405,9 @@ class SparsityGroup(Section):
 
 class SparsityConfig(Section):
     algorithm: Algorithm = "mst"
-    """mst: falls, stays, rises; dense: off; static, set, rigl: constant density; gradual: falls and stays; spdf:
-    static, then dense. All but `dense` are settings of one machine."""
+    """mst: falls, stays, rises; dense: off; static, set, rigl: constant density; gradual: falls and stays; obert:
+    the same by second-order scores (section `second_order`); spdf: static, then dense. All but `dense` are settings of
+    one machine."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Lowest density over the sparse weights (d_min)."""
     block_size: PositiveInt = 64
@@ -486,7 +488,7 @@ class SparsityConfig(Section):
         """Whether the schedule begins at density 1."""
         if self.points is not None and self.algorithm != "dense":
             return self.points[0][1] == 1.0
-        falls = self.algorithm in ("mst", "gradual") and self.warmup_end > 0
+        falls = self.algorithm in ("mst", "gradual", "obert") and self.warmup_end > 0
         return self.algorithm == "dense" or self.density == 1.0 or falls
 
     @model_validator(mode="after")
@@ -531,6 +533,7 @@ class RunConfig(Section):
     distillation: DistillationConfig = DistillationConfig()
     activation_sparsity: ActivationSparsityConfig = ActivationSparsityConfig()
     layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
+    second_order: SecondOrderConfig = SecondOrderConfig()
     task: TaskConfig = TaskConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -26,7 +26,7 @@ from megasparse.engine.optimizer import Multipliers, ParameterGroup
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.controller import OpenWeight
-from megasparse.sparsity.state import StateAccess
+from megasparse.sparsity.state import Importance, StateAccess
 
 if TYPE_CHECKING:
     # Plans import this module, and must do without DeepSpeed.
@@ -73,6 +73,8 @@ class Step:
     """Masks, bool [rows, columns], by name of the layer."""
     notes: list[str] = field(default_factory=list)
     """Lines for the person who watches."""
+    importance: Importance | None = None
+    """What weights are worth in a topology update of this step; a method may offer it before the forward passes."""
     beat: Beat = no_beat
 
     @property

@@ -20,7 +20,7 @@ from megasparse.methods.callback import Engine, Step, TrainingMethod
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh, shard_spec_of
 from megasparse.sparsity.schedule import first_dense_step
-from megasparse.sparsity.state import StateAccess
+from megasparse.sparsity.state import StateAccess, whole_vector
 
 
 class LowRankFolding(TrainingMethod):
@@ -89,12 +89,9 @@ class LowRankFolding(TrainingMethod):
         """Master weights of this rank's tensor-parallel shard, float32."""
         shape = shard_spec_of(parameter).local_shape
         assert self._mesh is not None
-        flat = torch.zeros(prod(shape), device=self._mesh.device)
         fragment = access.fragments().get(name)
-        if fragment is not None:
-            flat[fragment.start : fragment.start + fragment.numel] = fragment.master.to(flat.device)
-        access.shard.sum_(flat)
-        return flat.view(shape)
+        start, master = (0, None) if fragment is None else (fragment.start, fragment.master)
+        return whole_vector(master, start, prod(shape), access.shard, self._mesh.device).view(shape)
 
 
 def _sides(layer: SparseLinear) -> dict[str, nn.Parameter]:

@@ -111,7 +111,7 @@ class MixedSparsityTraining(TrainingMethod):
         assert decision is not None and self._engine is not None and self._mesh is not None
         if decision.changes_topology:
             self.controller.check_masks(self._mesh)
-            self._report = self.controller.update_topology(self._engine.state)
+            self._report = self.controller.update_topology(self._engine.state, step.importance)
             step.skip_update |= self.config.sparsity.skip_optimizer_on_update
 
     def after_step(self, step: Step) -> None:

@@ -29,7 +29,7 @@ from megasparse.sparsity.mask_check import check_masks, mask_digest
 from megasparse.sparsity.schedule import PatternSchedule, build_density_schedule, is_update_due
 from megasparse.sparsity.scores import DROP_SCORES
 from megasparse.sparsity.slots import Slots
-from megasparse.sparsity.state import Ranks, StateAccess
+from megasparse.sparsity.state import Importance, Ranks, StateAccess
 from megasparse.sparsity.statistics import LayerStatistics, collect_statistics
 from megasparse.sparsity.topology import Topology, pack_bits, unpack_bits
 from megasparse.sparsity.update import EvolvingLayer, update_layers
@@ -212,7 +212,7 @@ class Controller:
         self.decision = StepDecision(step, phase, pattern, patterns, counts, dense_gradient)
         return self.decision
 
-    def update_topology(self, access: StateAccess) -> TopologyReport:
+    def update_topology(self, access: StateAccess, importance: Importance | None = None) -> TopologyReport:
         """Carry out the topology update that ``begin_step`` announced: choose units, edit the state, tell the layers.
 
         After it, weights and moments are exactly 0 outside the new topology and at new units (`sparsity.regrown` says
@@ -221,6 +221,7 @@ class Controller:
         decision = self.decision
         assert decision is not None and decision.changes_topology, "begin_step announced no topology update"
         started = time.perf_counter()
+        scores = {} if importance is None else importance.scores(access)
         evolving = [
             EvolvingLayer(
                 topology=self.topologies[name],
@@ -231,10 +232,13 @@ class Controller:
                 row_floor=self.config.sparsity.row_floor,
                 keep_regrown=self.config.sparsity.regrown == "keep",
                 slots=self.slots.get(name),
+                importance=scores.get(name),
             )
             for name, counts in decision.counts.items()
         ]
         changes = update_layers(evolving, access, self.config.run.seed, decision.step)
+        if importance is not None:
+            importance.compensate(access)
         self._remember_active()
         statistics = collect_statistics(self.topologies, changes, self.ever_active, self.tensor_parallel)
         for name, counts in decision.counts.items():

@@ -120,7 +120,7 @@ def build_density_schedule(sparsity: SparsityConfig) -> DensitySchedule:
             Segment("restoration", b, c, low, 1.0, *rise),
             Segment("dense", c, 1.0, 1.0, 1.0),
         ]
-    elif sparsity.algorithm == "gradual":
+    elif sparsity.algorithm in ("gradual", "obert"):
         segments = [Segment("warm_up", 0.0, a, 1.0, low, *fall), Segment("ultra_sparse", a, 1.0, low, low)]
     elif sparsity.algorithm == "spdf":
         segments = [Segment("ultra_sparse", 0.0, b, low, low), Segment("dense", b, 1.0, 1.0, 1.0)]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -48,6 +49,29 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     def sum_(self, tensor: Tensor) -> Tensor: ...
     def gather(self, tensor: Tensor) -> Tensor: ...
+
+
+def whole_vector(values: Tensor | None, start: int, numel: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """A flat tensor of which each rank holds a piece, whole on all of them, which all call it: float32 [numel].
+
+    values: this rank's entries from `start` on; None: it holds nothing.
+    """
+    flat = torch.zeros(numel, device=device)
+    if values is not None:
+        flat[start : start + values.numel()] = values.to(device)
+    return ranks.sum_(flat)
+
+
+class Importance(Protocol):
+    """What weights are worth, in place of `sparsity.drop_score`; a training method offers it for a step."""
+
+    def scores(self, access: StateAccess) -> Mapping[str, Tensor]:
+        """Drop scores of the weights of each fragment, float32 [n], 0 or more; of blocks their squares add up."""
+        ...
+
+    def compensate(self, access: StateAccess) -> None:
+        """After the topologies have changed: let weights that stay make up for those that are gone."""
+        ...
 
 
 class StateAccess(Protocol):

@@ -46,6 +46,8 @@ class EvolvingLayer:
     """Units that are dropped and grown again in the same update keep their weights and moments."""
     slots: Slots | None = None
     """Where the blocks lie, with packed storage; None: the weight is the whole matrix."""
+    importance: Tensor | None = None
+    """Drop scores of this rank's fragment, float32 [n], in place of those by `drop_score`."""
 
     def untouched(self, piece: LayerPiece, evolved: Evolved) -> Tensor:
         """Units of a piece whose weights and moments stay as they are, bool [n]."""
@@ -237,6 +239,8 @@ def _weight_scores(layer: EvolvingLayer, fragment: StateFragment) -> tuple[Tenso
     gradient = fragment.gradient.to(torch.float32)
     if fragment.gradient_scale != 1.0:
         gradient = gradient / fragment.gradient_scale
+    if layer.importance is not None:
+        return layer.importance, gradient.abs()
     score = DROP_SCORES[layer.drop_score].score
     return score(fragment.master, gradient, layer.drop_score_lambda), gradient.abs()
 

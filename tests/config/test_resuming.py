@@ -40,6 +40,7 @@ OTHER = {
     "sparsity.init_density_power": "0.5",
     "sparsity.groups": "[{pattern: layers.*, dense: true}]",
     "sparsity.lr_density_power": "auto",
+    "second_order.fisher_block": "8",
     "sparsity.per_weight_step_counts": "true",
     "sparsity.regrowth_warmup_steps": "3",
 }

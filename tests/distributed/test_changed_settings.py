@@ -65,6 +65,8 @@ OTHER = {
     "sparsity.algorithm": "set",
     "sparsity.storage": "packed",
     "sparsity.groups": "[{pattern: layers.0.*, density: 0.3}]",
+    "second_order.damping": "0.1",
+    "second_order.gradients": "2",
     "kernels.block_sparse": "reference",
     "kernels.hybrid_attention": "reference",
     "deepspeed.zero_stage": "3",

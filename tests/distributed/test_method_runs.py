@@ -1,5 +1,5 @@
-"""Layer dropping and 2:4 activations beside mixed sparsity: the same run in every ZeRO stage and division, and bit for
-bit over stops."""
+"""Layer dropping, 2:4 activations and second-order pruning beside mixed sparsity: the same run in every ZeRO stage and
+division, and bit for bit over stops."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ SETTINGS = [
 ]  # fmt: skip
 DROPPING = ["layer_dropping.theta=0.4", "layer_dropping.gamma=1"]
 ACTIVATIONS = ["activation_sparsity.pattern=2:4", "activation_sparsity.warmup_steps=2"]
+SECOND_ORDER = [
+    "sparsity.algorithm=obert", "sparsity.density=0.3", "sparsity.warmup_end=0.8", "sparsity.block_size=1",
+    "second_order.gradients=2", "second_order.fisher_block=8",
+]  # fmt: skip
+"""With topology updates in steps 3, 6 and 9."""
 PACKED = "sparsity.storage=packed"
 Case = tuple[Layout, list[str]]
 
@@ -116,3 +121,30 @@ def test_interrupted_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
         "token_drop_rate" in line for line in lines[:2]
     )
     assert min(line["kept_branches"] for line in lines) < 1.0 and lines[-1]["flops_executed"] < lines[-1]["flops_dense"]
+
+
+def test_second_order_pruning_is_the_same_in_every_layout() -> None:
+    check_alike(SECOND_ORDER, [Layout(2, 1, 1, 2), Layout(2, 1, 3, 1)], [])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_second_order_pruning_is_the_same_in_further_layouts(block_size: int) -> None:
+    words = [*SECOND_ORDER, f"sparsity.block_size={block_size}"]
+    check_alike(words, [Layout(2, 1, zero, 1) for zero in (0, 1, 2, 3)], [])
+
+
+def test_second_order_pruning_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Stopped where gradients have been summed for the next topology update, and where one has just been made."""
+    data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
+    words = [*SETTINGS, *SECOND_ORDER, data, "train.log_interval=1", "train.valid_interval=4"]
+    layout, magnitude = Layout(2, 1, 1, 1), ["sparsity.algorithm=gradual"]
+    cases = [("straight", words, layout, []), ("stopped", words, layout, [6, 7])]
+    cases.append(("magnitude", [*words, *magnitude], layout, []))
+    for name, *_ in cases:
+        (tmp_path / name).mkdir()
+    found = run_distributed(run_trainers, 2, cases, tmp_path)[0]
+    assert found["straight"][-1]["density"] == found["magnitude"][-1]["density"] < 0.32
+    assert found["straight"][-1]["loss"] != found["magnitude"][-1]["loss"]
+    assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
+    assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
