@@ -32,8 +32,10 @@ Records = Sequence[dict[str, str]]
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.valid < 1:
-        raise ConfigError(f"--valid: {arguments.valid}; must be 1 or more")
+    for split in ("train", "valid", "test"):
+        count = getattr(arguments, split, None)
+        if count is not None and count < 1:
+            raise ConfigError(f"--{split}: {count}; must be 1 or more")
     make = arithmetic if arguments.task == "arithmetic" else sentiment
     for split, records in make(arguments).items():
         make_folders(arguments.output)
@@ -63,9 +65,13 @@ def read_table(path: str) -> list[dict[str, str]]:
     """The rows of a table of GLUE as prompts and responses."""
     from megasparse.evaluation.inputs import read_text
 
+    if not Path(path).is_file():
+        raise ConfigError(f"--input: {path}; must be a file: a table of GLUE, compressed or not")
     header, *rows = read_text(path).splitlines()
     if header != HEADER:
         raise ConfigError(f"--input: {path}, line 1: {header[:60]!r}; must be {HEADER!r}")
+    if not rows:
+        raise ConfigError(f"--input: {path}; has no rows; must have one below its first line")
     records = []
     for number, row in enumerate(rows, 2):
         sentence, _, label = row.rpartition("\t")

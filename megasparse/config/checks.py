@@ -331,15 +331,17 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
             yield f"used with distillation.teacher only: {', '.join(unused)}"
     else:
         yield from _unused_distillation(config, given)
-    unused = sorted(name for name in given if name.startswith("layer_dropping."))
-    if unused and config.layer_dropping.theta is None:
-        yield f"used with layer_dropping.theta only: {', '.join(unused)}"
-    unused = sorted(name for name in given if name.startswith("activation_sparsity."))
-    if unused and config.activation_sparsity.pattern == "none":
-        yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
-    unused = sorted(name for name in given if name.startswith("second_order."))
-    if unused and config.sparsity.algorithm != "obert":
-        yield f"used with sparsity.algorithm obert only: {', '.join(unused)}"
+    for section, switch, is_on in (
+        ("layer_dropping", "layer_dropping.theta", config.layer_dropping.theta is not None),
+        ("activation_sparsity", "activation_sparsity.pattern 2:4", config.activation_sparsity.pattern != "none"),
+        ("second_order", "sparsity.algorithm obert", config.sparsity.algorithm == "obert"),
+        ("task", "task.path", config.task.path is not None),
+    ):
+        unused = sorted(name for name in given if name.startswith(f"{section}."))
+        if unused and not is_on:
+            yield f"used with {switch} only: {', '.join(unused)}"
+    if "task.max_tokens" in given and config.task.path is not None and config.task.kind != "answer":
+        yield "task.max_tokens is used by task.kind answer only"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

@@ -27,7 +27,7 @@ def stack_layers(saved: SavedState, config: RunConfig, num_layers: int) -> tuple
     small = config.model.num_layers
     if num_layers <= small or num_layers % small:
         raise ConfigError(
-            f"--layers: {num_layers} is no multiple of the {small} layers of the model; must be {2 * small}, "
+            f"--layers: {num_layers} is not 2, 3, ... times the {small} layers of the model; must be {2 * small}, "
             f"{3 * small}, {4 * small}, ..."
         )
     deep = with_layers(config, num_layers)

@@ -103,7 +103,7 @@ class Api:
     def _answer(self, kind: str, wanted: GenerationRequest, prompts: list[list[int]], default: int) -> Response:
         choices = wanted.n or 1
         if len(prompts) * choices > self.limits.streams:
-            message = f"{len(prompts)} prompts with n = {choices}; must be {self.limits.streams} texts at most"
+            message = f"n: {choices}, with {len(prompts)} prompts; must be {self.limits.streams} texts at most"
             raise RequestError(message, param="n", code="too_many_choices")
         # As generate.py numbers its samples. A client that names no seed gets another text each time.
         seed = secrets.randbits(62) if wanted.seed is None else wanted.seed

@@ -21,6 +21,10 @@ MARKER = "####"
 HELD_OUT = 5
 """One of so many sets of numbers is held out."""
 SPLITS = ("train", "valid", "test")
+MOST = 1_000_000
+"""Examples of a split: far more than a model of such problems needs."""
+MOST_REPEATS = 1000
+"""Known problems in a row after which hardly any is left."""
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo")
 THINGS = ("apples", "books", "coins", "stamps", "marbles", "pens", "shells", "cards")
 
@@ -77,16 +81,18 @@ def word_problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
     """`count` different problems of a split. Raises ValueError for a number or a split that there is not."""
     if split not in SPLITS:
         raise ValueError(f"split: {split}; must be one of {', '.join(SPLITS)}")
+    if count > MOST:
+        raise ValueError(f"{split}: {count} examples; must be at most {MOST}")
     chance = random.Random(f"{seed} {split}")
     templates = TEST_TEMPLATES if split == "test" else TEMPLATES
     found: dict[str, str] = {}
-    tries = 0
+    repeats = 0
     while len(found) < count:
-        tries += 1
-        if tries > 50 * count + 1000:
+        if repeats == MOST_REPEATS:
             raise ValueError(f"{split}: {count} examples; must be at most about {len(found)}, all that are different")
         prompt, response = _problem(chance, templates, held_out=split != "train")
-        found.setdefault(prompt, response)
+        repeats = repeats + 1 if prompt in found else 0
+        found[prompt] = response
     return [{"prompt": prompt, "response": response} for prompt, response in found.items()]
 
 

@@ -185,6 +185,11 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
         ),
         (["stacking.until=0.2"], "stacking.until is used with stacking.num_layers only"),
         (["distillation.epsilon=0"], "used with distillation.teacher only: distillation.epsilon"),
+        (["task.kind=classification", "task.limit=3"], "used with task.path only: task.kind, task.limit"),
+        (
+            ["task.path=x.jsonl", "task.kind=classification", "task.max_tokens=9"],
+            "task.max_tokens is used by task.kind answer only",
+        ),
         (["distillation.teacher=x", "distillation.temperature=2"], "distillation.temperature is used with"),
         (
             ["distillation.teacher=x", "distillation.hidden_weight=0", "distillation.tokens=all"],

@@ -77,8 +77,8 @@ def test_a_model_of_a_run_that_has_not_grown_is_what_it_is(tmp_path) -> None:
     ("model", "layers", "sparsity", "message"),
     [
         ("missing", 6, {}, "must be a run folder or a model folder"),
-        ("small", 5, {}, "--layers: 5 is no multiple of the 2 layers of the model; must be 4, 6, 8, ..."),
-        ("small", 2, {}, "--layers: 2 is no multiple"),
+        ("small", 5, {}, "--layers: 5 is not 2, 3, ... times the 2 layers of the model; must be 4, 6, 8, ..."),
+        ("small", 2, {}, "--layers: 2 is not 2, 3, ... times"),
         (
             "small",
             4,

@@ -64,3 +64,24 @@ def test_the_tool_writes_both_tasks(tmp_path) -> None:
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\na fine film\t2\n")
     status, output = call("make_tasks", "sst2", *words)
     assert status == 2 and "dev.tsv, line 2:" in output and "must be a sentence, a tab and 0 or 1" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("arithmetic", "--train", 0), "--train: 0; must be 1 or more"),
+        (("arithmetic", "--test", -3), "--test: -3; must be 1 or more"),
+        (("arithmetic", "--train", 10**11), f"train: {10**11} examples; must be at most 1000000"),
+        (("sst2", "--train", -1, "--input", "empty.tsv", "empty.tsv"), "--train: -1; must be 1 or more"),
+        (("sst2", "--input", "empty.tsv", "header.tsv"), "empty.tsv: no text in it; must be"),
+        (("sst2", "--input", "header.tsv", "empty.tsv"), "has no rows; must have one"),
+        (("sst2", "--input", "missing.tsv", "empty.tsv"), "missing.tsv; must be a file"),
+    ],
+)
+def test_what_no_task_can_be_made_of_is_refused_and_nothing_is_written(words, told, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "header.tsv").write_text("sentence\tlabel\n")
+    status, output = call("make_tasks", *words, "--output", tmp_path / "task")
+    assert status == 2 and told in output
+    assert not (tmp_path / "task").exists()
