@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import forked
 import psutil
 from ports import port_of, reserve_port
 from processes import LIMIT_SECONDS, Process
@@ -79,10 +80,10 @@ def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2, launche
 
 
 def run(
-    arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None
+    arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the output where the exit status is another, or at the time limit."""
-    return finish(start(arguments, variables), expect=expect)
+    return finish(start(arguments, variables, fresh=fresh), expect=expect)
 
 
 def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -93,8 +94,8 @@ def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> Process:
-    """Start with output and errors in one pipe; variables: added to the environment."""
+def start(arguments: list[str], variables: Mapping[str, str] | None = None, *, fresh: bool = False) -> Process:
+    """Start with output and errors in one pipe; variables: added to the environment; fresh: never forked."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
         "DS_ACCELERATOR": "cpu",
@@ -105,7 +106,8 @@ def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> P
     }
     with reserve_port() as reserved:
         words = [str(port_of(reserved)) if word == FREE_PORT else word for word in arguments]
-        return Process(
+        kind = forked.Process if not fresh and forked.can_fork(words, environment) else Process
+        return kind(
             words,
             environment,
             stdout=subprocess.PIPE,

@@ -273,6 +273,6 @@ def test_dry_run_prints_the_plan_of_any_world_size_as_json(corpus: Path, tmp_pat
 
 def test_print_config_is_a_configuration_again(corpus: Path, tmp_path: Path) -> None:
     entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py")]
-    printed = run(command(corpus, tmp_path, "--print-config", ranks=1)).stdout
+    printed = run(command(corpus, tmp_path, "--print-config", ranks=1), fresh=True).stdout
     (tmp_path / "config.yaml").write_text(printed)
     assert run([*entry, "--config", str(tmp_path / "config.yaml"), "--print-config"]).stdout == printed
