@@ -60,7 +60,7 @@ class Server:
         with other:
             self._process = processes.Process(
                 [sys.executable, Path(__file__).with_name("fork_server.py"), other.fileno(), "-" * SPACE],
-                {PADDING: "-" * SPACE, **environment},
+                {PADDING: "-" * SPACE, **_marks(os.environ), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
@@ -103,5 +103,9 @@ def _server(environment: Mapping[str, str]) -> Server:
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
     """What a server and the programs that it forks must have alike."""
-    marks = "STARTED_BY_TEST_"
-    return {name: value for name, value in environment.items() if name not in READ_LATE and marks not in name}
+    late = {*READ_LATE, *_marks(environment)}
+    return {name: value for name, value in environment.items() if name not in late}
+
+
+def _marks(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(processes.MARK)}
