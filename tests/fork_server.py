@@ -93,7 +93,6 @@ def fork(words: Sequence[str], environment: Mapping[str, str]) -> Forked:
 
 def run(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Be the program: its end, by whatever, is that of this interpreter."""
-    os.environ.clear()
     os.environ.update(environment)
     _, *sys.argv = words
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
@@ -103,6 +102,8 @@ def run(words: Sequence[str], environment: Mapping[str, str]) -> None:
 def show(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Let /proc, and so psutil, tell words and environment of the program: Linux reads them where they were put at the
     start of the process (proc(5), fields 48 to 51 of `stat`)."""
+    # First, for the C library's list of variables points to where the text is about to be.
+    os.environ.clear()
     numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     words_from, words_to, variables_from, variables_to = (int(number) for number in numbers[45:49])
     _write(words_from, words_to, words)
