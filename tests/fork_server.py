@@ -18,6 +18,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,8 +131,11 @@ def serve(channel: socket.socket) -> None:
         if between == 0:
             show(request["words"], request["environment"])
             # A program without parent goes to the process that has asked, which has made itself the reaper of such.
+            parent = os.getpid()
             if os.fork():
                 os._exit(0)
+            while os.getppid() == parent:
+                time.sleep(0.001)
             os.setsid()
             channel.send(str(os.getpid()).encode())
             channel.close()

@@ -25,17 +25,19 @@ from fork_server import LARGEST_REQUEST, PADDING
 PR_SET_CHILD_SUBREAPER = 36
 """Of prctl(2): whose parent has ended becomes a child of this process."""
 
-READ_LATE = {"COLUMNS", "MEGASPARSE_CACHE", "PYTEST_CURRENT_TEST"}
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+READ_LATE = {"COLUMNS", "MEGASPARSE_CACHE", "PYTEST_CURRENT_TEST", *RANKS}
 """Variables that programs read when they use them, so that any may differ from the server's."""
 
 SPACE = 60_000
 
 
-def can_fork(arguments: Sequence[object], environment: Mapping[str, str]) -> bool:
-    """Whether this is a Python script whose environment is the server's, but for what is read late."""
+def can_fork(arguments: Sequence[object], environment: Mapping[str, str], common: Mapping[str, str]) -> bool:
+    """Whether this is a Python script, and its environment `common` but for what is read late. common: of all that this
+    process has forked."""
     if str(arguments[0]) != sys.executable or not str(arguments[1]).endswith(".py"):
         return False
-    return _kept(environment) == _server(environment).environment
+    return _kept(environment) == _kept(common)
 
 
 class Process(processes.Process):
@@ -55,7 +57,7 @@ class Process(processes.Process):
 
 class Server:
     def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
+        self._environment = environment
         self._channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self._process = processes.Process(
@@ -68,6 +70,7 @@ class Server:
 
     def fork(self, words: Sequence[str], environment: Mapping[str, str], folder: str, streams: Sequence[int]) -> int:
         """Id of the new program, a child of this process."""
+        assert _kept(environment) == self._environment, "imports may have read other variables"
         # With the server's mark, too: what was asked for when Ctrl-C came may have come into being.
         variables = {**environment, self._process.mark: "1"}
         request = json.dumps({"words": words, "environment": variables, "folder": folder}).encode()
