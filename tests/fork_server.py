@@ -4,8 +4,8 @@ It is started and asked by ``forked.py``. A program so started has its words, en
 as if it had been started itself, also for those who look at /proc, and its parent is the process that has asked. It may
 fork programs of its own: ``fork(words, environment)``. It ends when the asking process has gone.
 
-Not as in a start of its own: variables that imports read have the server's values, and Python's hashes the server's
-seed.
+Not as in a start of its own: variables that imports read have the server's values, Python's hashes the server's seed,
+and pages of reports no figures.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
+
+from pages import leave_out_figures
 
 PADDING = "SPACE_FOR_THE_ENVIRONMENT"
 """A long variable, first in the server's environment, where a program's own is written for /proc."""
@@ -42,9 +44,11 @@ def import_all() -> None:
 
         import megasparse.data.arguments
         import megasparse.launching.exit
+        import megasparse.reporting.report
         import megasparse.training.run
         import megasparse.utils.streams
 
+    leave_out_figures()
     torch.set_num_threads(1)
     assert deepspeed.ops.__compatible_ops__ and megasparse
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread has been started: forked ranks would miss it"

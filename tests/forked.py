@@ -2,8 +2,9 @@
 
 with forked.Process([sys.executable, "launch/pretrain.py", ...], environment, stdout=PIPE) as process: ...
 
-All else is as in ``processes.Process``. There is one server for each process of the tests, which starts it when first
-asked; it ends with that process. Where the environment has something that imports may read, ``can_fork`` says no.
+All else is as in ``processes.Process``. Each process of the tests starts a server when first asked, and another where
+its environment has changed since; they end with that process. Where a test gives a variable that imports may read,
+``can_fork`` says no.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ SPACE = 60_000
 
 
 def can_fork(arguments: Sequence[object], environment: Mapping[str, str], common: Mapping[str, str]) -> bool:
-    """Whether this is a Python script, and its environment `common` but for what is read late. common: of all that this
-    process has forked."""
+    """Whether this is a Python script, and its environment `common`, that of all programs of these tests, but for what
+    is read late."""
     if str(arguments[0]) != sys.executable or not str(arguments[1]).endswith(".py"):
         return False
     return _kept(environment) == _kept(common)
@@ -57,7 +58,7 @@ class Process(processes.Process):
 
 class Server:
     def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
+        self.environment = environment
         self._channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self._process = processes.Process(
@@ -70,7 +71,6 @@ class Server:
 
     def fork(self, words: Sequence[str], environment: Mapping[str, str], folder: str, streams: Sequence[int]) -> int:
         """Id of the new program, a child of this process."""
-        assert _kept(environment) == self._environment, "imports may have read other variables"
         # With the server's mark, too: what was asked for when Ctrl-C came may have come into being.
         variables = {**environment, self._process.mark: "1"}
         request = json.dumps({"words": words, "environment": variables, "folder": folder}).encode()
@@ -83,7 +83,7 @@ class Server:
             return int(number)
         except BaseException:
             self._process.end()
-            _started.clear()
+            _started.remove(self)
             raise
         finally:
             _adopt(False)
@@ -98,10 +98,13 @@ _started: list[Server] = []
 
 
 def _server(environment: Mapping[str, str]) -> Server:
-    """The one of this process; it is started with the environment of whoever asks first."""
-    if not _started:
-        _started.append(Server(_kept(environment)))
-    return _started[0]
+    """One for each environment: imports of tests change that of this process."""
+    kept = _kept(environment)
+    server = next((each for each in _started if each.environment == kept), None)
+    if server is None:
+        server = Server(kept)
+        _started.append(server)
+    return server
 
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:

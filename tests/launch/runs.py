@@ -96,10 +96,17 @@ def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[
 
 def start(arguments: list[str], variables: Mapping[str, str] | None = None, *, fresh: bool = False) -> Process:
     """Start with output and errors in one pipe; variables: added to the environment; fresh: never forked."""
-    environment = {**_environment(), **(variables or {})}
+    common = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "COLUMNS": "200",
+    }
+    environment = {**common, **(variables or {})}
     with reserve_port() as reserved:
         words = [str(port_of(reserved)) if word == FREE_PORT else word for word in arguments]
-        kind = forked.Process if not fresh and forked.can_fork(words, environment, COMMON) else Process
+        kind = forked.Process if not fresh and forked.can_fork(words, environment, common) else Process
         return kind(
             words,
             environment,
@@ -109,20 +116,6 @@ def start(arguments: list[str], variables: Mapping[str, str] | None = None, *, f
             # The launcher holds the port as long as it lives.
             pass_fds=[reserved.fileno()],
         )
-
-
-def _environment() -> dict[str, str]:
-    return {
-        **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "COLUMNS": "200",
-    }
-
-
-COMMON = _environment()
-"""Before any test has changed it: what programs are forked with."""
 
 
 def rank_process(launcher: Process, rank: int) -> int:
