@@ -26,10 +26,20 @@ from typing import Any
 
 import psutil
 import torch
+from pages import leave_out_figures
 from ports import port_of, reserve_port
 
 START_SECONDS = 600.0
 """How long the start of the ranks may take; `timeout` counts from there, however busy the machine is."""
+
+PRELOADED = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "megasparse.reporting.page",
+    "megasparse.training.run",
+]
+"""What the server imports. DeepSpeed looks at Muon for every optimizer, which imports torch's compiler: seconds."""
 
 GRACE_SECONDS = 30.0
 """How long the other ranks may go on after one has failed: enough to report an error of their own."""
@@ -54,7 +64,7 @@ def run_distributed(
     is left behind, nor one that a rank has started, whatever ends this, Ctrl-C too.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name, reserve_port() as reserved:
         folder = Path(name)
         common = (world_size, port_of(reserved), folder, timeout, with_mesh, function, args)
@@ -94,6 +104,7 @@ def _rank_main(
     with (folder / f"{rank}.stacks").open("w") as stacks:
         faulthandler.dump_traceback_later(timeout, file=stacks)
         (folder / f"{rank}.started").touch()
+        leave_out_figures()
         try:
             result = _call(function, args, timeout) if with_mesh else function(*args)
             torch.save(result, folder / f"{rank}.part")

@@ -22,6 +22,9 @@ LIMIT_SECONDS = 600
 """For whatever should end by itself. Against hanging, not for measuring: beside 8 busy processes on 2 cores all takes
 some five times as long as alone."""
 
+MARK = "STARTED_BY_TEST_"
+"""Begins the variables by which a test knows what it has started."""
+
 
 class Process(subprocess.Popen):
     """A program in a session of its own, so that Ctrl-C reaches the test alone, which then ends all of it.
@@ -31,7 +34,7 @@ class Process(subprocess.Popen):
     """
 
     def __init__(self, arguments: Sequence[object], env: Mapping[str, str] | None = None, **options: Any) -> None:
-        self.mark = f"STARTED_BY_TEST_{secrets.token_hex(8)}"
+        self.mark = f"{MARK}{secrets.token_hex(8)}"
         environment = {**(os.environ if env is None else env), self.mark: "1"}
         words = [str(word) for word in arguments]
         try:

@@ -10,7 +10,6 @@ rank has failed, the others are ended as launchers do; or they are left alone, a
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import runpy
 import signal
@@ -23,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 from ports import port_of, reserve_port
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
@@ -58,24 +58,13 @@ class Ended:
 
 def import_all() -> None:
     """Import what ranks need, so that they need not; no thread is started."""
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", COLUMNS="200")
+    os.environ["COLUMNS"] = "200"
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import torch
-
-    import megasparse.data.arguments
-    import megasparse.launching.exit
-    import megasparse.training.run
-    import megasparse.utils.streams
-
     # Drawing the page takes longer than the run, and comes when all is saved.
     report = types.ModuleType("megasparse.reporting.report")
     report.write_report = lambda folder: folder / "report.html"
     sys.modules[report.__name__] = report
-    torch.set_num_threads(1)
-    assert deepspeed.ops.__compatible_ops__ and megasparse
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread has been started: forked ranks would miss it"
-    gc.freeze()
+    fork_server.import_all()
 
 
 class Ranks:

@@ -34,7 +34,10 @@ def start(words: list[str], rank: int, world_size: str, port: str) -> subprocess
     of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     environment = {**os.environ, **of_rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     script, *settings = words
-    return subprocess.Popen([sys.executable, script, f"--local_rank={rank}", *settings], env=environment)
+    command = [sys.executable, script, f"--local_rank={rank}", *settings]
+    # Forked where this program is: its ranks need not import either.
+    server = sys.modules.get("fork_server")
+    return server.fork(command, environment) if server else subprocess.Popen(command, env=environment)
 
 
 def end(failed: subprocess.Popen[bytes], ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import forked
 import psutil
 from ports import port_of, reserve_port
 from processes import LIMIT_SECONDS, Process
@@ -79,10 +80,10 @@ def command(corpus: Path, folder: Path, *overrides: str, ranks: int = 2, launche
 
 
 def run(
-    arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None
+    arguments: list[str], *, expect: int = 0, variables: Mapping[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the output where the exit status is another, or at the time limit."""
-    return finish(start(arguments, variables), expect=expect)
+    return finish(start(arguments, variables, fresh=fresh), expect=expect)
 
 
 def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -93,19 +94,20 @@ def finish(process: Process, *, expect: int = 0) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def start(arguments: list[str], variables: Mapping[str, str] | None = None) -> Process:
-    """Start with output and errors in one pipe; variables: added to the environment."""
-    environment = {
+def start(arguments: list[str], variables: Mapping[str, str] | None = None, *, fresh: bool = False) -> Process:
+    """Start with output and errors in one pipe; variables: added to the environment; fresh: never forked."""
+    common = {
         **{key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)},
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "COLUMNS": "200",
-        **(variables or {}),
     }
+    environment = {**common, **(variables or {})}
     with reserve_port() as reserved:
         words = [str(port_of(reserved)) if word == FREE_PORT else word for word in arguments]
-        return Process(
+        kind = forked.Process if not fresh and forked.can_fork(words, environment, common) else Process
+        return kind(
             words,
             environment,
             stdout=subprocess.PIPE,

@@ -126,9 +126,7 @@ def test_every_layout_makes_the_same_curve_and_topology(
 )
 def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
-    with start(
-        command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks, launcher="deepspeed")
-    ) as process:
+    with start(command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks)) as process:
         wait_for_steps(process, tmp_path / "stopped", 3)
         os.kill(process.pid if ranks == 1 else rank_process(process, rank=1), number)
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
@@ -273,6 +271,6 @@ def test_dry_run_prints_the_plan_of_any_world_size_as_json(corpus: Path, tmp_pat
 
 def test_print_config_is_a_configuration_again(corpus: Path, tmp_path: Path) -> None:
     entry = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py")]
-    printed = run(command(corpus, tmp_path, "--print-config", ranks=1)).stdout
+    printed = run(command(corpus, tmp_path, "--print-config", ranks=1), fresh=True).stdout
     (tmp_path / "config.yaml").write_text(printed)
     assert run([*entry, "--config", str(tmp_path / "config.yaml"), "--print-config"]).stdout == printed
