@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
+from megasparse.config.adapters import adapter_conflicts
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, divisors
 from megasparse.config.section import Section
@@ -39,6 +40,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_storage(config)
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
+    for conflict in adapter_conflicts(config):
+        raise ConfigError(conflict)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -292,6 +295,9 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     unused = sorted(name for name in given if name.startswith("activation_sparsity."))
     if unused and config.activation_sparsity.pattern == "none":
         yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
+    unused = sorted(name for name in given if name.startswith("smt."))
+    if unused and config.smt.density is None:
+        yield f"used with smt.density only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+from megasparse.config.adapters import SmtConfig
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import ModelConfig, RunConfig, SparsityConfig
 
@@ -59,6 +60,7 @@ FIXED: dict[str, Rule] = {
     **{f"model.{name}": _always for name in ModelConfig.model_fields},
     "train.init_from": _starts_elsewhere,
     "stacking.num_layers": _always,
+    **{f"smt.{name}": _always for name in SmtConfig.model_fields},
     "sparsity.algorithm": _gains_or_loses_masks,
     "sparsity.block_size": _always,
     "sparsity.head": _always,

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megasparse.config.activation_sparsity import ActivationSparsityConfig
+from megasparse.config.adapters import SmtConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from megasparse.config.layer_dropping import LayerDroppingConfig
@@ -521,9 +522,20 @@ class RunConfig(Section):
     distillation: DistillationConfig = DistillationConfig()
     activation_sparsity: ActivationSparsityConfig = ActivationSparsityConfig()
     layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
+    smt: SmtConfig = SmtConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def adapter_field(self) -> str | None:
+        """The setting that asks for a few trained entries in frozen matrices; None: all weights are trained."""
+        return None if self.smt.density is None else "smt.density"
+
+    @property
+    def adapter_unit(self) -> int | None:
+        """Side of the units that it trains."""
+        return None if self.smt.density is None else self.smt.block_size
 
     @property
     def is_born_sparse(self) -> bool:

@@ -6,6 +6,7 @@ Linear layers come from a ``LayerFactory``, which knows which of them are sparse
 from megasparse.kernels.hybrid_attention import active_entries
 from megasparse.layers.attention import Attention
 from megasparse.layers.cache import KeyValueCache, LayerCache
+from megasparse.layers.delta import Adapter, DeltaLinear, freeze, frozen_buffers
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
@@ -17,7 +18,9 @@ from megasparse.layers.residual import add_branch
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
+    "Adapter",
     "Attention",
+    "DeltaLinear",
     "Embedding",
     "HeadInChunks",
     "InputEmbedding",
@@ -33,5 +36,7 @@ __all__ = [
     "Vocabulary",
     "active_entries",
     "add_branch",
+    "freeze",
+    "frozen_buffers",
     "shard_spec_of",
 ]
