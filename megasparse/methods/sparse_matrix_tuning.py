@@ -24,8 +24,11 @@ from megasparse.methods.callback import Step
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, Mesh
 from megasparse.sparsity.selection import select_top_k
+from megasparse.utils.format import format_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WARMUP_BYTES = 20
+"""Of each weight: float32 master, moments, gradient, sum of gradients."""
 
 
 class SparseMatrixTuning(AdapterTuning):
@@ -94,10 +97,12 @@ class SparseMatrixTuning(AdapterTuning):
 
     def plan_lines(self) -> list[str]:
         settings, blocks = self.config.smt, sum(count for _, count in self.pools)
+        weights = sum(layer.weight.numel() for layer in self.layers.values())
         base = "the base as it was" if settings.restore_base_after_warmup else "the base of the warm-up"
         return [
             f"Sparse Matrix Tuning: {settings.warmup_steps:,} steps with all of {len(self.layers)} matrices, then "
-            f"{blocks:,} blocks of {settings.block_size} ({settings.density:.2%}) on {base}"
+            f"{blocks:,} blocks of {settings.block_size} ({settings.density:.2%}) on {base}",
+            f"the warm-up needs {format_bytes(WARMUP_BYTES * weights)} more on every rank than what is counted below",
         ]
 
     def base(self) -> dict[str, Tensor]:

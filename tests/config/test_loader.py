@@ -176,7 +176,7 @@ def test_words_that_are_no_overrides_are_refused(word) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("trian.steps=3", ["trian: unknown setting", "did you mean train?", "must be one of activation_sparsity, attention, data"]),
+        ("trian.steps=3", ["trian: unknown setting", "did you mean train?", "one of activation_sparsity, attention"]),
         ("train.step=3", ["train.step: unknown setting", "did you mean steps?", "must be ", "micro_batch_size"]),
         ("sparsity.groups=[{patern: a}]", ["sparsity.groups.0.patern: unknown setting", "did you mean pattern?"]),
         ("data.train=[{paht: a}]", ["data.train.0.paht: unknown setting", "did you mean path?"]),

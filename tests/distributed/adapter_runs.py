@@ -82,6 +82,11 @@ class Run:
         (found,) = (method for method in self.methods if isinstance(method, AdapterTuning))
         return found
 
+    def optimizer_bytes(self) -> int:
+        """Of moments and step counts, whatever they belong to."""
+        states = self.engine.optimizer.state.values()
+        return sum(tensor.nbytes for state in states for tensor in state.values() if tensor.dim())
+
     def result(self) -> dict:
         with torch.no_grad():
             # Puts the last step into the weights.
@@ -94,6 +99,8 @@ class Run:
             "values": dict(found.values),
             "base": dict(found.base),
             "weights": frozen_weights(self.engine),
+            "bytes": self.optimizer_bytes(),
+            "trained": sum(tensor.numel() for tensor in self.engine.model.parameters()),
         }
 
 
