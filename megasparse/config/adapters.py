@@ -37,6 +37,18 @@ class SmtConfig(Section):
     are part of checkpoints and of the adapter."""
 
 
+class SpielConfig(Section):
+    density: OpenFraction | None = None
+    """Share of the entries of each attention and MLP matrix that is trained; all other weights are frozen. Needs
+    `train.init_from`. Unset: no SpIEL."""
+    interval: Annotated[int, Field(ge=2)] = 20
+    """Steps from one exchange of entries to the next."""
+    selection_steps: Annotated[int, Field(ge=2)] = 5
+    """Steps at the beginning of each interval in which gradients of candidates are collected."""
+    drop_fraction: OpenFraction = 0.2
+    """Share of the entries that is exchanged, falling linearly to 0 over the run; all of them in the first interval."""
+
+
 def adapter_conflicts(config: RunConfig) -> list[str]:
     """What contradicts fine-tuning of few entries, one sentence each."""
     name = config.adapter_field
@@ -57,6 +69,12 @@ def adapter_conflicts(config: RunConfig) -> list[str]:
         # It multiplies by the weights itself.
         "activation_sparsity.pattern": (config.activation_sparsity.pattern != "none", "2:4", "none"),
     }
+    if config.spiel.density is not None:
+        settings = config.spiel
+        long = settings.selection_steps > settings.interval
+        most = f"at most spiel.interval {settings.interval}"
+        refused["spiel.selection_steps"] = (long, settings.selection_steps, most)
+        refused["smt.density"] = (config.smt.density is not None, config.smt.density, "unset")
     if config.smt.density is not None:
         short = config.smt.warmup_steps >= train.steps
         refused["smt.warmup_steps"] = (short, config.smt.warmup_steps, f"below train.steps {train.steps}")

@@ -295,9 +295,10 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     unused = sorted(name for name in given if name.startswith("activation_sparsity."))
     if unused and config.activation_sparsity.pattern == "none":
         yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
-    unused = sorted(name for name in given if name.startswith("smt."))
-    if unused and config.smt.density is None:
-        yield f"used with smt.density only: {', '.join(unused)}"
+    for section in ("smt", "spiel"):
+        unused = sorted(name for name in given if name.startswith(f"{section}."))
+        if unused and getattr(config, section).density is None:
+            yield f"used with {section}.density only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

@@ -33,6 +33,18 @@ def test_what_an_adapter_does_not_go_with_is_refused(words: list[str], message: 
         check_run(load_config([], [*SMT, *words]), 2)
 
 
+def test_spiel_alone_and_with_a_window_inside_of_its_interval() -> None:
+    given = [*GOOD, "spiel.density=0.01"]
+    check_run(load_config([], given), 2)
+    for words, message in (
+        (["smt.density=0.1"], "smt.density: 0.1 does not go with spiel.density; must be unset"),
+        (["spiel.interval=4"], "spiel.selection_steps: 5 .* must be at most spiel.interval 4"),
+        (["sparsity.algorithm=rigl"], "sparsity.algorithm: rigl does not go with spiel.density; must be dense"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_run(load_config([], [*given, *words]), 2)
+
+
 def test_settings_without_their_method_are_told() -> None:
     (sentence,) = [text for text in unused_settings(load_config([], [*GOOD, "smt.block_size=16"])) if "smt" in text]
     assert sentence == "used with smt.density only: smt.block_size"
