@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
+from megasparse.config.adapters import adapter_conflicts
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, divisors
 from megasparse.config.section import Section
@@ -41,6 +42,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
     _check_second_order(config)
+    for conflict in adapter_conflicts(config):
+        raise ConfigError(conflict)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -335,6 +338,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         ("layer_dropping", "layer_dropping.theta", config.layer_dropping.theta is not None),
         ("activation_sparsity", "activation_sparsity.pattern 2:4", config.activation_sparsity.pattern != "none"),
         ("second_order", "sparsity.algorithm obert", config.sparsity.algorithm == "obert"),
+        ("smt", "smt.density", config.smt.density is not None),
+        ("spiel", "spiel.density", config.spiel.density is not None),
         ("task", "task.path", config.task.path is not None),
     ):
         unused = sorted(name for name in given if name.startswith(f"{section}."))

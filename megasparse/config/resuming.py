@@ -12,6 +12,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+from megasparse.config.adapters import SmtConfig
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import ModelConfig, RunConfig, SparsityConfig
 
@@ -59,6 +60,10 @@ FIXED: dict[str, Rule] = {
     **{f"model.{name}": _always for name in ModelConfig.model_fields},
     "train.init_from": _starts_elsewhere,
     "stacking.num_layers": _always,
+    **{f"smt.{name}": _always for name in SmtConfig.model_fields},
+    "spiel.density": _always,
+    "spiel.interval": _always,
+    "spiel.selection_steps": _always,
     "sparsity.algorithm": _gains_or_loses_masks,
     "sparsity.block_size": _always,
     "sparsity.head": _always,
@@ -93,6 +98,7 @@ FREE: dict[str, str] = {
     "layer_dropping": "theta gamma together",
     "second_order": "gradients damping",
     "task": "path kind choices marker max_tokens limit batch_size",
+    "spiel": "drop_fraction",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

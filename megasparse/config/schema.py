@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megasparse.config.activation_sparsity import ActivationSparsityConfig
+from megasparse.config.adapters import SmtConfig, SpielConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from megasparse.config.layer_dropping import LayerDroppingConfig
@@ -535,9 +536,24 @@ class RunConfig(Section):
     layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
     second_order: SecondOrderConfig = SecondOrderConfig()
     task: TaskConfig = TaskConfig()
+    smt: SmtConfig = SmtConfig()
+    spiel: SpielConfig = SpielConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def adapter_field(self) -> str | None:
+        """The setting that asks for a few trained entries in frozen matrices; None: all weights are trained."""
+        given = (name for name in ("spiel", "smt") if getattr(self, name).density is not None)
+        return next((f"{name}.density" for name in given), None)
+
+    @property
+    def adapter_unit(self) -> int | None:
+        """Side of the units that it trains."""
+        if self.spiel.density is not None:
+            return 1
+        return None if self.smt.density is None else self.smt.block_size
 
     @property
     def is_born_sparse(self) -> bool:

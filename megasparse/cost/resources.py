@@ -38,12 +38,18 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
     optimizer = local * (4 * separate_master + 8)
     if config.sparsity.per_weight_step_counts or config.sparsity.regrowth_warmup_steps:
         optimizer += 2 * sum(layer.weight.numel() for layer in sparse)
+    frozen = 0
+    if config.adapter_field is not None:
+        # All other weights are whole on every rank; each trained entry counts its steps.
+        optimizer += 2 * local
+        frozen = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
     summed = 4 if config.deepspeed.gradient_accumulation_dtype == "fp32" else size
     parts = {
-        "weights": local * size if stage < 3 else local * size // share + min(local, MAX_LIVE_PARAMETERS) * size,
+        "weights": frozen * size
+        + (local * size if stage < 3 else local * size // share + min(local, MAX_LIVE_PARAMETERS) * size),
         # One byte per unit, active or not, one bit per unit that was ever active.
         "masks": masks + masks // 8,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.

@@ -119,7 +119,14 @@ class MaskedAdamW(torch.optim.AdamW):
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig, sparsity: SparsityConfig) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        optimizer: OptimizerConfig,
+        sparsity: SparsityConfig,
+        *,
+        per_weight_step_counts: bool = False,
+    ) -> None:
         super().__init__(
             groups,
             lr=optimizer.lr,
@@ -129,7 +136,7 @@ class MaskedAdamW(torch.optim.AdamW):
             fused=True,
         )
         self.skip_updates = False
-        self.per_weight_step_counts = sparsity.per_weight_step_counts
+        self.per_weight_step_counts = per_weight_step_counts or sparsity.per_weight_step_counts
         self.regrowth_warmup_steps = sparsity.regrowth_warmup_steps
         self.regions: ActiveRegions | None = None
         """None: torch's operators step over all weights."""

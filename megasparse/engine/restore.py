@@ -179,9 +179,8 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
 
 
 def _counted(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """Parameters whose weights may count steps of their own. A tied head goes by the name of the embedding."""
-    sparse = {id(layer.weight) for layer in engine.model.sparse_layers().values()}
-    return {name for name, parameter in parameters.items() if id(parameter) in sparse}
+    """Parameters whose weights count steps of their own. A tied head goes by the name of the embedding."""
+    return {name for name, parameter in parameters.items() if engine.counts_weight_steps(parameter)}
 
 
 def _set_model_weight(parameter: Any, fragment: StateFragment | None, owners: Ranks) -> None:

@@ -118,7 +118,9 @@ class TrainingEngine:
         """The model's weights are the master weights, as nobody has been handed these since the last step."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self._masked = {parameter for group in groups if group["masked"] for parameter in group["params"]}
-        self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity)
+        # Entries of an adapter are chosen anew as those of a topology are.
+        counts = config.adapter_field is not None
+        self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity, per_weight_step_counts=counts)
         self._engine, *_ = deepspeed.initialize(
             model=self._with_objective,
             optimizer=self.optimizer,
@@ -336,18 +338,22 @@ class DividedAtOnce(deepspeed.zero.Init):
         parameter.partition()
 
 
+def divides_model(config: RunConfig) -> bool:
+    """Whether parameters are divided as they are made. Where an adapter is trained all others become frozen buffers,
+    which every rank holds."""
+    return config.deepspeed.zero_stage == 3 and config.adapter_field is None
+
+
 def draws_pieces(config: RunConfig) -> bool:
     """Whether initial weights are drawn when parameters have been divided, inside of ``model_construction``."""
-    return config.deepspeed.zero_stage == 3 and not DIVIDED_OTHERWISE & set(
-        config.deepspeed.extra.get("zero_optimization", {})
-    )
+    return divides_model(config) and not DIVIDED_OTHERWISE & set(config.deepspeed.extra.get("zero_optimization", {}))
 
 
 @contextlib.contextmanager
 def model_construction(config: RunConfig, mesh: Mesh) -> Iterator[OpenWeight]:
     """Build the model inside: at ZeRO stage 3 every layer is divided as soon as it is made, so that no rank ever holds
     the whole model. Gives the context that puts a weight together for a change."""
-    if config.deepspeed.zero_stage < 3:
+    if not divides_model(config):
         yield contextlib.nullcontext
         return
     prepare_deepspeed(mesh)

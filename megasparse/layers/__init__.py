@@ -6,6 +6,7 @@ Linear layers come from a ``LayerFactory``, which knows which of them are sparse
 from megasparse.kernels.hybrid_attention import active_entries
 from megasparse.layers.attention import Attention
 from megasparse.layers.cache import AnyLayerCache, JoinedCaches, KeyValueCache, LayerCache
+from megasparse.layers.delta import Adapter, DeltaLinear, freeze, frozen_buffers
 from megasparse.layers.embedding import Embedding, InputEmbedding
 from megasparse.layers.factory import LayerFactory, SparseSpec
 from megasparse.layers.linear import Linear, SparseLinear
@@ -18,7 +19,9 @@ from megasparse.parallel import shard_spec_of
 
 __all__ = [
     "AnyLayerCache",
+    "Adapter",
     "Attention",
+    "DeltaLinear",
     "Embedding",
     "HeadInChunks",
     "InputEmbedding",
@@ -35,5 +38,7 @@ __all__ = [
     "Vocabulary",
     "active_entries",
     "scaled_branch",
+    "freeze",
+    "frozen_buffers",
     "shard_spec_of",
 ]

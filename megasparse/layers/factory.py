@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from megasparse.config.schema import ModelConfig
+from megasparse.layers.delta import DeltaLinear
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.normalization import Normalization, NormalizationOfSum
@@ -55,6 +56,9 @@ class LayerFactory:
     drawn."""
     dense: str = "auto"
     """What computes dense products."""
+    tuned: Callable[[str], int | None] = lambda name: None
+    """Layer name -> side of the units of which some are trained while all else is frozen (``DeltaLinear``); None: it is
+    not such a layer."""
 
     def column(
         self,
@@ -99,6 +103,9 @@ class LayerFactory:
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= self._drawing() | {"dense_kernel": self.dense}
+        unit = self.tuned(name)
+        if unit is not None:
+            return DeltaLinear(name, in_features, out_features, unit=unit, **settings)
         spec = self.sparse(name)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)

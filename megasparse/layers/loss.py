@@ -136,7 +136,9 @@ class HeadInChunks(nn.Module):
     def forward(self, x_BTC: torch.Tensor, chunk_loss: ChunkLoss) -> torch.Tensor:
         """Mean of the losses of all B T tokens, a float32 scalar. x_BTC lies between layers, as the head's input."""
         (head,), ranks = self._head, self.vocabulary.tensor_parallel
-        inputs, parameters = [ranks.copy_to_region(x_BTC)], head.product_parameters()
+        inputs = [ranks.copy_to_region(x_BTC)]
+        # A frozen head has no gradient.
+        parameters = [tensor for tensor in head.product_parameters() if tensor.requires_grad]
         if head.low_rank:
             inputs.append(ranks.copy_to_region(F.linear(x_BTC, ranks.shared(head.side_in))))
             parameters.append(head.side_out)

@@ -16,6 +16,8 @@ from megasparse.methods.layer_dropping import layer_dropping
 from megasparse.methods.low_rank_folding import low_rank_folding
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.second_order_pruning import second_order_pruning
+from megasparse.methods.sparse_matrix_tuning import sparse_matrix_tuning
+from megasparse.methods.spiel import spiel
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 
@@ -25,6 +27,8 @@ METHODS: tuple[MethodFactory, ...] = (
     low_rank_folding,
     layer_dropping,
     activation_sparsity,
+    sparse_matrix_tuning,
+    spiel,
 )
 
 

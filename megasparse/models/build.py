@@ -38,6 +38,9 @@ def build_model(
             return None
         return SparseSpec(settings.block_size, config.sparsity.low_rank, (capacities or {}).get(name))
 
+    def tuned_rule(name: str) -> int | None:
+        return config.adapter_unit if ".attention." in name or ".mlp." in name else None
+
     try:
         model = GPT(
             config.model,
@@ -52,6 +55,7 @@ def build_model(
                 "torch" if config.train.compile == "blocks" else config.kernels.elementwise,
                 deferred,
                 config.kernels.dense,
+                tuned_rule,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,

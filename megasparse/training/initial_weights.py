@@ -28,9 +28,11 @@ from megasparse.training.initial_checks import open_initial
 def load_initial_weights(config: RunConfig, methods: Sequence[TrainingMethod], engine: TrainingEngine) -> None:
     """Put the folder's weights, and what methods find in it, into a fresh engine; every rank calls it."""
     folder = open_initial(config)
+    # Frozen weights are no part of the engine, and an adapter begins with zeros.
     for method in methods:
         method.start_from(folder)
-    apply_state(engine, read_state(engine, _InitialState(folder, engine, methods)))
+    if config.adapter_field is None:
+        apply_state(engine, read_state(engine, _InitialState(folder, engine, methods)))
     for method in methods:
         method.check_state()
 

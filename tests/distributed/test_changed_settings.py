@@ -48,6 +48,7 @@ OTHER = {
     "train.keep_checkpoints": "1",
     "train.stop_after": "10",
     "train.skip_step_sigma": "6",
+    "spiel.drop_fraction": "0.1",
     "train.max_skipped_steps": "3",
     "sparsity.density": "0.5",
     "sparsity.points": "[[0, 1], [0.9, 0.2]]",

@@ -158,3 +158,20 @@ def test_data_without_a_mask_can_be_fine_tuned_on_too(made, tmp_path) -> None:
     words = ("--model", made / "dense-model", "--data", tmp_path / "plain", "run.name=plain", "train.stop_after=2")
     run(finetune(tmp_path, *words))
     assert metrics(tmp_path / "plain")[-1]["step"] == 2
+
+
+def test_few_blocks_are_tuned_and_merged(made, tmp_path) -> None:
+    """Sparse Matrix Tuning from command to merged model, which is opened like any other."""
+    words = ("--model", made / "dense-model", "--data", made / "sums", "run.name=tuned", "smt.density=0.2")
+    given = [*map(str, words), "smt.block_size=16", "smt.warmup_steps=4"]
+    run(finetune(tmp_path, *given))
+    plan = json.loads((tmp_path / "tuned" / "plan.json").read_text())
+    assert plan["methods"][0].startswith("Sparse Matrix Tuning: 4 steps with all of ")
+    lines = metrics(tmp_path / "tuned")
+    assert [line["smt_warmup"] for line in lines] == [1] * 4 + [0] * 8
+    adapter, base = tmp_path / "tuned" / "adapter.safetensors", made / "dense-model"
+    assert adapter.stat().st_size < 0.5 * (base / "model.safetensors").stat().st_size
+    tool("merge_adapter", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    before, after = (dict(open_trained(folder).model.named_parameters()) for folder in (base, tmp_path / "merged"))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all(".attention." in name or ".mlp." in name for name in changed)
