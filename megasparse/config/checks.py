@@ -39,6 +39,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_storage(config)
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
+    _check_switching(config)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
     if config.model.vocab_size is None and config.data.tokenizer is None:
@@ -210,6 +211,36 @@ def _check_activation_sparsity(config: RunConfig) -> None:
             )
 
 
+def _check_switching(config: RunConfig) -> None:
+    settings, size = config.switching, config.parallel.tensor_parallel_size
+    if settings.clusters is None:
+        return
+    width, shards = config.model.mlp_width, settings.shards
+    refused: dict[str, tuple[bool, object, str]] = {
+        # Others have no zeros, so that no neuron can be left out.
+        "model.activation": (config.model.activation != "relu2", config.model.activation, "relu2"),
+        "switching.shards": (shards % size > 0, shards, f"a multiple of parallel.tensor_parallel_size, {size}"),
+        "switching.clusters": (
+            settings.clusters % shards > 0 or width % settings.clusters > 0,
+            settings.clusters,
+            f"a multiple of switching.shards, {shards}, that divides the width of the MLP, {width}",
+        ),
+        "switching.active": (
+            settings.active % shards > 0 or settings.active > settings.clusters,
+            settings.active,
+            f"a multiple of switching.shards, {shards}, and at most switching.clusters, {settings.clusters}",
+        ),
+        # Moved neurons would leave their blocks.
+        "sparsity.algorithm": (config.sparsity.algorithm != "dense", config.sparsity.algorithm, "dense"),
+        "activation_sparsity.pattern": (config.activation_sparsity.pattern != "none", "2:4", "none"),
+        "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
+        "train.compile": (config.train.compile == "blocks", "blocks", "none"),
+    }
+    for field, (is_refused, value, must) in refused.items():
+        if is_refused:
+            raise ConfigError(f"{field}: {value} does not go with switching.clusters; must be {must}")
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -292,6 +323,9 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
     unused = sorted(name for name in given if name.startswith("activation_sparsity."))
     if unused and config.activation_sparsity.pattern == "none":
         yield f"used with activation_sparsity.pattern 2:4 only: {', '.join(unused)}"
+    unused = sorted(name for name in given if name.startswith("switching."))
+    if unused and config.switching.clusters is None:
+        yield f"used with switching.clusters only: {', '.join(unused)}"
     if "stacking.until" in given and config.stacking.num_layers is None:
         yield "stacking.until is used with stacking.num_layers only"
     if config.train.resume == "auto" and data.train is None:

@@ -89,6 +89,7 @@ FREE: dict[str, str] = {
     "reduction last_state ratio_over",
     "activation_sparsity": "pattern warmup_steps kernel",
     "layer_dropping": "theta gamma together",
+    "switching": "clusters active shards threshold interval period share dense_end",
     "kernels": "block_sparse break_even dense hybrid_attention elementwise optimizer loss tune",
     "parallel": "tensor_parallel_size sequence_parallel",
     "deepspeed": "zero_stage offload_optimizer gradient_accumulation_dtype extra",

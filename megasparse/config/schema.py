@@ -26,6 +26,7 @@ from megasparse.config.section import (
     PositiveInt,
     Section,
 )
+from megasparse.config.switching import SwitchingConfig
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
@@ -521,6 +522,7 @@ class RunConfig(Section):
     distillation: DistillationConfig = DistillationConfig()
     activation_sparsity: ActivationSparsityConfig = ActivationSparsityConfig()
     layer_dropping: LayerDroppingConfig = LayerDroppingConfig()
+    switching: SwitchingConfig = SwitchingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

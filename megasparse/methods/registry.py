@@ -15,10 +15,17 @@ from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.layer_dropping import layer_dropping
 from megasparse.methods.low_rank_folding import low_rank_folding
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
+from megasparse.methods.switching import switching
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 
-METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding, layer_dropping, activation_sparsity)
+METHODS: tuple[MethodFactory, ...] = (
+    MixedSparsityTraining,
+    low_rank_folding,
+    layer_dropping,
+    activation_sparsity,
+    switching,
+)
 
 
 def build_methods(
