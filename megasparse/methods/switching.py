@@ -61,6 +61,9 @@ class PhaseController:
 
     def load(self, numbers: Tensor) -> None:
         is_sparse, self.since, self.sparse_steps, self.next_check = numbers.tolist()
+        if is_sparse:
+            # The end may have been moved.
+            self.next_check = min(self.next_check, max(self.last, self.since + 1))
         self.is_sparse = bool(is_sparse)
 
 

@@ -33,6 +33,8 @@ OTHER = {
     "model.init_std": "0.1",
     "train.init_from": "elsewhere",
     "stacking.num_layers": "3",
+    "switching.clusters": "16",
+    "switching.shards": "2",
     "sparsity.algorithm": "dense",
     "sparsity.block_size": "32",
     "sparsity.head": "true",
