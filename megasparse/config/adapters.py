@@ -66,6 +66,7 @@ def adapter_conflicts(config: RunConfig) -> list[str]:
         "train.compile": (train.compile == "blocks", "blocks", "none"),
         "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
         "layer_dropping.theta": (config.layer_dropping.theta is not None, config.layer_dropping.theta, "unset"),
+        "switching.clusters": (config.switching.clusters is not None, config.switching.clusters, "unset"),
         # It multiplies by the weights itself.
         "activation_sparsity.pattern": (config.activation_sparsity.pattern != "none", "2:4", "none"),
     }

@@ -42,6 +42,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
     _check_second_order(config)
+    _check_switching(config)
     for conflict in adapter_conflicts(config):
         raise ConfigError(conflict)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
@@ -255,6 +256,36 @@ def _check_second_order(config: RunConfig) -> None:
             )
 
 
+def _check_switching(config: RunConfig) -> None:
+    settings, size = config.switching, config.parallel.tensor_parallel_size
+    if settings.clusters is None:
+        return
+    width, shards = config.model.mlp_width, settings.shards
+    refused: dict[str, tuple[bool, object, str]] = {
+        # Others have no zeros, so that no neuron can be left out.
+        "model.activation": (config.model.activation != "relu2", config.model.activation, "relu2"),
+        "switching.shards": (shards % size > 0, shards, f"a multiple of parallel.tensor_parallel_size, {size}"),
+        "switching.clusters": (
+            settings.clusters % shards > 0 or width % settings.clusters > 0,
+            settings.clusters,
+            f"a multiple of switching.shards, {shards}, that divides the width of the MLP, {width}",
+        ),
+        "switching.active": (
+            settings.active % shards > 0 or settings.active > settings.clusters,
+            settings.active,
+            f"a multiple of switching.shards, {shards}, and at most switching.clusters, {settings.clusters}",
+        ),
+        # Moved neurons would leave their blocks.
+        "sparsity.algorithm": (config.sparsity.algorithm != "dense", config.sparsity.algorithm, "dense"),
+        "activation_sparsity.pattern": (config.activation_sparsity.pattern != "none", "2:4", "none"),
+        "stacking.num_layers": (config.stacking.num_layers is not None, config.stacking.num_layers, "unset"),
+        "train.compile": (config.train.compile == "blocks", "blocks", "none"),
+    }
+    for field, (is_refused, value, must) in refused.items():
+        if is_refused:
+            raise ConfigError(f"{field}: {value} does not go with switching.clusters; must be {must}")
+
+
 def unused_settings(config: RunConfig) -> list[str]:
     """Settings that were given and have no effect in this run, one sentence each."""
     return [*_unused_sparsity(config), *_unused_elsewhere(config)]
@@ -340,6 +371,7 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         ("second_order", "sparsity.algorithm obert", config.sparsity.algorithm == "obert"),
         ("smt", "smt.density", config.smt.density is not None),
         ("spiel", "spiel.density", config.spiel.density is not None),
+        ("switching", "switching.clusters", config.switching.clusters is not None),
         ("task", "task.path", config.task.path is not None),
     ):
         unused = sorted(name for name in given if name.startswith(f"{section}."))

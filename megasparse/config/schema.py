@@ -28,6 +28,7 @@ from megasparse.config.section import (
     PositiveInt,
     Section,
 )
+from megasparse.config.switching import SwitchingConfig
 from megasparse.config.task import TaskConfig
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
@@ -538,6 +539,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     smt: SmtConfig = SmtConfig()
     spiel: SpielConfig = SpielConfig()
+    switching: SwitchingConfig = SwitchingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

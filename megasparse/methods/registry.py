@@ -18,6 +18,7 @@ from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.second_order_pruning import second_order_pruning
 from megasparse.methods.sparse_matrix_tuning import sparse_matrix_tuning
 from megasparse.methods.spiel import spiel
+from megasparse.methods.switching import switching
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 
@@ -29,6 +30,7 @@ METHODS: tuple[MethodFactory, ...] = (
     activation_sparsity,
     sparse_matrix_tuning,
     spiel,
+    switching,
 )
 
 

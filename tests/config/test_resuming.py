@@ -42,6 +42,8 @@ OTHER = {
     "smt.score": "norm",
     "smt.warmup_steps": "7",
     "smt.restore_base_after_warmup": "false",
+    "switching.clusters": "16",
+    "switching.shards": "2",
     "sparsity.algorithm": "dense",
     "sparsity.block_size": "32",
     "sparsity.head": "true",
