@@ -31,13 +31,18 @@ class Normalization(nn.Module):
             raise ValueError(f"normalization: {kind!r} is unknown; must be one of layernorm, rmsnorm")
         self.kind, self.epsilon, self.kernel = kind, epsilon, kernel
         self.tensor_parallel = tensor_parallel or TensorParallel()
-        self.weight = _replicated(torch.ones(size))
+        self.weight = replicated_ones(size)
         self.bias = _replicated(torch.zeros(size)) if bias and kind == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.tensor_parallel.shared
         bias = None if self.bias is None else shared(self.bias)
         return normalize(x, shared(self.weight), bias, self.epsilon, self.kind, kernel=self.kernel)
+
+
+def replicated_ones(size: int) -> nn.Parameter:
+    """A parameter [size] that all tensor-parallel ranks hold whole."""
+    return _replicated(torch.ones(size))
 
 
 def _replicated(values: torch.Tensor) -> nn.Parameter:

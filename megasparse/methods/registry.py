@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megasparse.config.schema import RunConfig
 from megasparse.methods.activation_sparsity import activation_sparsity
+from megasparse.methods.admin import admin
 from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.layer_dropping import layer_dropping
 from megasparse.methods.low_rank_folding import low_rank_folding
@@ -18,7 +19,13 @@ from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
 
-METHODS: tuple[MethodFactory, ...] = (MixedSparsityTraining, low_rank_folding, layer_dropping, activation_sparsity)
+METHODS: tuple[MethodFactory, ...] = (
+    MixedSparsityTraining,
+    low_rank_folding,
+    layer_dropping,
+    activation_sparsity,
+    admin,
+)
 
 
 def build_methods(
