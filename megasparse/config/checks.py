@@ -43,6 +43,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_activation_sparsity(config)
     _check_second_order(config)
     _check_switching(config)
+    _check_normalization_position(config)
     for conflict in adapter_conflicts(config):
         raise ConfigError(conflict)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
@@ -210,6 +211,33 @@ def _check_layer_dropping(config: RunConfig) -> None:
             "train.compile: blocks does not go with layer_dropping, which changes the blocks in each step; must be "
             "none, or layer_dropping.theta unset"
         )
+
+
+def _check_normalization_position(config: RunConfig) -> None:
+    """What normalisation after the residual sum, and weights of that sum (Admin), do not go with."""
+    model = config.model
+    if model.normalization_position == "post" and config.layer_dropping.theta is not None:
+        raise ConfigError(
+            f"layer_dropping.theta: {config.layer_dropping.theta} does not go with model.normalization_position post, "
+            "where the scale of a branch is normalised away; must be unset"
+        )
+    if model.residual_weight == "none":
+        return
+    refused: dict[str, tuple[object, object, str]] = {
+        "model.normalization_position": (model.normalization_position, "post", "post"),
+        # A rank sees a part of the tokens only.
+        "parallel.sequence_parallel": (config.parallel.sequence_parallel, False, "false"),
+        # A traced block would hold the weights of its first pass as constants.
+        "train.compile": (config.train.compile, "none", "none"),
+        # The weights follow from the depth.
+        "stacking.num_layers": (config.stacking.num_layers, None, "unset"),
+    }
+    for field, (value, allowed, must) in refused.items():
+        if value != allowed:
+            raise ConfigError(
+                f"{field}: {str(value).lower()} does not go with model.residual_weight admin; must be {must}, or "
+                "model.residual_weight none"
+            )
 
 
 def _check_activation_sparsity(config: RunConfig) -> None:

@@ -98,6 +98,10 @@ class ModelConfig(Section):
     """Rotary frequencies for longer contexts; unset: as rope_theta gives them."""
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the head."""
+    normalization_position: Literal["pre", "post"] = "pre"
+    """post: normalisation after each residual sum instead, and none before the head."""
+    residual_weight: Literal["none", "admin"] = "none"
+    """admin: learnable weights of the residual sums, set by the variances of the first forward pass (post only)."""
     normalization_epsilon: PositiveFloat = 1e-5
     """Added to the variance."""
     activation: Literal["gelu", "gelu_exact", "relu2", "swiglu"] = "gelu"

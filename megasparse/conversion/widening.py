@@ -133,6 +133,11 @@ def _check(saved: SavedState, config: RunConfig, hidden_size: int) -> None:
             f"model.normalization: {model.normalization} takes the mean of all channels, so a wider model computes "
             "something else; must be rmsnorm"
         )
+    if model.normalization_position == "post":
+        raise ConfigError(
+            "model.normalization_position: post normalises the residual stream itself, so a wider model computes "
+            "something else; must be pre"
+        )
     if saved.topology():
         raise ConfigError("--model: it has masks, which have no place in a wider model; must be a dense model")
     if config.attention.overrides:

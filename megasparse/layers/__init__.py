@@ -15,6 +15,7 @@ from megasparse.layers.mlp import MLP
 from megasparse.layers.normalization import Normalization
 from megasparse.layers.packed import PackedLinear
 from megasparse.layers.residual import scaled_branch
+from megasparse.layers.residual_weight import ResidualWeight
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MLP",
     "Normalization",
     "PackedLinear",
+    "ResidualWeight",
     "SparseLinear",
     "SparseSpec",
     "Vocabulary",

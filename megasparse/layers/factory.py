@@ -18,6 +18,7 @@ from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.normalization import Normalization, NormalizationOfSum
 from megasparse.layers.packed import PackedLinear
+from megasparse.layers.residual_weight import PlainSum, ResidualWeight
 from megasparse.parallel import TensorParallel, shard_spec_of
 
 Norm = TypeVar("Norm", bound=Normalization)
@@ -100,6 +101,12 @@ class LayerFactory:
         kind, size, epsilon, bias = config.normalization, config.hidden_size, config.normalization_epsilon, config.bias
         settings: dict[str, Any] = {"tensor_parallel": self.tensor_parallel, "kernel": self.elementwise}
         return made(kind, size, epsilon=epsilon, bias=bias, **settings)
+
+    def residual_sum(self, config: ModelConfig) -> ResidualWeight | PlainSum:
+        """The sum of a branch and its input, where normalisation comes after it."""
+        if config.residual_weight == "admin":
+            return ResidualWeight(config.hidden_size, self.tensor_parallel)
+        return PlainSum()
 
     def _linear(self, name: str, in_features: int, out_features: int, **settings: Any) -> Linear:
         settings |= self._drawing() | {"dense_kernel": self.dense}

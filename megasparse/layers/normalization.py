@@ -31,7 +31,7 @@ class Normalization(nn.Module):
             raise ValueError(f"normalization: {kind!r} is unknown; must be one of layernorm, rmsnorm")
         self.kind, self.epsilon, self.kernel = kind, epsilon, kernel
         self.tensor_parallel = tensor_parallel or TensorParallel()
-        self.weight = _replicated(torch.ones(size))
+        self.weight = replicated_ones(size)
         self.bias = _replicated(torch.zeros(size)) if bias and kind == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,6 +47,11 @@ class NormalizationOfSum(Normalization):
 
     def forward(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         return normalize_sum(x, added, *self._parameters_here(), self.epsilon, self.kind, kernel=self.kernel)
+
+
+def replicated_ones(size: int) -> nn.Parameter:
+    """A parameter [size] that all tensor-parallel ranks hold whole."""
+    return _replicated(torch.ones(size))
 
 
 def _replicated(values: torch.Tensor) -> nn.Parameter:

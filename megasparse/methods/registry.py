@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megasparse.config.schema import RunConfig
 from megasparse.methods.activation_sparsity import activation_sparsity
+from megasparse.methods.admin import admin
 from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.layer_dropping import layer_dropping
 from megasparse.methods.low_rank_folding import low_rank_folding
@@ -31,6 +32,7 @@ METHODS: tuple[MethodFactory, ...] = (
     sparse_matrix_tuning,
     spiel,
     switching,
+    admin,
 )
 
 

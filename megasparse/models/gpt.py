@@ -5,6 +5,9 @@
     x = x + mlp(norm(x))
     logits = head(norm(x))
 
+With `model.normalization_position: post` the blocks are those of ``post_norm``, and the head reads the output of the
+last one.
+
 Which layers are sparse is the factory's business; nothing here depends on it.
 Tensor names: B samples, T tokens, C hidden size, V entries of the vocabulary.
 """
@@ -33,6 +36,7 @@ from megasparse.layers import (
     scaled_branch,
     shard_spec_of,
 )
+from megasparse.models.post_norm import PostNormBlock
 
 
 class Block(nn.Module):
@@ -101,10 +105,12 @@ class GPT(nn.Module):
         if config.position_embedding == "learned":
             positions = factory.embedding("embedding.positions", config.seq_length, C, std)
         self.embedding = InputEmbedding(tokens, positions, reset_positions)
+        is_post = config.normalization_position == "post"
+        block = PostNormBlock if is_post else Block
         self.layers = nn.ModuleList(
-            Block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
+            block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
         )
-        self.final_norm = factory.norm(config)
+        self.final_norm = nn.Identity() if is_post else factory.norm(config)
         shared = tokens.weight if config.tie_embeddings else None
         self.head = factory.column("head", C, rows, bias=False, init_std=std, weight=shared)
         if config.tie_embeddings:

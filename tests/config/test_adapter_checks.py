@@ -23,6 +23,7 @@ SMT = [*GOOD, "smt.density=0.01"]
         (["stacking.num_layers=1", "stacking.until=0.5"], "stacking.num_layers: 1 .* must be unset"),
         (["layer_dropping.theta=0.5"], "layer_dropping.theta: 0.5 .* must be unset"),
         (["model.activation=relu2", "activation_sparsity.pattern=2:4"], "activation_sparsity.pattern: 2:4"),
+        (["model.activation=relu2", "switching.clusters=16"], "switching.clusters: 16 .* must be unset"),
         (["train.steps=100", "optimizer.warmup_steps=2"], "smt.warmup_steps: 100 .* must be below train.steps 100"),
         (["train.skip_step_sigma=6"], "train.skip_step_sigma: 6.0 .* must be unset"),
     ],

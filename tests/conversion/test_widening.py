@@ -74,6 +74,7 @@ def test_the_wide_model_computes_the_same_and_all_of_it_learns(tmp_path, model, 
     [
         ({}, 32, "--hidden-size: 32 is not in proportion to the 32 channels, 4 heads and 128 units"),
         ({}, 44, "must be 40, 48, 56, ..."),
+        ({"normalization_position": "post"}, 64, "model.normalization_position: post normalises the residual stream"),
         ({"normalization": "layernorm"}, 64, "model.normalization: layernorm takes the mean of all channels"),
     ],
 )

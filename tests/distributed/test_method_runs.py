@@ -148,3 +148,23 @@ def test_second_order_pruning_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert found["straight"][-1]["loss"] != found["magnitude"][-1]["loss"]
     assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
     assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
+
+
+ADMIN = ["model.normalization_position=post", "model.residual_weight=admin", "model.init_std=0.2"]
+
+
+def test_admin_is_the_same_in_every_layout() -> None:
+    alone = check_alike(ADMIN, [Layout(2, 1, 1, 1), Layout(2, 1, 2, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)], [])
+    omegas = [weight.mean() for name, weight in alone["weights"].items() if name.endswith("_sum.weight")]
+    assert len(omegas) == 6 and omegas[0] == pytest.approx(1.0, abs=0.1) and omegas[-1] > 1.2
+
+
+def test_admin_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
+    words = [*SETTINGS, *ADMIN, data, "train.log_interval=1", "train.valid_interval=4"]
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    cases = [("straight", words, Layout(1, 1, 0, 1), []), ("stopped", words, Layout(1, 1, 0, 1), [1, 6])]
+    found = run_distributed(run_trainers, 1, cases, tmp_path)[0]
+    assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
+    assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]

@@ -59,6 +59,7 @@ def _obstacle(architecture: Architecture, config: RunConfig) -> str | None:
         if architecture is LLAMA:
             # transformers refuses others for Llama.
             wanted["hidden_size"] = (model.hidden_size % model.num_attention_heads, (0,))
+    wanted["normalization_position"] = (model.normalization_position, ("pre",))
     wanted["attention.windows"] = (window, (window,) if architecture is MISTRAL else (None,))
     for field, (value, allowed) in wanted.items():
         if value not in allowed:
