@@ -41,8 +41,8 @@ def make_plan(settings: QuantizeSettings) -> QuantizePlan:
         raise ConfigError(f"--model: {settings.model} has a {QUANTIZATION}; must be a model that is not quantised yet")
     if settings.smoothing is not None and source.config.model.normalization_position == "post":
         raise ConfigError(
-            f"--smoothing: {settings.smoothing:g}; must be left out for a model with model.normalization_position post: "
-            "the residual stream, too, reads what its norms give"
+            f"--smoothing: {settings.smoothing:g}; must be left out for a model with model.normalization_position "
+            "post: the residual stream, too, reads what its norms give"
         )
     layers = layers_apart_from("--keep-float", settings.keep_float, ModelInBlocks(source, torch.device("cpu")))
     _check_groups(settings, layers)

@@ -26,6 +26,8 @@ OTHER = {
     "model.rope_scaling": "{type: linear, factor: 2}",
     "model.normalization": "rmsnorm",
     "model.normalization_epsilon": "1e-6",
+    "model.normalization_position": "post",
+    "model.residual_weight": "admin",
     "model.activation": "swiglu",
     "model.bias": "false",
     "model.qkv_bias": "false",
