@@ -298,8 +298,11 @@ def print_table(rows: Sequence[Mapping[str, str]], console: Console, title: str 
     """rows: heading -> value; a value that a row lacks is empty."""
     table = Table(title=title and escape(title), title_justify="left")
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    for number, heading in enumerate(headings):
+        words = " ".join(row.get(heading, "") for row in rows).split()
+        # What a row is named by keeps its words whole where columns must be narrow.
+        narrowest = max(map(len, words), default=1) if number == 0 else None
+        table.add_column(heading, overflow="fold", min_width=narrowest and min(narrowest, 20))
     for row in rows:
         table.add_row(*(escape(row.get(heading, "")) for heading in headings))
     console.print(table)

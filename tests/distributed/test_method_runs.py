@@ -84,7 +84,7 @@ def check_alike(words: list[str], layouts: list[Layout], more: list[Case]) -> di
 
 
 def test_both_methods_are_the_same_in_every_layout() -> None:
-    layouts = [Layout(2, 1, 1, 1), Layout(2, 1, 2, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)]
+    layouts = [Layout(2, 1, 2, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)]
     alone = check_alike([*DROPPING, *ACTIVATIONS], layouts, [])
     kept, features, tokens = zip(*alone["said"], strict=True)
     assert min(kept) < 0.6 and max(kept) == 1.0
@@ -98,7 +98,11 @@ def test_both_methods_are_the_same_in_every_layout() -> None:
 def test_each_method_is_the_same_in_further_layouts(words: list[str]) -> None:
     shared_tokens = (Layout(1, 2, 1, 1), [*words, "parallel.sequence_parallel=true"])
     recomputed = (Layout(2, 1, 1, 1), [*words, "train.activation_recomputation=true"])
-    check_alike(words, [Layout(2, 1, 1, 2), Layout(2, 1, 3, 2), Layout(1, 2, 0, 2)], [shared_tokens, recomputed])
+    check_alike(
+        words,
+        [Layout(2, 1, 1, 1), Layout(2, 1, 1, 2), Layout(2, 1, 3, 2), Layout(1, 2, 0, 2)],
+        [shared_tokens, recomputed],
+    )
 
 
 @pytest.mark.exhaustive
@@ -154,7 +158,7 @@ ADMIN = ["model.normalization_position=post", "model.residual_weight=admin", "mo
 
 
 def test_admin_is_the_same_in_every_layout() -> None:
-    alone = check_alike(ADMIN, [Layout(2, 1, 1, 1), Layout(2, 1, 2, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)], [])
+    alone = check_alike(ADMIN, [Layout(2, 1, 1, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)], [])
     omegas = [weight.mean() for name, weight in alone["weights"].items() if name.endswith("_sum.weight")]
     assert len(omegas) == 6 and omegas[0] == pytest.approx(1.0, abs=0.1) and omegas[-1] > 1.2
 

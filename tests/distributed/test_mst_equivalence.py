@@ -57,6 +57,7 @@ LAYOUTS = [
 ]
 # The others where most can go wrong, and where least can.
 FEW_LAYOUTS = [Layout(1, 1, 0, 1), Layout(2, 1, 1, 2), Layout(1, 2, 0, 1), Layout(2, 2, 3, 1)]
+# Taken in turns, recipe by recipe.
 USUAL_FEW_LAYOUTS = [Layout(2, 1, 1, 2), Layout(1, 2, 0, 1)]
 CASES = [(recipe, layout) for recipe in RECIPES for layout in (LAYOUTS if recipe in EVERYWHERE else FEW_LAYOUTS)]
 # Unless `--exhaustive` is given, blocks and single weights take the layouts in turns, blocks without accumulation and
@@ -125,7 +126,7 @@ def case_name(recipe: str, layout: Layout, more: str = "fp32") -> str:
 
 def is_usual(recipe: str, layout: Layout) -> bool:
     if recipe not in EVERYWHERE:
-        return layout in USUAL_FEW_LAYOUTS
+        return layout == USUAL_FEW_LAYOUTS[list(RECIPES).index(recipe) % 2]
     even, accumulation = {"blocks": (True, 1), "weights": (False, 2)}[recipe]
     return layout.accumulation == accumulation and ((layout.data + layout.tensor + layout.zero) % 2 == 0) == even
 

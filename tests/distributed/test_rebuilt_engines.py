@@ -15,7 +15,7 @@ from packed_runs import WORDS
 from megasparse.parallel import Mesh
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine
 
-REBUILDS, ALL_REBUILDS = 20, 50
+REBUILDS, ALL_REBUILDS = 12, 50
 """The latter with `--exhaustive`."""
 
 

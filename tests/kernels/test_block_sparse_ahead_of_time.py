@@ -41,7 +41,12 @@ def _own_cache(tmp_path_factory):
 @pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize(
-    ("chip", "is_packed"), [*((chip, False) for chip in aot.TARGETS), ("sm_80", True), ("sm_90", True)]
+    ("chip", "is_packed"),
+    [
+        *((chip, False) for chip in aot.TARGETS),
+        ("sm_90", True),
+        pytest.param("sm_80", True, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
     made = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed)

@@ -55,7 +55,10 @@ def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype)
 
 
 # At this length `auto` takes the reference, and torch's causal kernel for `full`.
-@pytest.mark.parametrize(("kernel", "with_documents"), [("auto", False), ("auto", True), ("tiled", True)])
+@pytest.mark.parametrize(
+    ("kernel", "with_documents"),
+    [("auto", True), ("tiled", True), pytest.param("auto", False, marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("patterns", [*PATTERNS, MIXED], ids=str)
 def test_compiled_equals_eager(patterns, kernel, with_documents) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None

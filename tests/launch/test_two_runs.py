@@ -22,6 +22,10 @@ def test_the_second_run_is_refused_until_the_first_is_dead(corpus: Path, tmp_pat
         assert lock["process"] == owner
         named = f"host {lock['host']}, process {owner}, since {lock['since']}"
         before = (folder / "config.yaml").read_bytes()
+        # It holds its lock all the same, and leaves the cores to the others.
+        paused = first.left()
+        for process in paused:
+            process.suspend()
         for resume, message in (
             ("auto", f"is in use by another run: {named}; must"),
             ("never", f"already ({named}); "),
@@ -30,6 +34,8 @@ def test_the_second_run_is_refused_until_the_first_is_dead(corpus: Path, tmp_pat
             refused = run(command(corpus, tmp_path, *other, ranks=ranks if resume == "auto" else 1), expect=2).stdout
             assert message in refused and "Traceback" not in refused, refused
         assert (folder / "config.yaml").read_bytes() == before and first.poll() is None
+        for process in paused:
+            process.resume()
         os.kill(owner, signal.SIGKILL)
         first.communicate(timeout=LIMIT_SECONDS)
     assert (folder / "run.lock").is_file()

@@ -29,7 +29,9 @@ def trainer_on(device: torch.device) -> SimpleNamespace:
     engine = SimpleNamespace(forward=lambda *batch: torch.zeros(()), backward=lambda loss: None, parts={})
     state = SimpleNamespace(consumed_samples=0, step=0, ledger=Ledger())
     mesh = SimpleNamespace(device=device, data_parallel=CommunicationGroup())
-    return SimpleNamespace(config=CONFIG, mesh=mesh, state=state, train_data=Numbers(), engine=engine)
+    return SimpleNamespace(
+        config=CONFIG, mesh=mesh, state=state, train_data=Numbers(), engine=engine, _micro_batch_sizes=lambda step: 2
+    )
 
 
 @pytest.fixture
