@@ -69,6 +69,16 @@ class Layout:
         return f"dp{self.data}-tp{self.tensor}-zero{self.zero}-accumulation{self.accumulation}"
 
 
+LAYOUTS = [
+    Layout(data, tensor, zero, accumulation)
+    for data in (1, 2)
+    for tensor in (1, 2)
+    for zero in (0, 1, 2, 3)
+    for accumulation in (1, 2)
+]
+"""All that up to four ranks can lie in, with and without accumulation."""
+
+
 def run_config(overrides: list[str], layout: Layout = Layout()) -> RunConfig:  # noqa: B008
     settings = [
         f"deepspeed.zero_stage={layout.zero}",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import Layout, make_batches, run_all, run_config
+from engine_runs import LAYOUTS, Layout, make_batches, run_all, run_config
 from harness import run_distributed
 from plain_mst import PlainTraining
 
@@ -48,13 +48,6 @@ RECIPES = {
     "gradient_scores": [*WEIGHTS, "sparsity.drop_score=magnitude_gradient", "sparsity.drop_score_lambda=0.5"],
 }
 EVERYWHERE = ("blocks", "weights")
-LAYOUTS = [
-    Layout(data, tensor, zero, accumulation)
-    for data in (1, 2)
-    for tensor in (1, 2)
-    for zero in (0, 1, 2, 3)
-    for accumulation in (1, 2)
-]
 # The others where most can go wrong, and where least can.
 FEW_LAYOUTS = [Layout(1, 1, 0, 1), Layout(2, 1, 1, 2), Layout(1, 2, 0, 1), Layout(2, 2, 3, 1)]
 # Taken in turns, recipe by recipe.

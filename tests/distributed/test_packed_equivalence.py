@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import Layout, make_batches, run_config
+from engine_runs import LAYOUTS, Layout, make_batches, run_config
 from harness import run_distributed
 from packed_runs import WORDS, run_cases
 from plain_mst import PlainTraining
@@ -38,13 +38,6 @@ RECIPES = {
         "model.tie_embeddings=false",
     ],
 }
-LAYOUTS = [
-    Layout(data, tensor, zero, accumulation)
-    for data in (1, 2)
-    for tensor in (1, 2)
-    for zero in (0, 1, 2, 3)
-    for accumulation in (1, 2)
-]
 FEW_LAYOUTS = [Layout(1, 1, 0, 1), Layout(2, 1, 1, 2), Layout(1, 2, 2, 1), Layout(2, 2, 3, 2)]
 CASES = [(recipe, layout) for recipe in RECIPES for layout in (LAYOUTS if recipe == "blocks" else FEW_LAYOUTS)]
 USUAL = [

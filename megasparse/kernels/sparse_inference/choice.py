@@ -1,8 +1,8 @@
 """Which layout fits a weight: whole blocks of zeros, single zeros, or too few of either.
 
-BREAK_EVEN holds the densities up to which packed products are taken. At a density of 0.5, for one row of x, they were
-1.4 to 1.9 times as fast as dense ones of the same values (float32 and bfloat16: torch's; int8: ours of rows without a
-mask), on one thread of an EPYC (Zen 4) under load; benchmarks/sparse_decoding.py finds where they meet on a machine.
+BREAK_EVEN holds the densities up to which packed products are taken. They are assumed: for one row of x packed products
+were ahead at 0.5 on a loaded machine, and no more is known. benchmarks/sparse_decoding.py finds where they meet on a
+machine.
 """
 
 from __future__ import annotations
