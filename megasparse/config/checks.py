@@ -336,6 +336,8 @@ def _unused_sparsity(config: RunConfig) -> Iterator[str]:
         yield from sentences(ALL_SCHEDULE_FIELDS - SCHEDULE_FIELDS[algorithm])
     if "fold_low_rank" in given and not sparsity.low_rank:
         yield "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"
+    if "capacity_change_cost" in given and sparsity.storage == "dense":
+        yield "sparsity.capacity_change_cost is used by sparsity.storage packed and auto only"
     if "init_density_power" in given and sparsity.starts_dense:
         yield "sparsity.init_density_power changes nothing in a run that begins dense"
     if algorithm in FIXED_TOPOLOGY:

@@ -93,7 +93,7 @@ FREE: dict[str, str] = {
     "sparsity": "density warmup_end restoration_start restoration_end warmup_shape restoration_shape shape_steps "
     "points distribution depth_boost update_interval drop_fraction drop_anneal drop_score drop_score_lambda growth "
     "growth_ratio regrown row_floor fold_low_rank balance_shards skip_optimizer_on_update lr_density_cap "
-    "storage",
+    "storage capacity_change_cost",
     "distillation": "teacher states cross_entropy_weight logits_weight hidden_weight temperature layer_map tokens "
     "epsilon reduction last_state ratio_over",
     "activation_sparsity": "pattern warmup_steps kernel",

@@ -488,6 +488,9 @@ class SparsityConfig(Section):
     so that gradients, optimizer state, traffic and checkpoints fall with the density; the engine is built anew in the
     few steps in which their number changes much. auto: packed where the plan expects it to save at least twice the time
     that building anew takes, and nothing speaks against it; decided at the start of a run, which keeps it."""
+    capacity_change_cost: NonNegativeFloat = 10.0
+    """Steps that building the engine anew for packed storage is taken to cost, in what dense storage adds to a step: a
+    stretch in which smaller storage saves less is passed over. 0: always as small as it can be."""
 
     @property
     def starts_dense(self) -> bool:

@@ -5,9 +5,11 @@
     plan.fitting(step, controller.shard_active) # the same where a run stands elsewhere than its schedule
 
 The capacity of a layer changes in a few steps, since the engine is built anew for it: a ladder of densities, and in
-each step the lowest rung that holds what the schedule asks for before and after any topology update until the next
-change. Layers' densities rise with the global one, so that a rung holds every layer at once. What a topology update
-that was put off by skipped steps asks for is held too: every step is looked at, not those of updates alone.
+each step a rung that holds what the schedule asks for before and after any topology update until the next change. The
+rungs are those of least cost, counted in steps with dense storage: room that is held, and
+`sparsity.capacity_change_cost` for each change, so that short stretches are passed over. Layers' densities rise with
+the global one, so that a rung holds every layer at once. What a topology update that was put off by skipped steps asks
+for is held too: every step is looked at, not those of updates alone.
 """
 
 from __future__ import annotations
@@ -73,17 +75,47 @@ class StoragePlan:
 
 def plan_storage(config: RunConfig, controller: Controller) -> StoragePlan:
     """For the sparse layers of a model, which may be on the meta device."""
-    stretches = list(_stretches(controller.schedule, config.sparsity.update_interval, config.train.steps))
+    steps = config.train.steps
+    stretches = list(_stretches(controller.schedule, config.sparsity.update_interval, steps))
     densities = [density for _, density in stretches]
+    found = list[tuple[float, tuple[float, ...], list[tuple[int, int]]]]()
     for rungs in _ladders(min(densities), max(densities)):
-        changes: list[tuple[int, int]] = []
-        for first, density in stretches:
-            rung = max(number for number, rung in enumerate(rungs) if density <= rung * (1 + ROUNDING))
-            if not changes or changes[-1][1] != rung:
-                changes.append((first, rung))
+        cost, changes = _cheapest_changes(stretches, rungs, steps, config.sparsity.capacity_change_cost)
         if len(changes) - 1 <= MAX_CHANGES or len(rungs) == 1:
-            break
+            found.append((cost, rungs, changes))
+    _, rungs, changes = min(found, key=lambda one: one[0])
+    used = sorted({rung for _, rung in changes} | {0})
+    rungs, changes = tuple(rungs[rung] for rung in used), [(first, used.index(rung)) for first, rung in changes]
     return StoragePlan(rungs, tuple(changes), tuple(_slots(controller, rung) for rung in rungs))
+
+
+def _cheapest_changes(
+    stretches: list[tuple[int, float]], rungs: tuple[float, ...], steps: int, change_cost: float
+) -> tuple[float, list[tuple[int, int]]]:
+    """Cost, and (first step, rung) of the changes that cost least, the first rung included, for the stretches of
+    ``_stretches``: by dynamic programming over the rung of each stretch."""
+    costs, before = [0.0] * len(rungs), list[list[int]]()
+    for (first, density), (end, _) in pairwise([*stretches, (steps, 0.0)]):
+        cheapest = min(range(len(rungs)), key=costs.__getitem__)
+        stays = [not before or cost <= costs[cheapest] + change_cost for cost in costs]
+        before.append([rung if stay else cheapest for rung, stay in enumerate(stays)])
+        costs = [
+            math.inf
+            if density > held * (1 + ROUNDING)
+            else (cost if stay else costs[cheapest] + change_cost) + (end - first) * held
+            for held, cost, stay in zip(rungs, costs, stays, strict=True)
+        ]
+    rung = min(range(len(rungs)), key=costs.__getitem__)
+    cost, path = costs[rung], list[int]()
+    for came_from in reversed(before):
+        path.append(rung)
+        rung = came_from[rung]
+    path.reverse()
+    return cost, [
+        (first, rung)
+        for (first, _), rung, last in zip(stretches, path, [None, *path[:-1]], strict=True)
+        if rung != last
+    ]
 
 
 def _stretches(schedule: DensitySchedule, interval: int, steps: int) -> Iterator[tuple[int, float]]:

@@ -17,7 +17,7 @@ from megasparse.parallel import Mesh, shard_spec_of
 from megasparse.training.build_engine import Renewal, RunStorage, build_engine, capacities_of
 
 assert BASE
-WORDS = ["sparsity.block_size=8", "model.hidden_size=32", "sparsity.density=0.2"]
+WORDS = ["sparsity.block_size=8", "model.hidden_size=32", "sparsity.density=0.2", "sparsity.capacity_change_cost=0"]
 
 
 def run_case(

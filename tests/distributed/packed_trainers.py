@@ -34,6 +34,7 @@ WORDS = [
     "train.keep_checkpoints=9",
     "sparsity.algorithm=mst",
     "sparsity.density=0.2",
+    "sparsity.capacity_change_cost=0",
     "sparsity.warmup_end=0.2",
     "sparsity.restoration_start=0.5",
     "sparsity.restoration_end=0.8",

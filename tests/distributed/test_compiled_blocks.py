@@ -50,7 +50,12 @@ def packed_losses(mesh: Mesh) -> dict[str, Any]:
     """Of runs with packed storage, whose engine is built anew some times, without and with compiled blocks."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     cases = [
-        (kind, [*SETTINGS, "sparsity.storage=packed", f"train.compile={kind}"], Layout(), [])
+        (
+            kind,
+            [*SETTINGS, "sparsity.storage=packed", "sparsity.capacity_change_cost=0", f"train.compile={kind}"],
+            Layout(),
+            [],
+        )
         for kind in ("none", "blocks")
     ]
     return {kind: {name: run[name] for name in ("losses", "held")} for kind, run in run_cases(mesh, cases).items()}

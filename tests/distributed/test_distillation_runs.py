@@ -34,6 +34,7 @@ EVOLVING = [
     "sparsity.restoration_start=0.5",
     "sparsity.restoration_end=0.8",
 ]
+PACKED = ["sparsity.storage=packed", "sparsity.capacity_change_cost=0"]
 LAYER_MAP = ["distillation.layer_map=[[0, 1], [1, 2]]", "distillation.tokens=response"]
 
 # Hidden states of several float32 layers, and ratios of sums of them: a little more than a cross entropy alone. A loss
@@ -55,7 +56,7 @@ def one_rank(mesh, folder: Path) -> dict[str, Any]:
         ("mapped", deep, Layout(), []),
         ("reference", settings(folder, "distillation.ratio_over=micro_batch"), Layout(), []),
         ("evolving", settings(folder, *EVOLVING), Layout(zero=2), []),
-        ("packed", settings(folder, *EVOLVING, "sparsity.storage=packed"), Layout(zero=2), [7]),
+        ("packed", settings(folder, *EVOLVING, *PACKED), Layout(zero=2), [7]),
     ]
     return run_trainers(mesh, cases, folder / "one")
 
@@ -154,7 +155,7 @@ def test_the_curve_does_not_depend_on_accumulation(alone) -> None:
 
 
 def test_a_student_with_packed_storage_has_the_curve_of_dense_storage(alone, folder) -> None:
-    config = run_config(settings(folder, *EVOLVING, "sparsity.storage=packed"), Layout(zero=2))
+    config = run_config(settings(folder, *EVOLVING, *PACKED), Layout(zero=2))
     storage = RunStorage.of(config, 61, CommunicationGroup())
     assert len(storage.plan.changes) > 2, "the engine is built anew, with the teacher"
     assert distance(alone["packed"], alone["evolving"]) < LOSS_RTOL

@@ -28,7 +28,7 @@ TWO_RANKS = [
     ("zero 1, bf16, per-weight steps", [BF16, "sparsity.per_weight_step_counts=true"], Layout(2, zero=1)),
     ("zero 2, unclipped", [UNCLIPPED], Layout(2, zero=2, accumulation=2)),
     ("zero 3, bf16", [BF16, WEIGHTS], Layout(2, zero=3)),
-    ("zero 2, packed", ["sparsity.storage=packed"], Layout(2, zero=2)),
+    ("zero 2, packed", ["sparsity.storage=packed", "sparsity.capacity_change_cost=0"], Layout(2, zero=2)),
     ("tensor parallel", [WEIGHTS], Layout(1, 2, zero=1)),
 ]
 FURTHER = [
