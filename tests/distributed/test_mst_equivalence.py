@@ -60,42 +60,44 @@ OPTIONS = {
     "sequence_parallel": ["parallel.sequence_parallel=true"],
     "recomputation": ["train.activation_recomputation=true"],
 }
-# (recipe, layout, option): settings that must not change a single decision.
+# (recipe, layout, option): settings that must not change a single decision. Of this list and the next two the first
+# `USUAL` cases are run without `--exhaustive`.
 SAME_WITH = [
     ("blocks", Layout(2, 1, 1, 1), "offload"),
+    ("weights", Layout(2, 2, 2, 1), "offload"),
+    ("llama", Layout(1, 2, 0, 1), "sequence_parallel"),
+    ("weights", Layout(1, 2, 1, 2), "sequence_parallel"),
+    ("blocks", Layout(2, 1, 3, 1), "recomputation"),
     ("blocks", Layout(2, 1, 2, 2), "offload"),
     ("weights", Layout(2, 1, 3, 2), "offload"),
-    ("weights", Layout(2, 2, 2, 1), "offload"),
     ("blocks", Layout(1, 2, 0, 1), "sequence_parallel"),
-    ("weights", Layout(1, 2, 1, 2), "sequence_parallel"),
-    ("llama", Layout(1, 2, 0, 1), "sequence_parallel"),
     ("blocks", Layout(2, 2, 3, 1), "sequence_parallel"),
-    ("blocks", Layout(2, 1, 3, 1), "recomputation"),
     ("blocks", Layout(1, 2, 1, 1), "recomputation"),
 ]
 BFLOAT16 = [
     ("blocks", Layout(2, 1, 1, 2)),
-    ("weights", Layout(2, 1, 1, 1)),
     ("tied_head", Layout(2, 1, 1, 1)),
     ("per-weight steps", Layout(1, 1, 1, 1)),
     ("weights", Layout(2, 1, 2, 1)),
+    ("weights", Layout(2, 2, 3, 1)),
+    ("weights", Layout(2, 1, 1, 1)),
     ("blocks", Layout(2, 1, 3, 1)),
     ("blocks", Layout(1, 2, 1, 1)),
-    ("weights", Layout(2, 2, 3, 1)),
 ]
 # (recipe, overrides, layout)
 INTERRUPTIONS = [
     ("blocks", [], Layout(1, 1, 0, 2)),
-    ("blocks", [], Layout(2, 1, 1, 2)),
     ("weights", ["train.precision=bf16"], Layout(2, 1, 1, 2)),
+    ("blocks", [], Layout(2, 1, 2, 2)),
+    ("per-weight steps", [], Layout(2, 1, 3, 2)),
+    ("tied_head", [], Layout(2, 2, 3, 2)),
+    ("weights", [], Layout(1, 2, 1, 2)),
+    ("blocks", [], Layout(2, 1, 1, 2)),
     ("per-weight steps", [], Layout(1, 1, 0, 2)),
     ("per-weight steps", [], Layout(2, 1, 1, 2)),
     ("tied_head", [], Layout(2, 1, 1, 2)),
-    ("blocks", [], Layout(2, 1, 2, 2)),
-    ("per-weight steps", [], Layout(2, 1, 3, 2)),
-    ("weights", [], Layout(1, 2, 1, 2)),
-    ("tied_head", [], Layout(2, 2, 3, 2)),
 ]
+USUAL = 5
 
 # Float32 carries 1.2e-7; a loss averages 128 of them after some thousand operations each. Measured: 3e-7.
 LOSS_RTOL = 2e-6
@@ -124,11 +126,25 @@ def is_usual(recipe: str, layout: Layout) -> bool:
     return layout.accumulation == accumulation and ((layout.data + layout.tensor + layout.zero) % 2 == 0) == even
 
 
+def chosen(cases: list, everything: bool) -> list:
+    return cases if everything else cases[:USUAL]
+
+
+def marked(cases: list[tuple]) -> list:
+    return [*cases[:USUAL], *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases[USUAL:])]
+
+
 def all_cases(everything: bool) -> list[tuple[str, list[str], Layout]]:
     """(name, overrides, layout) of all that is compared with the plain run."""
     float32 = [(case_name(*case), overrides(case[0]), case[1]) for case in CASES if everything or is_usual(*case)]
-    options = [(case_name(r, layout, o), [*overrides(r), *OPTIONS[o]], layout) for r, layout, o in SAME_WITH]
-    half = [(case_name(*case, "bf16"), [*overrides(case[0]), "train.precision=bf16"], case[1]) for case in BFLOAT16]
+    options = [
+        (case_name(r, layout, o), [*overrides(r), *OPTIONS[o]], layout)
+        for r, layout, o in chosen(SAME_WITH, everything)
+    ]
+    half = [
+        (case_name(*case, "bf16"), [*overrides(case[0]), "train.precision=bf16"], case[1])
+        for case in chosen(BFLOAT16, everything)
+    ]
     return [*float32, *options, *half]
 
 
@@ -158,7 +174,7 @@ class Results(dict):
         cases = [case for case in all_cases(self.everything) if case[2].world_size == world]
         interruptions = [
             (case_name(recipe, layout), [*RECIPES[recipe], *more], layout)
-            for recipe, more, layout in INTERRUPTIONS
+            for recipe, more, layout in chosen(INTERRUPTIONS, self.everything)
             if layout.world_size == world
         ]
         folder = self.folder / f"world{world}"
@@ -183,7 +199,7 @@ def unpacked(bits: torch.Tensor, recipe: str, shape: torch.Size) -> torch.Tensor
     ("recipe", "layout", "option"),
     [
         *(pytest.param(*case, "fp32", marks=() if is_usual(*case) else pytest.mark.exhaustive) for case in CASES),
-        *SAME_WITH,
+        *marked(SAME_WITH),
     ],
     ids=str,
 )
@@ -221,7 +237,7 @@ def test_the_reference_goes_through_all_phases(recipe) -> None:
     assert plain["losses"][-1] < plain["losses"][0] - 0.4
 
 
-@pytest.mark.parametrize(("recipe", "layout"), BFLOAT16, ids=str)
+@pytest.mark.parametrize(("recipe", "layout"), marked(BFLOAT16), ids=str)
 def test_bfloat16_stays_near_and_exact_zeros_stay_zero(results, recipe, layout) -> None:
     """The zeros (master, moments, model weights, after every step) are checked inside the run."""
     plain, _, _ = reference(recipe)
@@ -250,7 +266,7 @@ def test_every_recipe_makes_a_difference() -> None:
             assert not torch.allclose(losses, base, rtol=10 * LOSS_RTOL, atol=0), recipe
 
 
-@pytest.mark.parametrize(("recipe", "more", "layout"), INTERRUPTIONS, ids=str)
+@pytest.mark.parametrize(("recipe", "more", "layout"), marked(INTERRUPTIONS), ids=str)
 def test_a_resumed_run_is_bit_identical(results, recipe, more, layout) -> None:
     for rank in results[layout.world_size]:
         outcome = rank["interruptions"][case_name(recipe, layout)]

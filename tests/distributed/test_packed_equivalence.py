@@ -42,6 +42,7 @@ FEW_LAYOUTS = [Layout(1, 1, 0, 1), Layout(2, 1, 1, 2), Layout(1, 2, 2, 1), Layou
 CASES = [(recipe, layout) for recipe in RECIPES for layout in (LAYOUTS if recipe == "blocks" else FEW_LAYOUTS)]
 USUAL = [
     ("blocks", Layout(2, 1, 0, 1)),
+    ("blocks", Layout(2, 1, 2, 2)),
     ("blocks", Layout(2, 1, 3, 2)),
     ("blocks", Layout(1, 2, 1, 2)),
     ("llama", Layout(1, 2, 2, 1)),

@@ -25,14 +25,14 @@ WEIGHTS, BF16, UNCLIPPED = "sparsity.block_size=1", "train.precision=bf16", "opt
 ONE_RANK = [("one rank", [WEIGHTS], Layout(zero=0)), ("one rank, bf16", [BF16], Layout(zero=2, accumulation=2))]
 TWO_RANKS = [
     ("zero 0, unclipped", [UNCLIPPED, WEIGHTS], Layout(2, zero=0, accumulation=2)),
-    ("zero 1, bf16, per-weight steps", [BF16, "sparsity.per_weight_step_counts=true"], Layout(2, zero=1)),
-    ("zero 2, unclipped", [UNCLIPPED], Layout(2, zero=2, accumulation=2)),
     ("zero 3, bf16", [BF16, WEIGHTS], Layout(2, zero=3)),
     ("zero 2, packed", ["sparsity.storage=packed", "sparsity.capacity_change_cost=0"], Layout(2, zero=2)),
     ("tensor parallel", [WEIGHTS], Layout(1, 2, zero=1)),
 ]
 FURTHER = [
     ("zero 0", [], Layout(2, zero=0)),
+    ("zero 1, bf16, per-weight steps", [BF16, "sparsity.per_weight_step_counts=true"], Layout(2, zero=1)),
+    ("zero 2, unclipped", [UNCLIPPED], Layout(2, zero=2, accumulation=2)),
     ("zero 3, unclipped", [UNCLIPPED], Layout(2, zero=3, accumulation=2)),
     ("tensor parallel, zero 0", [], Layout(1, 2, zero=0)),
     ("offload", ["deepspeed.offload_optimizer=cpu"], Layout(2, zero=2)),

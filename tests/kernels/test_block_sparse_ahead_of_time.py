@@ -38,16 +38,24 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+USUAL = {
+    ("sm_80", False): (16, 32, 64, 128),
+    ("sm_90", False): (16, 64, 128),
+    ("gfx942", False): (64,),
+    ("sm_90", True): (32, 128),
+}
+"""Sizes of blocks by chip and storage, without `--exhaustive`."""
+DEFAULTS = [
+    pytest.param(
+        chip, is_packed, size, marks=() if size in USUAL.get((chip, is_packed), ()) else pytest.mark.exhaustive
+    )
+    for chip, is_packed in [*((chip, False) for chip in aot.TARGETS), ("sm_90", True), ("sm_80", True)]
+    for size in (16, 32, 64, 128)
+]
+
+
 @pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(
-    ("chip", "is_packed"),
-    [
-        *((chip, False) for chip in aot.TARGETS),
-        ("sm_90", True),
-        pytest.param("sm_80", True, marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize(("chip", "is_packed", "block_size"), DEFAULTS)
 def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
     made = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed)
     check_limits(made, chip)

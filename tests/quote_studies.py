@@ -1,0 +1,57 @@
+"""The tables of studies that READMEs quote, made from the committed results.
+
+    python tests/quote_studies.py        # writes the tables anew, after results have changed
+
+A table stands between `<!-- Results of benchmarks/results/NAME.json -->` and `<!-- End of the results -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from test_architecture import ROOT
+
+from megasparse.studies.tables import arm_rows, difference_rows
+
+PAGES = [ROOT / "README.md", ROOT / "configs" / "studies" / "README.md"]
+QUOTED = re.compile(r"(<!-- Results of (benchmarks/results/\S+\.json) -->\n).*?(<!-- End of the results -->\n)", re.S)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What each arm has reached, with its paired difference to the first baseline, in Markdown."""
+    share = f"{results['confidence']:.0%} interval".replace("%", " %")
+    minus = {row["arm"]: row for row in difference_rows(results)}
+    (baseline,) = {row["minus"] for row in minus.values()}
+    rows, shown = list[list[str]](), ("arm", "shape", "tokens", "lr", "validation loss")
+    for arm, row in zip(results["arms"], arm_rows(results), strict=True):
+        if arm["n"]:
+            difference = minus.get(row["arm"], {})
+            interval = next((value for name, value in difference.items() if name.endswith("interval")), "")
+            rows.append([*(row[name] for name in shown), row["n"], difference.get("difference", ""), interval])
+    return markdown([*shown, "seeds", f"minus {baseline}, in pairs", share], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_tables(page: str) -> str:
+    def quoted(found: re.Match[str]) -> str:
+        results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))
+        return f"{found[1]}\n{table(results)}\n{found[3]}"
+
+    return QUOTED.sub(quoted, page)
+
+
+def write(path: Path) -> None:
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        write(path)
