@@ -66,6 +66,8 @@ FIXED: dict[str, Rule] = {
     "spiel.selection_steps": _always,
     "switching.clusters": _always,
     "switching.shards": _always,
+    "tensor_train.rank": _always,
+    "tensor_train.cores": _always,
     "sparsity.algorithm": _gains_or_loses_masks,
     "sparsity.block_size": _always,
     "sparsity.head": _always,

@@ -30,6 +30,7 @@ from megasparse.config.section import (
 )
 from megasparse.config.switching import SwitchingConfig
 from megasparse.config.task import TaskConfig
+from megasparse.config.tensor_train import TensorTrainConfig
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
@@ -544,6 +545,7 @@ class RunConfig(Section):
     smt: SmtConfig = SmtConfig()
     spiel: SpielConfig = SpielConfig()
     switching: SwitchingConfig = SwitchingConfig()
+    tensor_train: TensorTrainConfig = TensorTrainConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

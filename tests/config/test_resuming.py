@@ -46,6 +46,8 @@ OTHER = {
     "smt.restore_base_after_warmup": "false",
     "switching.clusters": "16",
     "switching.shards": "2",
+    "tensor_train.rank": "4",
+    "tensor_train.cores": "3",
     "sparsity.algorithm": "dense",
     "sparsity.block_size": "32",
     "sparsity.head": "true",

@@ -172,3 +172,31 @@ def test_admin_goes_on_bit_for_bit(tmp_path: Path) -> None:
     found = run_distributed(run_trainers, 1, cases, tmp_path)[0]
     assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
     assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
+
+
+TENSOR_TRAIN = ["sparsity.algorithm=dense", "tensor_train.rank=4"]
+
+
+def test_tensor_trains_are_the_same_in_every_layout() -> None:
+    alone = check_alike(TENSOR_TRAIN, [Layout(2, 1, 1, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)], [])
+    assert alone["weights"]["layers.0.mlp.up.core_0"].shape == (16, 8 * 4)
+    assert alone["curve"][-2] < alone["curve"][0]
+
+
+@pytest.mark.exhaustive
+def test_tensor_trains_are_the_same_in_further_layouts() -> None:
+    words = [*TENSOR_TRAIN, "model.activation=swiglu", "tensor_train.cores=3", "tensor_train.rank=2"]
+    shared_tokens = (Layout(1, 2, 1, 1), [*words, "parallel.sequence_parallel=true"])
+    recomputed = (Layout(2, 1, 1, 1), [*words, "train.activation_recomputation=true"])
+    check_alike(words, [Layout(2, 1, 2, 2), Layout(2, 1, 3, 2), Layout(1, 2, 0, 2)], [shared_tokens, recomputed])
+
+
+def test_tensor_trains_go_on_bit_for_bit(tmp_path: Path) -> None:
+    data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
+    words = [*SETTINGS, *TENSOR_TRAIN, data, "train.log_interval=1", "train.valid_interval=4"]
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    cases = [("straight", words, Layout(1, 1, 0, 1), []), ("stopped", words, Layout(1, 1, 0, 1), [1, 6])]
+    found = run_distributed(run_trainers, 1, cases, tmp_path)[0]
+    assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
+    assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
