@@ -18,6 +18,7 @@ from megasparse.config.adapters import SmtConfig, SpielConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from megasparse.config.layer_dropping import LayerDroppingConfig
+from megasparse.config.layer_tying import LayerTyingConfig
 from megasparse.config.second_order import SecondOrderConfig
 from megasparse.config.section import (
     Fraction,
@@ -546,6 +547,7 @@ class RunConfig(Section):
     spiel: SpielConfig = SpielConfig()
     switching: SwitchingConfig = SwitchingConfig()
     tensor_train: TensorTrainConfig = TensorTrainConfig()
+    layer_tying: LayerTyingConfig = LayerTyingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -31,6 +31,7 @@ from megasparse.checkpoint.model_folder import (
 )
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles
+from megasparse.config.layer_tying import LayerTyingConfig
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import stage_of, without_stacking
@@ -130,10 +131,11 @@ class RunSource(_MasterWeights):
     def __init__(self, run_folder: Path, step: int | None = None) -> None:
         # Imports DeepSpeed, which takes seconds.
         from megasparse.checkpoint.reader import Checkpoint
-        from megasparse.checkpoint.weights import find_checkpoint
+        from megasparse.checkpoint.weights import find_checkpoint, layer_sources
 
         self.folder, index = find_checkpoint(run_folder, step)
         self._checkpoint = Checkpoint(self.folder)
+        self._sources = layer_sources(self._checkpoint)
         config = stage_of(load_config([run_folder / "config.yaml"]), index.model)
         end = recorded_end(run_folder)
         super().__init__(self.folder, config, self._checkpoint.shapes, end)
@@ -150,7 +152,9 @@ class RunSource(_MasterWeights):
         return self._checkpoint.topology()
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name, "fp32")
+        from megasparse.checkpoint.weights import computing_name
+
+        return self._checkpoint.tensor(computing_name(name, self._sources), "fp32")
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,8 @@ def portable_config(config: RunConfig, files: Mapping[str, Path]) -> RunConfig:
     update: dict[str, Any] = {"tokenizer_path": name}
     if name is not None and name not in files:
         update = {"tokenizer": None, "tokenizer_path": None}
-    return without_stacking(config).model_copy(update={"data": config.data.model_copy(update=update)})
+    changes = {"data": config.data.model_copy(update=update), "layer_tying": LayerTyingConfig()}
+    return without_stacking(config).model_copy(update=changes)
 
 
 def _facts(run_folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
