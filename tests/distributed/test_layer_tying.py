@@ -178,7 +178,7 @@ def test_an_action_is_learned_from_once() -> None:
     assert layer == 1 and source == int(values[:2].argmax())
     now, reward = [0, source, 2, 1], random.uniform(-3, -1)
     before = [weight.detach().clone() for weight in controller.weights]
-    target = reward + 0.99 * float(controller.values(torch.tensor(now, dtype=torch.float32))[2:5].max())
+    target = reward + 0.99 * float(controller.values(torch.tensor(now, dtype=torch.float32)).detach()[2:5].max())
     controller.decide(now, reward)
     moved = controller.weights[3].detach() - before[3]
     expected = torch.zeros(first_action(layers))
