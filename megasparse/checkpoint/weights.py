@@ -8,6 +8,7 @@ For sampling, evaluation and conversion; a run that goes on reads its checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from megasparse.checkpoint.index import Index, read_index
 from megasparse.checkpoint.reader import Checkpoint, damage
 from megasparse.checkpoint.saved_state import WEIGHT
 from megasparse.checkpoint.store import CHECKPOINTS, PREFIX, CheckpointError, CheckpointStore
+from megasparse.config.stages import LAYER, layer_number
 
 
 def find_checkpoint(run_folder: Path, step: int | None = None) -> tuple[Path, Index]:
@@ -58,8 +60,22 @@ def _store(run_folder: Path) -> CheckpointStore:
 def load_model_weights(folder: Path) -> dict[str, Tensor]:
     """Master weights of the checkpoint in `folder` on the CPU, whole, by state dict name; shared ones share memory.
 
-    Weights of inactive units are 0. Raises CheckpointError for a folder that is no whole checkpoint, or was changed.
+    Weights of inactive units are 0, and a tied layer has those of the layer that computes it. Raises CheckpointError
+    for a folder that is no whole checkpoint, or was changed.
     """
     with Checkpoint(folder) as saved:
-        weights = {name: saved.tensor(name, WEIGHT) for name in saved.shapes}
+        sources = layer_sources(saved)
+        weights = {name: saved.tensor(computing_name(name, sources), WEIGHT) for name in saved.shapes}
         return weights | {alias: weights[name] for alias, name in saved.index.aliases.items()}
+
+
+def layer_sources(saved: Checkpoint) -> list[int] | None:
+    """For each layer the one whose weights it has (section `layer_tying`); None: its own."""
+    sources = saved.method_state("layer_tying").get("sources")
+    return None if sources is None else sources.tolist()
+
+
+def computing_name(name: str, sources: Sequence[int] | None) -> str:
+    """The name of the parameter that the parameter of a layer is read from."""
+    number = layer_number(name)
+    return name if sources is None or number is None else LAYER.sub(f"layers.{sources[number]}.", name)

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from math import gcd
 
 from megasparse.config.adapters import adapter_conflicts
+from megasparse.config.layer_tying import layer_tying_conflicts
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, divisors
 from megasparse.config.section import Section
 from megasparse.config.stages import growth_step
+from megasparse.config.tensor_train import tensor_train_conflicts
 
 # What shapes the density of each algorithm; everything else of the schedule is unused by it.
 SCHEDULE_FIELDS = {
@@ -44,7 +46,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_second_order(config)
     _check_switching(config)
     _check_normalization_position(config)
-    for conflict in adapter_conflicts(config):
+    for conflict in (*adapter_conflicts(config), *tensor_train_conflicts(config), *layer_tying_conflicts(config)):
         raise ConfigError(conflict)
     if config.data.tokenizer in ("sentencepiece", "huggingface") and config.data.tokenizer_path is None:
         raise ConfigError(f"data.tokenizer_path: needed by data.tokenizer {config.data.tokenizer}; a file")
@@ -402,6 +404,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         ("smt", "smt.density", config.smt.density is not None),
         ("spiel", "spiel.density", config.spiel.density is not None),
         ("switching", "switching.clusters", config.switching.clusters is not None),
+        ("tensor_train", "tensor_train.rank", config.tensor_train.rank is not None),
+        ("layer_tying", "layer_tying.mode fixed or dynamic", config.layer_tying.mode != "none"),
         ("task", "task.path", config.task.path is not None),
     ):
         unused = sorted(name for name in given if name.startswith(f"{section}."))

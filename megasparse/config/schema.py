@@ -18,6 +18,7 @@ from megasparse.config.adapters import SmtConfig, SpielConfig
 from megasparse.config.distillation import DistillationConfig
 from megasparse.config.execution import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from megasparse.config.layer_dropping import LayerDroppingConfig
+from megasparse.config.layer_tying import LayerTyingConfig
 from megasparse.config.second_order import SecondOrderConfig
 from megasparse.config.section import (
     Fraction,
@@ -30,6 +31,7 @@ from megasparse.config.section import (
 )
 from megasparse.config.switching import SwitchingConfig
 from megasparse.config.task import TaskConfig
+from megasparse.config.tensor_train import TensorTrainConfig
 
 Pattern = Literal["full", "local", "strided", "sparse", "fixed"]
 Phase = Literal["warm_up", "ultra_sparse", "restoration", "dense"]
@@ -547,6 +549,8 @@ class RunConfig(Section):
     smt: SmtConfig = SmtConfig()
     spiel: SpielConfig = SpielConfig()
     switching: SwitchingConfig = SwitchingConfig()
+    tensor_train: TensorTrainConfig = TensorTrainConfig()
+    layer_tying: LayerTyingConfig = LayerTyingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -31,13 +31,16 @@ from megasparse.checkpoint.model_folder import (
 )
 from megasparse.checkpoint.store import CheckpointError
 from megasparse.checkpoint.tensor_files import TensorFiles
+from megasparse.config.layer_tying import LayerTyingConfig
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import stage_of, without_stacking
+from megasparse.config.tensor_train import without_tensor_train
 from megasparse.data.build import open_tokenizer
 from megasparse.data.facts import EndOfDocument
 from megasparse.data.record import recorded_end
 from megasparse.data.tokenizer import Tokenizer
+from megasparse.layers.tensor_train import assembled, matrix_names
 
 PICKLED = "pytorch_model.bin"
 TOKENIZER_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -84,12 +87,14 @@ class FolderSource(ModelFolder):
 
 
 class _MasterWeights(ABC):
-    """Float32 weights of a model with a configuration, from where the vocabulary may be padded."""
+    """Float32 weights of a model with a configuration, from where the vocabulary may be padded and matrices may be
+    tensor trains: `config` is that of the model with the matrices themselves."""
 
     def __init__(self, where: Path, config: RunConfig, found: Iterable[str], end: EndOfDocument | None = None) -> None:
-        self._where, self.config = where, complete_config(config, end)
-        self._expected = model_tensors(self.config)
-        odd = sorted(set(self._expected) ^ set(found))
+        self._where, self._train = where, config.tensor_train
+        self.config = without_tensor_train(complete_config(config, end))
+        self._expected, self._parameters = model_tensors(self.config), matrix_names(found)
+        odd = sorted(set(self._expected) ^ set(self._parameters))
         if odd:
             raise CheckpointError(f"{where}: parameters and configuration differ at {', '.join(odd[:4])}")
 
@@ -104,7 +109,9 @@ class _MasterWeights(ABC):
         return torch.float32
 
     def tensor(self, name: str) -> Tensor:
-        whole, shape = self._read(name), self.shape(name)
+        shape, parameters = self.shape(name), [self._read(parameter) for parameter in self._parameters[name]]
+        is_matrix = self._parameters[name] == [name]
+        whole = parameters[0] if is_matrix else assembled(parameters, self._expected[name], self._train)
         if name in VOCABULARY_TENSORS:
             whole = whole[: shape[0]]
         if tuple(whole.shape) != shape:
@@ -124,10 +131,11 @@ class RunSource(_MasterWeights):
     def __init__(self, run_folder: Path, step: int | None = None) -> None:
         # Imports DeepSpeed, which takes seconds.
         from megasparse.checkpoint.reader import Checkpoint
-        from megasparse.checkpoint.weights import find_checkpoint
+        from megasparse.checkpoint.weights import find_checkpoint, layer_sources
 
         self.folder, index = find_checkpoint(run_folder, step)
         self._checkpoint = Checkpoint(self.folder)
+        self._sources = layer_sources(self._checkpoint)
         config = stage_of(load_config([run_folder / "config.yaml"]), index.model)
         end = recorded_end(run_folder)
         super().__init__(self.folder, config, self._checkpoint.shapes, end)
@@ -144,7 +152,9 @@ class RunSource(_MasterWeights):
         return self._checkpoint.topology()
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name, "fp32")
+        from megasparse.checkpoint.weights import computing_name
+
+        return self._checkpoint.tensor(computing_name(name, self._sources), "fp32")
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,8 @@ def portable_config(config: RunConfig, files: Mapping[str, Path]) -> RunConfig:
     update: dict[str, Any] = {"tokenizer_path": name}
     if name is not None and name not in files:
         update = {"tokenizer": None, "tokenizer_path": None}
-    return without_stacking(config).model_copy(update={"data": config.data.model_copy(update=update)})
+    changes = {"data": config.data.model_copy(update=update), "layer_tying": LayerTyingConfig()}
+    return without_stacking(config).model_copy(update=changes)
 
 
 def _facts(run_folder: Path, config: RunConfig, step: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.cost.layer_kernels import DTYPES, layer_kind
 from megasparse.kernels.dense_products import choose, onednn
 from megasparse.kernels.dense_products.table import TABLE
-from megasparse.layers import Linear
+from megasparse.layers import Linear, TensorTrainLinear
 from megasparse.models.gpt import GPT
 
 
@@ -31,7 +31,7 @@ def dense_kernels(config: RunConfig, model: GPT, device: str) -> list[dict[str, 
     tokens = config.train.micro_batch_size * config.model.seq_length
     rows: dict[tuple, dict[str, Any]] = {}
     for layer in model.modules():
-        if not isinstance(layer, Linear):
+        if not isinstance(layer, Linear) or isinstance(layer, TensorTrainLinear):
             continue
         outer, inner = layer.partition.local_shape
         # The head sees a chunk of the tokens at a time.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import prod
 
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.layer_kernels import LayerKernels, saves_work
@@ -66,25 +67,32 @@ class FlopCounter:
         self._samples, self._length = config.train.global_batch_size, config.model.seq_length
         tokens = self._samples * self._length
         # FLOPs of one product (forward, input gradient or weight gradient): of the sparse layers when dense, and of
-        # what is always dense, low-rank branches included.
+        # all else as it is computed, low-rank branches included.
         self._products: dict[str, int] = {}
         self._rest: dict[str, int] = {}
+        whole = 0
         for name, layer in model.named_modules():
             if isinstance(layer, Linear):
                 product = 2 * tokens * layer.in_features * layer.out_features
                 branch = 2 * tokens * layer.low_rank * (layer.in_features + layer.out_features)
-                is_sparse = isinstance(layer, SparseLinear)
-                self._rest[name] = branch if is_sparse else product + branch
-                if is_sparse:
-                    self._products[name] = product
+                whole += product + branch
+                if isinstance(layer, SparseLinear):
+                    self._products[name], self._rest[name] = product, branch
+                else:
+                    self._rest[name] = self._computed(layer) + branch
         self._attention = {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention)}
         self._full = [("full",) * layer.num_heads for layer in self._attention.values()]
         self._attention_cost: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
-        whole = sum(self._products.values()) + sum(self._rest.values())
         for name, heads in zip(self._attention, self._full, strict=True):
             whole += self._scores_and_sums(name, heads, active_entries)
         # A backward pass takes two products for each of the forward pass, in linear layers and in attention.
         self.dense = float(3 * whole)
+
+    def _computed(self, layer: Linear) -> int:
+        """FLOPs of one product of a layer whose weights are all active: over all ranks and micro-batches."""
+        train, ranks = self._config.train, self._config.parallel.tensor_parallel_size
+        once = sum(2 * prod(product) for product in layer.products(train.micro_batch_size * self._length))
+        return train.global_batch_size // train.micro_batch_size * ranks * once
 
     def step(self, work: StepWork, kernels: Mapping[str, str] | None = None) -> Flops:
         """Count one step. kernels: those that compute the sparse layers, by layer; None: those that are planned."""

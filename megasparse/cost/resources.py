@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
-from megasparse.layers import PackedLinear
+from megasparse.layers import PackedLinear, TensorTrainLinear
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
@@ -56,11 +56,20 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         "gradients": local * size if stage < 2 else local * summed // share + min(local, BUCKET) * size,
         "optimizer": 0 if offloaded else optimizer,
         **_dense_gradients(model, share),
-        "activations": activation_bytes(config),
+        "activations": activation_bytes(config) + size * _contracted_entries(config, model),
         "logits": logits_bytes(config, model),
     }
     total = sum(parts.values())
     return {**parts, **({"host_optimizer": optimizer} if offloaded else {}), "total": total}
+
+
+def _contracted_entries(config: RunConfig, model: GPT) -> int:
+    """What layers keep for their backward pass besides the inputs, where several products compute one."""
+    tokens, found = config.train.micro_batch_size * config.model.seq_length, 0
+    for layer in model.modules():
+        if isinstance(layer, TensorTrainLinear):
+            found += sum(rows * inner for rows, inner, _ in layer.products(tokens)[1:])
+    return found // config.model.num_layers if config.train.activation_recomputation else found
 
 
 def _dense_gradients(model: GPT, share: int) -> dict[str, int]:

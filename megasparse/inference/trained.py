@@ -17,14 +17,17 @@ from megasparse.checkpoint.weights import find_checkpoint, load_model_weights, p
 from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.config.stages import stage_of
+from megasparse.config.tensor_train import without_tensor_train
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.data.facts import EndOfDocument
 from megasparse.data.record import recorded_end
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.own_tokens import begin_token, end_tokens, leading_tokens
 from megasparse.layers.quantized import replace_linear_layers
+from megasparse.layers.tensor_train import with_matrices
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
+from megasparse.parallel import shard_spec_of
 from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 
 
@@ -61,11 +64,12 @@ def open_trained(run_folder: Path, step: int | None = None, device: torch.device
         )
     config = load_config([run_folder / "config.yaml"])
     folder, index = find_checkpoint(run_folder, step)
-    config = stage_of(config, index.model)
+    config, train = without_tensor_train(stage_of(config, index.model)), config.tensor_train
     newer = passed_over(run_folder) if step is None else []
     trained = _untrained(config, run_folder, index.step, newer, recorded_end(run_folder))
     try:
-        trained.model.load_state_dict(load_model_weights(folder))
+        specs = {name: shard_spec_of(parameter) for name, parameter in trained.model.named_parameters()}
+        trained.model.load_state_dict(with_matrices(load_model_weights(folder), specs, train))
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder} does not fit {run_folder / 'config.yaml'}: {error}") from None
     trained.model.to(device)

@@ -16,6 +16,7 @@ from megasparse.layers.normalization import Normalization
 from megasparse.layers.packed import PackedLinear
 from megasparse.layers.residual import scaled_branch
 from megasparse.layers.residual_weight import ResidualWeight
+from megasparse.layers.tensor_train import TensorTrainLinear
 from megasparse.parallel import shard_spec_of
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ResidualWeight",
     "SparseLinear",
     "SparseSpec",
+    "TensorTrainLinear",
     "Vocabulary",
     "active_entries",
     "scaled_branch",

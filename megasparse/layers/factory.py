@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from megasparse.config.schema import ModelConfig
+from megasparse.config.tensor_train import TensorTrainConfig
 from megasparse.layers.delta import DeltaLinear
 from megasparse.layers.embedding import Embedding
 from megasparse.layers.linear import Linear, SparseLinear
 from megasparse.layers.normalization import Normalization, NormalizationOfSum
 from megasparse.layers.packed import PackedLinear
 from megasparse.layers.residual_weight import PlainSum, ResidualWeight
+from megasparse.layers.tensor_train import TensorTrainLinear
 from megasparse.parallel import TensorParallel, shard_spec_of
 
 Norm = TypeVar("Norm", bound=Normalization)
@@ -60,6 +62,8 @@ class LayerFactory:
     tuned: Callable[[str], int | None] = lambda name: None
     """Layer name -> side of the units of which some are trained while all else is frozen (``DeltaLinear``); None: it is
     not such a layer."""
+    train: Callable[[str], TensorTrainConfig | None] = lambda name: None
+    """Layer name -> rank and cores of its weight, a tensor train; None: it is a matrix."""
 
     def column(
         self,
@@ -113,7 +117,15 @@ class LayerFactory:
         unit = self.tuned(name)
         if unit is not None:
             return DeltaLinear(name, in_features, out_features, unit=unit, **settings)
-        spec = self.sparse(name)
+        spec, train = self.sparse(name), self.train(name)
+        if train is not None and train.rank is not None:
+            if spec is not None:
+                raise ValueError(
+                    f"algorithm: layer {name} is a tensor train (tensor_train.rank), whose entries are no parameters; "
+                    "must be dense"
+                )
+            settings.pop("weight", None)
+            return TensorTrainLinear(name, in_features, out_features, rank=train.rank, cores=train.cores, **settings)
         if spec is None:
             return Linear(name, in_features, out_features, **settings)
         options = asdict(spec)

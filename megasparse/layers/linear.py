@@ -83,17 +83,18 @@ class Linear(nn.Module):
         size = self.tensor_parallel.size
         dim = 0 if division == "column" else 1
         self.partition = ShardSpec((out_features, in_features), dim, size, parts)
-        self.weight = self._drawn("weight", self.partition) if weight is None else weight
+        self._add_weight(weight)
         # The bias of a row layer is added to the sum, on every rank.
         bias_partition = ShardSpec((out_features,), 0, size, parts) if dim == 0 else ShardSpec((out_features,))
         self.bias = divided_parameter(bias_partition, self.tensor_parallel.rank) if bias else None
 
-    def _drawn(self, name: str, partition: ShardSpec) -> nn.Parameter:
-        """A parameter with random initial values."""
-        ranks, name = self.tensor_parallel, f"{self.name}.{name}"
-        return divided_parameter(
-            partition, ranks.rank, std=self.init_std, seed=self.seed, name=name, deferred=self.deferred
-        )
+    def _add_weight(self, weight: nn.Parameter | None) -> None:
+        self.weight = self._drawn("weight", self.partition) if weight is None else weight
+
+    def _drawn(self, name: str, partition: ShardSpec, std: float | None = None) -> nn.Parameter:
+        """A parameter with random initial values; std None: `init_std`."""
+        rank, name, std = self.tensor_parallel.rank, f"{self.name}.{name}", self.init_std if std is None else std
+        return divided_parameter(partition, rank, std=std, seed=self.seed, name=name, deferred=self.deferred)
 
     def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]; the divided side of the layer holds this rank's share.
@@ -122,6 +123,12 @@ class Linear(nn.Module):
             rows, columns = self.partition.local_shape
             self._dense[seen] = dense_products.choose(self.dense_kernel, device, dtype, tokens, (columns, rows))
         return self._dense[seen]
+
+    def products(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Of matrices that compute a forward pass with this rank's shard of the whole matrix: rows, inner width,
+        columns of each; 2 FLOPs for each triple of them."""
+        columns, inner = self.partition.local_shape
+        return [(tokens, inner, columns)]
 
     def product_parameters(self) -> list[torch.Tensor]:
         """What the product, with the bias, has a gradient for besides its input."""

@@ -55,6 +55,8 @@ class Step:
     """What is computed; methods fill it in before the forward passes."""
     skipped: str | None = None
     """Why the step is skipped: its gradients change nothing, and ``after_backward`` is not called."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Means over this rank's micro-batches, by name, `loss` the sum; known after the backward passes."""
     skip_update: bool = False
     """Leave weights and moments as they are; a method may set it after the backward passes."""
     lr: float = 0.0

@@ -14,6 +14,7 @@ from megasparse.methods.activation_sparsity import activation_sparsity
 from megasparse.methods.admin import admin
 from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.layer_dropping import layer_dropping
+from megasparse.methods.layer_tying import layer_tying
 from megasparse.methods.low_rank_folding import low_rank_folding
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.second_order_pruning import second_order_pruning
@@ -33,6 +34,7 @@ METHODS: tuple[MethodFactory, ...] = (
     spiel,
     switching,
     admin,
+    layer_tying,
 )
 
 

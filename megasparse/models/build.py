@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
+from megasparse.config.tensor_train import TensorTrainConfig
 from megasparse.layers import LayerFactory, Linear, SparseSpec
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup, TensorParallel
@@ -41,6 +42,9 @@ def build_model(
     def tuned_rule(name: str) -> int | None:
         return config.adapter_unit if ".attention." in name or ".mlp." in name else None
 
+    def train_rule(name: str) -> TensorTrainConfig | None:
+        return config.tensor_train if ".mlp." in name else None
+
     try:
         model = GPT(
             config.model,
@@ -56,6 +60,7 @@ def build_model(
                 deferred,
                 config.kernels.dense,
                 tuned_rule,
+                train_rule,
             ),
             recompute=config.train.activation_recomputation,
             attention_kernel=config.kernels.hybrid_attention,

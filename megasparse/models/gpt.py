@@ -110,6 +110,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(
             block(f"layers.{i}", config, attention, factory, attention_kernel) for i in range(config.num_layers)
         )
+        self.tie_layers(range(config.num_layers))
         self.final_norm = nn.Identity() if is_post else factory.norm(config)
         shared = tokens.weight if config.tie_embeddings else None
         self.head = factory.column("head", C, rows, bias=False, init_std=std, weight=shared)
@@ -152,8 +153,12 @@ class GPT(nn.Module):
         """
         assert cache is None or documents_BT is None, "a cache holds one document"
         x_BTC = self.embedding(tokens_BT, documents_BT, first=0 if cache is None else cache.length)
-        for number, block in enumerate(self.layers):
-            x_BTC = self._run(block, x_BTC, documents_BT, None if cache is None else cache.layers[number])
+        for number, computing in enumerate(self.sources):
+            block, own = self.layers[computing], None if cache is None else cache.layers[number]
+            x_BTC = self._run(block, x_BTC, documents_BT, own)
+            if number in self.idle and self.training and torch.is_grad_enabled():
+                # Visited, so that its gradients are zero in every ZeRO stage.
+                x_BTC = x_BTC + scaled_branch(self.layers[number], 0.0, x_BTC)
             if outputs is not None:
                 outputs.append(x_BTC)
         return self.final_norm(x_BTC)
@@ -176,6 +181,11 @@ class GPT(nn.Module):
         """Set what attention and MLP of each block are multiplied by in training; 0: left out. One pair per layer."""
         for block, of_block in zip(self.layers, scales, strict=True):
             block.branch_scales = of_block
+
+    def tie_layers(self, sources: Sequence[int]) -> None:
+        """Let layer i be computed by block sources[i]. Blocks that then compute no layer have gradients of zero."""
+        assert len(sources) == len(self.layers)
+        self.sources, self.idle = list(sources), set(range(len(sources))) - set(sources)
 
     def sparse_layers(self) -> dict[str, SparseLinear]:
         """The sparse linear layers by name, in the order of the forward pass."""

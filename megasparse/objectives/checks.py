@@ -14,6 +14,7 @@ from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder
 from megasparse.config.checks import check_tensor_parallel
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig, SparsityConfig
+from megasparse.config.tensor_train import without_tensor_train
 from megasparse.cost.resources import BYTES
 from megasparse.data.vocabulary import file_sha256
 from megasparse.objectives.stored_states import check_states
@@ -52,7 +53,7 @@ def teacher_config(config: RunConfig, folder: ModelFolder) -> RunConfig:
     # Padding of the vocabulary as the student has it, so that their logits are divided alike.
     model = folder.config.model.model_copy(update={"vocab_size_multiple": config.model.vocab_size_multiple})
     changes = {"model": model, "attention": folder.config.attention, "sparsity": SparsityConfig(algorithm="dense")}
-    return config.model_copy(update=changes)
+    return without_tensor_train(config.model_copy(update=changes))
 
 
 def teacher_bytes(config: RunConfig, world_size: int) -> int:

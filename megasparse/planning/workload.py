@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 import torch
 
@@ -195,7 +194,8 @@ def dense_products(config: RunConfig, model: GPT) -> tuple[Product, ...]:
     groups: Counter[tuple[LayerShape, bool]] = Counter()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and not isinstance(layer, SparseLinear):
-            groups[LayerShape(1, tokens, cast(tuple[int, int], layer.partition.local_shape[::-1])), name == HEAD] += 1
+            for rows, inner, columns in layer.products(tokens):
+                groups[LayerShape(1, rows, (inner, columns)), name == HEAD] += 1
         if isinstance(layer, SparseLinear) and layer.low_rank:
             widths = layer.low_rank, (layer.in_features + layer.out_features) // ranks
             groups[LayerShape(1, tokens, widths), name == HEAD] += 1

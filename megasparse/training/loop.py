@@ -164,7 +164,7 @@ class Trainer:
                 hook.begin_step(step)
             parts = [self._micro_batch(loader, step) for _ in range(engine.accumulation_steps)]
             flops = self._flops.step(step.work, running_kernels(engine.model))
-            losses = self._judge(step, parts)
+            losses = step.losses = self._judge(step, parts)
             step.beat("topology")
             with seconds.part("topology"):
                 for hook in () if step.skipped else (*self.callbacks, *self.methods):

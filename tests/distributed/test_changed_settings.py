@@ -50,6 +50,7 @@ OTHER = {
     "train.skip_step_sigma": "6",
     "spiel.drop_fraction": "0.1",
     "train.max_skipped_steps": "3",
+    "layer_tying.interval": "2",
     "sparsity.density": "0.5",
     "sparsity.points": "[[0, 1], [0.9, 0.2]]",
     "sparsity.distribution": "erdos_renyi",

@@ -3,6 +3,7 @@ division, and bit for bit over stops."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def train(mesh: Mesh, layout: Layout, words: list[str]) -> dict:
             loss = engine.forward(part[:, :-1], part[:, 1:])
             engine.backward(loss)
             loss_sum += loss.detach().double() / engine.accumulation_steps
-        norm = engine.gradient_norm()
+        norm, step.losses = engine.gradient_norm(), {"loss": float(loss_sum)}
         for method in methods:
             method.after_backward(step)
         engine.step(config.optimizer.lr, skip_update=step.skip_update)
@@ -172,3 +173,52 @@ def test_admin_goes_on_bit_for_bit(tmp_path: Path) -> None:
     found = run_distributed(run_trainers, 1, cases, tmp_path)[0]
     assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
     assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
+
+
+TENSOR_TRAIN = ["sparsity.algorithm=dense", "tensor_train.rank=4"]
+
+
+def test_tensor_trains_are_the_same_in_every_layout() -> None:
+    alone = check_alike(TENSOR_TRAIN, [Layout(2, 1, 1, 2), Layout(2, 1, 3, 1), Layout(1, 2, 0, 1)], [])
+    assert alone["weights"]["layers.0.mlp.up.core_0"].shape == (16, 8 * 4)
+    assert alone["curve"][-2] < alone["curve"][0]
+
+
+@pytest.mark.exhaustive
+def test_tensor_trains_are_the_same_in_further_layouts() -> None:
+    words = [*TENSOR_TRAIN, "model.activation=swiglu", "tensor_train.cores=3", "tensor_train.rank=2"]
+    shared_tokens = (Layout(1, 2, 1, 1), [*words, "parallel.sequence_parallel=true"])
+    recomputed = (Layout(2, 1, 1, 1), [*words, "train.activation_recomputation=true"])
+    check_alike(words, [Layout(2, 1, 2, 2), Layout(2, 1, 3, 2), Layout(1, 2, 0, 2)], [shared_tokens, recomputed])
+
+
+TYING = ["sparsity.algorithm=dense", "layer_tying.mode=dynamic", "layer_tying.interval=1"]
+"""Of three layers, ten actions; in their seed are ties and untied layers."""
+
+
+def test_tied_layers_are_the_same_in_every_layout() -> None:
+    """At ZeRO stages 1 and 3 they are compared with shared modules in test_layer_tying."""
+    check_alike(TYING, [Layout(2, 1, 2, 2), Layout(1, 2, 0, 1)], [])
+
+
+@pytest.mark.exhaustive
+def test_tied_layers_are_the_same_in_further_layouts() -> None:
+    words = [*TYING, "tensor_train.rank=4"]
+    shared_tokens = (Layout(1, 2, 1, 1), [*words, "parallel.sequence_parallel=true"])
+    recomputed = (Layout(2, 1, 1, 1), [*words, "train.activation_recomputation=true"])
+    check_alike(words, [Layout(2, 1, 1, 1), Layout(2, 1, 3, 2), Layout(1, 2, 0, 2)], [shared_tokens, recomputed])
+
+
+def test_tied_tensor_trains_go_on_bit_for_bit(tmp_path: Path) -> None:
+    data = f"data.train=[{{path: {write_documents(tmp_path / 'corpus', (20, 60), 20_000)}}}]"
+    words = [*SETTINGS, *TYING, *TENSOR_TRAIN, data, "train.log_interval=1", "layer_tying.epsilon_decay=0.6"]
+    layout = Layout(2, 1, 1, 1)
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    cases = [("straight", words, layout, []), ("stopped", words, layout, [1, 6])]
+    found = run_distributed(run_trainers, 2, cases, tmp_path)[0]
+    assert repr(found["stopped"][-1]) == repr(found["straight"][-1])
+    assert [line["loss"] for line in found["stopped"]] == [line["loss"] for line in found["straight"]]
+    counts = [line["tied_layers"] for line in found["straight"]]
+    assert counts[0] == 0 and len(set(counts)) > 1 and any(late < early for early, late in pairwise(counts))
+    assert all("tying_reward" in line for line in found["straight"][1:])
