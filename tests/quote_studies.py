@@ -22,17 +22,24 @@ QUOTED = re.compile(r"(<!-- Results of (benchmarks/results/\S+\.json) -->\n).*?(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What each arm has reached, with its paired difference to the first baseline, in Markdown."""
-    share = f"{results['confidence']:.0%} interval".replace("%", " %")
-    minus = {row["arm"]: row for row in difference_rows(results)}
-    (baseline,) = {row["minus"] for row in minus.values()}
-    rows, shown = list[list[str]](), ("arm", "shape", "tokens", "lr", "validation loss")
+    """What each arm has reached, with its paired difference to each baseline, in Markdown."""
+    minus = {(row["arm"], row["minus"]): row for row in difference_rows(results)}
+    baselines = list(dict.fromkeys(baseline for _, baseline in minus))
+    shown = ("arm", "shape", "tokens", "lr", "validation loss")
+    rows = list[list[str]]()
     for arm, row in zip(results["arms"], arm_rows(results), strict=True):
         if arm["n"]:
-            difference = minus.get(row["arm"], {})
-            interval = next((value for name, value in difference.items() if name.endswith("interval")), "")
-            rows.append([*(row[name] for name in shown), row["n"], difference.get("difference", ""), interval])
-    return markdown([*shown, "seeds", f"minus {baseline}, in pairs", share], rows)
+            pairs = [paired(minus.get((row["arm"], baseline))) for baseline in baselines]
+            rows.append([*(row[name] for name in shown), row["n"], *pairs])
+    return markdown([*shown, "seeds", *(f"minus {baseline}" for baseline in baselines)], rows)
+
+
+def paired(row: Mapping[str, str] | None) -> str:
+    """A mean difference and its interval, which there is from two pairs on."""
+    if row is None:
+        return ""
+    interval = next(value for name, value in row.items() if name.endswith("interval"))
+    return row["difference"] + (f" ({interval})" if " to " in interval else "")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
