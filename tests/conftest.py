@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def shared_data() -> Path:
 def _reproducible() -> Iterator[None]:
     """One thread, and a seed of its own for every test; no test leaves its default dtype behind."""
     torch.set_num_threads(1)
+    random.seed(1234)
     torch.manual_seed(1234)
     yield
     assert torch.get_default_dtype() == torch.float32

@@ -92,14 +92,14 @@ def test_entries_of_the_matrix_begin_with_the_deviation_that_was_asked_for(cores
         TensorTrainLinear(
             "layer", 48, 64, rank=rank, cores=cores, bias=False, init_std=0.3, seed=random.getrandbits(40)
         )
-        for _ in range(100)
+        for _ in range(1000)
     ]
     settings = TensorTrainConfig(rank=rank, cores=cores)
     squares = torch.tensor(
         [float(assembled(layer.cores, layer.partition, settings).detach().square().mean()) for layer in layers]
     )
-    # Standard error of the mean over 100 matrices: at most 5 %.
-    error = float(squares.std()) / 10
+    # Standard error of the mean over 1,000 matrices: 2 % with four cores, whose products have a long tail.
+    error = float(squares.std()) / 1000**0.5
     assert error < 0.05 * 0.09
     assert abs(float(squares.mean()) - 0.09) < 4 * error
 
