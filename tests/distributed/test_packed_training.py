@@ -31,8 +31,9 @@ TWO_RANKS = {f"stage {zero}": ([], Layout(data=2, zero=zero)) for zero in range(
         Layout(data=2, zero=3),
     ),
 }
-USUAL_ON_TWO_RANKS = {name: TWO_RANKS[name] for name in TWO_RANKS if name not in ("stage 0", "stage 2", "tied head")}
-"""Without `--exhaustive`: test_packed_equivalence has these on two ranks too, and the other tied head is their like."""
+COVERED = ("stage 0", "stage 2", "stage 3", "tensor parallel", "tied head")
+"""Only with `--exhaustive`: test_packed_equivalence has these on two ranks, or another case has what they have."""
+USUAL_ON_TWO_RANKS = {name: case for name, case in TWO_RANKS.items() if name not in COVERED}
 FOUR_RANKS = {
     "data 4, stage 2": ([], Layout(data=4, zero=2)),
     "data 2, tensor 2, stage 3": (["sparsity.balance_shards=true"], Layout(2, 2, 3, 2)),
