@@ -1,11 +1,14 @@
 // Vectors of float32, the element types that are widened to them, and the exponential: what all kernels for CPUs compute
-// with. Nothing here is of one processor: the compiler turns the vectors into the instructions that there are.
+// with. Little here is of one processor: the compiler turns the vectors into the instructions that there are.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -21,6 +24,16 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+// sum + left * right in one rounding where the processor can. Of the plain expression compilers make that or two
+// roundings as suits the loop around it (GCC tunes so for AMD's 256-bit processors), and bits would depend on the tile.
+inline Vector multiply_add(Vector sum, Vector left, Vector right) {
+#if defined(__FMA__) && defined(__AVX512F__)
+  if constexpr (kLanes == 16) return (Vector)_mm512_fmadd_ps((__m512)left, (__m512)right, (__m512)sum);
+#elif defined(__FMA__)
+  if constexpr (kLanes == 8) return (Vector)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)sum);
+#endif
+  return sum + left * right;
+}
 inline Vector broadcast(float value) { return value - Vector{}; }  // value + 0 is an addition: it turns -0 into 0
 
 // The element types: a vector of them widened to float32 (exactly), or rounded from it to nearest, ties to even.

@@ -68,7 +68,7 @@ struct FloatProduct {
     static Weights weights(const Weight* from) { return Type::widen(from); }
     static Weights unpacked(const float* from) { return load(from); }
     static Inputs inputs(const float* from) { return load(from); }
-    static Sums multiply_add(Sums sums, Weights w, Inputs x) { return sums + w * x; }
+    static Sums multiply_add(Sums sums, Weights w, Inputs x) { return ::multiply_add(sums, w, x); }
   };
   static constexpr int kWide = kLanes;
   static constexpr int kPerSum = 1;  // elements that go into one lane of the sums
