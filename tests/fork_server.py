@@ -11,7 +11,6 @@ and pages of reports no figures.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import runpy
@@ -19,40 +18,15 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
-
-from pages import leave_out_figures
 
 PADDING = "SPACE_FOR_THE_ENVIRONMENT"
 """A long variable, first in the server's environment, where a program's own is written for /proc."""
 
 LARGEST_REQUEST = 1 << 17
 MOST_STREAMS = 16
-
-
-def import_all() -> None:
-    """Import what ranks need, so that they need not; no thread is started."""
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        # DeepSpeed looks at Muon for every optimizer, which imports torch's compiler.
-        import deepspeed.runtime.zero.muon.muon_optimizer
-        import torch
-
-        import megasparse.data.arguments
-        import megasparse.launching.exit
-        import megasparse.reporting.report
-        import megasparse.training.run
-        import megasparse.utils.streams
-
-    leave_out_figures()
-    torch.set_num_threads(1)
-    assert deepspeed.ops.__compatible_ops__ and megasparse
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread has been started: forked ranks would miss it"
-    gc.freeze()
 
 
 class Forked:
@@ -125,7 +99,9 @@ def _write(start: int, end: int, texts: Sequence[str]) -> None:
 def serve(channel: socket.socket) -> None:
     """Answer each request with the id of the program and, once this process has let go of it, with `done`."""
     os.environ.pop(PADDING)
-    import_all()
+    import imported_once
+
+    assert imported_once
     while True:
         text, streams, _, _ = socket.recv_fds(channel, LARGEST_REQUEST, MOST_STREAMS)
         if not text:

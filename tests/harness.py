@@ -20,26 +20,25 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
 from pages import leave_out_figures
 from ports import port_of, reserve_port
 
+TESTS = Path(__file__).parent
+
 START_SECONDS = 600.0
 """How long the start of the ranks may take; `timeout` counts from there, however busy the machine is."""
 
-PRELOADED = [
-    "torch",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "megasparse.reporting.page",
-    "megasparse.training.run",
-]
-"""What the server imports. DeepSpeed looks at Muon for every optimizer, which imports torch's compiler: seconds."""
+PRELOADED = "imported_once"
+"""The module that the server imports: imported_once.py."""
 
 GRACE_SECONDS = 30.0
 """How long the other ranks may go on after one has failed: enough to report an error of their own."""
@@ -64,7 +63,7 @@ def run_distributed(
     is left behind, nor one that a rank has started, whatever ends this, Ctrl-C too.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    _start_server()
     with tempfile.TemporaryDirectory() as name, reserve_port() as reserved:
         folder = Path(name)
         common = (world_size, port_of(reserved), folder, timeout, with_mesh, function, args)
@@ -82,6 +81,16 @@ def run_distributed(
         if failures:
             raise RankFailure("\n".join(failures))
         return [torch.load(folder / f"{rank}.result", weights_only=True) for rank in range(world_size)]
+
+
+@cache
+def _start_server() -> None:
+    """Python 3.11 imports what is preloaded along the path of a new interpreter, and passes over what is not there."""
+    multiprocessing.set_forkserver_preload([PRELOADED])
+    path = os.environ.get("PYTHONPATH")
+    folders = [str(TESTS), str(TESTS.parent), *([path] if path else [])]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
+        forkserver.ensure_running()
 
 
 def _rank_main(

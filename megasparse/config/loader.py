@@ -43,12 +43,9 @@ class ConfigError(ValueError):
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and check. Raises ConfigError naming the field, its value and what it must be."""
-    merged = OmegaConf.create({})
     try:
-        for path in paths:
-            merged = _merge(merged, _read_with_bases(Path(path), seen=()))
-        for word in overrides:
-            merged = _merge(merged, _parse_override(word))
+        files = [_read_with_bases(Path(path), seen=()) for path in paths]
+        merged = _merge(*files, *map(_parse_override, overrides))
         # Values may name others: run.name: quickstart-${sparsity.algorithm}.
         _refuse_resolvers(OmegaConf.to_container(merged, resolve=False))
         plain = OmegaConf.to_container(merged, resolve=True)
@@ -138,10 +135,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     bases = [found] if isinstance(found, str) else found
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"base: {found!r} in {path}; must be a file name or a list of file names")
-    merged = OmegaConf.create({})
-    for base in bases:
-        merged = _merge(merged, _read_with_bases(path.parent / base, (*seen, path)))
-    return _merge(merged, content)
+    return _merge(*(_read_with_bases(path.parent / base, (*seen, path)) for base in bases), content)
 
 
 def _place_in_file(error: Exception) -> str:
@@ -198,9 +192,10 @@ def _parse_override(word: str) -> DictConfig:
         raise ConfigError(f"{word!r}: the value is not readable as YAML: {error}") from None
 
 
-def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
+def _merge(*settings: DictConfig) -> DictConfig:
+    """Later ones win."""
     try:
-        merged = OmegaConf.merge(lower, upper)
+        merged = OmegaConf.merge({}, *settings)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"settings that cannot be merged: {error}") from None
     assert isinstance(merged, DictConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -85,6 +86,13 @@ def render_page(run: RunData) -> str:
 
 def fill_in(template: str, **values: Any) -> str:
     """A file of ``templates/`` with its values; what they hold that is no text of one UTF-8 file becomes `?`."""
+    page = template_environment().get_template(template).render(values).strip() + "\n"
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def template_environment() -> jinja2.Environment:
+    """Of the files of ``templates/``; it keeps what it has compiled."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megasparse.reporting"),
         autoescape=True,
@@ -94,8 +102,7 @@ def fill_in(template: str, **values: Any) -> str:
     )
     environment.filters |= {name: value for name, value in vars(formats).items() if name.startswith("format_")}
     environment.filters["fewer"] = fewer
-    page = environment.get_template(template).render(values).strip() + "\n"
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return environment
 
 
 def outcome(run: RunData) -> dict[str, Any]:
