@@ -12,7 +12,7 @@ quickstart: setup
 	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" sh launch/quickstart.sh $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(PYTHON) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(
                     pytest.mark.skip(reason="repeats other tests in a further layout: --exhaustive runs it")
                 )
+
+
+def pytest_collection_finish() -> None:
+    # Modules and tests stay: collections of garbage pass over them.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

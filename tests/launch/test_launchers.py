@@ -89,6 +89,8 @@ def test_mpirun_with_more_ranks_than_cores(
     assert runs.curve(tmp_path / "run") == expected(4)
 
 
+# A real one starts the jobs of test_slurm.py.
+@pytest.mark.exhaustive
 def test_srun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
     run_as_srun(runs.command(corpus, tmp_path, *SHORT, ranks=1), 2)
     assert runs.curve(tmp_path / "run") == expected(2)

@@ -76,6 +76,7 @@ def test_deepspeed_started_on_each_host(corpus: Path, tmp_path: Path, expected: 
     assert runs.curve(tmp_path / "run") == expected
 
 
+@pytest.mark.exhaustive
 def test_mpirun_over_ssh(corpus: Path, tmp_path: Path, expected: list[tuple]) -> None:
     pytest.importorskip("mpi4py")
     mpirun = Path(sys.executable).with_name("mpirun")
