@@ -44,9 +44,9 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         optimizer += 2 * local
         frozen = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     if config.spiel.trains_by_sm3:
-        # No moments and no counts, and on every rank a number for each row and column.
+        # No moments and no counts, and on every rank's accelerator a number for each row and column.
         optimizer, accumulators = local * 4 * separate_master, 4 * _rows_and_columns(model)
-    optimizer = optimizer // share + accumulators
+    optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
     summed = 4 if config.deepspeed.gradient_accumulation_dtype == "fp32" else size
@@ -57,7 +57,7 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         "masks": masks + masks // 8,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
         "gradients": local * size if stage < 2 else local * summed // share + min(local, BUCKET) * size,
-        "optimizer": 0 if offloaded else optimizer,
+        "optimizer": accumulators + (0 if offloaded else optimizer),
         **_dense_gradients(model, share),
         **_tuned_entries(config, model),
         "activations": activation_bytes(config) + size * _contracted_entries(config, model),
