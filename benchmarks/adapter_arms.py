@@ -26,7 +26,7 @@ from megasparse.parallel import CommunicationGroup, Mesh, ShardSpec
 from megasparse.sparsity.controller import OpenWeight
 
 COUNTED_EVERY = 3
-"""Steps. Candidates of SpIEL are there in the first steps of each interval, the warm-up of SMT in those of the run."""
+"""Steps, besides the first ones: SpIEL has candidates at the start of an interval, SMT its warm-up at that of a run."""
 OF_METHODS = ("warmup-", "candidate-", "sm3-")
 """What the methods of fine-tuning keep besides the optimizer, as their parts of checkpoints name it."""
 
@@ -103,7 +103,8 @@ class CountedBytes(TrainingMethod):
         self.engine: Any = engine
 
     def after_backward(self, step: Step) -> None:
-        if not hasattr(self, "engine") or (step.number % COUNTED_EVERY and step.number != self.config.train.steps):
+        is_counted = step.number < COUNTED_EVERY or step.number % COUNTED_EVERY == 0
+        if not hasattr(self, "engine") or not (is_counted or step.number == self.config.train.steps):
             return
         optimizer = self.engine.optimizer
         states = [tensor for state in optimizer.state.values() for tensor in state.values()]
@@ -114,6 +115,8 @@ class CountedBytes(TrainingMethod):
         accumulators = sum(size for key, size in kept.items() if key.startswith("sm3-"))
         self.bytes["optimizer"] = of_optimizer + accumulators
         besides = sum(size for key, size in kept.items() if key.startswith(OF_METHODS)) - accumulators
+        # Gradients of a warm-up, which is over for this step, were as large as their sums.
+        besides += sum(size for key, size in kept.items() if key.startswith("warmup-sum/"))
         self.bytes["peak"] = max(self.bytes["peak"], self.bytes["gradients"] + self.bytes["optimizer"] + besides)
 
     def _others(self) -> list[TrainingMethod]:
