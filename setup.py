@@ -63,6 +63,8 @@ setup(
         # The database in a file that runs without a server use needs the other two.
         "mlflow": ["mlflow-skinny>=2.20", "sqlalchemy>=2.0", "alembic>=1.13"],
         "eval": ["lm-eval>=0.4.9"],
+        # For benchmarks/adapters.py; what it needs of the library is not all public.
+        "peft": ["peft>=0.21,<0.22"],
         "serve": ["starlette>=0.46,<2", "uvicorn>=0.30"],
     },
 )

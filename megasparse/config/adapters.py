@@ -41,12 +41,21 @@ class SpielConfig(Section):
     density: OpenFraction | None = None
     """Share of the entries of each attention and MLP matrix that is trained; all other weights are frozen. Needs
     `train.init_from`. Unset: no SpIEL."""
+    variant: Literal["accumulated_gradients", "moment_approximation"] = "accumulated_gradients"
+    """accumulated_gradients: AdamW, and entries come by their gradients (SpIEL-AG); moment_approximation: SM3, which
+    keeps a number for each row and column in place of moments, and entries come by these (SpIEL-MA)."""
     interval: Annotated[int, Field(ge=2)] = 20
     """Steps from one exchange of entries to the next."""
     selection_steps: Annotated[int, Field(ge=2)] = 5
-    """Steps at the beginning of each interval in which gradients of candidates are collected."""
+    """Steps at the beginning of each interval after which entries are exchanged; accumulated_gradients collects the
+    gradients of candidates in them."""
     drop_fraction: OpenFraction = 0.2
     """Share of the entries that is exchanged, falling linearly to 0 over the run; all of them in the first interval."""
+
+    @property
+    def trains_by_sm3(self) -> bool:
+        """Whether what is trained has no moments."""
+        return self.density is not None and self.variant == "moment_approximation"
 
 
 def adapter_conflicts(config: RunConfig) -> list[str]:

@@ -411,6 +411,10 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         unused = sorted(name for name in given if name.startswith(f"{section}."))
         if unused and not is_on:
             yield f"used with {switch} only: {', '.join(unused)}"
+    if config.spiel.trains_by_sm3:
+        unused = sorted(given & {"optimizer.beta1", "optimizer.beta2"})
+        if unused:
+            yield f"not used with spiel.variant moment_approximation: {', '.join(unused)}"
     if "task.max_tokens" in given and config.task.path is not None and config.task.kind != "answer":
         yield "task.max_tokens is used by task.kind answer only"
     if "stacking.until" in given and config.stacking.num_layers is None:

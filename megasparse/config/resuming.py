@@ -62,6 +62,7 @@ FIXED: dict[str, Rule] = {
     "stacking.num_layers": _always,
     **{f"smt.{name}": _always for name in SmtConfig.model_fields},
     "spiel.density": _always,
+    "spiel.variant": _always,
     "spiel.interval": _always,
     "spiel.selection_steps": _always,
     "switching.clusters": _always,

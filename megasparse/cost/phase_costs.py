@@ -29,18 +29,21 @@ SENT = ("reduced", "gathered", "tensor_parallel", "topology")
 """Kinds of bytes sent, each in a step of the mean: gradients, weights, tensor-parallel sums, topology updates."""
 
 
-def phase_costs(config: RunConfig, vocab_size: int, controller: Controller, world_size: int) -> list[dict[str, Any]]:
+def phase_costs(
+    config: RunConfig, vocab_size: int, controller: Controller, world_size: int, model: GPT | None = None
+) -> list[dict[str, Any]]:
     """Rows in order: steps [start_step, end_step), phase, micro-batch; bytes of memory by kind, bytes sent in a step by
     kind (`sent`) and as ``communication_per_rank`` has them, bytes of optimizer state; and of the storage its rung,
     the density that there is room for, packed layers, blocks and parameters of a rank.
 
-    controller: of rank 0's shard.
+    controller: of rank 0's shard. model: that shard as the training methods have changed it, which may have frozen most
+    of it; None: as it is built.
     """
     steps, schedule = config.train.steps, controller.schedule
     is_packed = config.sparsity.storage == "packed" and bool(controller.topologies)
     plan = plan_storage(config, controller) if is_packed else None
     changes = [first for first, _ in plan.changes] if plan else []
-    models: dict[int, GPT] = {}
+    models: dict[int, GPT] = {} if model is None or plan is not None else {0: model}
     rows = []
     for start, end in pairwise(sorted({0, *changes, *schedule.phase_starts(steps), steps})):
         rung = plan.at(start) if plan else 0

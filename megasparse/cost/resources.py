@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
-from megasparse.layers import PackedLinear, TensorTrainLinear
+from megasparse.layers import DeltaLinear, PackedLinear, TensorTrainLinear
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
 from megasparse.sparsity.selection import ROUNDS
@@ -38,11 +38,14 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
     optimizer = local * (4 * separate_master + 8)
     if config.sparsity.per_weight_step_counts or config.sparsity.regrowth_warmup_steps:
         optimizer += 2 * sum(layer.weight.numel() for layer in sparse)
-    frozen = 0
+    frozen, accumulators = 0, 0
     if config.adapter_field is not None:
         # All other weights are whole on every rank; each trained entry counts its steps.
         optimizer += 2 * local
         frozen = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
+    if config.spiel.trains_by_sm3:
+        # No moments and no counts, and on every rank's accelerator a number for each row and column.
+        optimizer, accumulators = local * 4 * separate_master, 4 * _rows_and_columns(model)
     optimizer //= share
     masks = sum(layer.mask.numel() for layer in sparse)
     offloaded = config.deepspeed.offload_optimizer == "cpu"
@@ -54,8 +57,9 @@ def memory_per_rank(config: RunConfig, model: GPT, world_size: int) -> dict[str,
         "masks": masks + masks // 8,
         # Stages 2 and 3 reduce bucket by bucket and keep a share.
         "gradients": local * size if stage < 2 else local * summed // share + min(local, BUCKET) * size,
-        "optimizer": 0 if offloaded else optimizer,
+        "optimizer": accumulators + (0 if offloaded else optimizer),
         **_dense_gradients(model, share),
+        **_tuned_entries(config, model),
         "activations": activation_bytes(config) + size * _contracted_entries(config, model),
         "logits": logits_bytes(config, model),
     }
@@ -77,6 +81,21 @@ def _dense_gradients(model: GPT, share: int) -> dict[str, int]:
     without such layers."""
     entries = [prod(layer.partition.local_shape) for layer in packed_layers(model)]
     return {"dense_gradients": 4 * (sum(entries) // share + max(entries))} if entries else {}
+
+
+def _rows_and_columns(model: GPT) -> int:
+    return sum(layer.out_features + layer.in_features for layer in model.modules() if isinstance(layer, DeltaLinear))
+
+
+def _tuned_entries(config: RunConfig, model: GPT) -> dict[str, int]:
+    """Of an adapter, on every rank: places of the trained units and their values in the base; and of SpIEL's candidates
+    while their gradients are collected: place, sum and sum of squares. Nothing without an adapter."""
+    if config.adapter_unit is None:
+        return {}
+    local = sum(parameter.numel() for parameter in model.parameters())
+    found = {"tuned_entries": 4 * local + 8 * local // config.adapter_unit**2}
+    collects = config.spiel.density is not None and not config.spiel.trains_by_sm3
+    return found | ({"candidates": 12 * local} if collects else {})
 
 
 def packed_layers(model: GPT) -> list[PackedLinear]:

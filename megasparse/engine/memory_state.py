@@ -55,8 +55,7 @@ class MemoryState:
             tensors = {} if fragment is None else {WEIGHT: fragment.master, **fragment.moments}
             self._kinds[name] = [WEIGHT]
             if self.step > 0:
-                counted = ["weight_steps"] if engine.counts_weight_steps(parameter) else []
-                self._kinds[name] += ["exp_avg", "exp_avg_sq", *counted]
+                self._kinds[name] += engine.moment_kinds(parameter)
             for kind in self._kinds[name]:
                 if fragment is not None:
                     self._pieces[name, kind] = fragment.start, tensors[kind].detach().to("cpu", copy=True)

@@ -29,6 +29,11 @@ __all__ = [
 ]  # fmt: skip
 
 
+Update = Callable[[Tensor, Tensor, float], None]
+"""(values, gradient, learning rate): changes values [n] in place. Both are float32 and flat: this rank's piece, at ZeRO
+stages 1 to 3 with padding after it; the gradient is averaged and clipped."""
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """A group of its own in the optimizer, for the parameters that a rule puts into it."""
@@ -36,6 +41,9 @@ class ParameterGroup:
     name: str
     masked: bool = False
     """Entries are dropped and grown, so that each may have its own step count."""
+    update: Update | None = None
+    """Makes the steps of the group in place of AdamW, which then keeps nothing of it; for a single parameter that no
+    other rule wants."""
 
 
 class Multipliers(NamedTuple):
@@ -77,6 +85,9 @@ def parameter_groups(model: nn.Module, rules: Sequence[GroupRule], weight_decay:
         group["params"].append(parameter)
         group["rules"] = {number: part.name for number, part in by_rule.items()}
         group["masked"] = any(part.masked for part in by_rule.values())
+        updates = [part.update for part in by_rule.values() if part.update is not None]
+        assert not updates or (len(by_rule) == len(group["params"]) == 1), f"{name}: an update is for one parameter"
+        group["update"] = updates[0] if updates else None
 
     for parameter, by_rule in wanted.items():
         name = "+".join(part.name for part in by_rule.values())
@@ -169,7 +180,8 @@ class MaskedAdamW(torch.optim.AdamW):
         return None
 
     def _is_ours(self, group: dict[str, Any]) -> bool:
-        return self.regions is not None or (self.keeps_weight_steps and group["masked"])
+        by_weight = self.keeps_weight_steps and group["masked"]
+        return self.regions is not None or by_weight or group.get("update") is not None
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """All of a parameter, by the kernel where that is used."""
@@ -177,6 +189,9 @@ class MaskedAdamW(torch.optim.AdamW):
         if gradients is None:
             gradients = [] if parameter.grad is None else [parameter.grad]
         if not gradients:
+            return
+        if group.get("update") is not None:
+            self._update(parameter, torch.cat([gradient.reshape(-1) for gradient in gradients]), group)
             return
         by_weight = self.keeps_weight_steps and group["masked"]
         state = self.state[parameter]
@@ -201,6 +216,14 @@ class MaskedAdamW(torch.optim.AdamW):
                 of_gradient = flat.narrow(0, piece.start - start, piece.numel)
                 adamw_(whole.narrow(piece.start, piece.numel), of_gradient, numbers, piece.active)
             start += flat.numel()
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """By the group's own rule; only steps are counted here."""
+        state = self.state[parameter]
+        state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
+        group["update"](parameter.view(-1), gradient.to(torch.float32) * self.gradient_scale, group["lr"])
+        if parameter in self.low:
+            self.low[parameter].view(-1).copy_(parameter.view(-1))
 
     def _numbers(self, step: int, group: dict[str, Any]) -> AdamWStep:
         beta1, beta2 = group["betas"]

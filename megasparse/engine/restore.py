@@ -78,15 +78,12 @@ def read_state(engine: TrainingEngine, source: StateSource, slots: Mapping[str, 
     parameters = dict(engine.model.named_parameters())
     _check_fits(engine, parameters, source)
     rank = engine.mesh.tensor_parallel.rank
-    counted = _counted(engine, parameters) if engine.optimizer.keeps_weight_steps else set()
     tensors = {}
     layers = engine.packed_layers
     if slots is None:
         slots = {layer.name: layer.slot_blocks.cpu().clone() for layer in layers.values()}
     for name, parameter in parameters.items():
-        kinds = [WEIGHT]
-        if source.step > 0:
-            kinds += ["exp_avg", "exp_avg_sq", *(["weight_steps"] if name in counted else [])]
+        kinds = [WEIGHT, *(engine.moment_kinds(parameter) if source.step > 0 else [])]
         fragment = engine.access({name: parameter}).fragments().get(name)
         start, numel = (0, 0) if fragment is None else (fragment.start, fragment.numel)
         for kind in kinds:
@@ -166,7 +163,7 @@ def _check_fits(engine: TrainingEngine, parameters: Mapping[str, nn.Parameter], 
         expected = shard_spec_of(parameter).shape if layer is None else layer.partition.shape
         if tuple(source.shapes[name]) != expected:
             raise ValueError(f"saved parameter {name} has shape {tuple(source.shapes[name])}, here it has {expected}")
-        missing = {"exp_avg", "exp_avg_sq"} - set(source.kinds(name))
+        missing = {"exp_avg", "exp_avg_sq"} & set(engine.moment_kinds(parameter)) - set(source.kinds(name))
         if source.step > 0 and missing:
             raise ValueError(f"saved parameter {name} lacks {', '.join(sorted(missing))}")
     counted = _counted(engine, parameters)
@@ -205,8 +202,10 @@ def _create_moments(engine: TrainingEngine, flat: Tensor, group: Mapping[str, An
     state = engine.optimizer.state[flat]
     by_weight = engine.optimizer.keeps_weight_steps and group["masked"]
     # Where each weight has its own count, the host asks for that of all.
-    device = torch.device("cpu") if by_weight else flat.device
+    device = torch.device("cpu") if by_weight or group["update"] is not None else flat.device
     state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+    if group["update"] is not None:
+        return
     state["exp_avg"] = torch.zeros_like(flat)
     state["exp_avg_sq"] = torch.zeros_like(flat)
     if by_weight:

@@ -118,6 +118,7 @@ class TrainingEngine:
         """The model's weights are the master weights, as nobody has been handed these since the last step."""
         groups = parameter_groups(self.model, rules, config.optimizer.weight_decay)
         self._masked = {parameter for group in groups if group["masked"] for parameter in group["params"]}
+        self._without_moments = {p for group in groups if group["update"] is not None for p in group["params"]}
         # Entries of an adapter are chosen anew as those of a topology are.
         counts = config.adapter_field is not None
         self.optimizer = MaskedAdamW(groups, config.optimizer, config.sparsity, per_weight_step_counts=counts)
@@ -180,6 +181,12 @@ class TrainingEngine:
     def counts_weight_steps(self, parameter: nn.Parameter) -> bool:
         """Whether the optimizer counts the steps of each of its weights."""
         return self.optimizer.keeps_weight_steps and parameter in self._masked
+
+    def moment_kinds(self, parameter: nn.Parameter) -> list[str]:
+        """What the optimizer keeps of each weight after its first step."""
+        if parameter in self._without_moments:
+            return []
+        return ["exp_avg", "exp_avg_sq", *(["weight_steps"] if self.counts_weight_steps(parameter) else [])]
 
     @property
     def accumulation_steps(self) -> int:

@@ -19,7 +19,7 @@ from megasparse.methods.low_rank_folding import low_rank_folding
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.second_order_pruning import second_order_pruning
 from megasparse.methods.sparse_matrix_tuning import sparse_matrix_tuning
-from megasparse.methods.spiel import spiel
+from megasparse.methods.spiel_variants import spiel
 from megasparse.methods.switching import switching
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup

@@ -1,19 +1,15 @@
-"""SpIEL as a training method, with accumulated gradients (Ansell et al. 2024, arXiv 2401.16405).
+"""SpIEL as a training method (Ansell et al. 2024, arXiv 2401.16405): what its two variants have in common.
 
-Single entries of frozen matrices are trained, a fixed number in each. Every `spiel.interval` steps some of them are
-exchanged: for `spiel.selection_steps` steps the gradients of candidates, which the first micro-batch finds by their
-magnitude, are added up; then the entries that have moved least go, and as many candidates of largest gradient come. New
-entries begin at 0 with moments as if they had been trained in those steps, and with that age.
-
-Dense gradients are there for one layer at a time, in the backward pass, and are averaged over the data-parallel ranks
-then: candidates, and what is chosen, are the same on every rank.
+Single entries of frozen matrices are trained, a fixed number in each, random ones at first. Every `spiel.interval`
+steps some of them are exchanged, `spiel.selection_steps` steps into the interval: the entries that have moved least go,
+and as many candidates of highest score come. What candidates and scores are, and by which optimizer entries are
+trained, is said by a variant (``spiel_variants``); both are the same on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,38 +20,23 @@ from megasparse.layers import DeltaLinear
 from megasparse.methods.adapter import AdapterTuning, tuned_layers
 from megasparse.methods.callback import Step
 from megasparse.models.gpt import GPT
-from megasparse.parallel import CommunicationGroup
 from megasparse.sparsity.controller import stream_number
 from megasparse.sparsity.random import random_scores
 from megasparse.sparsity.selection import INELIGIBLE, select_top_k
-
-KINDS = ("exp_avg", "exp_avg_sq", "weight_steps")
-
-
-@dataclass
-class Candidates:
-    """Entries of a layer that may come, and their gradients so far, averaged over the ranks."""
-
-    places: Tensor
-    """int64 [n], rising."""
-    sums: Tensor
-    """float32 [n], over micro-batches."""
-    squares: Tensor
-    count: Tensor
-    """float32 scalar: micro-batches."""
 
 
 class SpIEL(AdapterTuning):
     """model: rank 0's on the meta device will do for a plan."""
 
     name = "spiel"
+    moments: Sequence[str] = ()
+    """What the optimizer keeps of each entry besides its value."""
 
     def __init__(self, config: RunConfig, model: GPT) -> None:
         layers = tuned_layers(model)
         density = config.spiel.density or 0.0
         self.counts = {name: max(round(density * layer.num_units), 1) for name, layer in layers.items()}
         super().__init__(config, model, layers, sum(self.counts.values()))
-        self.candidates: dict[str, Candidates] = {}
 
     def start_from(self, folder: ModelFolder) -> None:
         """Random entries, the same on every rank."""
@@ -65,41 +46,30 @@ class SpIEL(AdapterTuning):
             scores = random_scores(numbers, self.config.run.seed, 0, stream_number(f"{self.name}/{name}"))
             layer.choose(top(scores, self.counts[name]))
 
-    def begin_step(self, step: Step) -> None:
-        settings = self.config.spiel
-        place = step.index % settings.interval
-        if place == 0:
-            self.candidates = {}
-        collects = self.mesh is not None and place < settings.selection_steps
-        for name, layer in self.layers.items():
-            layer.dense_gradient_ready = partial(self._collect, name) if collects else None
+    @abstractmethod
+    def candidates_known(self) -> bool:
+        """Whether enough has been seen for an exchange."""
 
-    def _collect(self, name: str, gradient: Tensor) -> None:
-        """Of one micro-batch, in its backward pass."""
-        assert self.mesh is not None
-        axis = self.mesh.data_parallel
-        known = self.candidates.get(name)
-        dense = gradient.to(torch.float32).reshape(-1)
-        if known is None:
-            dense = axis.sum_(dense.contiguous()).div_(axis.size)
-            places = top(dense.abs(), self.counts[name])
-            found = dense[places]
-            self.candidates[name] = Candidates(places, found, found.square(), found.new_ones(()))
-            return
-        found = axis.sum_(dense[known.places]).div_(axis.size)
-        known.sums += found
-        known.squares += found.square()
-        known.count += 1
+    @abstractmethod
+    def candidates_of(self, name: str, age: int) -> Mapping[str, Tensor]:
+        """Entries of a layer that may come, as many as it has, or all of those that are inactive: `place` int64 [n],
+        rising, `score` float32 [n], 0 or more, and the `value` and `moments` that each begins with.
+
+        age: steps of this interval.
+        """
+
+    def forget_candidates(self) -> None:
+        """After an exchange."""
 
     def after_backward(self, step: Step) -> None:
         settings = self.config.spiel
-        if step.index % settings.interval != settings.selection_steps - 1 or set(self.candidates) != set(self.layers):
+        if step.index % settings.interval != settings.selection_steps - 1 or not self.candidates_known():
             return
         share = 1.0
         if step.index >= settings.interval:
             share = settings.drop_fraction * (1.0 - step.index / self.config.train.steps)
         exchanged = self._exchange(share, step.index % settings.interval + 1)
-        self.candidates = {}
+        self.forget_candidates()
         step.skip_update = True
         step.records["spiel"] = [{"step": step.number, "share": share, "exchanged": exchanged}]
 
@@ -108,15 +78,15 @@ class SpIEL(AdapterTuning):
         """Drop and grow in every layer; the entries that have come."""
         sizes = list(self.adapter.sizes().values())
         fragment = self.fragment()
-        kinds = KINDS if fragment is None or fragment.moments else ()
+        kinds = self.moments if fragment is None or fragment.moments else ()
         held = {kind: self.whole(None if kind == "value" else kind).split(sizes) for kind in ("value", *kinds)}
         fresh: dict[str, list[Tensor]] = {kind: [] for kind in held}
         exchanged = 0
         for at, (name, layer) in enumerate(self.layers.items()):
             of_layer = {kind: pieces[at] for kind, pieces in held.items()}
-            betas = (self.config.optimizer.beta1, self.config.optimizer.beta2)
-            born = seeded(self.candidates[name], age, betas)
-            numbers, now, grown = exchange(layer, of_layer, born, round(share * self.counts[name]))
+            born = self.candidates_of(name, age)
+            count = min(round(share * self.counts[name]), born["place"].numel())
+            numbers, now, grown = exchange(layer, of_layer, born, count)
             layer.choose(numbers)
             exchanged += grown
             for kind, values in now.items():
@@ -126,40 +96,6 @@ class SpIEL(AdapterTuning):
                 target = fragment.master if kind == "value" else fragment.moments[kind]
                 target.copy_(torch.cat(pieces)[fragment.start : fragment.start + fragment.numel])
         return exchanged
-
-    def plan_lines(self) -> list[str]:
-        settings = self.config.spiel
-        return [
-            f"SpIEL: {sum(self.counts.values()):,} entries of {len(self.layers)} matrices ({settings.density:.2%}), "
-            f"some exchanged every {settings.interval} steps by {settings.selection_steps} steps of gradients"
-        ]
-
-    def state(self) -> dict[str, Tensor]:
-        found = super().state()
-        for name, candidates in self.candidates.items():
-            found |= {f"candidate-{f.name}/{name}": getattr(candidates, f.name).cpu() for f in fields(candidates)}
-        return found
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state(state)
-        for name, layer in self.layers.items():
-            if f"candidate-places/{name}" in state:
-                device = layer.weight.device
-                found = {f.name: state[f"candidate-{f.name}/{name}"] for f in fields(Candidates)}
-                self.candidates[name] = Candidates(**{kind: t.to(device, copy=True) for kind, t in found.items()})
-
-
-def seeded(candidates: Candidates, age: int, betas: tuple[float, float]) -> dict[str, Tensor]:
-    """What candidates begin with: Adam's moments after `age` steps of the mean gradient and the mean square."""
-    mean, square = candidates.sums / candidates.count, candidates.squares / candidates.count
-    return {
-        "place": candidates.places,
-        "score": candidates.sums.abs(),
-        "value": torch.zeros_like(mean),
-        "exp_avg": mean * (1 - betas[0] ** age),
-        "exp_avg_sq": square * (1 - betas[1] ** age),
-        "weight_steps": torch.full_like(mean, float(age)),
-    }
 
 
 def exchange(
@@ -195,8 +131,3 @@ def top(scores: Tensor, count: int) -> Tensor:
     """Places of the `count` highest scores, 0 or more, rising; among equal ones the later."""
     (mark,) = select_top_k([scores.contiguous()], [lambda where: where], [count])
     return mark.nonzero().view(-1)
-
-
-def spiel(config: RunConfig, model: GPT, tensor_parallel: CommunicationGroup) -> SpIEL | None:
-    """None where it is not asked for."""
-    return None if config.spiel.density is None else SpIEL(config, model)

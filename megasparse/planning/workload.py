@@ -26,6 +26,7 @@ from megasparse.cost.ledger import FlopCounter, Flops, StepWork
 from megasparse.data.build import open_tokenizer, vocabulary_size
 from megasparse.layers import Linear, SparseLinear
 from megasparse.methods.mixed_sparsity import set_active
+from megasparse.methods.registry import build_methods
 from megasparse.models.build import build_model
 from megasparse.models.gpt import GPT
 from megasparse.parallel import CommunicationGroup
@@ -145,7 +146,16 @@ class Shards:
         return self._controllers[key]
 
     def stored(self, config: RunConfig, step: int) -> GPT:
-        """The model with the storage that its sparse layers have in a step (0-based), on the meta device."""
+        """The model with the storage that its sparse layers have in a step (0-based), on the meta device; where an
+        adapter is trained all else is frozen."""
+        if config.adapter_field is not None:
+            frozen = (*_key(config), 0)
+            if frozen not in self._packed:
+                ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
+                with torch.device("meta"):
+                    self._packed[frozen] = build_model(config, self.vocab_size, ranks)
+                build_methods(config, self._packed[frozen], ranks)
+            return self._packed[frozen]
         if config.sparsity.storage != "packed" or not self.controller(config).topologies:
             return self.model(config)
         plan = self._storage_plan(config)

@@ -111,7 +111,7 @@ def plan_run(
     whole = planned[-1]
     model, made, controller, kernels = whole.model, whole.methods, whole.controller, whole.kernels
     train = config.train
-    costs = phase_costs(config, vocab_size, controller, world_size)
+    costs = phase_costs(config, vocab_size, controller, world_size, model)
     # At its peak: where least is packed, or micro-batches are largest.
     memory = max((row["memory"] for row in costs), key=lambda parts: parts["total"])
     tokens_per_step = train.global_batch_size * config.model.seq_length

@@ -36,6 +36,7 @@ OTHER = {
     "train.init_from": "elsewhere",
     "stacking.num_layers": "3",
     "spiel.density": "0.01",
+    "spiel.variant": "moment_approximation",
     "spiel.interval": "30",
     "spiel.selection_steps": "3",
     "smt.density": "0.01",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megasparse.kernels.optimizer import sm3_
 from megasparse.layers.delta import DeltaLinear, freeze
-from megasparse.methods.spiel import Candidates, exchange, seeded, top
+from megasparse.methods.spiel import exchange, top
+from megasparse.methods.spiel_variants import Candidates, moment_scores, seeded
 
 BETAS = (0.9, 0.999)
 
@@ -69,3 +71,49 @@ def test_planted_entries_are_found_better_than_at_random() -> None:
     gradient = ((x @ (layer.weight - target).t()).t() @ x).reshape(-1)
     found = top(gradient.abs(), 30)
     assert len(set(found.tolist()) & set(planted.tolist())) > 25
+
+
+def test_scores_rank_inactive_entries_by_the_product_of_their_accumulators() -> None:
+    rows, columns, active = torch.rand(6) * 1e-30, torch.rand(4) * 1e-12, torch.randperm(24)[:7]
+    scores = moment_scores(rows, columns, active)
+    free = [n for n in range(24) if n not in active.tolist()]
+    by_hand = sorted(free, key=lambda n: float(rows[n // 4].double() * columns[n % 4].double()))
+    assert sorted(free, key=lambda n: float(scores[n])) == by_hand
+    assert (scores[active] < 0).all() and (scores[free] > 0).all()
+
+
+def tuned_by_moments(layer: DeltaLinear, target: torch.Tensor, drops: tuple[int, ...]) -> torch.Tensor:
+    """The matrix after 160 steps of SM3 towards a target, with as many entries exchanged as `drops` says."""
+    assert layer.numbers is not None
+    rows, columns, values = torch.zeros(20), torch.zeros(30), torch.zeros(layer.numbers.numel())
+    for step in range(160):
+        layer.merge(values)
+        if step % 20 == 5 and drops:
+            scores = moment_scores(rows, columns, layer.numbers)
+            places = top(scores, len(values))
+            born = {"place": places, "score": scores[places], "value": torch.zeros(len(values))}
+            count = drops[min(step // 20, len(drops) - 1)]
+            numbers, held, _ = exchange(layer, {"value": values}, born, count)
+            layer.choose(numbers)
+            values = held["value"]
+            continue
+        x = torch.randn(64, 30)
+        gradient = ((x @ (layer.weight - target).t()).t() @ x).view(-1)[layer.numbers] / 64
+        sm3_(values, gradient, (rows, columns), (layer.numbers // 30, layer.numbers % 30), 0.1, 1e-8)
+    layer.merge(values)
+    return layer.weight.clone()
+
+
+def test_moments_find_planted_rows_and_columns_better_than_entries_that_stay_random() -> None:
+    """Where what is to be learned lies in few rows and columns, which is all that accumulators can tell."""
+    layer = layer_with(60)
+    first, before = layer.numbers, layer.weight.clone()
+    block = torch.zeros(20, 30, dtype=torch.bool)
+    block[torch.randperm(20)[:6].view(-1, 1), torch.randperm(30)[:8]] = True
+    target = before + block
+    kept = tuned_by_moments(layer, target, ())
+    layer.choose(first)
+    assert torch.equal(layer.weight, before)
+    found = tuned_by_moments(layer, target, (60, 12, 10, 8, 6, 4, 2, 0))
+    errors = [float((weight - target).square().sum()) for weight in (before, kept, found)]
+    assert errors[0] == pytest.approx(48) and errors[2] < 0.7 * errors[1], errors

@@ -12,10 +12,11 @@ from __future__ import annotations
 from megasparse.kernels.optimizer import cpu
 from megasparse.kernels.optimizer.cpu import adamw_, square_sum
 from megasparse.kernels.optimizer.reference import MAX_WEIGHT_STEPS, Active, AdamWStep, State
+from megasparse.kernels.optimizer.sm3 import sm3_
 
 KERNELS = ("auto", "torch", "cpu")
 
-__all__ = ["KERNELS", "MAX_WEIGHT_STEPS", "Active", "AdamWStep", "State", "adamw_", "square_sum", "takes_cpu"]
+__all__ = ["KERNELS", "MAX_WEIGHT_STEPS", "Active", "AdamWStep", "State", "adamw_", "sm3_", "square_sum", "takes_cpu"]
 
 
 def takes_cpu(kernel: str, device: str) -> bool:
