@@ -10,7 +10,7 @@ goes on with what is missing (`--anew`: measures all again). ZeRO stage 0 needs 
 Two trainers stand side by side in one process, at constant density without topology updates, and take turns: each round
 times some steps of one, then of the other, and one more step of each by part. Bytes of weights, gradients and optimizer
 state are counted on this rank's tensors, those of a checkpoint on the disk; bytes sent in a step are those of the plan,
-which tests/distributed/test_resources.py compares with what runs send.
+which tests/distributed/test_resources.py compares with what runs send. Last, the engine is built anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -38,10 +39,12 @@ from result_file import RESULTS, result_path, write_result
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.resources import communication_per_rank
 from megasparse.data import BatchLoader
+from megasparse.engine.training_engine import TrainingEngine
 from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.methods.callback import TrainingMethod
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, Mesh
-from megasparse.training.build_engine import capacities_of
+from megasparse.training.build_engine import Renewal, RunStorage, capacities_of
 from megasparse.training.checkpoints import Checkpointer
 from megasparse.training.loop import Trainer
 
@@ -116,6 +119,7 @@ def measure(arguments: argparse.Namespace, mesh: Mesh, stage: int, density: floa
                 "checkpoint_bytes": checkpoint_bytes(trainer, configs[storage], mesh),
                 "sent_bytes": sent_bytes(trainer, configs[storage], mesh),
             }
+        row["rebuild_seconds"] = rebuild_seconds(runs["packed"][0], configs["packed"], mesh)
         for trainer, _ in runs.values():
             trainer.engine.close()
     del runs, trainer
@@ -154,6 +158,27 @@ def optimizer_seconds(trainer: Trainer, loader: BatchLoader) -> float:
     with timer.attached():
         trainer.train_step(loader)
     return timer.seconds()["optimizer"]
+
+
+class AtOnce(Renewal):
+    """Builds the engine anew with the capacities that it has."""
+
+    def due(self, engine: TrainingEngine, methods: Sequence[TrainingMethod], step: int) -> Mapping[str, int]:
+        return capacities_of(engine)
+
+
+def rebuild_seconds(trainer: Trainer, config: RunConfig, mesh: Mesh) -> float:
+    """To build the engine anew between two steps, as where the capacity changes: the median of three."""
+    storage = RunStorage.of(config, config.model.vocab_size, mesh.tensor_parallel)
+    assert storage is not None
+    trainer.renewal, seconds = AtOnce(config, config.model.vocab_size, mesh, storage), []
+    for _ in range(3):
+        mesh.barrier()
+        start = time.perf_counter()
+        trainer.renew_engine()
+        mesh.barrier()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
@@ -200,6 +225,7 @@ def sent_bytes(trainer: Trainer, config: RunConfig, mesh: Mesh) -> float:
 def show(row: dict[str, Any]) -> None:
     dense, packed = (row[storage] for storage in STORAGES)
     print(f"stage {row['zero_stage']}, density {row['density']}")
+    print(f"  engine built anew in {row['rebuild_seconds']:.2f} s")
     for name in (key for key in dense if key != "rounds"):
         ratio = f"{packed[name] / dense[name]:.3f}" if dense[name] else "-"
         print(f"  {name:22s} dense {dense[name]:14.6g}  packed {packed[name]:14.6g}  {ratio}", flush=True)

@@ -27,7 +27,7 @@ PR_SET_CHILD_SUBREAPER = 36
 """Of prctl(2): whose parent has ended becomes a child of this process."""
 
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-READ_LATE = {"COLUMNS", "MEGASPARSE_CACHE", "PYTEST_CURRENT_TEST", *RANKS}
+READ_LATE = {"COLUMNS", "CXX", "MEGASPARSE_CACHE", "PYTEST_CURRENT_TEST", *RANKS}
 """Variables that programs read when they use them, so that any may differ from the server's."""
 
 SPACE = 60_000

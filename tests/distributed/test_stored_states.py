@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from engine_runs import Layout, run_config
@@ -16,7 +18,7 @@ from trainer_runs import run_trainers
 
 from megasparse.checkpoint.model_folder import ModelFolder, load_weights
 from megasparse.checkpoint.store import CheckpointError
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, save_config
 from megasparse.config.schema import RunConfig
 from megasparse.data import split_samples
 from megasparse.data.build import build_data
@@ -97,6 +99,22 @@ def test_they_are_those_of_the_teacher_by_whatever_number_a_sample_goes(folder) 
     assert teacher_bytes(config, 1) > 0 == teacher_bytes(run_config(stored(folder)), 1)
     with pytest.raises(CheckpointError, match="does not have a sample"):
         opened.states(batch._replace(inputs=batch.inputs.flip(1)))
+
+
+def test_the_tool_writes_the_same_and_leaves_alone_what_is_there(folder, repository, tmp_path) -> None:
+    save_config(run_config(live(folder)), tmp_path / "run.yaml")
+    tool = [sys.executable, repository / "tools" / "teacher_states.py", "--config", tmp_path / "run.yaml"]
+    output = ["--output", tmp_path / "states"]
+    done = processes.run([*tool, "--dtype", "float32", *output])
+    expected = (folder / "states" / "states.bin").read_bytes()
+    assert done.returncode == 0, done.stderr
+    assert f"{len(expected):,} bytes" in done.stdout and "states 0, normed" in done.stdout
+    assert (tmp_path / "states" / "states.bin").read_bytes() == expected
+    refused = processes.run([*tool, "distillation.hidden_weight=0", "--output", tmp_path / "none"])
+    assert refused.returncode == 2 and refused.stderr.startswith("teacher_states: error: distillation.hidden_weight")
+    again = processes.run([*tool, *output])
+    assert again.returncode == 2 and str(tmp_path / "states") in again.stderr and "Traceback" not in again.stderr
+    assert (tmp_path / "states" / "states.bin").read_bytes() == expected
 
 
 def test_of_a_deeper_teacher_the_mapped_blocks_are_written(folder) -> None:

@@ -20,13 +20,13 @@ SHORT = [f"train.stop_after={STOP_AFTER}", "train.micro_batch_size=2"]
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple]]:
-    """The curve of the short run on so many ranks under ``deepspeed``, whose own runs other tests check."""
+    """The curve of the short run on so many ranks, started without a launcher."""
     known: dict[int, list[tuple]] = {}
 
     def curve(ranks: int) -> list[tuple]:
         if ranks not in known:
             folder = tmp_path_factory.mktemp("expected")
-            runs.run(runs.command(corpus, folder, *SHORT, ranks=ranks, launcher="deepspeed"))
+            runs.run(runs.command(corpus, folder, *SHORT, ranks=ranks))
             known[ranks] = runs.curve(folder / "run")
             assert [row[0] for row in known[ranks]] == list(range(1, STOP_AFTER + 1))
         return known[ranks]

@@ -28,11 +28,12 @@ inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = va
 // roundings as suits the loop around it (GCC tunes so for AMD's 256-bit processors), and bits would depend on the tile.
 inline Vector multiply_add(Vector sum, Vector left, Vector right) {
 #if defined(__FMA__) && defined(__AVX512F__)
-  if constexpr (kLanes == 16) return (Vector)_mm512_fmadd_ps((__m512)left, (__m512)right, (__m512)sum);
-#elif defined(__FMA__)
-  if constexpr (kLanes == 8) return (Vector)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)sum);
-#endif
+  return (Vector)_mm512_fmadd_ps((__m512)left, (__m512)right, (__m512)sum);
+#elif defined(__FMA__) && !defined(MEGASPARSE_WIDE)
+  return (Vector)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)sum);
+#else
   return sum + left * right;
+#endif
 }
 inline Vector broadcast(float value) { return value - Vector{}; }  // value + 0 is an addition: it turns -0 into 0
 
