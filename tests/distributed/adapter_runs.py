@@ -9,6 +9,7 @@ from engine_runs import Layout, divided, make_batches, run_config
 from torch import Tensor
 
 from megasparse.checkpoint.adapter_file import Adaptation
+from megasparse.checkpoint.model_folder import ModelFolder, pad_rows
 from megasparse.engine.training_engine import TrainingEngine
 from megasparse.methods.adapter import AdapterTuning
 from megasparse.methods.callback import Step
@@ -113,6 +114,30 @@ def frozen_weights(engine: TrainingEngine) -> dict[str, Tensor]:
 def adaptation(result: dict) -> Adaptation:
     unit = next(iter(result["values"].values())).shape[-1]
     return Adaptation("", unit, "", result["numbers"], result["values"], result["base"])
+
+
+def check_entries(result: dict, base: Path, density: float) -> None:
+    """That share of each tuned matrix of the base is trained, nothing else, and the values are what has been added."""
+    source, trained = ModelFolder(base), adaptation(result)
+    for name in source.names:
+        before, after, layer = source.tensor(name), result["weights"][name], name.removesuffix(".weight")
+        if before.dim() == 2:
+            before = pad_rows(before, after.shape[0])
+        if layer in trained.numbers:
+            numbers = trained.numbers[layer]
+            assert len(numbers) == round(density * before.numel()) and torch.equal(numbers, numbers.unique())
+            assert torch.equal(trained.merged(layer, before), after)
+        else:
+            assert torch.equal(before, after), name
+    assert result["trained"] == sum(values.numel() for values in result["values"].values())
+    assert result["curve"][-1] < result["curve"][0] - 0.05
+
+
+def check_resumed(straight: dict, again: dict) -> None:
+    """Bit for bit."""
+    assert again["curve"] == straight["curve"]
+    for kind in ("numbers", "values", "weights"):
+        assert all(torch.equal(tensor, straight[kind][key]) for key, tensor in again[kind].items()), kind
 
 
 def run_cases(mesh: Mesh, cases: list[Case], folder: Path, stops: tuple[int, ...]) -> dict[str, dict]:
