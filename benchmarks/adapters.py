@@ -1,35 +1,35 @@
 """Fine-tuning of all weights, LoRA of the library peft, Sparse Matrix Tuning and SpIEL from one start on the same data.
 
     python benchmarks/adapters.py --work work/adapters                              # minutes on a CPU
-    python benchmarks/adapters.py --work work/adapters --task sst2 --steps 400 --rates 3e-4 1e-3 3e-3
+    python benchmarks/adapters.py --work work/adapters --task sst2 --rates 3e-4 1e-3 3e-3 --seeds 1 2 3 4 5
     python benchmarks/adapters.py --work work/adapters --model models/gpt2 --data data/tasks/train \
         --valid data/tasks/valid --test data/tasks/test.jsonl --kind classification
 
 LoRA, SMT and SpIEL train as many parameters, those of LoRA's `--rank`; SMT as whole blocks, so that it may be a few
-more or less. Every arm has every learning rate, and the table shows the best by validation loss. Without `--model` a
-byte-level model learns a text first, and the task is made here.
+more or less. Every arm has every learning rate on `--sweep-seed`, and all `--seeds` with the best by validation loss;
+differences are in pairs of runs of the same seed. Without `--model` a byte-level model learns a text first, and the
+task is made here; both are the same for all seeds, which decide about order of data and random beginnings.
 
-Each arm is a process and a run in the folder `--work`, with a file of its results; started again with the same
-settings, the script goes on with what is missing. `--arms` without `lora` needs no peft. Bytes are counted on tensors:
-gradients and optimizer state at the end, and the most that they and what a method keeps came to (the warm-up of SMT
-holds all matrices). Seconds are of the training steps, without validation.
+Each run is a process in the folder `--work`, with a file of its results; started again with the same settings, the
+script goes on with what is missing. `--arms` without `lora` needs no peft. Bytes are counted on tensors: gradients and
+optimizer state at the end, and the most that they and what a method keeps came to (the warm-up of SMT holds all
+matrices). Seconds are of the training steps, without validation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import subprocess
 import sys
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_arms import CountedBytes, lora_method, low_rank_parameters, tuned_matrices
+from adapter_start import prepare, run_script
+from adapter_table import best_rate, table
 from result_file import RESULTS, write_result
 
 from megasparse.config.loader import load_config
@@ -51,58 +51,82 @@ SAVES = 4
 def main() -> None:
     arguments = parse_arguments()
     if arguments.only:
-        arm, rate = arguments.only[0], float(arguments.only[1])
-        write_at_once(result_of(arguments, arm, rate), json.dumps(train(arguments, arm, rate), indent=2) + "\n")
+        arm, rate, seed = arguments.only[0], float(arguments.only[1]), int(arguments.only[2])
+        numbers = json.dumps(train(arguments, arm, rate, seed), indent=2) + "\n"
+        write_at_once(result_of(arguments, arm, rate, seed), numbers)
         return
     if "lora" in arguments.arms:
         lora_method(Path(), arguments.rank)
-    prepare(arguments)
-    rows = []
+    if not arguments.given:
+        prepare(arguments)
+    make_folders(arguments.work / "results")
+    rows: list[dict[str, Any]] = []
     for arm in arguments.arms:
-        for rate in arguments.rates:
-            if known(arguments, arm, rate) is None:
-                print(f"{arm}, rate {rate:g} ...", flush=True)
-                log = result_of(arguments, arm, rate).with_suffix(".log")
-                run([__file__, *sys.argv[1:], "--only", arm, str(rate)], log)
-            row = known(arguments, arm, rate)
-            assert row is not None
-            rows.append(row)
-            numbers = {"settings": settings(arguments), "results": rows}
-            path = write_result("adapters", numbers, suffix=arguments.name, folder=arguments.results)
-    print(table(rows, arguments.arms))
-    print(path)
+        rates = arguments.rates
+        if len(rates) > 1:
+            rates = [best_rate(measured(arguments, rows, arm, rate, arguments.sweep_seed) for rate in rates)]
+        for seed in arguments.seeds:
+            measured(arguments, rows, arm, rates[0], seed)
+    of_seeds = [row for row in rows if row["seed"] in arguments.seeds]
+    print(table(of_seeds, arguments.arms))
+    print(path_of_results(arguments, rows))
+
+
+def measured(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], arm: str, rate: float, seed: int
+) -> dict[str, Any]:
+    """The numbers of a run, which is made unless it has been; they join `rows`, and these the file of results."""
+    if known(arguments, arm, rate, seed) is None:
+        print(f"{arm}, rate {rate:g}, seed {seed} ...", flush=True)
+        log = result_of(arguments, arm, rate, seed).with_suffix(".log")
+        run_script([__file__, *sys.argv[1:], "--only", arm, str(rate), str(seed)], log)
+    row = known(arguments, arm, rate, seed)
+    assert row is not None
+    rows.append(row)
+    path_of_results(arguments, rows)
+    return row
+
+
+def path_of_results(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+    numbers = {"settings": settings(arguments), "results": rows}
+    return write_result("adapters", numbers, suffix=arguments.name, folder=arguments.results)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What every arm has; a result of others is not taken up."""
-    names = ("rank", "block_size", "steps", "batch", "seed", "threads")
+    names = ("rank", "block_size", "steps", "batch", "threads")
     paths = {name: str(getattr(arguments, name)) for name in ("model", "data", "valid", "test")}
-    start = {} if arguments.given else {name: getattr(arguments, name) for name in ("task", "examples", "start_steps")}
+    start = (
+        {}
+        if arguments.given
+        else {name: getattr(arguments, name) for name in ("task", "examples", "test_examples", "start_steps")}
+    )
     widths = {} if arguments.given else {name: getattr(arguments, name) for name in ("layers", "hidden_size")}
     return {name: getattr(arguments, name) for name in names} | paths | {"kind": arguments.kind} | start | widths
 
 
-def result_of(arguments: argparse.Namespace, arm: str, rate: float) -> Path:
-    return arguments.work / "results" / f"{arm}-{rate:g}.json"
+def result_of(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> Path:
+    return arguments.work / "results" / f"{arguments.name}-{arm}-{rate:g}-{seed}.json"
 
 
-def known(arguments: argparse.Namespace, arm: str, rate: float) -> dict[str, Any] | None:
-    path = result_of(arguments, arm, rate)
+def known(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> dict[str, Any] | None:
+    path = result_of(arguments, arm, rate, seed)
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found["numbers"] if found.get("settings") == settings(arguments) else None
 
 
-def train(arguments: argparse.Namespace, arm: str, rate: float) -> dict[str, Any]:
+def train(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> dict[str, Any]:
     """A run of an arm, or what is left of it."""
     os.environ["DS_ACCELERATOR"] = arguments.device
     torch.set_num_threads(arguments.threads)
     methods = [lora_method(arguments.model, arguments.rank)] if arm == "lora" else []
-    config = load_config([RECIPE], words_of(arguments, arm, rate))
+    config = load_config([RECIPE], words_of(arguments, arm, rate, seed))
     environment = LaunchEnvironment.from_variables(os.environ)
     summary = pretrain(config, environment, methods=[*methods, CountedBytes])
     numbers = {
         "arm": arm,
         "rate": rate,
+        "seed": seed,
         "trained": summary["parameters"],
         "validation_loss": summary["val_loss"],
         "accuracy": summary.get("task_accuracy"),
@@ -114,15 +138,15 @@ def train(arguments: argparse.Namespace, arm: str, rate: float) -> dict[str, Any
     return {"settings": settings(arguments), "numbers": numbers}
 
 
-def words_of(arguments: argparse.Namespace, arm: str, rate: float) -> list[str]:
+def words_of(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> list[str]:
     """Overrides of the recipe for an arm."""
     # Settings that were tried before, in runs of other names, are not gone on with.
     digest = f"{hash_of(settings(arguments)):08x}"
     common = [
         *finetune_words(arguments.model, dense=True),
         f"run.folder={arguments.work / 'runs'}",
-        f"run.name={arm}-{rate:g}-{digest}",
-        f"run.seed={arguments.seed}",
+        f"run.name={arm}-{rate:g}-{seed}-{digest}",
+        f"run.seed={seed}",
         f"data.train={json.dumps([{'path': str(arguments.data)}])}",
         f"data.valid={json.dumps([{'path': str(arguments.valid)}])}",
         f"optimizer.lr={rate}",
@@ -173,80 +197,21 @@ def hash_of(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Task and start, where they are not given; what is there already is kept."""
-    make_folders(arguments.work / "results")
-    if arguments.given:
-        return
-    task, made = arguments.data.parent, []
-    sizes = ["--train", str(arguments.examples), "--valid", "200", "--output", str(task)]
-    own = ["--test", "200"]
-    if arguments.task == "sst2":
-        own = ["--input", str(SHARED / "sst2" / "train.tsv.xz"), str(SHARED / "sst2" / "dev.tsv")]
-    made.append((task / "test.jsonl", ["tools/make_tasks.py", arguments.task, *sizes, *own]))
-    encode = ["tools/preprocess_data.py", "--tokenizer", "bytes"]
-    for split in ("train", "valid"):
-        words = ["--supervised", "--input", str(task / f"{split}.jsonl"), "--output-prefix", str(task / split)]
-        made.append((task / f"{split}.idx", [*encode, *words]))
-    start = arguments.model.parent
-    text = start / "text"
-    made.append((text.with_suffix(".idx"), [*encode, "--input", str(arguments.text), "--output-prefix", str(text)]))
-    learn = [
-        *("launch/pretrain.py", "--config", "configs/byte-level.yaml", "sparsity.algorithm=dense"),
-        *(f"run.folder={start}", "run.name=run", f"train.steps={arguments.start_steps}", "train.valid_samples=64"),
-        *(f"data.{use}={json.dumps([{'path': str(text)}])}" for use in ("train", "valid")),
-        f"optimizer.warmup_steps={min(50, arguments.start_steps // 5)}",
-        *(f"model.num_layers={arguments.layers}", f"model.hidden_size={arguments.hidden_size}"),
-        *("model.seq_length=320", f"run.seed={arguments.seed}", "train.sample_tokens=0"),
-    ]
-    made.append((start / "run" / "summary.json", learn))
-    convert = ["tools/convert_checkpoint.py", "from-run", "--input", str(start / "run")]
-    made.append((arguments.model, [*convert, "--output", str(arguments.model)]))
-    make_folders(start)
-    make_folders(task)
-    for path, words in made:
-        if not path.exists():
-            print(f"{' '.join(words[:2])} ...", flush=True)
-            run(words, arguments.work / "prepare.log")
-
-
-def run(words: Sequence[str], log: Path) -> None:
-    """A script in a process of its own; what it says stands in a file."""
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
-    with log.open("a", encoding="utf-8") as out:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out)
-    if done.returncode:
-        sys.exit(f"{words[0]} ended with status {done.returncode}; see {log}")
-
-
-def table(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
-    """The best rate of each arm by validation loss."""
-    lines = ["| arm | rate | trained | validation loss | accuracy | optimizer bytes | most bytes | seconds |"]
-    lines.append("|---" * 8 + "|")
-    for arm in arms:
-        of_arm = [row for row in rows if row["arm"] == arm and math.isfinite(row["validation_loss"] or math.nan)]
-        if not of_arm:
-            lines.append(f"| {arm} | no rate gave a finite loss |" + " |" * 6)
-            continue
-        best = min(
-            of_arm, key=lambda row: row["validation_loss"] if math.isfinite(row["validation_loss"]) else math.inf
-        )
-        accuracy = "" if best["accuracy"] is None else f"{best['accuracy']:.3f}"
-        numbers = f"{best['validation_loss']:.4f} | {accuracy} | {best['optimizer_bytes']:,} | {best['peak_bytes']:,}"
-        lines.append(f"| {arm} | {best['rate']:g} | {best['trained']:,} | {numbers} | {best['seconds']:.1f} |")
-    return "\n".join(lines)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, start, runs and results of the arms")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="learning rates of every arm")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="learning rates of every arm; one is not swept"
+    )
     parser.add_argument("--rank", type=int, default=4, help="of LoRA (default: 4)")
     parser.add_argument("--block-size", type=int, default=16, help="of SMT (default: 16)")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning (default: 200)")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step (default: 8)")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of runs at the best rate (default: 1)")
+    parser.add_argument(
+        "--sweep-seed", type=int, default=0, help="on which rates are tried, none of the others (default: 0)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of all arms")
@@ -259,11 +224,12 @@ def parse_arguments() -> argparse.Namespace:
     made = parser.add_argument_group("otherwise")
     made.add_argument("--task", choices=("arithmetic", "sst2"), default="arithmetic")
     made.add_argument("--examples", type=int, default=2000, help="to learn from (default: 2000)")
+    made.add_argument("--test-examples", type=int, default=500, help="of arithmetic; SST-2 has its own (default: 500)")
     made.add_argument("--text", type=Path, default=SHARED / "tinyshakespeare" / "input.txt", help="to learn first")
     made.add_argument("--start-steps", type=int, default=300, help="steps on the text (default: 300)")
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
     check(parser, arguments)
@@ -274,6 +240,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """Complete the arguments, or end with what the user must mend."""
     if min(arguments.rank, arguments.steps // 10, arguments.batch, arguments.threads) < 1:
         parser.error("--rank, --batch, --threads must be 1 or more, --steps 10 or more")
+    if len(arguments.rates) > 1 and arguments.sweep_seed in arguments.seeds:
+        parser.error(f"--sweep-seed: {arguments.sweep_seed}; must be none of --seeds, whose rate it decides")
     arguments.given = arguments.model is not None
     if arguments.given:
         if arguments.data is None or arguments.valid is None:
@@ -285,8 +253,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         return
     if not arguments.text.is_file():
         parser.error(f"--text: {arguments.text}: no such file; must be a text for the model to learn first, or --model")
-    task = f"{arguments.task}-{arguments.examples}-{arguments.seed}"
-    widths = f"{arguments.layers}x{arguments.hidden_size}-{arguments.start_steps}-{arguments.seed}"
+    task = f"{arguments.task}-{arguments.examples}-{arguments.test_examples}"
+    widths = f"{arguments.layers}x{arguments.hidden_size}-{arguments.start_steps}-{arguments.text.stem}"
     folder = arguments.work / "data" / task
     arguments.name, arguments.text = arguments.task, arguments.text.resolve()
     arguments.data, arguments.valid, arguments.test = folder / "train", folder / "valid", folder / "test.jsonl"

@@ -61,9 +61,9 @@ def test_arms_train_as_many_parameters_as_lora(benchmark, folder, monkeypatch) -
     wanted = sum(RANK * sum(weights.tensor(name).shape) for name in matrices)
     # A block of 16 more or less in each of two pools; rounding in each matrix.
     for arm, slack in (("smt", 2 * 16**2), ("spiel", len(matrices)), ("spiel-ma", len(matrices))):
-        config = load_config([benchmark.RECIPE], benchmark.words_of(arguments, arm, 1e-3))
+        config = load_config([benchmark.RECIPE], benchmark.words_of(arguments, arm, 1e-3, 1))
         assert abs(plan_run(config, VOCABULARY, 1, "cpu")["parameters"]["total"] - wanted) <= slack, arm
-    config = load_config([benchmark.RECIPE], benchmark.words_of(arguments, "full", 1e-3))
+    config = load_config([benchmark.RECIPE], benchmark.words_of(arguments, "full", 1e-3, 1))
     assert plan_run(config, VOCABULARY, 1, "cpu")["parameters"]["total"] > 10 * wanted
 
 
