@@ -247,7 +247,7 @@ def test_32_streams_of_which_one_in_four_hangs_up(served) -> None:
     with running(served, Limits(streams=24, queue=32)) as server:
         assert server.post(COMPLETIONS, bodies[0])[0] == 200
         server.until_idle()
-        threads, tasks = threading.active_count(), server.num_tasks()
+        threads, tasks = threading.active_count(), server.tasks_at_rest()
 
         def client(number: int) -> None:
             with contextlib.closing(server.open_stream(bodies[number])) as connection:

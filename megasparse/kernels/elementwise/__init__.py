@@ -36,7 +36,7 @@ def activation(
 
     def apply(x: Tensor) -> Tensor:
         if name in FUSED and takes_cpu(kernel, x):
-            return (cpu.Gate if gated else cpu.Activate).apply(x, FUSED[name])
+            return cpu.run(cpu.Gate if gated else cpu.Activate, x, FUSED[name])
         if name == "swiglu" and takes_triton(kernel, x):
             return gpu.Gate.apply(x)
         return reference.gate(x, function) if gated else function(x)
@@ -50,7 +50,7 @@ def normalize(
     """kind: `layernorm`, or `rmsnorm`, which has no bias. The dtype is that of x; sums are float32."""
     assert kind == "layernorm" or bias_C is None
     if takes_cpu(kernel, x_C, weight_C):
-        return cpu.Normalize.apply(x_C, weight_C, bias_C, epsilon, kind == "layernorm")
+        return cpu.run(cpu.Normalize, x_C, weight_C, bias_C, epsilon, kind == "layernorm")
     if kind == "rmsnorm":
         return reference.rms_norm(x_C, weight_C, epsilon)
     return reference.layer_norm(x_C, weight_C, bias_C, epsilon)
@@ -77,7 +77,7 @@ def normalize_sum(
 def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, kernel: str = "auto") -> Tensor:
     """Turn queries or keys by the angles of their tokens, see ``reference.rotate``."""
     if takes_cpu(kernel, x_BHTD):
-        return cpu.Rotate.apply(x_BHTD, cos_TD, sin_TD)
+        return cpu.run(cpu.Rotate, x_BHTD, cos_TD, sin_TD)
     if takes_triton(kernel, x_BHTD):
         return gpu.Rotate.apply(x_BHTD, cos_TD, sin_TD)
     return reference.rotate(x_BHTD, cos_TD, sin_TD)

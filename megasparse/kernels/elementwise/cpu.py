@@ -29,6 +29,18 @@ def why_not(device: str, planned: bool = False) -> str | None:
     return no_compiler() if planned else build_failure(SOURCE)
 
 
+def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``; without gradients only its forward pass, as autograd's part takes longer than one token's."""
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_KeepsNothing(), *arguments)
+
+
+class _KeepsNothing:
+    """In place of autograd's context, where no backward pass comes."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
 class Activate(torch.autograd.Function):
     """``Activate.apply(x, name)`` of FUNCTIONS, element by element."""
 

@@ -37,23 +37,41 @@ def attend_cached(
     """
     H, N, G = q_BHND.shape[1], q_BHND.shape[2], k_BGLD.shape[1]
     assert len(patterns) == H and first + N <= k_BGLD.shape[2]
-    out_BHND = torch.empty_like(q_BHND)
     # Offsets that play no part must not keep heads apart.
     kinds = [
         (name, offset if PATTERNS[name].has_offset else 0)
         for name, offset in zip(patterns, offsets or (0,) * H, strict=True)
     ]
-    for kind in dict.fromkeys(kinds):
+    different = dict.fromkeys(kinds)
+    if len(different) == 1:
+        return _attend_alike(q_BHND, k_BGLD, v_BGLD, kinds[0], stride, first)
+    out_BHND = torch.empty_like(q_BHND)
+    for kind in different:
         heads = torch.tensor([head for head in range(H) if kinds[head] == kind], device=q_BHND.device)
-        # Query heads that share keys lie together as rows of one product; heads picked from many get keys of their own.
-        groups, rows = (None, H // G) if len(heads) == H else (heads // (H // G), 1)
-        for number in range(N):
-            ranges = visible_keys(kind[0], first + number, stride, kind[1])
-            k_BGKD, v_BGKD = (_seen(x, groups, ranges) for x in (k_BGLD, v_BGLD))
-            q_BGRD = q_BHND[:, heads, number].unflatten(1, (-1, rows))
-            y_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD)
-            out_BHND[:, heads, number] = y_BGRD.flatten(1, 2)
+        # Heads picked from many get keys of their own.
+        own = heads // (H // G)
+        out_BHND[:, heads] = _attend_alike(q_BHND[:, heads], k_BGLD, v_BGLD, kind, stride, first, own)
     return out_BHND
+
+
+def _attend_alike(
+    q_BHND: torch.Tensor,
+    k_BGLD: torch.Tensor,
+    v_BGLD: torch.Tensor,
+    kind: tuple[str, int],
+    stride: int,
+    first: int,
+    groups: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attend_cached` where all heads have one pattern and offset, `kind`; groups: key-value head of each head."""
+    # Query heads that share keys lie together as rows of one product.
+    q_BGNRD = q_BHND.unflatten(1, (k_BGLD.shape[1] if groups is None else len(groups), -1)).transpose(2, 3)
+    found = []
+    for number, q_BGRD in enumerate(q_BGNRD.unbind(2)):
+        ranges = visible_keys(kind[0], first + number, stride, kind[1])
+        k_BGKD, v_BGKD = (_seen(x, groups, ranges) for x in (k_BGLD, v_BGLD))
+        found.append(F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD).flatten(1, 2))
+    return torch.stack(found, dim=2) if len(found) > 1 else found[0].unsqueeze(2)
 
 
 def _seen(x_BGLD: torch.Tensor, groups: torch.Tensor | None, ranges: Sequence[range]) -> torch.Tensor:

@@ -11,12 +11,16 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
     defined(__AVX512VNNI__) && !defined(MEGASPARSE_PLAIN) && !defined(MEGASPARSE_NARROW)
 #define MEGASPARSE_EXPAND 1
 #endif
-#if defined(MEGASPARSE_EXPAND) || (defined(__AVX2__) && !defined(MEGASPARSE_PLAIN))
+#if !defined(MEGASPARSE_EXPAND) && defined(__AVX2__) && !defined(MEGASPARSE_PLAIN)
+#define MEGASPARSE_PLACES 1
+#endif
+#if defined(MEGASPARSE_EXPAND) || defined(MEGASPARSE_PLACES)
 #include <immintrin.h>
 #endif
 
@@ -45,6 +49,16 @@ inline typename Integers<Bytes>::Sums multiply_add_bytes(typename Integers<Bytes
   if constexpr (Bytes == 16) return (Sums)_mm_dpbusd_epi32((__m128i)sums, (__m128i)inputs, (__m128i)weights);
 #else
   using Sums = typename Integers<Bytes>::Sums;
+#if defined(MEGASPARSE_PLACES)
+  // Even and odd bytes as halves of lanes: two products a lane each, which no int16 would hold, so exact.
+  if constexpr (Bytes == 32) {
+    const __m256i w = (__m256i)weights, x = (__m256i)inputs;
+    const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8),
+                                           _mm256_and_si256(x, _mm256_set1_epi16(255)));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(w, 8), _mm256_srli_epi16(x, 8));
+    return sums + (Sums)_mm256_add_epi32(even, odd);
+  }
+#endif
   // Each byte of the lanes in turn, with its sign.
   for (int shift = 0; shift < 32; shift += 8)
     sums += (((Sums)weights << (24 - shift)) >> 24) * (((Sums)inputs >> shift) & 255);
@@ -168,30 +182,77 @@ inline void Expanded<IntegerProduct>::read(uint64_t mask, const int8_t*& values)
   vectors[0] = (Integers<64>::Weights)_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
   values += __builtin_popcountll(mask);
 }
-#elif defined(__AVX2__) && !defined(MEGASPARSE_PLAIN)
-// For each byte of a mask, the place of each lane's value among those of the set bits.
+#elif defined(MEGASPARSE_PLACES)
+// For each byte of a mask, the place of each lane's value among those of the set bits; 128 where there is none.
 struct Places {
   uint64_t of[256];
   constexpr Places() : of() {
     for (int mask = 0; mask < 256; ++mask)
-      for (uint64_t bit = 0, count = 0; bit < 8; ++bit)
-        if (mask >> bit & 1) of[mask] |= count++ << 8 * bit;
+      for (uint64_t bit = 0, count = 0; bit < 8; ++bit) of[mask] |= (mask >> bit & 1 ? count++ : 128) << 8 * bit;
   }
 };
 constexpr Places kPlaces;
 
+inline __m128i places_of(uint64_t byte) { return _mm_cvtsi64_si128(int64_t(kPlaces.of[byte])); }
+
+// How many bits of a mask lie in its first byte, its first two, ... as the bytes of a word: where the values of each
+// byte begin is then known at once, and no load waits for a count before it.
+inline uint64_t counts_of(uint64_t mask) {
+  mask -= mask >> 1 & 0x5555555555555555;
+  mask = (mask & 0x3333333333333333) + (mask >> 2 & 0x3333333333333333);
+  return ((mask + (mask >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010101;
+}
+
+// function(a byte of the mask, its number as a constant, its first value) for the eight bytes; `values` moves on. By
+// an index sequence, so that what the bytes become stays in registers.
+template <class Weight, class Function, int... Number>
+inline void by_bytes(uint64_t mask, const Weight*& values, Function&& function,
+                     std::integer_sequence<int, Number...>) {
+  const uint64_t counts = counts_of(mask), begins = counts << 8;
+  (function(mask >> 8 * Number & 255, std::integral_constant<int, Number>(), values + (begins >> 8 * Number & 255)),
+   ...);
+  values += counts >> 56;
+}
+
+template <class Weight, class Function>
+inline void by_bytes(uint64_t mask, const Weight*& values, Function&& function) {
+  by_bytes(mask, values, function, std::make_integer_sequence<int, 8>());
+}
+
 template <>
 inline void Expanded<FloatProduct<Float32>>::read(uint64_t mask, const float*& values) {
-  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   auto* to = reinterpret_cast<float*>(vectors);
-  for (int lane = 0; lane < kGroup; lane += 8, mask >>= 8) {
-    const int byte = int(mask & 255);
-    const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kPlaces.of[byte])));
-    const __m256i is_set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bits), bits);
-    const __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places);
-    _mm256_storeu_ps(to + lane, _mm256_and_ps(found, _mm256_castsi256_ps(is_set)));
-    values += __builtin_popcount(byte);
-  }
+  by_bytes(mask, values, [&](uint64_t byte, auto i, const float* from) {
+    // Bit 7 of a place, where there is no value, becomes the sign of its lane.
+    const __m256i places = _mm256_cvtepi8_epi32(places_of(byte));
+    const __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), places);
+    _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps((__m256)_mm256_srai_epi32(places, 31), found));
+  });
+}
+
+template <>
+inline void Expanded<FloatProduct<BFloat16>>::read(uint64_t mask, const uint16_t*& values) {
+  auto* to = reinterpret_cast<__m256i*>(vectors);
+  by_bytes(mask, values, [&](uint64_t byte, auto i, const uint16_t* from) {
+    // The two bytes of each value; a saturated sum keeps the 128 of those that are not there.
+    const __m128i places = places_of(byte), first = _mm_adds_epu8(places, _mm_and_si128(places, _mm_set1_epi8(127)));
+    const __m128i pairs = _mm_unpacklo_epi8(first, _mm_or_si128(first, _mm_set1_epi8(1)));
+    const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), pairs);
+    _mm256_storeu_si256(to + i, _mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16));
+  });
+}
+
+template <>
+inline void Expanded<IntegerProduct>::read(uint64_t mask, const int8_t*& values) {
+  static_assert(kVectors == 2, "vectors of 32 bytes");
+  __m128i found[8];
+  by_bytes(mask, values, [&](uint64_t byte, auto i, const int8_t* from) {
+    found[i] = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), places_of(byte));
+  });
+  // Put together in registers: a load of what shorter stores have left has to wait for them.
+  for (int v = 0; v < kVectors; ++v)
+    vectors[v] = (Integers<32>::Weights)_mm256_set_m128i(_mm_unpacklo_epi64(found[4 * v + 2], found[4 * v + 3]),
+                                                         _mm_unpacklo_epi64(found[4 * v], found[4 * v + 1]));
 }
 #endif
 

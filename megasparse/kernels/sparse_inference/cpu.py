@@ -55,9 +55,9 @@ def compressed_linear(x: Tensor, weight: CompressedWeight, bias_O: Tensor | None
         raise RuntimeError("compressed_linear: packed weights are for inference; must run under torch.no_grad()")
     outputs, inputs = weight.shape
     assert x.shape[-1] == inputs, f"{tuple(x.shape)}, weight {weight.shape}"
-    x_NI, bias_O = x.detach().reshape(-1, inputs), None if bias_O is None else bias_O.detach()
+    x_NI = x.reshape(-1, inputs)
     if len(x_NI) >= MANY_ROWS and weight.dtype != torch.int8 and weight.kind != "blocks":
-        y_NO = _by_dense_products(x_NI, weight, bias_O, _library())
+        y_NO = _by_dense_products(x_NI.detach(), weight, None if bias_O is None else bias_O.detach(), _library())
     else:
         y_NO = _product(x_NI.float().contiguous(), weight, None if bias_O is None else bias_O.float(), _library())
     return y_NO.to(x.dtype).view(*x.shape[:-1], outputs)
@@ -65,13 +65,13 @@ def compressed_linear(x: Tensor, weight: CompressedWeight, bias_O: Tensor | None
 
 def _product(x_NI: Tensor, weight: CompressedWeight, bias_O: Tensor | None, library: ctypes.CDLL) -> Tensor:
     (num_rows, inputs), threads = x_NI.shape, torch.get_num_threads()
-    y_NO = x_NI.new_empty(num_rows, weight.shape[0])
+    y_NO = torch.empty(num_rows, weight.shape[0])
     step = inputs if weight.kind == "blocks" else weight.words * WORD
     if num_rows > 1:
         step += APART
     scales_N = None
     if weight.dtype == torch.int8:
-        x_NP, scales_N = torch.empty(num_rows, step, dtype=torch.uint8), x_NI.new_empty(num_rows)
+        x_NP, scales_N = torch.empty(num_rows, step, dtype=torch.uint8), torch.empty(num_rows)
         library.megasparse_quantize(
             x_NI.data_ptr(), num_rows, inputs, step, x_NP.data_ptr(), scales_N.data_ptr(), threads
         )
@@ -86,10 +86,11 @@ def _product(x_NI: Tensor, weight: CompressedWeight, bias_O: Tensor | None, libr
             *(_address(weight.columns), weight.shape[0], *outputs, threads),
         )
         return y_NO
-    scratch = torch.empty(library.megasparse_rows_scratch(kind, weight.words, threads), dtype=torch.uint8)
+    scratch_bytes = library.megasparse_rows_scratch(kind, num_rows, weight.words, threads)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     library.megasparse_multiply_rows(
         *(kind, x_NP.data_ptr(), num_rows, step, weight.words, _address(weight.masks), values),
-        *(_address(weight.offsets), weight.shape[0], *outputs, scratch.data_ptr(), threads),
+        *(_address(weight.offsets), weight.shape[0], *outputs, _address(scratch), threads),
     )
     return y_NO
 
@@ -135,5 +136,5 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, f"megasparse_{name}")
         function.restype, function.argtypes = None, types
     library.megasparse_rows_scratch.restype = size
-    library.megasparse_rows_scratch.argtypes = [number, size, number]
+    library.megasparse_rows_scratch.argtypes = [number, size, size, number]
     return library

@@ -306,8 +306,8 @@ void megasparse_quantize(const float* x_data, int64_t num_x, int64_t width, int6
   }
 }
 
-int64_t megasparse_rows_scratch(int type, int64_t groups, int threads) {
-  return (groups * kGroup + kApart) * kStrip * threads * (type == 2 ? 1 : 4);
+int64_t megasparse_rows_scratch(int type, int64_t num_x, int64_t groups, int threads) {
+  return num_x <= kDirect ? 0 : (groups * kGroup + kApart) * kStrip * threads * (type == 2 ? 1 : 4);
 }
 
 // x: `num_x` rows, `step` elements from one to the next, with zeros (quantize: 128) up to whole groups of 64.
