@@ -184,7 +184,8 @@ def break_even(rows: list[dict[str, Any]]) -> dict[str, float | None]:
             continue
         points = [1 - row["sparsity"] for row in own], [row["milliseconds_per_token"] for row in own]
         slope, start = np.polyfit(*points, 1)
-        density = (dense[values] - start) / slope if slope > 0 else np.inf
+        # Without a slope that says more than noise, all densities are as good.
+        density = (dense[values] - start) / slope if slope > 0 else np.inf * np.sign(dense[values] - np.mean(points[1]))
         found[f"{form} {values}"] = None if density < 0 else round(max(1 - float(density), 0.0), 3)
     return found
 

@@ -1,6 +1,6 @@
-"""The tables of studies that READMEs quote, made from the committed results.
+"""The tables that READMEs quote, of studies and of decoding, made from the committed results.
 
-    python tests/quote_studies.py        # writes the tables anew, after results have changed
+    python tests/quote_results.py        # writes the tables anew, after results have changed
 
 A table stands between `<!-- Results of benchmarks/results/NAME.json -->` and `<!-- End of the results -->`.
 """
@@ -17,11 +17,11 @@ from test_architecture import ROOT
 
 from megasparse.studies.tables import arm_rows, difference_rows
 
-PAGES = [ROOT / "README.md", ROOT / "configs" / "studies" / "README.md"]
+PAGES = [ROOT / name for name in ("README.md", "configs/studies/README.md", "launch/README.md")]
 QUOTED = re.compile(r"(<!-- Results of (benchmarks/results/\S+\.json) -->\n).*?(<!-- End of the results -->\n)", re.S)
 
 
-def table(results: Mapping[str, Any]) -> str:
+def study_table(results: Mapping[str, Any]) -> str:
     """What each arm has reached, with its paired difference to each baseline, in Markdown."""
     minus = {(row["arm"], row["minus"]): row for row in difference_rows(results)}
     baselines = list(dict.fromkeys(baseline for _, baseline in minus))
@@ -32,6 +32,17 @@ def table(results: Mapping[str, Any]) -> str:
             pairs = [paired(minus.get((row["arm"], baseline))) for baseline in baselines]
             rows.append([*(row[name] for name in shown), row["n"], *pairs])
     return markdown([*shown, "seeds", *(f"minus {baseline}" for baseline in baselines)], rows)
+
+
+def decoding_table(results: Mapping[str, Any]) -> str:
+    """What benchmarks/sparse_decoding.py has measured of each model: its layers' bytes, and how fast it is."""
+    rows = []
+    for row in results["results"]:
+        stored = f"{row['megabytes']:.0f}" if "megabytes" in row else ""
+        tokens = f"{1000 * results['batch'] / row['milliseconds_per_token']:.0f}"
+        rows.append([row["name"], stored, tokens, f"{row['speedup']:.2f}", f"{row['prompt_milliseconds']:.0f}"])
+    prompt = f"prompt of {results['prompt']}, ms"
+    return markdown(["weights", "MB", "tokens a second", "over dense fp32", prompt], rows)
 
 
 def paired(row: Mapping[str, str] | None) -> str:
@@ -50,7 +61,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def with_tables(page: str) -> str:
     def quoted(found: re.Match[str]) -> str:
         results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))
-        return f"{found[1]}\n{table(results)}\n{found[3]}"
+        make = decoding_table if Path(found[2]).name.startswith("sparse_decoding") else study_table
+        return f"{found[1]}\n{make(results)}\n{found[3]}"
 
     return QUOTED.sub(quoted, page)
 
