@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_arms_train_as_many_parameters_as_lora(benchmark, folder, monkeypatch) -
         assert abs(plan_run(config, VOCABULARY, 1, "cpu")["parameters"]["total"] - wanted) <= slack, arm
     config = load_config([benchmark.RECIPE], benchmark.words_of(arguments, "full", 1e-3, 1))
     assert plan_run(config, VOCABULARY, 1, "cpu")["parameters"]["total"] > 10 * wanted
+
+
+def test_the_table_compares_runs_of_the_same_seed(benchmark) -> None:
+    def row(arm, seed, loss, rate=1e-3):
+        sizes = {"trained": 10, "optimizer_bytes": 80, "peak_bytes": 90, "seconds": 1.0, "accuracy": None}
+        return {"arm": arm, "rate": rate, "seed": seed, "validation_loss": loss, **sizes}
+
+    rows = [row("lora", 1, 2.0), row("lora", 2, 3.0), row("smt", 2, 2.9), row("smt", 1, 1.7), row("full", 1, math.nan)]
+    lines = benchmark.table(rows, ("full", "lora", "smt")).splitlines()
+    assert "loss minus lora" in lines[0] and "not finite" in lines[2]
+    # -0.3 and -0.1: mean -0.2, standard error 0.1, and t of one degree of freedom is 12.706.
+    assert "-0.2000 (-1.4706 to +1.0706)" in lines[4] and "2.3000 ± 0.8485" in lines[4]
+    assert (
+        benchmark.best_rate([row("smt", 0, 2.0, 3e-3), row("smt", 0, math.nan, 1e-3), row("smt", 0, 1.9, 1e-2)]) == 1e-2
+    )
 
 
 @NEEDS_PEFT

@@ -27,6 +27,8 @@ def errors(function, reference, inputs: list[Tensor]) -> list[float]:
     exact = [x.double().clone().requires_grad_() for x in inputs]
     y, wanted = function(*ours), reference(*exact)
     assert y.dtype == dtype and y.shape == wanted.shape
+    with torch.no_grad():
+        assert torch.equal(function(*inputs), y), "another result where no gradient is wanted"
     gradient = torch.randn_like(wanted).to(dtype)
     y.backward(gradient)
     wanted.backward(gradient.double())
