@@ -43,4 +43,5 @@ def result_path(benchmark: str, suffix: str, folder: Path = RESULTS) -> Path:
 
 
 def _hardware() -> str:
-    return describe_hardware(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), 1)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return describe_hardware(device, int(os.environ.get("WORLD_SIZE", "1")))
