@@ -39,9 +39,9 @@ STATE_BYTES = 24
 """The same of master weight, moments and norm, which ZeRO divides over the data-parallel ranks."""
 REBUILD_BYTES = 150
 """Of memory traffic per parameter of a rank each time that the engine is built anew: weights and moments to the host
-and back, and the copies and zeros in between, some twelve passes over 12 bytes. With 54 million parameters, at densities
-of 0.05 to 0.5, it took 0.8 to 3.2 s on one rank and 1.5 to 2.2 s on two (benchmarks/results, packed_step, 2026-11-28,
-EPYC, fp32), where this and what is sent say 1.3 and 1.6 s."""
+and back, and the copies and zeros in between, some twelve passes over 12 bytes. With 54 million parameters, at
+densities of 0.05 to 0.5, it took 0.8 to 3.2 s on one rank and 1.5 to 2.2 s on two (benchmarks/results, packed_step,
+2026-11-28, EPYC, fp32), where this and what is sent say 1.3 and 1.6 s."""
 MARGIN = 2.0
 """Seconds saved over seconds of rebuilding from which storage is packed."""
 MINOR = 0.1
