@@ -164,7 +164,7 @@ def step_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, floa
 
 
 def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step to reduce gradients and to gather weights."""
+    """Bytes that a rank sends in a step to reduce gradients, with what goes along with them, and to gather weights."""
     replicas, stage = world_size // config.parallel.tensor_parallel_size, config.deepspeed.zero_stage
     micro_batches = config.train.accumulation_steps(replicas)
     # ZeRO stage 3 leaves nothing of a parameter where it was.
@@ -174,8 +174,10 @@ def data_parallel_bytes(config: RunConfig, model: GPT, world_size: int) -> dict[
     # at stage 3 before every use: backward passes reuse those of the forward pass while all of them fit.
     gathers = 1 if count <= MAX_LIVE_PARAMETERS else 2
     reduces = {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]
+    # The largest of SM3's accumulators, float32, of all ranks once a step.
+    accumulators = 2 * 4 * _rows_and_columns(model) * (replicas - 1) / replicas if config.spiel.trains_by_sm3 else 0.0
     return {
-        "gradient_reduce": reduces * weights,
+        "gradient_reduce": reduces * weights + accumulators,
         "weight_gather": {0: 0, 1: 1, 2: 1, 3: gathers * micro_batches}[stage] * weights,
     }
 

@@ -11,8 +11,10 @@ from adapter_runs import MODEL, Run, check_entries, check_resumed, run_cases
 from engine_runs import Layout
 from harness import run_distributed
 from initial_runs import write_folder
+from traffic import counted
 
 from megasparse.checkpoint.model_folder import ModelFolder
+from megasparse.cost.resources import step_bytes
 from megasparse.parallel import Mesh
 
 STOPS = (1, 4, 7)
@@ -64,6 +66,25 @@ def test_other_kernels_ranks_and_stages_train_the_same_entries(alone, words, tmp
             assert torch.equal(numbers, result["numbers"][layer]), (name, layer)
             wanted = alone["stopped"]["values"][layer]
             torch.testing.assert_close(result["values"][layer], wanted, rtol=1e-3, atol=1e-4)
+
+
+def sent(mesh: Mesh, words: list[str]) -> tuple[float, float]:
+    """Bytes of an ordinary step, counted and planned."""
+    with counted() as traffic:
+        run = Run(mesh, Layout(2, 1, 1, 1), words)
+        # The second step of an interval ends with an exchange.
+        run.advance(SELECTION)
+        before = traffic.bytes_sent
+        run.advance(1)
+        of_step = traffic.bytes_sent - before
+    planned = step_bytes(run.config, run.engine.model, mesh.world_size)
+    return of_step, planned["reduced"] + planned["gathered"]
+
+
+def test_the_plan_counts_what_accumulators_send(words) -> None:
+    for measured, planned in run_distributed(sent, 2, words):
+        # Norm and loss beside it, some 8 bytes each.
+        assert measured == pytest.approx(planned, rel=0.02)
 
 
 def watched(mesh: Mesh, words: list[str]) -> list[dict]:
