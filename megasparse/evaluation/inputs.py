@@ -8,12 +8,13 @@ for where, record in read_jsonl(Path("lambada.jsonl")): ...
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megasparse.config.loader import ConfigError
-from megasparse.data import IndexedDataset
+from megasparse.data import DataFacts, IndexedDataset, Tokenizer
 from megasparse.data.index_format import DatasetError, dataset_paths
 from megasparse.data.packed_files import READ_ERRORS, unpacked
 from megasparse.data.text_files import BYTE_ORDER_MARK, decode
@@ -24,8 +25,14 @@ def is_token_file(path: str) -> bool:
     return not Path(path).is_file() and all(part.is_file() for part in dataset_paths(path))
 
 
-def open_tokens(prefix: str, vocab_size: int, *, option: str = "--input") -> IndexedDataset:
-    """An indexed data set of at least two tokens, all of them entries of the vocabulary. option: for messages."""
+def open_tokens(
+    prefix: str, vocab_size: int, tokenizer: Tokenizer | None = None, *, option: str = "--input"
+) -> IndexedDataset:
+    """An indexed data set of at least two tokens, all of them entries of the vocabulary. option: for messages.
+
+    tokenizer: of the model; warns of data that say of themselves that they were made with another one, or that other
+    tokens end their documents.
+    """
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens < 2:
         raise ConfigError(f"{option}: {prefix} holds {dataset.num_tokens} tokens; must be 2 tokens or more")
@@ -38,7 +45,19 @@ def open_tokens(prefix: str, vocab_size: int, *, option: str = "--input") -> Ind
             f"{option}: {prefix} holds the token {largest}, the model has {vocab_size} entries; must be a data "
             "set made with the tokenizer of the run"
         )
+    if dataset.facts is not None and tokenizer is not None:
+        _warn_of_others(prefix, dataset.facts, DataFacts.of(tokenizer), option)
     return dataset
+
+
+def _warn_of_others(prefix: str, found: DataFacts, own: DataFacts, option: str) -> None:
+    """The files of one tokenizer in two formats differ, so sizes are compared."""
+    if found.vocab_size != own.vocab_size:
+        told = f"made with {found.tokenizer}, of {found.vocab_size} entries, the model's {own.tokenizer} has"
+        warnings.warn(f"{option}: {prefix} was {told} {own.vocab_size}; must be the same tokens", stacklevel=3)
+    elif found.end_of_document != own.end_of_document:
+        told = f"ends documents with {found.end_of_document}, the model with {own.end_of_document}"
+        warnings.warn(f"{option}: {prefix} {told}, which it may never have seen there", stacklevel=3)
 
 
 def read_text(path: str, *, option: str = "--input") -> str:

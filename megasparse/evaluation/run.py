@@ -164,7 +164,7 @@ def make_task(settings: EvaluationSettings, trained: TrainedModel) -> Task:
     if settings.task == "perplexity" and is_token_file(settings.input):
         if settings.detokenizer != "none":
             raise ConfigError(f"--detokenizer: {settings.detokenizer}; {settings.input} holds tokens, not text")
-        dataset = open_tokens(settings.input, trained.model.vocab_size)
+        dataset = open_tokens(settings.input, trained.model.vocab_size, trained.tokenizer)
         return token_file_perplexity(dataset, trained.tokenizer, window, settings.stride, settings.limit)
     if settings.task == "perplexity":
         text = read_text(settings.input)

@@ -25,7 +25,7 @@ def calibration_windows(
     where it is too short, or of another vocabulary.
     """
     if is_token_file(path):
-        dataset = open_tokens(path, vocab_size, option=OPTION)
+        dataset = open_tokens(path, vocab_size, tokenizer, option=OPTION)
         tokens, count = dataset.tokens(0, dataset.num_tokens), dataset.num_tokens
     else:
         if tokenizer is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 from small_models import model_with_weights_of, random_gpt2
 
-from megasparse.data import IndexedDataset, IndexedDatasetWriter
+from megasparse.data import DataFacts, EndOfDocument, IndexedDataset, IndexedDatasetWriter
 from megasparse.data.tokenizer import load_tokenizer
+from megasparse.evaluation.inputs import open_tokens
 from megasparse.evaluation.perplexity import TextSize, perplexity, text_perplexity, token_file_perplexity
 from megasparse.evaluation.scoring import Scorer
 
@@ -93,6 +96,23 @@ def test_a_token_file_counts_the_decoded_documents(tmp_path: Path) -> None:
     size = TextSize.of("".join(texts))
     assert results["bytes"] == size.bytes and results["words"] == 5 and results["line_ends"] == 1
     assert results["tokens"] == size.bytes + 2 and results["tokens_scored"] == size.bytes + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"vocab_size": 300, "tokenizer": "other"}, "made with other, of 300 entries, the model's bytes has 257"),
+        ({"end_of_document": EndOfDocument(0, "<s>")}, r"ends documents with id 0 \(<s>\), the model with id 256"),
+    ],
+)
+def test_a_token_file_of_another_tokenizer_is_told(tmp_path: Path, changes: dict, message: str) -> None:
+    with IndexedDatasetWriter(tmp_path / "x", "uint16", facts=replace(DataFacts.of(BYTES), **changes)) as writer:
+        writer.add_document([97, 98, BYTES.end_of_document_id])
+    with pytest.warns(UserWarning, match=message) if message else warnings.catch_warnings():
+        if not message:
+            warnings.simplefilter("error")
+        assert open_tokens(str(tmp_path / "x"), 300, BYTES).num_tokens == 3
 
 
 def test_ids_that_only_the_model_has_stand_for_no_text(tmp_path: Path) -> None:
