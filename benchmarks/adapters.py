@@ -69,7 +69,7 @@ def main() -> None:
             measured(arguments, rows, arm, rates[0], seed)
     of_seeds = [row for row in rows if row["seed"] in arguments.seeds]
     print(table(of_seeds, arguments.arms))
-    print(path_of_results(arguments, rows))
+    print(write_rows(arguments, rows))
 
 
 def measured(
@@ -83,11 +83,12 @@ def measured(
     row = known(arguments, arm, rate, seed)
     assert row is not None
     rows.append(row)
-    path_of_results(arguments, rows)
+    write_rows(arguments, rows)
     return row
 
 
-def path_of_results(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+def write_rows(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+    """The file of results, as far as there are any."""
     numbers = {"settings": settings(arguments), "results": rows}
     return write_result("adapters", numbers, suffix=arguments.name, folder=arguments.results)
 
@@ -96,13 +97,9 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What every arm has; a result of others is not taken up."""
     names = ("rank", "block_size", "steps", "batch", "threads")
     paths = {name: str(getattr(arguments, name)) for name in ("model", "data", "valid", "test")}
-    start = (
-        {}
-        if arguments.given
-        else {name: getattr(arguments, name) for name in ("task", "examples", "test_examples", "start_steps")}
-    )
-    widths = {} if arguments.given else {name: getattr(arguments, name) for name in ("layers", "hidden_size")}
-    return {name: getattr(arguments, name) for name in names} | paths | {"kind": arguments.kind} | start | widths
+    of_task = ("task", "examples", "test_examples", "start_steps", "layers", "hidden_size")
+    made = {} if arguments.given else {name: getattr(arguments, name) for name in of_task}
+    return {name: getattr(arguments, name) for name in names} | paths | {"kind": arguments.kind} | made
 
 
 def result_of(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> Path:
