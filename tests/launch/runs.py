@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import forked
@@ -129,10 +129,19 @@ def rank_process(launcher: Process, rank: int) -> int:
 
 def wait_for_steps(process: Process, folder: Path, steps: int) -> None:
     """Wait until so many lines of metrics are written."""
+    path = folder / "metrics.jsonl"
+    _wait(process, lambda: path.is_file() and len(path.read_text().splitlines()) >= steps)
+
+
+def wait_for_checkpoint(process: Process, folder: Path) -> None:
+    """Wait until there is a whole one: they are written beside the steps that follow."""
+    _wait(process, lambda: any((folder / "checkpoints").glob("step-*/index.json")))
+
+
+def _wait(process: Process, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.is_file() and len(path.read_text().splitlines()) >= steps:
+        if condition():
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)

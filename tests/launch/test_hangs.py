@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ports import port_of, reserve_port
 from processes import LIMIT_SECONDS
-from runs import command, curve, metrics, rank_process, run, start, wait_for_steps
+from runs import command, curve, metrics, rank_process, run, start, wait_for_checkpoint, wait_for_steps
 
 LONG_LIMIT_SECONDS = 120
 SETTINGS = [
@@ -25,6 +25,7 @@ SETTINGS = [
 def test_a_stopped_rank_is_named_and_the_launcher_ends(corpus: Path, straight: Path, tmp_path: Path) -> None:
     with start(command(corpus, tmp_path, *SETTINGS, launcher="deepspeed")) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
+        wait_for_checkpoint(process, tmp_path / "straight")
         os.kill(rank_process(process, rank=1), signal.SIGSTOP)
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode != 0, output
@@ -42,6 +43,7 @@ def test_rank_0_may_be_the_one_that_stops(corpus: Path, straight: Path, tmp_path
             for rank in range(2)
         ]
         wait_for_steps(ranks[0], tmp_path / "straight", 6)
+        wait_for_checkpoint(ranks[0], tmp_path / "straight")
         os.kill(ranks[0].pid, signal.SIGSTOP)
         output, _ = ranks[1].communicate(timeout=LIMIT_SECONDS)
     assert ranks[1].returncode == 3, output

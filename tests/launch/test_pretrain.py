@@ -22,6 +22,7 @@ from runs import (
     rank_process,
     run,
     start,
+    wait_for_checkpoint,
     wait_for_steps,
     write_corpus,
 )
@@ -143,6 +144,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
     settings = ["run.name=straight", "train.save_interval=4", "train.keep_checkpoints=9"]
     with start(command(corpus, tmp_path, *settings, launcher="deepspeed")) as process:
         wait_for_steps(process, tmp_path / "straight", 6)
+        wait_for_checkpoint(process, tmp_path / "straight")
         os.kill(rank_process(process, rank=1), signal.SIGKILL)
         # The collectives of the run wait for 1,800 s: it ends because the others are told, not by their time-out.
         output, _ = process.communicate(timeout=LIMIT_SECONDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import LIMIT_SECONDS
-from runs import command, metrics, rank_process, run, start, wait_for_steps
+from runs import command, metrics, rank_process, run, start, wait_for_checkpoint, wait_for_steps
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
@@ -17,6 +17,7 @@ def test_the_second_run_is_refused_until_the_first_is_dead(corpus: Path, tmp_pat
     folder, words = tmp_path / "both", ["run.name=both", "train.steps=100000", "train.save_interval=4"]
     with start(command(corpus, tmp_path, *words, ranks=ranks)) as first:
         wait_for_steps(first, folder, 5)
+        wait_for_checkpoint(first, folder)
         owner = rank_process(first, 0) if ranks > 1 else first.pid
         lock = json.loads((folder / "run.lock").read_text())
         assert lock["process"] == owner
