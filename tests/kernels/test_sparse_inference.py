@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,7 +108,7 @@ def test_products(outputs, inputs, kind, side, dtype) -> None:
             check(found[0], x[:batch], weight, bias)
 
 
-@pytest.mark.parametrize("definition", ["MEGASPARSE_PLAIN", "MEGASPARSE_NARROW"])
+@pytest.mark.parametrize("definition", ["MEGASPARSE_PLAIN", "MEGASPARSE_NARROW", "MEGASPARSE_WIDE"])
 def test_without_the_instructions(definition, monkeypatch) -> None:
     """The versions for other processors give the same sums; their code is compiled for this one."""
     library = cpu.declare(load_library(cpu.SOURCE, definition))
@@ -117,6 +119,18 @@ def test_without_the_instructions(definition, monkeypatch) -> None:
             for batch in (1, 9):
                 x = torch.randn(batch, inputs)
                 check(compressed_linear(x, weight), x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_default_dtype_plays_no_part(dtype) -> None:
+    """The kernels write float32, whatever torch makes where nothing is said."""
+    weight, x = packed(random_weight(48, 64, "unstructured", None, dtype), "unstructured", None), torch.randn(3, 64)
+    expected, usual = compressed_linear(x, weight), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(compressed_linear(x, weight), expected)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,6 +153,20 @@ def test_integers_do_not_depend_on_the_layout() -> None:
 
 def packed_with_unit_scales(matrix: Tensor, kind: str) -> CompressedWeight:
     return compress(matrix, scales_O=torch.ones(len(matrix)), kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("times", "sparsity"),
+    [((6.0, 5.0), 0.0), ((8.0, 6.0), 0.25), ((12.0, 8.0), 0.625), ((11.0, 11.0), None), ((9.0, 9.0), 0.0)],
+)
+def test_break_even_of_the_benchmark(repository, monkeypatch, times, sparsity) -> None:
+    """Dense takes 10; `times` are those at 50 and 75 %. None: never faster."""
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    rows = [{"name": "dense fp32", "milliseconds_per_token": 10.0}]
+    for own, milliseconds in zip((0.5, 0.75), times, strict=True):
+        row = {"name": f"{own:.0%} unstructured fp32", "format": "unstructured", "values": "fp32", "sparsity": own}
+        rows.append(row | {"milliseconds_per_token": milliseconds})
+    assert importlib.import_module("sparse_decoding").break_even(rows) == {"unstructured fp32": sparsity}
 
 
 def test_rounding_of_the_inputs_to_int8() -> None:

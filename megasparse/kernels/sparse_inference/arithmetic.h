@@ -244,15 +244,19 @@ inline void Expanded<FloatProduct<BFloat16>>::read(uint64_t mask, const uint16_t
 
 template <>
 inline void Expanded<IntegerProduct>::read(uint64_t mask, const int8_t*& values) {
-  static_assert(kVectors == 2, "vectors of 32 bytes");
   __m128i found[8];
   by_bytes(mask, values, [&](uint64_t byte, auto i, const int8_t* from) {
     found[i] = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), places_of(byte));
   });
   // Put together in registers: a load of what shorter stores have left has to wait for them.
-  for (int v = 0; v < kVectors; ++v)
-    vectors[v] = (Integers<32>::Weights)_mm256_set_m128i(_mm_unpacklo_epi64(found[4 * v + 2], found[4 * v + 3]),
-                                                         _mm_unpacklo_epi64(found[4 * v], found[4 * v + 1]));
+  const auto half = [&](int first) {
+    return _mm256_set_m128i(_mm_unpacklo_epi64(found[first + 2], found[first + 3]),
+                            _mm_unpacklo_epi64(found[first], found[first + 1]));
+  };
+  // One vector where registers are wider and the instructions for expanding are missing.
+  const __m256i halves[2] = {half(0), half(4)};
+  static_assert(sizeof(vectors) == sizeof(halves), "64 weights");
+  std::memcpy(vectors, halves, sizeof(vectors));
 }
 #endif
 

@@ -65,13 +65,13 @@ def compressed_linear(x: Tensor, weight: CompressedWeight, bias_O: Tensor | None
 
 def _product(x_NI: Tensor, weight: CompressedWeight, bias_O: Tensor | None, library: ctypes.CDLL) -> Tensor:
     (num_rows, inputs), threads = x_NI.shape, torch.get_num_threads()
-    y_NO = torch.empty(num_rows, weight.shape[0])
+    y_NO = torch.empty(num_rows, weight.shape[0], dtype=torch.float32)
     step = inputs if weight.kind == "blocks" else weight.words * WORD
     if num_rows > 1:
         step += APART
     scales_N = None
     if weight.dtype == torch.int8:
-        x_NP, scales_N = torch.empty(num_rows, step, dtype=torch.uint8), torch.empty(num_rows)
+        x_NP, scales_N = torch.empty(num_rows, step, dtype=torch.uint8), torch.empty(num_rows, dtype=torch.float32)
         library.megasparse_quantize(
             x_NI.data_ptr(), num_rows, inputs, step, x_NP.data_ptr(), scales_N.data_ptr(), threads
         )
