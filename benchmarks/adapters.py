@@ -237,6 +237,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """Complete the arguments, or end with what the user must mend."""
     if min(arguments.rank, arguments.steps // 10, arguments.batch, arguments.threads) < 1:
         parser.error("--rank, --batch, --threads must be 1 or more, --steps 10 or more")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        parser.error(f"--seeds: {arguments.seeds}; must be different ones")
     if len(arguments.rates) > 1 and arguments.sweep_seed in arguments.seeds:
         parser.error(f"--sweep-seed: {arguments.sweep_seed}; must be none of --seeds, whose rate it decides")
     arguments.given = arguments.model is not None

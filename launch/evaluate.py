@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from megasparse.launching import LaunchEnvironment
+from megasparse.launching import LaunchEnvironment, leave_warnings_to_rank_0
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
 from megasparse.utils.streams import use_utf8
@@ -39,6 +39,7 @@ def main() -> int:
     try:
         environment = LaunchEnvironment.from_variables(os.environ)
         rank = environment.rank
+        leave_warnings_to_rank_0(rank)
         with exit_after_lost_peer(rank, "start the evaluation again"):
             evaluate(EvaluationSettings(**arguments), environment)
             exit_now(0)

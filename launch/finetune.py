@@ -17,7 +17,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megasparse.launching import LaunchEnvironment
+from megasparse.launching import LaunchEnvironment, leave_warnings_to_rank_0
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.utils.streams import use_utf8
 
@@ -30,6 +30,7 @@ def main() -> None:
     rank = 0
     try:
         rank = LaunchEnvironment.from_variables(os.environ).rank
+        leave_warnings_to_rank_0(rank)
         words = settings(arguments)
     except EXPECTED as error:
         explain_and_exit(error, rank)

@@ -17,7 +17,7 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.data.arguments import positive
-from megasparse.launching import LaunchEnvironment, choose_accelerator, use_huge_pages
+from megasparse.launching import LaunchEnvironment, choose_accelerator, leave_warnings_to_rank_0, use_huge_pages
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import GO_ON, exit_after_lost_peer, exit_now
 from megasparse.utils.streams import use_utf8
@@ -30,6 +30,7 @@ def main() -> int:
     try:
         environment = LaunchEnvironment.from_variables(os.environ)
         rank = environment.rank
+        leave_warnings_to_rank_0(rank)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")

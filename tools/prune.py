@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megasparse.data.arguments import tool_parser
-from megasparse.launching import LaunchEnvironment
+from megasparse.launching import LaunchEnvironment, leave_warnings_to_rank_0
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
 from megasparse.utils.streams import use_utf8
@@ -94,6 +94,7 @@ def main() -> int:
     try:
         environment = LaunchEnvironment.from_variables(os.environ)
         rank = environment.rank
+        leave_warnings_to_rank_0(rank)
         arguments["pattern"] = parse_pattern(arguments["pattern"])
         arguments["keep_dense"] = tuple(arguments["keep_dense"])
         with exit_after_lost_peer(rank, "start the pruning again: it goes on where it was"):

@@ -10,6 +10,8 @@ inner launcher says wins. A process that nobody launched is a run of one, also i
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -101,6 +103,15 @@ def use_huge_pages(variables: MutableMapping[str, str]) -> None:
     such pages, nothing changes.
     """
     variables.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def leave_warnings_to_rank_0(rank: int) -> None:
+    """Silence the warnings of other ranks, which read the same files and settings and would tell the same.
+
+    Python's `-W` and `PYTHONWARNINGS` win.
+    """
+    if rank > 0 and not sys.warnoptions:
+        warnings.simplefilter("ignore", UserWarning)
 
 
 def _launchers(variables: Mapping[str, str]) -> list[Launcher]:

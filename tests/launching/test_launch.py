@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasparse.launching import LaunchEnvironment, choose_accelerator, process_group, use_huge_pages
+from megasparse.launching import (
+    LaunchEnvironment,
+    choose_accelerator,
+    leave_warnings_to_rank_0,
+    process_group,
+    use_huge_pages,
+)
 from megasparse.launching.environment import expand_hosts
 from megasparse.launching.rendezvous import open_store
 
@@ -184,6 +191,16 @@ def test_the_user_chooses_the_accelerator_before_the_machine() -> None:
     assert choose_accelerator(variables) == "cpu" == variables["DS_ACCELERATOR"]
     unset: dict[str, str] = {}
     assert choose_accelerator(unset) == unset["DS_ACCELERATOR"]
+
+
+@pytest.mark.parametrize(("rank", "asked_for", "heard"), [(0, [], 1), (1, [], 0), (3, [], 0), (3, ["default"], 1)])
+def test_a_warning_is_told_once(monkeypatch, rank: int, asked_for: list[str], heard: int) -> None:
+    monkeypatch.setattr(sys, "warnoptions", asked_for)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        leave_warnings_to_rank_0(rank)
+        warnings.warn("data.train: other tokens", stacklevel=1)
+    assert len(told) == heard
 
 
 def test_huge_pages_are_asked_for_unless_the_user_has_decided() -> None:
