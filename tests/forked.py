@@ -28,7 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 READ_LATE = {"COLUMNS", "CXX", "MEGASPARSE_CACHE", "PYTEST_CURRENT_TEST", *RANKS}
-"""Variables that programs read when they use them, so that any may differ from the server's."""
+"""Variables that programs read when they use them, so that any may differ from the server's; SLURM's, too."""
 
 SPACE = 60_000
 
@@ -110,7 +110,7 @@ def _server(environment: Mapping[str, str]) -> Server:
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
     """What a server and the programs that it forks must have alike."""
     late = {*READ_LATE, *_marks(environment)}
-    return {name: value for name, value in environment.items() if name not in late}
+    return {name: value for name, value in environment.items() if name not in late and not name.startswith("SLURM_")}
 
 
 def _marks(environment: Mapping[str, str]) -> dict[str, str]:

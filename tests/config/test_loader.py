@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasparse.config.loader import (
@@ -311,6 +311,7 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path) -> None:
     assert config.run.name == "1e5"
 
 
+@settings(max_examples=25)
 @given(text=st.text(max_size=20).filter(lambda t: "$" not in t and t != "???"))
 def test_any_text_survives_saving(tmp_path_factory, text) -> None:
     one_line = "".join(character for character in text if not control_character(character))

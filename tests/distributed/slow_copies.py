@@ -35,7 +35,7 @@ def resumed_from_slow_copies(mesh: Mesh, zero_stage: int, folder: Path) -> dict[
     copy, wait, asked = HostCopy._copy, Checkpointer.wait_for_copy, Event()
 
     def as_late_as_can_be(*arguments: Any) -> Any:
-        asked.wait(timeout=10)
+        asked.wait(timeout=3)
         asked.clear()
         return copy(*arguments)
 

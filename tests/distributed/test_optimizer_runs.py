@@ -4,7 +4,6 @@ topology updates and steps that are skipped; and that the kernel spares DeepSpee
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -39,6 +38,11 @@ CASES = {
     "no step on updates": (Layout(2, 1, 1), [*BLOCKS, "sparsity.skip_optimizer_on_update=true", *BF16]),
     "nothing clipped": (Layout(2, 1, 0), [*BLOCKS, "optimizer.gradient_clipping=0"]),
 }
+FURTHER = ("stage 0", "stage 1", "stage 3", "bfloat16, stage 1", "no step on updates")
+"""With `--exhaustive`: other cases have what they have."""
+names = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if name in FURTHER else ()) for name in CASES]
+)
 
 
 def run_case(mesh: Mesh, layout: Layout, overrides: list[str]) -> dict:
@@ -81,10 +85,11 @@ def run_case(mesh: Mesh, layout: Layout, overrides: list[str]) -> dict:
     return {**found, **collected_state(mesh, engine)}
 
 
-def run_all(mesh: Mesh) -> dict[str, dict[str, dict]]:
+def run_all(mesh: Mesh, names: list[str]) -> dict[str, dict[str, dict]]:
     meshes = {size: divided(mesh, size) for size in (1, 2)}
     results: dict[str, dict[str, dict]] = {}
-    for name, (layout, overrides) in CASES.items():
+    for name in names:
+        layout, overrides = CASES[name]
         for kernel in ("torch", "cpu"):
             try:
                 own = [*overrides, f"kernels.optimizer={kernel}"]
@@ -94,14 +99,15 @@ def run_all(mesh: Mesh) -> dict[str, dict[str, dict]]:
     return results
 
 
-@cache
-def results() -> dict[str, dict[str, dict]]:
-    return run_distributed(run_all, 2, timeout=300)[0]
+@pytest.fixture(scope="module")
+def results(pytestconfig) -> dict[str, dict[str, dict]]:
+    everything = pytestconfig.getoption("exhaustive")
+    return run_distributed(run_all, 2, [name for name in CASES if everything or name not in FURTHER], timeout=300)[0]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_run_is_that_of_torchs_operators(name) -> None:
-    theirs, ours = results()[name]["torch"], results()[name]["cpu"]
+@names
+def test_a_run_is_that_of_torchs_operators(results, name) -> None:
+    theirs, ours = results[name]["torch"], results[name]["cpu"]
     # In bfloat16 a last digit of a master weight may round a weight of the model to its neighbour, 0.4 % away.
     is_rounded = "bf16" in "".join(CASES[name][1])
     loss, state = (3e-3, 2e-2) if is_rounded else (1e-5, 2e-5)
@@ -114,8 +120,8 @@ def test_a_run_is_that_of_torchs_operators(name) -> None:
                 torch.testing.assert_close(ours[kind][parameter], expected, rtol=1e-3, atol=state, msg=parameter)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_deepspeed_makes_no_passes_of_its_own(name) -> None:
+@names
+def test_deepspeed_makes_no_passes_of_its_own(results, name) -> None:
     """With CPU offload it does: its gradients are in float32 copies already."""
-    assert (results()[name]["cpu"]["clipped"] > 0) == (name == "offloaded")
-    assert (results()[name]["torch"]["clipped"] > 0) == (name != "nothing clipped")
+    assert (results[name]["cpu"]["clipped"] > 0) == (name == "offloaded")
+    assert (results[name]["torch"]["clipped"] > 0) == (name != "nothing clipped")

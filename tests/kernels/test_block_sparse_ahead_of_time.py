@@ -39,10 +39,10 @@ def _own_cache(tmp_path_factory):
 
 
 USUAL = {
-    ("sm_80", False): (16, 32, 64, 128),
+    ("sm_80", False): (32, 128),
     ("sm_90", False): (16, 64, 128),
     ("gfx942", False): (64,),
-    ("sm_90", True): (32, 128),
+    ("sm_90", True): (32,),
 }
 """Sizes of blocks by chip and storage, without `--exhaustive`."""
 DEFAULTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -48,10 +49,17 @@ def as_traced(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     return linear.SparseLinear.apply(x, weight, bias, None, None, UNIT, False, kernel, None, "torch", *lists)
 
 
+NEEDS = ((True, True, True), (False, True, False), (True, False, True))
+
+
 @kernels
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("needs_dx", [False, True])
-@pytest.mark.parametrize("needs_dweight", [False, True])
+@pytest.mark.parametrize(
+    ("with_bias", "needs_dx", "needs_dweight"),
+    [
+        pytest.param(*case, marks=() if case in NEEDS else pytest.mark.exhaustive)
+        for case in product((False, True), repeat=3)
+    ],
+)
 def test_operators_keep_the_rules(calls, kernel, with_bias, needs_dx, needs_dweight) -> None:
     mask = torch.rand(OUT // UNIT, IN // UNIT) < 0.6
     mask[0, 0] = True

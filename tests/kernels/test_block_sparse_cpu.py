@@ -75,7 +75,7 @@ def test_products_match_the_reference(rows, columns, block, tokens, density, dty
 @needs_kernels
 @pytest.mark.parametrize("layout", ["MEGASPARSE_PAIRS", "MEGASPARSE_TILES"])
 @pytest.mark.parametrize("block", [16, 32, 64])
-@pytest.mark.parametrize("tokens", [1, 6, 18, 131, 301])
+@pytest.mark.parametrize("tokens", [1, 18, 301, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 131))])
 def test_pairs_and_tiles_of_bfloat16_give_the_same(monkeypatch, layout, block, tokens) -> None:
     """The layouts of AVX-512-BF16 and AMX, with their instructions spelt out where the processor has none."""
     monkeypatch.setattr(cpu, "_library", lambda: cpu.declare(load_library(cpu.SOURCE, layout)))

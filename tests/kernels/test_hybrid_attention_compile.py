@@ -41,8 +41,15 @@ def calls(monkeypatch) -> dict[str, tuple]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize(
+    ("with_documents", "dtype"),
+    [
+        (False, torch.float32),
+        (True, torch.bfloat16),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param(True, torch.float32, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize(("pattern", "offset"), [("full", 0), ("sparse", 0), ("strided", 3), ("fixed", 1)])
 def test_operators_keep_the_rules(calls, pattern, offset, with_documents, dtype) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 13] * 2) if with_documents else None

@@ -52,6 +52,9 @@ TINY = [
     "kernels.tune=never",
 ]
 
+LONG = "train.steps=10000"
+"""Does not end before a test ends it, after minutes. A start plans every step, which takes a second for so many."""
+
 
 def write_corpus(folder: Path, num_documents: int = 40) -> Path:
     """An indexed data set of arithmetic-like lines; returns its prefix."""

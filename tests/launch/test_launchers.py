@@ -75,6 +75,7 @@ def test_torchrun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[t
     assert runs.curve(tmp_path / "run") == expected(2)
 
 
+@pytest.mark.exhaustive
 def test_mpirun(corpus: Path, tmp_path: Path, expected: Callable[[int], list[tuple]]) -> None:
     runs.run([*mpirun("-np", "2"), *runs.command(corpus, tmp_path, *SHORT, ranks=1)])
     assert runs.curve(tmp_path / "run") == expected(2)
@@ -128,7 +129,7 @@ def test_mpi4py_of_another_mpi_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> None:
-    arguments = [*mpirun("-np", "2"), *runs.command(corpus, tmp_path, "train.steps=100000", ranks=1)]
+    arguments = [*mpirun("-np", "2"), *runs.command(corpus, tmp_path, runs.LONG, ranks=1)]
     with runs.start(arguments) as process:
         runs.wait_for_steps(process, tmp_path / "run", 1)
         process.send_signal(signal.SIGUSR1)
@@ -143,7 +144,7 @@ def test_mpirun_hands_sigusr1_on_to_the_ranks(corpus: Path, tmp_path: Path) -> N
 def test_ctrl_c_leaves_no_rank(corpus: Path, tmp_path: Path, launcher: str) -> None:
     """Sent to all processes in the foreground, as the terminal does."""
     ranks = 2 if launcher == "deepspeed" else 1
-    arguments = runs.command(corpus, tmp_path, "train.steps=100000", ranks=ranks, launcher="deepspeed")
+    arguments = runs.command(corpus, tmp_path, runs.LONG, ranks=ranks, launcher="deepspeed")
     if launcher == "torchrun":
         arguments = [beside_python("torchrun"), "--standalone", "--nproc_per_node", "2", *arguments[1:]]
     elif launcher == "mpirun":

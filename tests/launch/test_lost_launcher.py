@@ -7,16 +7,14 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import LIMIT_SECONDS
-from runs import command, rank_process, start, wait_for_steps
+from runs import LONG, command, rank_process, start, wait_for_steps
 
 from megasparse.launching.launcher import find_launchers
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("terminate", marks=pytest.mark.exhaustive)])
 def test_ranks_save_and_leave_when_their_launcher_has_gone(corpus: Path, tmp_path: Path, how: str) -> None:
-    words = command(
-        corpus, tmp_path, "run.name=orphans", "train.steps=100000", "train.save_interval=0", launcher="deepspeed"
-    )
+    words = command(corpus, tmp_path, "run.name=orphans", LONG, "train.save_interval=0", launcher="deepspeed")
     with start(words) as process:
         wait_for_steps(process, tmp_path / "orphans", 3)
         ranks = [psutil.Process(rank_process(process, rank)) for rank in range(2)]

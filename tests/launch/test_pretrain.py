@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import LIMIT_SECONDS
 from runs import (
+    LONG,
     REPOSITORY,
     command,
     curve,
@@ -127,7 +128,7 @@ def test_every_layout_makes_the_same_curve_and_topology(
 )
 def test_a_signal_saves_and_ends_cleanly(corpus: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     """To the process itself; with two ranks, to rank 1 alone: rank 0 learns of it and both end."""
-    with start(command(corpus, tmp_path, "run.name=stopped", "train.steps=100000", ranks=ranks)) as process:
+    with start(command(corpus, tmp_path, "run.name=stopped", LONG, ranks=ranks)) as process:
         wait_for_steps(process, tmp_path / "stopped", 3)
         os.kill(process.pid if ranks == 1 else rank_process(process, rank=1), number)
         output, _ = process.communicate(timeout=LIMIT_SECONDS)

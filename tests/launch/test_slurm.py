@@ -120,6 +120,7 @@ def test_a_users_mistake_ends_the_job(cluster: SlurmCluster, tmp_path: Path) -> 
     assert f"error: {tmp_path / 'data'}" in output.replace("data.train: ", "") and "must be mended" in output, output
 
 
+@pytest.mark.exhaustive
 def test_a_batch_script_that_was_edited_by_hand_finishes(cluster: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
     words = " ".join(shlex.quote(word) for word in settings(corpus, tmp_path, "run.name=run"))
     changes = {

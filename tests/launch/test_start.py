@@ -7,7 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from runs import command, finish, run, start, wait_for_steps
+from runs import LONG, command, finish, run, start, wait_for_steps
 
 SECONDS = 4
 
@@ -43,7 +43,7 @@ def test_a_second_rank_that_finds_another_program_at_the_port_says_so_after_that
 
 
 def test_a_run_whose_folder_is_deleted_ends_with_status_2(corpus: Path, tmp_path: Path) -> None:
-    arguments = command(corpus, tmp_path, "run.name=gone", "train.steps=100000", "train.save_interval=3")
+    arguments = command(corpus, tmp_path, "run.name=gone", LONG, "train.save_interval=3")
     with start(arguments) as process:
         wait_for_steps(process, tmp_path / "gone", 3)
         (tmp_path / "gone").rename(tmp_path / "elsewhere")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from processes import LIMIT_SECONDS
-from runs import command, metrics, rank_process, run, start, wait_for_checkpoint, wait_for_steps
+from runs import LONG, command, metrics, rank_process, run, start, wait_for_checkpoint, wait_for_steps
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_second_run_is_refused_until_the_first_is_dead(corpus: Path, tmp_path: Path, ranks: int) -> None:
-    folder, words = tmp_path / "both", ["run.name=both", "train.steps=100000", "train.save_interval=4"]
+    folder, words = tmp_path / "both", ["run.name=both", LONG, "train.save_interval=4"]
     with start(command(corpus, tmp_path, *words, ranks=ranks)) as first:
         wait_for_steps(first, folder, 5)
         wait_for_checkpoint(first, folder)
