@@ -93,7 +93,8 @@ class MixedSparsityTraining(TrainingMethod):
 
     def begin_step(self, step: Step) -> None:
         self._report = None
-        decision = self.controller.begin_step(step.index, step.skipped_before)
+        decide = self.controller.decide if self._engine is None else self.controller.begin_step
+        decision = decide(step.index, step.skipped_before)
         if self._engine is not None:
             self.model.set_attention_patterns(decision.patterns)
         step.work = StepWork(
@@ -133,6 +134,10 @@ class MixedSparsityTraining(TrainingMethod):
             return index + 1
         interval = self.config.sparsity.update_interval
         last = min(steps, (index // interval + 1) * interval)
+
+        edges = self.controller.pattern_schedule.edges(schedule)
+        if not any(index <= edge * steps <= last for edge in edges):
+            return last
 
         def pattern(at: int) -> str:
             return self.controller.pattern_schedule.pattern(at / steps, schedule.phase(at / steps))

@@ -137,6 +137,7 @@ class Controller:
         self.ever_active: dict[str, Tensor] = {}
         self._kept_digests: list[int] = []
         self.decision: StepDecision | None = None
+        self._last_densities: tuple[float, dict[str, float]] | None = None
         check_schedule(config, self.schedule, self.topologies, self.densities_for(self.schedule.min_density))
 
     @property
@@ -194,7 +195,14 @@ class Controller:
         return random_topology(topology.num_units, target, stream_number(name), seed, row_length)
 
     def begin_step(self, step: int, skipped_before: int = 0) -> StepDecision:
-        """Decide on optimizer step `step` (0-based) and tell the layers whose dense gradient is wanted.
+        """``decide``, and tell the layers whose dense gradient is wanted."""
+        decision = self.decide(step, skipped_before)
+        for name, layer in self.layers.items():
+            layer.collect_dense_gradient = name in decision.dense_gradient_layers
+        return decision
+
+    def decide(self, step: int, skipped_before: int = 0) -> StepDecision:
+        """Decide on optimizer step `step` (0-based); alone for plans, which visit every update of a run.
 
         skipped_before: steps right before it that were skipped. A topology update that one of them would have made
         is made now.
@@ -206,8 +214,6 @@ class Controller:
         is_due = any(is_update_due(at, interval) for at in range(step - skipped_before, step + 1))
         counts = self._counts(step) if is_due else {}
         dense_gradient = frozenset(name for name, shards in counts.items() if self._needs_gradient(name, shards))
-        for name, layer in self.layers.items():
-            layer.collect_dense_gradient = name in dense_gradient
         patterns = self.pattern_schedule.layer_patterns(pattern)
         self.decision = StepDecision(step, phase, pattern, patterns, counts, dense_gradient)
         return self.decision
@@ -265,9 +271,12 @@ class Controller:
     def densities_for(self, density: float) -> dict[str, float]:
         """Density of each layer at a global density."""
         sparsity = self.config.sparsity
-        return layer_densities(
-            self.shapes, density, self.schedule.min_density, sparsity.distribution, sparsity.depth_boost
-        )
+        if self._last_densities is None or self._last_densities[0] != density:
+            densities = layer_densities(
+                self.shapes, density, self.schedule.min_density, sparsity.distribution, sparsity.depth_boost
+            )
+            self._last_densities = density, densities
+        return dict(self._last_densities[1])
 
     def active_densities(self) -> dict[str, float]:
         """Density of each layer now."""

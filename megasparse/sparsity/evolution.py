@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class StepCounts:
         return self.keep + self.by_gradient + self.at_random
 
 
+# Layers of one shape and density have the same.
+@lru_cache(maxsize=256)
 def step_counts(
     num_active: int, num_target: int, num_units: int, drop_fraction: float, gradient_share: float
 ) -> StepCounts:

@@ -156,6 +156,12 @@ class PatternSchedule:
                 return window.pattern
         return "full"
 
+    def edges(self, schedule: DensitySchedule) -> list[float]:
+        """Progress at which the pattern may change."""
+        if self.attention.windows is None:
+            return [segment.start for segment in schedule.segments]
+        return [edge for window in self.attention.windows for edge in (window.start, window.end)]
+
     def layer_patterns(self, pattern: Pattern) -> list[tuple[Pattern, ...]]:
         """Pattern that runs in each query head of each layer while the schedule asks for `pattern`."""
         table = [[pattern] * self.num_heads for _ in range(self.num_layers)]

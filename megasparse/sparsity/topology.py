@@ -35,7 +35,7 @@ class Topology:
     def whole_grid(self) -> ShardSpec:
         return self.grid if self.grid is not None else ShardSpec(tuple(self.mask.shape))
 
-    @property
+    @cached_property
     def num_units(self) -> int:
         """Units of the whole matrix."""
         return prod(self.whole_grid.shape)
@@ -45,7 +45,7 @@ class Topology:
         """Tensor-parallel shards; 1 where every rank holds the same."""
         return self.whole_grid.size if self.whole_grid.is_divided else 1
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Weights of the whole matrix."""
         return self.num_units * self.block_size**2
