@@ -31,7 +31,7 @@ TWO_RANKS = {f"stage {zero}": ([], Layout(data=2, zero=zero)) for zero in range(
         Layout(data=2, zero=3),
     ),
 }
-COVERED = ("stage 0", "stage 2", "stage 3", "tensor parallel", "tied head")
+COVERED = (*STAGES, "accumulation", "tensor parallel", "tied head")
 """Only with `--exhaustive`: test_packed_equivalence has these on two ranks, or another case has what they have."""
 USUAL_ON_TWO_RANKS = {name: case for name, case in TWO_RANKS.items() if name not in COVERED}
 FOUR_RANKS = {

@@ -45,7 +45,7 @@ RESUMES = [
     ("tied_head", Layout(zero=0), [Layout(), Layout(data=2), Layout(tensor=2, zero=3)]),
     ("bfloat16", Layout(data=2, zero=2), [Layout(zero=3), Layout(tensor=2)]),
 ]
-NUM_USUAL = 5
+NUM_USUAL = 4
 
 
 def resumes(everything: bool) -> list[tuple[str, Layout, list[Layout]]]:
