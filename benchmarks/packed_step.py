@@ -89,11 +89,17 @@ def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def known_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of an earlier start with the same settings."""
+    """Of an earlier start with the same settings. Raises ValueError where they were others: rows would be lost."""
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found["results"] if all(found.get(name) == value for name, value in settings.items()) else []
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{path} has {name} {found.get(name)}, and {value} is asked for; must be the same, or give another "
+                "folder with --results, or --anew to write over it"
+            )
+    return found["results"]
 
 
 def measure(arguments: argparse.Namespace, mesh: Mesh, stage: int, density: float) -> dict[str, Any]:

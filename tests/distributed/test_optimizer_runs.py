@@ -38,7 +38,7 @@ CASES = {
     "no step on updates": (Layout(2, 1, 1), [*BLOCKS, "sparsity.skip_optimizer_on_update=true", *BF16]),
     "nothing clipped": (Layout(2, 1, 0), [*BLOCKS, "optimizer.gradient_clipping=0"]),
 }
-FURTHER = ("stage 0", "stage 1", "stage 3", "bfloat16, stage 1", "no step on updates")
+FURTHER = ("stage 0", "stage 1", "stage 3", "bfloat16, stage 1")
 """With `--exhaustive`: other cases have what they have."""
 names = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive if name in FURTHER else ()) for name in CASES]

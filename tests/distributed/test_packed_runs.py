@@ -3,6 +3,7 @@ layout and dense storage go on from its checkpoints, which are as small as the r
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -185,3 +186,14 @@ def test_what_does_not_go_with_it_is_refused_by_name(words, message) -> None:
     base = ["model.vocab_size=64", "model.hidden_size=64", "model.num_attention_heads=4", "sparsity.block_size=16"]
     with pytest.raises(ValueError, match=message):
         make_plan(load_config([], [*base, PACKED, *words]), 2, "cpu")
+
+
+def test_a_benchmark_does_not_write_over_rows_of_other_settings(repository, monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    known_rows = importlib.import_module("packed_step").known_rows
+    path = tmp_path / "packed_step.json"
+    assert known_rows(path, {"tokens": 512}) == []
+    path.write_text(json.dumps({"tokens": 512, "ranks": 2, "results": [{"density": 0.1}]}), encoding="utf-8")
+    assert known_rows(path, {"tokens": 512, "ranks": 2}) == [{"density": 0.1}]
+    with pytest.raises(ValueError, match="has tokens 512, and 1024 is asked for; must be the same, or"):
+        known_rows(path, {"tokens": 1024, "ranks": 2})

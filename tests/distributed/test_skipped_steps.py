@@ -26,7 +26,7 @@ ONE_RANK = [("one rank", [WEIGHTS], Layout(zero=0)), ("one rank, bf16", [BF16], 
 TWO_RANKS = [
     ("zero 3, bf16", [BF16, WEIGHTS], Layout(2, zero=3)),
     ("zero 2, packed", ["sparsity.storage=packed", "sparsity.capacity_change_cost=0"], Layout(2, zero=2)),
-    ("tensor parallel", [WEIGHTS], Layout(1, 2, zero=1)),
+    ("tensor parallel, unclipped", [UNCLIPPED, WEIGHTS], Layout(1, 2, zero=1)),
 ]
 FURTHER = [
     ("zero 0, unclipped", [UNCLIPPED, WEIGHTS], Layout(2, zero=0, accumulation=2)),
