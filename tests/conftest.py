@@ -52,6 +52,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurements of this machine, whatever runs of other tests have measured."""
+    from megasparse.kernels.common.tables import BreakEvenTable
+
+    monkeypatch.setattr(BreakEvenTable, "own", lambda table: tmp_path / table.name)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

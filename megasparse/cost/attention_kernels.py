@@ -58,13 +58,16 @@ def prepare_attention(config: RunConfig, device: str) -> bool:
 
 
 def uses_compiled(config: RunConfig, device: str) -> bool:
-    """Whether the run has the compiled kernel for CPUs in view: by name, or for a pattern of long enough sequences."""
+    """Whether the run has the compiled kernel for CPUs in view: by name, for a pattern of long enough sequences, or for
+    full attention where it was measured to be faster."""
     asked, attention = config.kernels.hybrid_attention, config.attention
     if device != "cpu" or asked not in ("auto", "cpu"):
         return False
-    shape, named = (attention.stride, *_place(config, device)), attention.named_patterns() - attention.widened_patterns
-    limits = (break_even.mask_limit("cpu", pattern, *shape) for pattern in named - {"full"})
-    return asked == "cpu" or any(config.model.seq_length >= limit for limit in limits)
+    place, seq_length = _place(config, device), config.model.seq_length
+    named = attention.named_patterns() - attention.widened_patterns
+    limits = (break_even.mask_limit("cpu", pattern, attention.stride, *place) for pattern in named - {"full"})
+    full_too = break_even.computes_full_faster("cpu", *place, seq_length)
+    return asked == "cpu" or full_too or any(seq_length >= limit for limit in limits)
 
 
 def attention_warnings(config: RunConfig, device: str, *, planned: bool = False) -> list[str]:

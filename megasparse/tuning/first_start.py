@@ -32,6 +32,7 @@ from megasparse.kernels.common.build import NOWHERE, cache_folder
 from megasparse.kernels.common.tables import BreakEvenTable, forget, this_machine
 from megasparse.kernels.dense_products import table as dense_table
 from megasparse.kernels.dense_products.table import TABLE as DENSE_TABLE
+from megasparse.kernels.hybrid_attention.break_even import SHORTEST_FULL
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.break_even import Row as AttentionRow
 from megasparse.kernels.hybrid_attention.measure import HEADS, measure_rows
@@ -184,8 +185,9 @@ class AttentionCase:
         return list(found.values())
 
     def _is_of(self, row: AttentionRow, pattern: str) -> bool:
-        kind, sizes = (self.kernel, pattern, dtype_name(self.dtype)), (self.stride, self.head_dim)
-        return (row.kind, row.sizes) == (kind, sizes)
+        # The stride plays no role under `full`.
+        kind, stride = (self.kernel, pattern, dtype_name(self.dtype)), row.stride if pattern == "full" else self.stride
+        return (row.kind, row.sizes) == (kind, (stride, self.head_dim))
 
 
 @dataclass(frozen=True)
@@ -353,20 +355,22 @@ def _dense(config: RunConfig, plan: Mapping[str, Any], device: str, dtype: torch
 
 
 def _attention(config: RunConfig, device: str, dtype: torch.dtype) -> Iterator[AttentionCase]:
-    """The patterns of the run by the kernel that computes them."""
+    """The patterns of the run by the kernel that computes them; on CPUs full attention too, which every run has."""
     head_dim = config.model.head_dim
     by_kernel: dict[str, list[str]] = {}
     if config.kernels.hybrid_attention != "auto":
         return
+    stride, seq_length = config.attention.stride, config.model.seq_length
+    compiled = device == "cpu" and hybrid_attention.fast_kernel(device, dtype, head_dim, planned=True) == "cpu"
+    if compiled and seq_length >= SHORTEST_FULL:
+        yield AttentionCase("cpu", dtype, ("full",), stride, head_dim, seq_length)
     for pattern in patterns_of_run(config):
         if pattern not in config.attention.widened_patterns:
             kernel = hybrid_attention.fast_kernel(device, dtype, head_dim, pattern=pattern, planned=True)
             by_kernel.setdefault(kernel, []).append(pattern)
     for kernel, patterns in by_kernel.items():
         if kernel != "reference":
-            yield AttentionCase(
-                kernel, dtype, tuple(patterns), config.attention.stride, head_dim, config.model.seq_length
-            )
+            yield AttentionCase(kernel, dtype, tuple(patterns), stride, head_dim, seq_length)
 
 
 def _lengths(seq_length: int) -> list[int]:
@@ -377,7 +381,11 @@ def _lengths(seq_length: int) -> list[int]:
 
 
 def _is_settled(row: AttentionRow, seq_length: int) -> bool:
-    """Whether the row tells which attention is fastest at a length: measured there, or won already at a shorter one."""
+    """Whether the row tells which attention is fastest at a length: measured there, or won already at a shorter one.
+
+    Under `full` no kernel's work grows slower than another's: there a quarter of the length has to do, or less where
+    that takes longer than there is time for.
+    """
     longest = min(seq_length, LONGEST)
     if str(longest) in row.seconds:
         return True
@@ -385,6 +393,9 @@ def _is_settled(row: AttentionRow, seq_length: int) -> bool:
     if not below:
         return False
     times = row.seconds[str(below[-1])]
+    if row.pattern == "full":
+        growth = longest / 4 / below[-1]
+        return growth <= 1 or (times["kernel"] + times["dense"]) * growth**2 * (MIN_ROUNDS + 1) > BUDGET_SECONDS
     return times["kernel"] <= min(times["mask"], times["dense"])
 
 

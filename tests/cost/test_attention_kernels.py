@@ -25,6 +25,8 @@ SETTINGS = [
 ]
 PATTERNS = "local, strided, sparse, fixed"
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def load(*overrides: str):
     return load_config([], [*SETTINGS, *overrides])

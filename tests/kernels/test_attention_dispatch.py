@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasparse.kernels import hybrid_attention as kernels
 from megasparse.kernels.common.tables import BreakEvenTable, Measurement, find_nearest, read_once
 from megasparse.kernels.hybrid_attention import (
+    KERNELS,
     PATTERNS,
     break_even,
     causal,
     cpu,
     fast_kernel,
     hybrid_attention,
+    measure,
     select_kernel,
     widened,
 )
@@ -103,6 +106,40 @@ def test_the_table_decides(own) -> None:
     assert widened("auto", ("sparse", "local", "full"), 511, 64) == ("full", "local", "full")
     assert widened("auto", ("sparse",), 512, 64) == ("sparse",)
     assert widened("tiled", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_full_attention_runs_where_it_was_measured_to_be_faster(documents, own, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "why_not", lambda *place: None)
+    monkeypatch.setattr(kernels, "KERNELS", {**KERNELS, "cpu": replace(KERNELS["cpu"], why_not=lambda *place: None)})
+    shape = 64, "cpu", torch.bfloat16, 32
+
+    def chosen(*lengths: int, asked: str = "auto") -> list[str]:
+        return [select_kernel(asked, "full", length, *shape, documents=documents) for length in lengths]
+
+    assert chosen(128, 1024) == ["causal"] * 2, "nobody measured"
+    lost = {"kernel": 9.0, "mask": 8.0, "dense": 8.0}
+    row = Row("cpu", "bfloat16", "full", 16, 64, 4, {"128": TIMES["512"], "1024": lost})
+    TABLE.write(own, [measurement(row, replace(row, dtype="float32", seconds={"128": lost}))])
+    for cached in (find_nearest, read_once):
+        cached.cache_clear()
+    # The nearest length decides, whatever the stride is.
+    assert chosen(128, 361, 363, 1024, 9999) == ["cpu"] * 2 + ["causal"] * 3
+    assert chosen(127) == ["causal"], "too short to gain by it"
+    assert chosen(128, asked="causal") == ["causal"]
+    assert select_kernel("auto", "full", 128, 64, "cpu", torch.float32, 32) == "causal"
+    assert select_kernel("auto", "full", 128, 64, "cuda", torch.bfloat16, 32, planned=True) == "causal"
+    monkeypatch.setattr(kernels, "KERNELS", {**KERNELS, "cpu": replace(KERNELS["cpu"], why_not=lambda *place: "no")})
+    assert chosen(128) == ["causal"]
+
+
+def test_full_attention_is_measured_against_torch_alone(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "pattern_mask", None)
+    (row,) = measure_rows(
+        "tiled", "cpu", torch.float32, stride=8, head_dim=8, lengths=(16,), heads=1, rounds=1, patterns=["full"]
+    )
+    assert row.pattern == "full" and row.seconds["16"]["mask"] == row.seconds["16"]["dense"]
+    assert all(seconds > 0 for seconds in row.seconds["16"].values())
 
 
 def test_another_machine_does_not_count(own) -> None:

@@ -351,6 +351,7 @@ def test_inputs_that_are_not_supported_are_named() -> None:
         hybrid_attention(q, k, v, "sparse", 4, "cpu")
 
 
+@pytest.mark.usefixtures("unmeasured")
 @needs_kernel
 def test_auto_takes_the_fastest_that_runs() -> None:
     long = 512

@@ -271,6 +271,7 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert q.grad is not None and not math.isnan(q.grad.sum().item())
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_auto_takes_parts_where_they_are_faster() -> None:
     q, k, v = inputs(1, 1, 1024)
     for pattern in PATTERNS:

@@ -182,7 +182,7 @@ def select_kernel(
     check_pattern(pattern, stride)
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
-            return "causal"
+            return full_kernel(device, dtype, head_dim, seq_length, planned=planned)
         # First without a build: nothing is compiled, in the midst of a step perhaps, that would not be used.
         for unbuilt in (True, planned):
             fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=unbuilt)
@@ -233,6 +233,13 @@ def widened(
     fast = {name: fast_kernel(*shape, pattern=name, planned=True) for name in set(patterns)}
     limits = {name: break_even.dense_limit(kernel, name, stride, *shape) for name, kernel in fast.items()}
     return tuple("full" if seq_length < limits[name] else name for name in patterns)
+
+
+def full_kernel(device: str, dtype: torch.dtype, head_dim: int, seq_length: int, *, planned: bool = False) -> str:
+    """What `auto` takes for `full`: torch's causal kernel, or ours for CPUs where it was measured to be faster."""
+    if device == "cpu" and break_even.computes_full_faster("cpu", device, dtype, head_dim, seq_length):
+        return "cpu" if KERNELS["cpu"].why_not(device, dtype, head_dim, planned) is None else "causal"
+    return "causal"
 
 
 def fast_kernel(

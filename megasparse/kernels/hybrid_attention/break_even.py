@@ -1,7 +1,7 @@
 """Break-even lengths: from how many tokens on a kernel is faster than a boolean mask, and than dense attention.
 
-``mask_limit`` and ``dense_limit`` look a pattern up in the tables of ``common.tables``, the user's own of which
-``tools/tune_kernels.py --attention`` writes. Their rows are
+``mask_limit``, ``dense_limit`` and ``computes_full_faster`` look a pattern up in the tables of ``common.tables``, the
+user's own of which a run's first start and ``tools/tune_kernels.py --attention`` write. Their rows are
 
     {"kernel": "tiled", "dtype": "float32", "pattern": "sparse", "stride": 128, "head_dim": 64, "heads": 4,
      "seconds": {"512": {"kernel": 0.006, "mask": 0.011, "dense": 0.007}, ...}}
@@ -9,6 +9,7 @@
 Seconds are those of a forward and backward pass at so many tokens. A row of the same kernel, pattern and dtype fits;
 stride and head dimension say how near it is. The break-even length is the smallest measured one from which on the
 kernel is never slower; where it is slower at the longest one, it is taken beyond that, since its work grows slower.
+Under `full` all kernels have the same work, and the nearest measured length decides.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 
 from megasparse.kernels.common.compiling import constant_when_compiled
-from megasparse.kernels.common.tables import BreakEvenTable
+from megasparse.kernels.common.tables import BreakEvenTable, distance
 from megasparse.utils.dtypes import dtype_name
 
+SHORTEST_FULL = 128
+"""Tokens from which the pattern `full` may run on another kernel than torch's; shorter ones gain little."""
 UNMEASURED = {("cpu", "cpu"): 128, ("tiled", "cpu"): 512, ("triton", "cuda"): 0}
 """Tokens from which a kernel is taken on a device type where no row fits; never on others. Those of `cpu` and `tiled`
 were measured (benchmarks/hybrid_attention.py); `triton` is taken because it needs no T x T mask."""
@@ -88,6 +91,19 @@ def dense_limit(kernel: str, pattern: str, stride: int, device: str, dtype: torc
     """Tokens below which dense causal attention was measured to be faster than `kernel`; 0: nowhere."""
     row = _nearest(kernel, pattern, stride, device, dtype, head_dim)
     return 0 if row is None else row.limit("dense") or 0
+
+
+@constant_when_compiled
+def computes_full_faster(kernel: str, device: str, dtype: torch.dtype, head_dim: int, seq_length: int) -> bool:
+    """Whether `kernel` was measured to compute the pattern `full` faster than torch's causal kernel.
+
+    The nearest measured number of tokens decides; where nobody measured it is not faster.
+    """
+    row = TABLE.nearest(device, (kernel, "full", dtype_name(dtype)), (None, head_dim))
+    if row is None or seq_length < SHORTEST_FULL:
+        return False
+    times = row.seconds[str(min(row.lengths, key=lambda length: distance(length, seq_length)))]
+    return times["kernel"] < times["dense"]
 
 
 def _nearest(kernel: str, pattern: str, stride: int, device: str, dtype: torch.dtype, head_dim: int) -> Row | None:

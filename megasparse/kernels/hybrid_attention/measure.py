@@ -38,12 +38,13 @@ def measure_rows(
     patterns: Sequence[str] | None = None,
     fastest: bool = False,
 ) -> list[Row]:
-    """One row for each of the patterns but `full` that the kernel computes.
+    """One row for each of the patterns that the kernel computes.
 
-    patterns: None: all that there are. fastest: see ``medians``.
+    patterns: None: all that there are, `full` only where `auto` may take the kernel for it. For `full` alone no mask is
+    measured; its time is that of dense attention. fastest: see ``medians``.
     """
-    asked = PATTERNS if patterns is None else patterns
-    patterns = [pattern for pattern in asked if pattern != "full" and KERNELS[kernel].computes(pattern)]
+    asked = [name for name in PATTERNS if name != "full" or kernel == "cpu"] if patterns is None else patterns
+    patterns = [pattern for pattern in asked if KERNELS[kernel].computes(pattern)]
     heads = heads or (HEADS if device == "cuda" else max(HEADS, torch.get_num_threads()))
     seconds: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
     host: dict[str, dict[str, dict[str, float]]] = {pattern: {} for pattern in patterns}
@@ -51,15 +52,17 @@ def measure_rows(
         # Heads of a token lie together, as the projection of a layer leaves them.
         shape = 1, seq_length, heads, head_dim
         q, k, v, dy = (torch.randn(shape, device=device).to(dtype).transpose(1, 2) for _ in range(4))
-        # The work of a mask is the same under every pattern.
-        mask = pattern_mask("sparse", seq_length, stride, device)
         attentions = [
             partial(F.scaled_dot_product_attention, is_causal=True),
-            partial(F.scaled_dot_product_attention, attn_mask=mask),
             *(partial(hybrid_attention, patterns=pattern, stride=stride, kernel=kernel) for pattern in patterns),
         ]
+        if set(patterns) != {"full"}:
+            # The work of a mask is the same under every pattern.
+            mask = pattern_mask("sparse", seq_length, stride, device)
+            attentions.append(partial(F.scaled_dot_product_attention, attn_mask=mask))
         passes = [training_pass(each, (q, k, v), dy) for each in attentions]
-        dense, masked, *ours = medians(passes, device, rounds, fastest=fastest)
+        dense, *others = medians(passes, device, rounds, fastest=fastest)
+        ours, masked = others[: len(patterns)], (others[len(patterns) :] or [dense])[0]
         for pattern, own in zip(patterns, ours, strict=True):
             times = {"kernel": own, "mask": masked, "dense": dense}
             seconds[pattern][str(seq_length)] = {name: round(value.device, 7) for name, value in times.items()}
