@@ -27,11 +27,12 @@ from megasparse.parallel import Mesh
 def attention_kernels(config: RunConfig, device: str, *, planned: bool = False) -> str:
     """Kernel of the attention, or the kernels with their patterns."""
     asked, wide = config.kernels.hybrid_attention, config.attention.widened_patterns
+    masked = config.data.document_masking
     shape = config.model.seq_length, config.attention.stride, *_place(config, device)
     found: dict[str, list[str]] = {}
     for pattern in hybrid_attention.PATTERNS:
         runs = "full" if pattern in wide else pattern
-        kernel = hybrid_attention.select_kernel(asked, runs, *shape, planned=planned)
+        kernel = hybrid_attention.select_kernel(asked, runs, *shape, documents=masked, planned=planned)
         found.setdefault(kernel, []).append(f"{pattern} (as full)" if pattern in wide else pattern)
     if len(found) == 1:
         return next(iter(found))
@@ -59,14 +60,15 @@ def prepare_attention(config: RunConfig, device: str) -> bool:
 
 def uses_compiled(config: RunConfig, device: str) -> bool:
     """Whether the run has the compiled kernel for CPUs in view: by name, for a pattern of long enough sequences, or for
-    full attention where it was measured to be faster."""
+    full attention with documents or where it was measured to be faster."""
     asked, attention = config.kernels.hybrid_attention, config.attention
     if device != "cpu" or asked not in ("auto", "cpu"):
         return False
     place, seq_length = _place(config, device), config.model.seq_length
     named = attention.named_patterns() - attention.widened_patterns
     limits = (break_even.mask_limit("cpu", pattern, attention.stride, *place) for pattern in named - {"full"})
-    full_too = break_even.computes_full_faster("cpu", *place, seq_length)
+    masked = config.data.document_masking and seq_length >= break_even.SHORTEST_FULL
+    full_too = masked or break_even.computes_full_faster("cpu", *place, seq_length)
     return asked == "cpu" or full_too or any(seq_length >= limit for limit in limits)
 
 

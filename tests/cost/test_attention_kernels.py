@@ -98,6 +98,17 @@ def test_the_kernel_is_built_before_a_run_and_only_where_it_is_used(monkeypatch)
     assert prepare_attention(load(), "cuda") and not asked
 
 
+def test_full_attention_with_documents_has_the_compiled_kernel_built(compiler, monkeypatch) -> None:
+    masked = ["data.document_masking=true", "attention.phases={}"]
+    plan = make_plan(load(*masked), 1, "cpu")
+    assert plan["kernels"]["hybrid_attention"] == "cpu"
+    asked = []
+    monkeypatch.setattr(cpu, "build_failure", lambda source: asked.append(1))
+    for words, built in ((masked, True), (masked[1:], False), ([*masked, "model.seq_length=127"], False)):
+        assert prepare_attention(load(*words), "cpu") and bool(asked) == built, words
+        asked.clear()
+
+
 def test_values_of_the_setting_are_checked() -> None:
     with pytest.raises(ConfigError, match="kernels.hybrid_attention.*'auto', 'reference', 'tiled', 'cpu' or 'triton'"):
         load("kernels.hybrid_attention=fast")

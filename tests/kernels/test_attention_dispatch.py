@@ -108,14 +108,12 @@ def test_the_table_decides(own) -> None:
     assert widened("tiled", ("sparse",), 10, 64) == ("sparse",), "a forced kernel is not left"
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_full_attention_runs_where_it_was_measured_to_be_faster(documents, own, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "why_not", lambda *place: None)
+def test_full_attention_runs_where_it_was_measured_to_be_faster(own, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "KERNELS", {**KERNELS, "cpu": replace(KERNELS["cpu"], why_not=lambda *place: None)})
     shape = 64, "cpu", torch.bfloat16, 32
 
-    def chosen(*lengths: int, asked: str = "auto") -> list[str]:
-        return [select_kernel(asked, "full", length, *shape, documents=documents) for length in lengths]
+    def chosen(*lengths: int, asked: str = "auto", **options: bool) -> list[str]:
+        return [select_kernel(asked, "full", length, *shape, **options) for length in lengths]
 
     assert chosen(128, 1024) == ["causal"] * 2, "nobody measured"
     lost = {"kernel": 9.0, "mask": 8.0, "dense": 8.0}
@@ -127,10 +125,12 @@ def test_full_attention_runs_where_it_was_measured_to_be_faster(documents, own, 
     assert chosen(128, 361, 363, 1024, 9999) == ["cpu"] * 2 + ["causal"] * 3
     assert chosen(127) == ["causal"], "too short to gain by it"
     assert chosen(128, asked="causal") == ["causal"]
+    # With documents torch's kernel would have to be called for each of them.
+    assert chosen(127, 128, 1024, documents=True) == ["causal", "cpu", "cpu"]
     assert select_kernel("auto", "full", 128, 64, "cpu", torch.float32, 32) == "causal"
     assert select_kernel("auto", "full", 128, 64, "cuda", torch.bfloat16, 32, planned=True) == "causal"
     monkeypatch.setattr(kernels, "KERNELS", {**KERNELS, "cpu": replace(KERNELS["cpu"], why_not=lambda *place: "no")})
-    assert chosen(128) == ["causal"]
+    assert chosen(128) + chosen(128, documents=True) == ["causal"] * 2
 
 
 def test_full_attention_is_measured_against_torch_alone(monkeypatch) -> None:

@@ -182,7 +182,7 @@ def select_kernel(
     check_pattern(pattern, stride)
     if kernel == "auto":
         if pattern == "full" and not (documents and device == "cuda"):
-            return full_kernel(device, dtype, head_dim, seq_length, planned=planned)
+            return full_kernel(device, dtype, head_dim, seq_length, documents=documents, planned=planned)
         # First without a build: nothing is compiled, in the midst of a step perhaps, that would not be used.
         for unbuilt in (True, planned):
             fast = fast_kernel(device, dtype, head_dim, pattern=pattern, planned=unbuilt)
@@ -235,10 +235,17 @@ def widened(
     return tuple("full" if seq_length < limits[name] else name for name in patterns)
 
 
-def full_kernel(device: str, dtype: torch.dtype, head_dim: int, seq_length: int, *, planned: bool = False) -> str:
-    """What `auto` takes for `full`: torch's causal kernel, or ours for CPUs where it was measured to be faster."""
-    if device == "cpu" and break_even.computes_full_faster("cpu", device, dtype, head_dim, seq_length):
-        return "cpu" if KERNELS["cpu"].why_not(device, dtype, head_dim, planned) is None else "causal"
+def full_kernel(
+    device: str, dtype: torch.dtype, head_dim: int, seq_length: int, *, documents: bool = False, planned: bool = False
+) -> str:
+    """What `auto` takes for `full`: torch's causal kernel, or ours for CPUs where it was measured to be faster.
+
+    With documents ours is taken: torch's has to be called for each of them.
+    """
+    shape = device, dtype, head_dim
+    wins = documents and seq_length >= break_even.SHORTEST_FULL
+    if device == "cpu" and (wins or break_even.computes_full_faster("cpu", *shape, seq_length)):
+        return "cpu" if KERNELS["cpu"].why_not(*shape, planned) is None else "causal"
     return "causal"
 
 
