@@ -20,6 +20,7 @@ from megasparse.utils.files import make_folders, write_at_once
 
 EXAMPLES = """examples:
   python tools/make_tasks.py arithmetic --train 20000 --valid 500 --test 500 --output data/arithmetic
+  python tools/make_tasks.py arithmetic --largest 12 --known-wordings --output data/small-numbers
 
   python tools/make_tasks.py sst2 --input sst2/train.tsv.xz sst2/dev.tsv --output data/sst2
   python tools/preprocess_data.py --supervised --input data/sst2/train.jsonl --tokenizer bytes \\
@@ -47,7 +48,14 @@ def main(arguments: argparse.Namespace) -> None:
 def arithmetic(arguments: argparse.Namespace) -> dict[str, Records]:
     from megasparse.studies.word_problems import SPLITS, word_problems
 
-    return {split: word_problems(split, getattr(arguments, split), arguments.seed) for split in SPLITS}
+    def problems(split: str, count: int) -> Records:
+        return word_problems(split, count, arguments.seed, arguments.largest)
+
+    if not arguments.known_wordings:
+        return {split: problems(split, getattr(arguments, split)) for split in SPLITS}
+    held_out = problems("valid", arguments.valid + arguments.test)
+    train = problems("train", arguments.train)
+    return {"train": train, "valid": held_out[: arguments.valid], "test": held_out[arguments.valid :]}
 
 
 def sentiment(arguments: argparse.Namespace) -> dict[str, Records]:
@@ -87,6 +95,10 @@ def parse_arguments() -> argparse.Namespace:
     problems = tasks.add_parser("arithmetic", help="word problems with worked answers")
     problems.add_argument("--train", type=int, default=20_000, metavar="N", help="default: 20000")
     problems.add_argument("--test", type=int, default=500, metavar="N", help="default: 500")
+    largest = "no larger numbers in a problem: the fewer, the easier to learn (default: 40)"
+    problems.add_argument("--largest", type=int, default=40, metavar="N", help=largest)
+    known = "test on the wordings to learn from, with numbers that were held out"
+    problems.add_argument("--known-wordings", action="store_true", help=known)
     reviews = tasks.add_parser("sst2", help="sentiment of film reviews")
     tables = "the tables to learn from and to test on, compressed or not"
     reviews.add_argument("--input", nargs=2, required=True, metavar=("TRAIN", "DEV"), help=tables)

@@ -5,8 +5,8 @@
 
 A problem is a template with numbers of at most two digits. Problems to learn from have templates and numbers of their
 own; `valid` has the same templates with numbers that were held out; `test` has templates that were held out, and such
-numbers: a model cannot know it by heart. Which
-numbers are held out depends on them alone.
+numbers: a model cannot know it by heart. Which numbers are held out depends on them alone. A small `largest` number
+makes problems that a model of a million parameters can learn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 MARKER = "####"
 """Stands before the result, as in GSM8K."""
+LARGEST, SMALLEST_RANGE = 40, 5
+"""Number in a problem, and the least that it may be limited to: with fewer, hardly any are left to hold out."""
 HELD_OUT = 5
 """One of so many sets of numbers is held out."""
 SPLITS = ("train", "valid", "test")
@@ -77,10 +79,12 @@ TEST_TEMPLATES = (
 )
 
 
-def word_problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
+def word_problems(split: str, count: int, seed: int, largest: int = LARGEST) -> list[dict[str, str]]:
     """`count` different problems of a split. Raises ValueError for a number or a split that there is not."""
     if split not in SPLITS:
         raise ValueError(f"split: {split}; must be one of {', '.join(SPLITS)}")
+    if not SMALLEST_RANGE <= largest <= 99:
+        raise ValueError(f"largest: {largest}; must be from {SMALLEST_RANGE} to 99")
     if count > MOST:
         raise ValueError(f"{split}: {count} examples; must be at most {MOST}")
     chance = random.Random(f"{seed} {split}")
@@ -90,7 +94,7 @@ def word_problems(split: str, count: int, seed: int) -> list[dict[str, str]]:
     while len(found) < count:
         if repeats == MOST_REPEATS:
             raise ValueError(f"{split}: {count} examples; must be at most about {len(found)}, all that are different")
-        prompt, response = _problem(chance, templates, held_out=split != "train")
+        prompt, response = _problem(chance, templates, largest, held_out=split != "train")
         repeats = repeats + 1 if prompt in found else 0
         found[prompt] = response
     return [{"prompt": prompt, "response": response} for prompt, response in found.items()]
@@ -102,11 +106,14 @@ def is_held_out(numbers: Sequence[int]) -> bool:
     return sum(number * factor for number, factor in zip((low, *others), (31, 17, 7), strict=False)) % HELD_OUT == 0
 
 
-def _problem(chance: random.Random, templates: tuple[Template, ...], *, held_out: bool) -> tuple[str, str]:
+def _problem(
+    chance: random.Random, templates: tuple[Template, ...], largest: int, *, held_out: bool
+) -> tuple[str, str]:
     """Prompt and response."""
     while True:
         template = chance.choice(templates)
-        numbers = {"a": chance.randint(2, 40), "b": chance.randint(2, 40), "c": chance.randint(2, 9)}
+        most = {"a": largest, "b": largest, "c": min(largest, 9)}
+        numbers = {key: chance.randint(2, limit) for key, limit in most.items()}
         shown = [number for key, number in numbers.items() if f"{{{key}}}" in template.text]
         steps = template.steps(numbers["a"], numbers["b"], numbers["c"])
         if is_held_out(shown) == held_out and all(VALUES[operator](x, y) >= 0 for x, operator, y in steps):

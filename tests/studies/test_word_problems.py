@@ -39,6 +39,22 @@ def test_splits_share_neither_problems_nor_the_test_wordings() -> None:
         word_problems("dev", 1, seed=0)
 
 
+def test_small_numbers_and_known_wordings(tmp_path) -> None:
+    words = ("arithmetic", "--train", 300, "--valid", 40, "--test", 60, "--output", tmp_path, "--known-wordings")
+    status, output = call("make_tasks", *words, "--largest", 12)
+    assert status == 0, output
+    found = {
+        split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()] for split in SPLITS
+    }
+    assert {split: len(records) for split, records in found.items()} == {"train": 300, "valid": 40, "test": 60}
+    prompts = {split: {record["prompt"] for record in records} for split, records in found.items()}
+    assert not prompts["train"] & (prompts["valid"] | prompts["test"]) and not prompts["valid"] & prompts["test"]
+    assert max(int(number) for record in found["train"] for number in re.findall(r"\d+", record["prompt"])) == 12
+    assert {shape(record) for record in found["test"]} <= {shape(record) for record in found["train"]}
+    status, output = call("make_tasks", *words, "--largest", 4)
+    assert status == 2 and "largest: 4; must be from 5 to 99" in output
+
+
 def shape(record: dict[str, str]) -> str:
     """The wording without numbers, names and things."""
     text = re.sub(r"\d+", "#", record["prompt"])
