@@ -43,6 +43,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_storage(config)
     _check_layer_dropping(config)
     _check_activation_sparsity(config)
+    _check_folding(config)
     _check_second_order(config)
     _check_switching(config)
     _check_normalization_position(config)
@@ -246,11 +247,14 @@ def _check_activation_sparsity(config: RunConfig) -> None:
     if config.activation_sparsity.pattern == "none":
         return
     size, width = config.parallel.tensor_parallel_size, config.model.mlp_width
+    rank = 0 if config.sparsity.algorithm == "dense" else config.sparsity.low_rank
     refused = {
         # Others have no zeros.
         "model.activation": (config.model.activation != "relu2", config.model.activation, "relu2"),
         "model.ffn_hidden_size": (width % (16 * size) > 0, width, f"a multiple of {16 * size}, 16 on each rank"),
         "train.compile": (config.train.compile == "blocks", "blocks", "none"),
+        # A branch beside the matrix changes the activation behind its product's back.
+        "sparsity.low_rank": (rank > 0, rank, "0"),
     }
     for field, (is_refused, value, must) in refused.items():
         if is_refused:
@@ -258,6 +262,17 @@ def _check_activation_sparsity(config: RunConfig) -> None:
                 f"{field}: {value} does not go with activation_sparsity.pattern 2:4; must be {must}, or the pattern "
                 "none"
             )
+
+
+def _check_folding(config: RunConfig) -> None:
+    sparsity = config.sparsity
+    folds = sparsity.fold_low_rank and sparsity.low_rank > 0 and sparsity.algorithm != "dense"
+    if folds and sparsity.head and config.model.tie_embeddings:
+        # What is added to the matrix would reach the look-up of the embedding, which has no branch.
+        raise ConfigError(
+            "sparsity.fold_low_rank: true does not go with a sparse head that is tied to the embedding; must be false, "
+            "or sparsity.head false, or model.tie_embeddings false"
+        )
 
 
 def _check_second_order(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megasparse.inference.compressed_linear import CompressedLinear
 from megasparse.kernels.sparse_inference import Choice, choose, compress, why_not
+from megasparse.kernels.sparse_inference.compressed import MAX_INPUTS
 from megasparse.layers import Linear
 from megasparse.layers.quantized import quantized_layers
 from megasparse.models.gpt import GPT
@@ -133,11 +134,12 @@ def _layers(model: GPT, quantized: Mapping[str, tuple[Tensor, Tensor]]) -> dict[
 
 
 def _can_be_packed(layer: Linear) -> bool:
-    """A whole layer without a low-rank branch, in a dtype that the kernels have."""
+    """A whole layer without a low-rank branch, in a dtype and of a width that the kernels have."""
     return (
         not layer.partition.is_divided
         and not layer.low_rank
         and layer.weight.ndim == 2
+        and layer.in_features <= MAX_INPUTS
         and layer.weight.dtype in (torch.float32, torch.bfloat16)
     )
 

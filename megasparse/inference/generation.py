@@ -95,11 +95,13 @@ class LastLogits:
         new = T - start
         # Tokens to the right change nothing to their left: attention is causal.
         padded = F.pad(tokens_BT[:, start:], (0, self._padded(new) - new))
-        if self._cache is None:
-            return self.model(padded)[:, new - 1].float()
-        logits_BTV = self.model(padded, cache=self._cache)
-        self._cache.advance(new)
-        return logits_BTV[:, new - 1].float()
+        if self._multiple == 1:
+            logits_BTV = self.model(padded, cache=self._cache, last_only=True)
+        else:
+            logits_BTV = self.model(padded, cache=self._cache)[:, new - 1 :]
+        if self._cache is not None:
+            self._cache.advance(new)
+        return logits_BTV[:, 0].float()
 
     def _padded(self, num_tokens: int) -> int:
         return num_tokens + -num_tokens % self._multiple

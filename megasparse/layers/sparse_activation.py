@@ -43,6 +43,11 @@ class SparseActivation:
         pruned_BTF = h_BTF * kernels.keep_features(h_BTF.detach())
         return mlp.down(pruned_BTF, partial(_product, self, mlp.down, False))
 
+    def takes_whole(self, x_BTF: Tensor) -> bool:
+        """Whether the kernel multiplies whole matrices. A branch that layer dropping only visits, with one token of
+        each sample, has too few for it, and comes to nothing."""
+        return self.kernel == "semi_structured" and x_BTF.shape[1] > 1
+
     def order(self, x_BTF: Tensor) -> Tensor:
         tokens = x_BTF.shape[1]
         if tokens not in self._orders:
@@ -70,7 +75,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, form: SparseActivation, layer: Linear, is_up: bool, *weights: Tensor
     ) -> Tensor:
-        matrix = layer.whole_weight() if form.kernel == "semi_structured" else None
+        matrix = layer.whole_weight() if form.takes_whole(x) else None
         if matrix is None or is_up:
             y = layer.product(x, bias)
         else:
@@ -91,7 +96,7 @@ class _Product(torch.autograd.Function):
         if output:
             form.count(whole, h, h * kept)
         left, right = (dy * kept, x) if output else (dy, x * kept)
-        matrix = layer.whole_weight() if form.kernel == "semi_structured" else None
+        matrix = layer.whole_weight() if form.takes_whole(x) else None
         needs_bias = ctx.needs_input_grad[1]
         dbias = dy.flatten(0, 1).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if needs_bias else None
         if matrix is None:

@@ -1,9 +1,9 @@
 """The two variants of SpIEL: by what they choose the entries that come, and how they train them.
 
 - ``AccumulatedGradients`` (SpIEL-AG): for `spiel.selection_steps` steps the gradients of candidates, which the first
-  micro-batch finds by their magnitude, are added up. The optimizer is AdamW; new entries begin at 0 with moments as if
-  they had been trained in those steps, and with that age. Dense gradients are there for one layer at a time, in the
-  backward pass, and are averaged over the data-parallel ranks then.
+  micro-batch finds by their magnitude, are added up; those of a skipped step are not. The optimizer is AdamW; new
+  entries begin at 0 with moments as if they had been trained in those steps, and with that age. Dense gradients are
+  there for one layer at a time, in the backward pass, and are averaged over the data-parallel ranks then.
 - ``MomentApproximation`` (SpIEL-MA): the optimizer is SM3 (Anil et al. 2019, arXiv 1901.11150), which keeps a number
   for each row and each column of a matrix and none for an entry. Their products say which inactive entries come.
 """
@@ -34,10 +34,11 @@ class Candidates:
     places: Tensor
     """int32 [n], rising; int64 where a matrix has more entries than that counts."""
     sums: Tensor
-    """float32 [n], over micro-batches."""
+    """float32 [n], over steps."""
     squares: Tensor
+    """float32 [n], of the gradients of steps."""
     count: Tensor
-    """float32 scalar: micro-batches."""
+    """float32 scalar: steps."""
 
 
 class AccumulatedGradients(SpIEL):
@@ -46,10 +47,13 @@ class AccumulatedGradients(SpIEL):
     def __init__(self, config: RunConfig, model: GPT) -> None:
         super().__init__(config, model)
         self.candidates: dict[str, Candidates] = {}
+        self._of_step: dict[str, tuple[Tensor, Tensor]] = {}
+        """(places, gradients) of the step under way, which may yet be skipped."""
 
     def begin_step(self, step: Step) -> None:
         settings = self.config.spiel
         place = step.index % settings.interval
+        self._of_step = {}
         if place == 0:
             self.candidates = {}
         collects = self.mesh is not None and place < settings.selection_steps
@@ -57,22 +61,36 @@ class AccumulatedGradients(SpIEL):
             layer.dense_gradient_ready = partial(self._collect, name) if collects else None
 
     def _collect(self, name: str, gradient: Tensor) -> None:
-        """Of one micro-batch, in its backward pass."""
+        """Of one micro-batch, in its backward pass. The engine has divided it by the number of micro-batches."""
         assert self.mesh is not None
         axis = self.mesh.data_parallel
-        known = self.candidates.get(name)
         dense = gradient.to(torch.float32).reshape(-1)
-        if known is None:
+        if name in self._of_step:
+            places, sums = self._of_step[name]
+        elif name in self.candidates:
+            places, sums = self.candidates[name].places, torch.zeros_like(self.candidates[name].sums)
+        else:
             dense = axis.sum_(dense.contiguous()).div_(axis.size)
-            places = top(dense.abs(), self.counts[name])
-            found = dense[places]
+            # What is not finite has no place in an order; its step will be skipped.
+            places = top(dense.abs().nan_to_num_(), self.counts[name])
+            sums = dense[places]
             places = places.to(torch.int32) if dense.numel() < 2**31 else places
-            self.candidates[name] = Candidates(places, found, found.square(), found.new_ones(()))
+            self._of_step[name] = places, sums
             return
-        found = axis.sum_(dense[known.places]).div_(axis.size)
-        known.sums += found
-        known.squares += found.square()
-        known.count += 1
+        sums += axis.sum_(dense[places]).div_(axis.size)
+        self._of_step[name] = places, sums
+
+    def after_backward(self, step: Step) -> None:
+        for name, (places, sums) in self._of_step.items():
+            known = self.candidates.get(name)
+            if known is None:
+                self.candidates[name] = Candidates(places, sums, sums.square(), sums.new_ones(()))
+            else:
+                known.sums += sums
+                known.squares += sums.square()
+                known.count += 1
+        self._of_step = {}
+        super().after_backward(step)
 
     def candidates_known(self) -> bool:
         return set(self.candidates) == set(self.layers)
@@ -106,7 +124,8 @@ class AccumulatedGradients(SpIEL):
 
 
 def seeded(candidates: Candidates, age: int, betas: tuple[float, float]) -> dict[str, Tensor]:
-    """What candidates begin with: Adam's moments after `age` steps of the mean gradient and the mean square."""
+    """What candidates begin with: Adam's moments after `age` steps of the mean gradient and the mean square of those of
+    the steps."""
     mean, square = candidates.sums / candidates.count, candidates.squares / candidates.count
     return {
         "place": candidates.places.long(),

@@ -126,6 +126,7 @@ class GPT(nn.Module):
         documents_BT: torch.Tensor | None = None,
         *,
         cache: KeyValueCache | JoinedCaches | None = None,
+        last_only: bool = False,
     ) -> torch.Tensor:
         """Logits [B, T, V] for int64 tokens. Objectives take ``hidden_states`` and ``head_in_chunks`` instead.
 
@@ -134,10 +135,14 @@ class GPT(nn.Module):
                 another document. None: one document.
             cache: keys and values of earlier tokens, which these ones follow, or of S texts that tokens [1, S] continue
                 by one each; not with documents.
+            last_only: logits of the last token, [B, 1, V]: of a long text those of all take more memory than its keys
+                and values. Where tokens are divided over the ranks, a rank has not all of them.
 
         Raises ValueError where the positions exceed a table of learned ones.
         """
-        return self.logits(self.hidden_states(tokens_BT, documents_BT, cache=cache))
+        x_BTC = self.hidden_states(tokens_BT, documents_BT, cache=cache)
+        assert not last_only or self.token_multiple == 1
+        return self.logits(x_BTC[:, -1:] if last_only else x_BTC)
 
     def hidden_states(
         self,

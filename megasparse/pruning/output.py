@@ -87,7 +87,7 @@ def pruned_config(plan: PrunePlan, counts: Mapping[str, int]) -> RunConfig:
 def _facts(plan: PrunePlan, counts: Mapping[str, int]) -> dict[str, Any]:
     """What is known of the model, and the prunings that it went through, in their order."""
     units = sum(layer.units for layer in plan.units)
-    left_out = ("model", "calibration", "keep_zeros")
+    left_out = ("model", "calibration", "windows", "keep_zeros")
     record = {key: value for key, value in plan.fingerprint.items() if key not in left_out and value is not None}
     if plan.windows is not None:
         record |= {"samples": len(plan.windows), "window": plan.windows.shape[1], "seed": plan.settings.seed or 0}

@@ -234,4 +234,5 @@ def _fingerprint(settings: PruneSettings, windows: Tensor | None) -> dict[str, A
         "columns": settings.columns_or_default if settings.method == "sparsegpt" else None,
         "sds_penalty": settings.sds_penalty_or_default if settings.sds else None,
         "calibration": None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "windows": None if windows is None else list(windows.shape),
     }

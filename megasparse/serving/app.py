@@ -66,7 +66,8 @@ class Api:
         async def answer(request: Request) -> Response:
             try:
                 self._check_host(request)
-                if request.url.path.startswith("/v1/"):
+                # As the routes do: `request.url` may follow the client's Host header.
+                if request.scope["path"].startswith("/v1/"):
                     self._check_key(request)
                 return await handler(request)
             except RequestError as error:
@@ -75,16 +76,18 @@ class Api:
         return answer
 
     async def completions(self, request: Request) -> Response:
+        deadline = time.monotonic() + self.limits.seconds
         wanted = parsed(CompletionRequest, await self._read_json(request), self.limits)
         self._check_model(wanted)
         prompts = await asyncio.to_thread(self.served.prompts, wanted.prompt)
-        return self._answer("text_completion", wanted, prompts, COMPLETION_TOKENS)
+        return self._answer("text_completion", wanted, prompts, COMPLETION_TOKENS, deadline)
 
     async def chat(self, request: Request) -> Response:
+        deadline = time.monotonic() + self.limits.seconds
         wanted = parsed(ChatRequest, await self._read_json(request), self.limits)
         self._check_model(wanted)
         prompt = await asyncio.to_thread(self.served.conversation, wanted.messages)
-        return self._answer("chat.completion", wanted, [prompt], self.limits.tokens)
+        return self._answer("chat.completion", wanted, [prompt], self.limits.tokens, deadline)
 
     async def models(self, request: Request) -> Response:
         model = {"id": self.served.name, "object": "model", "created": self.created, "owned_by": "megasparse"}
@@ -100,7 +103,10 @@ class Api:
         headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"}
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
-    def _answer(self, kind: str, wanted: GenerationRequest, prompts: list[list[int]], default: int) -> Response:
+    def _answer(
+        self, kind: str, wanted: GenerationRequest, prompts: list[list[int]], default: int, deadline: float
+    ) -> Response:
+        """default: of the number of tokens. deadline: by the monotonic clock, from the arrival of the request."""
         choices = wanted.n or 1
         if len(prompts) * choices > self.limits.streams:
             message = f"n: {choices}, with {len(prompts)} prompts; must be {self.limits.streams} texts at most"
@@ -113,7 +119,6 @@ class Api:
             for number in range(choices)
         ]
         prompt_tokens = sum(map(len, prompts))
-        deadline = time.monotonic() + self.limits.seconds
         exchange = Exchange(self.worker, streams, prompt_tokens, deadline)
         include_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
         header = Header.new(kind, self.served.name)

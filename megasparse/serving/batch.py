@@ -136,7 +136,7 @@ class Batch:
         running = Running(stream, self.model, self.tokenizer)
         self.running.append(running)
         prompt_1T = torch.tensor([stream.prompt_ids], device=self._device)
-        logits_1V = self.model(prompt_1T, cache=running.cache)[:, -1].float()
+        logits_1V = self.model(prompt_1T, cache=running.cache, last_only=True)[:, 0].float()
         running.cache.advance(len(stream.prompt_ids))
         self._take(running, logits_1V)
 

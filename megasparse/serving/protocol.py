@@ -21,6 +21,8 @@ from megasparse.serving.limits import Limits
 
 MOST_STOPS = 4
 """As OpenAI's interface has it."""
+MOST_MESSAGES = 256
+"""Of a conversation: a template is rendered for each answer in it, with all that came before."""
 
 
 class StreamOptions(BaseModel):
@@ -95,7 +97,7 @@ class ChatRequest(GenerationRequest):
         "response_format": (None, {"type": "text"}),
     }
 
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = Field(max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Any = None
     top_logprobs: Any = None

@@ -14,8 +14,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -24,12 +26,15 @@ from megasparse.serving.limits import Limits
 from megasparse.serving.served import Served
 
 KEY_VARIABLE = "MEGASPARSE_API_KEY"
+HEADER_SECONDS = 30
+"""For the head of a request; of a silent connection, for its first one."""
 MOST_CONNECTIONS_PER_STREAM = 4
 """Connections beyond are answered with status 503: each may hold a body, or be slow."""
 
 
 class Server(uvicorn.Server):
-    """Says where it is once signals end it in order; ends running texts once they had their time."""
+    """Says where it is once signals end it in order; ends running texts once they had their time; closes connections
+    that ask for nothing, as they count among those that are allowed."""
 
     def __init__(self, config: uvicorn.Config, greeting: str, grace_seconds: float) -> None:
         super().__init__(config)
@@ -37,6 +42,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._closing = asyncio.create_task(self._close_silent())
         print(self._greeting, file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -44,6 +50,22 @@ class Server(uvicorn.Server):
         ending = asyncio.create_task(self._end_streams(worker))
         await super().shutdown(sockets)
         ending.cancel()
+        self._closing.cancel()
+
+    async def _close_silent(self) -> None:
+        """uvicorn closes what is idle after a request, unless it sends half of another one."""
+        waiting: dict[Any, tuple[Any, float]] = {}
+        while True:
+            await asyncio.sleep(min(HEADER_SECONDS / 10, 1))
+            now, before, waiting = time.monotonic(), waiting, {}
+            for connection in list(self.server_state.connections):
+                request: Any = getattr(connection, "cycle", None)
+                if request is not None and not request.response_complete:
+                    continue
+                known, since = before.get(connection, (request, now))
+                waiting[connection] = request, since if known is request else now
+                if now - waiting[connection][1] > HEADER_SECONDS:
+                    connection.transport.close()
 
     async def _end_streams(self, worker) -> None:
         await asyncio.sleep(self._grace_seconds)

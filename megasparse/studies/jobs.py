@@ -1,7 +1,7 @@
 """The runs of a study and their files: which there are, which have finished, what they reached.
 
     jobs = with_known(seed_jobs(place, arm, rate, seeds), known)
-    write_configs(jobs)                          # refuses what was begun with other settings
+    write_configs(jobs, data_of)                 # refuses what was begun with other settings, or on other data
     jobs[0].summary(), jobs[0].finished
 
 A run is a run folder as any other, in `runs/` of the folder of the study; its configuration lies in `configs/`, what it
@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megasparse.checkpoint.model_folder import CHECKSUMS
 from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
 from megasparse.config.schema import RunConfig
+from megasparse.data.fingerprints import changes, run_fingerprint
+from megasparse.data.vocabulary import file_sha256
 from megasparse.studies.solving import SolvedArm, with_fields
+from megasparse.utils.files import write_json
 from megasparse.utils.format import finite
 
 LEFT_OUT = {"run": {"name", "folder"}, "train": {"resume", "save_interval", "keep_checkpoints", "trackers"}}
@@ -54,6 +58,11 @@ class Job:
         return self.place / "configs" / f"{self.name}.yaml"
 
     @property
+    def data_file(self) -> Path:
+        """What it reads, as ``inputs_of`` gives it."""
+        return self.config_file.with_suffix(".data.json")
+
+    @property
     def log_file(self) -> Path:
         return self.place / "logs" / f"{self.name}.txt"
 
@@ -78,8 +87,18 @@ class Job:
         return finite(summary.get("val_loss")) if summary.get("finished") is True else None
 
 
+def inputs_of(config: RunConfig) -> dict[str, Any]:
+    """Fingerprints of all that decides what a run finds besides its settings: data, and where there are any the model
+    that it starts from, its teacher, and the task."""
+    models = {"init_from": config.train.init_from, "teacher": config.distillation.teacher}
+    files = {name: Path(folder) / CHECKSUMS for name, folder in models.items() if folder is not None}
+    if config.task.path is not None:
+        files["task"] = Path(config.task.path)
+    return run_fingerprint(config) | {name: file_sha256(path) for name, path in files.items() if path.is_file()}
+
+
 def digest(job: Job, data: object) -> str:
-    """Equal for runs that find the same: of all settings that are not the default, and of a fingerprint of the data."""
+    """Equal for runs that find the same: of all settings that are not the default, and of ``inputs_of`` the run."""
     settings = job.config.model_dump(mode="json", exclude_defaults=True, exclude=LEFT_OUT)
     return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -109,19 +128,34 @@ def best_rate(arm: SolvedArm, sweep: Sequence[Job]) -> float | None:
     return min(known, key=lambda rate: known[rate]) if known else None
 
 
-def write_configs(jobs: Sequence[Job]) -> None:
-    """Write each configuration. Raises ConfigError where one of the runs was begun with another."""
+def write_configs(jobs: Sequence[Job], data_of: Callable[[Job], dict[str, Any]]) -> None:
+    """Write each configuration, and what its run reads. Raises ConfigError where one of the runs was begun with other
+    settings, or on other data."""
     jobs = [job for job in jobs if job.known is None]
     for job in jobs:
         if job.config_file.is_file() and job.folder.exists():
-            changes = changed_settings(load_config([job.config_file]), job.config)
-            if changes:
-                raise ConfigError(
-                    f"{job.folder} was begun with other settings: {', '.join(changes)}; must be another name of the "
-                    "study, or delete this folder to train anew"
-                )
+            changed = changed_settings(load_config([job.config_file]), job.config)
+            if changed:
+                raise _other_run(job, "with other settings", changed)
+            if job.data_file.is_file() and (changed := changes(_read_inputs(job.data_file), data_of(job))):
+                raise _other_run(job, "on other data or models", changed)
     for job in jobs:
         save_config(job.config, job.config_file)
+        write_json(job.data_file, data_of(job))
+
+
+def _other_run(job: Job, how: str, changed: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{job.folder} was begun {how}: {', '.join(changed)}; must be another name of the study, or delete this folder "
+        "to train anew"
+    )
+
+
+def _read_inputs(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; must be what a study wrote there") from None
 
 
 def _job(place: Path, arm: SolvedArm, rate: float, seed: int) -> Job:

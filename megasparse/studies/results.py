@@ -27,6 +27,7 @@ from megasparse.utils.format import finite
 
 COSTS = ("step", "tokens", "flops_algorithmic", "seconds")
 DIGITS = 5
+NOT_FINITE = "its validation loss is not finite, so that it is in no mean"
 
 
 def collect(
@@ -51,7 +52,7 @@ def collect(
         "arms": rows,
         "differences": _differences(study, rows, "val_loss"),
         "accuracy_differences": _differences(study, rows, "task_accuracy"),
-        "failures": dict(failures),
+        "failures": {**failures, **{job.name: NOT_FINITE for job in jobs if job.finished and job.val_loss is None}},
     }
 
 

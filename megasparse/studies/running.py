@@ -135,6 +135,9 @@ class Crew:
                 preexec_fn=_end_with_parent,
             )
         self._running[slot] = _Running(job, process, time.monotonic(), log_start)
+        if self._signal is not None:
+            # It came while the process was made, which was not among the running ones yet.
+            process.send_signal(signal.SIGTERM)
 
     def _tell_end(self, one: _Running, failures: dict[str, str]) -> None:
         job, status, seconds = one.job, one.process.returncode, time.monotonic() - one.started

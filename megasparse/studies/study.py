@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 
 from megasparse.config.schema import RunConfig
-from megasparse.data.fingerprints import run_fingerprint
 from megasparse.launching.run_lock import hold_folder
 from megasparse.monitoring.console import print_table
 from megasparse.planning.assumptions import parse_assumptions
@@ -25,7 +24,7 @@ from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
 from megasparse.planning.probe import here_chip, measure
 from megasparse.studies.format import Study
-from megasparse.studies.jobs import Job, best_rate, digest, seed_jobs, sweep_jobs, with_known, write_configs
+from megasparse.studies.jobs import Job, best_rate, digest, inputs_of, seed_jobs, sweep_jobs, with_known, write_configs
 from megasparse.studies.page import write_page
 from megasparse.studies.results import collect, read_known, write_results
 from megasparse.studies.running import Command, Crew, make_slots
@@ -46,7 +45,7 @@ class Studied:
         self.place = Path(study.folder) / study.name
         self.known = read_known(known)
         self._data: dict[str, Any] = {}
-        """Fingerprints of the data by arm: each reads some megabytes."""
+        """What the runs read, by arm: each fingerprint reads some megabytes."""
         self.arms, self.budget = solve(study, file, without_models=without_models)
         self.sweep = [job for arm in self.arms for job in sweep_jobs(self.place, arm, study.sweep_seed)]
         self.slots = make_slots(study.processes, len(self.sweep) + len(self.arms) * len(study.seeds))
@@ -68,10 +67,10 @@ class Studied:
 
     def run(self, command: Command, tell: Callable[[str], None]) -> dict[str, Any]:
         """Run what has not finished, and write results and page. Raises Stopped, and ConfigError for a folder that is
-        in use or holds runs with other settings."""
+        in use or holds runs with other settings or on other data."""
         with hold_folder(self.place, tell), Crew(self.slots, command, tell) as crew:
             self.sweep = self._with_known(self.sweep)
-            write_configs(self.sweep)
+            write_configs(self.sweep, self._inputs)
             failures = crew.run(self.sweep, lambda failures: self._write([], failures))
             jobs = list[Job]()
             for arm in self.arms:
@@ -85,7 +84,7 @@ class Studied:
                 jobs += seed_jobs(self.place, arm, rate, self.study.seeds)
             # Seed by seed: of what is stopped early all arms have been run on the same seeds.
             jobs = self._with_known(sorted(jobs, key=lambda job: self.study.seeds.index(job.seed)))
-            write_configs(jobs)
+            write_configs(jobs, self._inputs)
             before = dict(failures)
             failures |= crew.run(jobs, lambda failures: self._write(jobs, before | failures))
             results = self._write(jobs, failures)
@@ -101,10 +100,13 @@ class Studied:
     def _with_known(self, jobs: Sequence[Job]) -> list[Job]:
         return with_known(jobs, self.known, self._digest) if self.known else list(jobs)
 
-    def _digest(self, job: Job) -> str:
+    def _inputs(self, job: Job) -> dict[str, Any]:
         if job.arm not in self._data:
-            self._data[job.arm] = run_fingerprint(job.config)
-        return digest(job, self._data[job.arm])
+            self._data[job.arm] = inputs_of(job.config)
+        return self._data[job.arm]
+
+    def _digest(self, job: Job) -> str:
+        return digest(job, self._inputs(job))
 
 
 def print_results(results: Mapping[str, Any], console: Console) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heapreplace
+from statistics import fmean
 from typing import Any
 
 from megasparse.studies.solving import SolvedArm
@@ -75,12 +76,17 @@ def arm_rows(results: Mapping[str, Any]) -> list[Row]:
             "shape": f"{arm['num_layers']} x {arm['hidden_size']}",
             "steps": f"{arm['steps']:,}",
             "tokens": format_count(arm["tokens"]),
-            "FLOPs": format_flops(arm["flops"]),
-            "budget": format_share(arm["flops"] / results["budget_flops"]),
+            "FLOPs": format_flops(_spent(arm)),
+            "budget": format_share(_spent(arm) / results["budget_flops"]),
             "training": format_seconds(arm["seconds"]),
         }
         for arm in results["arms"]
     ]
+
+
+def _spent(arm: Mapping[str, Any]) -> float:
+    """By the runs, where there are any: some methods decide while they train how much they compute."""
+    return fmean(run["flops"] for run in arm["runs"]) if arm["runs"] else arm["flops"]
 
 
 def difference_rows(results: Mapping[str, Any], of: str = "differences") -> list[Row]:

@@ -18,10 +18,11 @@ import torch
 
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder
 from megasparse.config.loader import ConfigError
-from megasparse.config.schema import RunConfig, SparsityConfig, SparsityGroup
+from megasparse.config.schema import AttentionConfig, RunConfig, SparsityConfig, SparsityGroup
 from megasparse.methods.mixed_sparsity import topology_density
 from megasparse.models.build import build_model
 from megasparse.sparsity.controller import Controller
+from megasparse.sparsity.schedule import PatternSchedule, pattern_at
 
 
 def finetune_words(path: Path, *, dense: bool = False) -> list[str]:
@@ -31,21 +32,33 @@ def finetune_words(path: Path, *, dense: bool = False) -> list[str]:
         raise ConfigError(f"--model: {path}: no model folder there; must be one, see tools/convert_checkpoint.py")
     folder = ModelFolder(path)
     settings = {"train.init_from": str(path), **dict(_model(folder.config)), **dict(_tokenizer(folder.config))}
+    settings |= dict(_attention(folder))
     settings |= {"sparsity.algorithm": "dense"} if dense or not folder.has_topology else dict(_masks(folder))
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
 def _model(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """What differs from the defaults; a window that all layers have; positions that begin anew with each example."""
+    """What differs from the defaults; positions that begin anew with each example."""
     defaults = type(config.model)()
     for name, value in config.model.model_dump(mode="json").items():
         if value != getattr(defaults, name):
             yield f"model.{name}", value
-    if config.attention.sliding_window is not None:
-        yield "attention.windows", [{"start": 0.0, "end": 1.0, "pattern": "local"}]
-        yield "attention.stride", config.attention.sliding_window
     if config.model.position_embedding == "learned":
         yield "data.reset_positions", True
+
+
+def _attention(folder: ModelFolder) -> Iterator[tuple[str, Any]]:
+    """The pattern that the weights were trained under, from the first step to the last, with all that shapes it."""
+    config, defaults = folder.config, AttentionConfig()
+    schedule = PatternSchedule(config.attention, config.model.num_layers, config.model.num_attention_heads)
+    pattern = pattern_at(config, int(folder.facts.get("step", 0)), schedule)
+    if pattern == "full":
+        return
+    yield "attention.windows", [{"start": 0.0, "end": 1.0, "pattern": pattern}]
+    given = config.attention.model_dump(mode="json")
+    for name in ("stride", "stride_offsets", "overrides", "dense_fallback"):
+        if getattr(config.attention, name) != getattr(defaults, name):
+            yield f"attention.{name}", given[name]
 
 
 def _tokenizer(config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from megasparse.checkpoint.model_folder import ModelFolderWriter
 from megasparse.config.loader import check_config
 from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.evaluation.run import EvaluationSettings, evaluate
+from megasparse.inference import compression
 from megasparse.inference.compressed_linear import CompressedLinear
 from megasparse.inference.compression import compress_model
 from megasparse.inference.generation import generate
@@ -97,6 +98,13 @@ def test_the_plan_says_what_lies_in_memory() -> None:
     first, *others = plan.lines()
     assert first.startswith("2 x attention.qkv: blocks of 16, float32, density 0.") and " MB of 0.10 MB" in first
     assert len(others) == 3
+
+
+def test_a_layer_that_is_too_wide_for_the_kernels_stays_dense(monkeypatch) -> None:
+    monkeypatch.setattr(compression, "MAX_INPUTS", 255)
+    model = pruned("blocks of 16")
+    plan = compress_model(model, "sparse")
+    assert {layer.name.partition("mlp.")[2] for layer in plan.layers if "mlp" in layer.name} == {"up"}
 
 
 def test_auto_leaves_small_and_dense_layers_alone() -> None:

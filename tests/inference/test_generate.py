@@ -56,8 +56,8 @@ class Fixed(nn.Module):
         self.config, self.token_multiple = ModelConfig(seq_length=T), 1
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
 
-    def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
-        return self.logits.expand(*tokens.shape, -1)
+    def forward(self, tokens: torch.Tensor, cache: object = None, last_only: bool = False) -> torch.Tensor:
+        return self.logits.expand(*tokens[:, -1:].shape if last_only else tokens.shape, -1)
 
 
 def seeded(seed: int) -> torch.Generator:

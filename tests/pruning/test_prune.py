@@ -27,6 +27,7 @@ from megasparse.inference.trained import open_trained
 from megasparse.launching import LaunchEnvironment
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup
+from megasparse.pruning import plan as pruning_plan
 from megasparse.pruning.calibrated_walk import CalibratedWalk
 from megasparse.pruning.criteria import magnitude, wanda
 from megasparse.pruning.methods import METHODS
@@ -456,6 +457,17 @@ def test_other_settings_do_not_go_on(trained, tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="holds an unfinished pruning with another density: 0.5, here 0.4; must be"):
         prune(settings(trained, tmp_path / "out", density=0.4), ALONE)
+    # The same text in windows of another length.
+    windows = pruning_plan.folder_windows
+
+    def longer(*words, **drawn) -> torch.Tensor:
+        found = windows(*words, **drawn)
+        return found.view(-1, 2 * found.shape[1])
+
+    monkeypatch.setattr(pruning_plan, "folder_windows", longer)
+    with pytest.raises(ConfigError, match="holds an unfinished pruning with another windows"):
+        prune(settings(trained, tmp_path / "out"), ALONE)
+    monkeypatch.undo()
     prune(settings(trained, tmp_path / "out", density=0.4, restart=True), ALONE)
     prune(settings(trained, tmp_path / "again", density=0.4), ALONE)
     assert trained_files(tmp_path / "out") == trained_files(tmp_path / "again")

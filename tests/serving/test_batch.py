@@ -229,3 +229,13 @@ def test_draws_are_those_of_each_ones_own_generator() -> None:
     run(batch)
     assert told[0].text == told[1].text != told[2].text
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_prompt_costs_the_logits_of_its_last_token_alone() -> None:
+    model, shapes = model_of(), []
+    model.head.register_forward_hook(lambda head, given, found: shapes.append(given[0].shape[1]))
+    batch = Batch(model, BYTES, Limits(), ())
+    batch.waiting.append(stream_of("a long prompt", max_tokens=2))
+    run(batch)
+    generate(model, torch.tensor([BYTES.encode("a long prompt")]), 2)
+    assert shapes == [1] * 4

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 from served_models import CONTEXT, Gate, events, running, text_of, until, write_folder  # noqa: E402
 
 from megasparse.inference.sampling import sample_text  # noqa: E402
+from megasparse.serving import server as server_module  # noqa: E402
 from megasparse.serving.batch import Running  # noqa: E402
 from megasparse.serving.exchange import Exchange  # noqa: E402
 from megasparse.serving.limits import Limits  # noqa: E402
@@ -187,6 +190,41 @@ def test_a_key_is_asked_for(served) -> None:
             assert "secret" not in json.dumps(answer)
         assert server.get("/v1/models")[0] == 401 and server.get("/health")[0] == server.get("/")[0] == 200
         assert server.post(COMPLETIONS, {"prompt": "a"}, Authorization="Bearer secret")[0] == 200
+    # Paths are those of the routes, whatever a client calls the host.
+    with running(served, LIMITS, api_key="secret", hosts=None) as server:
+        for host in ("x/y?", "x/#", "somewhere"):
+            assert server.post(COMPLETIONS, {"prompt": "a"}, Host=host)[0] in (400, 401)
+
+
+def test_a_long_conversation_is_refused_before_it_is_rendered(served) -> None:
+    with running(served, replace(LIMITS, body_bytes=20_000)) as server:
+        status, answer = server.post(CHAT, {"messages": [{"role": "assistant", "content": ""}] * 257})
+    assert status == 400 and answer["error"]["param"] == "messages" and "256" in answer["error"]["message"]
+
+
+def test_time_counts_from_the_arrival_of_a_request(served, monkeypatch) -> None:
+    monkeypatch.setattr(Served, "prompts", lambda self, prompt: time.sleep(1.0) or [[97]])
+    with running(served, replace(LIMITS, seconds=0.5)) as server:
+        status, answer = server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1})
+    assert status in (503, 504) and answer["error"]["code"] == "time_limit"
+
+
+def test_connections_that_ask_for_nothing_are_closed(served, monkeypatch) -> None:
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 1.0)
+    with running(served, LIMITS) as server, contextlib.ExitStack() as stack:
+        half = b"POST /v1/completions HTTP/1.1\r\nHost: loc"
+        for begun in (b"", half, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + half):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            silent.sendall(begun)
+            while silent.recv(4096):
+                pass
+        # One that waits for its text stays.
+        with Gate(served.trained.model) as gate:
+            connection = server.open_stream({"prompt": "a", "max_tokens": 2, "temperature": 0})
+            time.sleep(2.5)
+            gate.open()
+            assert text_of(list(events(connection.getresponse()))) == expected(served, "a", 2, temperature=0)
+            connection.close()
 
 
 def test_more_than_the_queue_holds_is_refused_and_taken_later(server, served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,16 +16,19 @@ import pytest
 import study_files
 from study_files import DENSE, write
 
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, load_config
 from megasparse.studies.format import load_study
-from megasparse.studies.running import make_slots
+from megasparse.studies.jobs import inputs_of
+from megasparse.studies.running import Stopped, make_slots
 from megasparse.studies.study import PAGE, RESULTS, Studied
+from megasparse.studies.tables import arm_rows
 
 FAKE = Path(__file__).with_name("fake_run.py")
 DRIVER = """
 import sys
 from pathlib import Path
 from megasparse.studies.format import load_study
+from megasparse.studies.jobs import inputs_of
 from megasparse.studies.running import Stopped
 from megasparse.studies.study import Studied
 file, fake, seconds = sys.argv[1:]
@@ -84,7 +88,9 @@ def test_a_study_ends_in_numbers_and_a_page(tmp_path) -> None:
     page = (tmp_path / "tiny" / PAGE).read_text()
     assert page.count("<svg") == 4 and "Paired differences" in page and f"{difference['mean']:+.4f}" in page
     assert "mst: learning rate 0.002 of 0.001, 0.002" in told
-    configs = [json.loads(json.dumps(path.read_text())) for path in (tmp_path / "tiny" / "configs").glob("mst*seed1*")]
+    configs = [
+        json.loads(json.dumps(path.read_text())) for path in (tmp_path / "tiny" / "configs").glob("mst*seed1.yaml")
+    ]
     assert len(configs) == 1 and "seed: 1\n" in configs[0] and "resume: auto" in configs[0]
 
 
@@ -173,6 +179,66 @@ def test_other_settings_are_not_mixed_with_runs_that_are_there(tmp_path) -> None
     run(write(tmp_path))
     with pytest.raises(ConfigError, match=r"begun with other settings: .*train.steps: 110 -> 120.*; must be another"):
         run(write(tmp_path, budget={"share": 0.3, "of": "dense"}))
+
+
+def test_other_data_are_not_mixed_with_runs_that_are_there(tmp_path) -> None:
+    task = tmp_path / "task.jsonl"
+    task.write_text("{}")
+    settings = {**study_files.SETTINGS, "task": {"path": str(task)}}
+    file = write(tmp_path, settings=settings)
+    first = run(file)
+    task.write_text("[2]")
+    with pytest.raises(ConfigError, match="_seed1 was begun on other data or models: .*task.*; must be another"):
+        run(file)
+    # Nor do results of other data count as known.
+    told: list[str] = []
+    run(write(tmp_path, settings=settings, name="again"), told.append, [tmp_path / "tiny" / RESULTS])
+    assert not any("finished before" in text for text in told)
+    task.write_text("{}")
+    assert run(write(tmp_path, settings=settings))["arms"] == first["arms"], "nothing was lost"
+
+
+@pytest.mark.parametrize("field", ["train.init_from", "distillation.teacher"])
+def test_models_are_part_of_what_a_run_reads(field, tmp_path) -> None:
+    config = load_config([], ["model.vocab_size=64", f"{field}={tmp_path}"])
+    found = []
+    for content in ("[1]", "[2]", "[1]"):
+        (tmp_path / "checksums.json").write_text(content)
+        found.append(inputs_of(config))
+    assert found[0] == found[2] != found[1]
+    without = load_config([], ["model.vocab_size=64"])
+    assert set(inputs_of(without)) == {"tokenizer_sha256", "train", "valid"}, "as in results of before"
+
+
+def test_a_signal_while_a_run_is_being_started_reaches_it(tmp_path) -> None:
+    file = write(tmp_path, processes=1)
+    studied = Studied(load_study(file), file)
+
+    def command(job) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [sys.executable, str(FAKE), str(job.config_file), "0.05"]
+
+    with pytest.raises(Stopped):
+        studied.run(command, lambda text: None)
+    assert all(lines(path / "metrics.jsonl") < 60 for path in runs_of(tmp_path).values())
+
+
+def test_a_seed_without_a_finite_loss_is_a_failure(tmp_path) -> None:
+    file = write(tmp_path)
+    run(file)
+    (folder,) = (path for name, path in runs_of(tmp_path).items() if name.startswith("mst") and name.endswith("seed2"))
+    summary = folder / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"val_loss": math.nan}))
+    results = run(file)
+    assert [arm["n"] for arm in results["arms"]] == [2, 2, 1]
+    assert "not finite" in results["failures"][folder.name]
+
+
+def test_the_table_shows_what_was_spent(tmp_path) -> None:
+    results = run(write(tmp_path))
+    runs = results["arms"][2]["runs"]
+    results["arms"][2]["runs"] = [{**one, "flops": 2 * results["budget_flops"]} for one in runs]
+    assert [row["budget"] for row in arm_rows(results)][2] == "200 %"
 
 
 def test_a_folder_belongs_to_one_study_at_a_time(tmp_path) -> None:
