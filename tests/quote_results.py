@@ -1,4 +1,4 @@
-"""The tables that READMEs quote, of studies and of decoding, made from the committed results.
+"""The tables that READMEs quote, of studies, decoding and pruning, made from the committed results.
 
     python tests/quote_results.py        # writes the tables anew, after results have changed
 
@@ -17,7 +17,7 @@ from test_architecture import ROOT
 
 from megasparse.studies.tables import arm_rows, difference_rows
 
-PAGES = [ROOT / name for name in ("README.md", "configs/studies/README.md", "launch/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "configs/studies/README.md", "launch/README.md", "tools/README.md")]
 QUOTED = re.compile(r"(<!-- Results of (benchmarks/results/\S+\.json) -->\n).*?(<!-- End of the results -->\n)", re.S)
 
 
@@ -45,6 +45,19 @@ def decoding_table(results: Mapping[str, Any]) -> str:
     return markdown(["weights", "MB", "tokens a second", "over dense fp32", prompt], rows)
 
 
+def pruning_table(results: Mapping[str, Any]) -> str:
+    """What benchmarks/one_shot_pruning.py has found: perplexity of each method by the share of weights that are gone."""
+    pruned = results["pruned"]
+    gone = list(dict.fromkeys(row["sparsity"] for row in pruned))
+    rows = [["none", *(f"{results['dense']['perplexity']:.2f}" for _ in gone)]]
+    for kind in dict.fromkeys((row["method"], row["distribution"], row["sds"]) for row in pruned):
+        found = {row["sparsity"]: row for row in pruned if (row["method"], row["distribution"], row["sds"]) == kind}
+        method, distribution, sds = kind
+        words = [method, *(["AlphaPruning"] if distribution == "alpha" else []), *(["SDS"] if sds else [])]
+        rows.append([", ".join(words), *(f"{found[share]['perplexity']:.2f}" for share in gone)])
+    return markdown(["pruned by", *(f"{share:.0%}" for share in gone)], rows)
+
+
 def paired(row: Mapping[str, str] | None) -> str:
     """A mean difference and its interval, which there is from two pairs on."""
     if row is None:
@@ -58,10 +71,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+TABLES = {"sparse": decoding_table, "one": pruning_table}
+"""By the first word of the file's name; others are of studies."""
+
+
 def with_tables(page: str) -> str:
     def quoted(found: re.Match[str]) -> str:
         results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))
-        make = decoding_table if Path(found[2]).name.startswith("sparse_decoding") else study_table
+        make = TABLES.get(Path(found[2]).name.partition("_")[0], study_table)
         return f"{found[1]}\n{make(results)}\n{found[3]}"
 
     return QUOTED.sub(quoted, page)

@@ -1,4 +1,4 @@
-"""What READMEs say of studies and of decoding is what the committed results hold."""
+"""What READMEs say of studies, decoding and pruning is what the committed results hold."""
 
 from __future__ import annotations
 
