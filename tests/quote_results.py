@@ -46,7 +46,7 @@ def decoding_table(results: Mapping[str, Any]) -> str:
 
 
 def pruning_table(results: Mapping[str, Any]) -> str:
-    """What benchmarks/one_shot_pruning.py has found: perplexity of each method by the share of weights that are gone."""
+    """What benchmarks/one_shot_pruning.py has found: perplexity by method and share of weights that are gone."""
     pruned = results["pruned"]
     gone = list(dict.fromkeys(row["sparsity"] for row in pruned))
     rows = [["none", *(f"{results['dense']['perplexity']:.2f}" for _ in gone)]]
