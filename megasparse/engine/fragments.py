@@ -85,9 +85,12 @@ def optimized_tensors(
 def wait_for_reductions(optimizer: Any) -> None:
     """Let what is given to the device from now on, such as an edit of gradients, come after their reductions.
 
-    DeepSpeed reduces on a stream of its own where communication overlaps with the backward pass. The host does not
-    wait. optimizer: DeepSpeed's, or ours at stage 0.
+    DeepSpeed reduces on a stream of its own where communication overlaps with the backward pass. The host waits only
+    where gradients are copied to it, at stages 1 and 2 with offloading: what it reads must have come.
+    optimizer: DeepSpeed's, or ours at stage 0.
     """
+    if (wait_for_copies := getattr(optimizer, "_wait_for_offload_copies", None)) is not None:
+        wait_for_copies()
     for name in ("reduction_stream", "reduce_and_partition_stream"):
         stream = getattr(optimizer, name, None)
         if stream is not None:

@@ -53,12 +53,17 @@ def open_mesh(
     store.set_timeout(timeout)
     rank, world_size = environment.rank, environment.world_size
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    failed = True
     try:
         yield make_mesh(rank, world_size, device, backend, timeout, tensor_parallel_size, store)
+        failed = False
     finally:
-        # After a failed collective a destroy would wait for peers that are gone: leaving is enough then.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        # NCCL's destroy waits for collectives that have begun, and peers may never join those of a rank that failed: it
+        # would hang before it has said why. Leaving is enough then.
+        if not (failed and backend == "nccl" and world_size > 1):
+            # After a failed collective gloo would wait for peers that are gone, too.
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def _device(local_rank: int) -> tuple[torch.device, str]:

@@ -67,16 +67,21 @@ class DeltaLinear(Linear):
         """Put base + values [n unit^2] into the weight, rounded once to its dtype."""
         if self.numbers is None:
             return
-        at, inside = self.entries()
-        merged = self.base + values.view(self.base.shape).to(torch.float32)
-        self.weight.view(-1)[at[inside]] = merged[inside].to(self.weight.dtype)
+        self._write(self.base + values.view(self.base.shape).to(torch.float32))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the frozen values back, bit for bit."""
         if self.numbers is not None:
-            at, inside = self.entries()
-            self.weight.view(-1)[at[inside]] = self.base[inside].to(self.weight.dtype)
+            self._write(self.base)
+
+    def _write(self, values: Tensor) -> None:
+        """Put values of the chosen units [n, unit, unit] into the weight."""
+        at, inside = self.entries()
+        if self.out_features % self.unit or self.in_features % self.unit:
+            # The host waits for a device here, to learn how many they are.
+            at, values = at[inside], values[inside]
+        self.weight.view(-1)[at] = values.to(self.weight.dtype)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Flat places in the weight of all entries of the chosen units, int64 [n, unit, unit], and whether they are
