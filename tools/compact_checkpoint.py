@@ -64,6 +64,7 @@ def main_pack(arguments: argparse.Namespace) -> None:
     else:
         checkpoint, _ = find_checkpoint(arguments.run, arguments.step)
         saved, config = Checkpoint(checkpoint), load_config([arguments.run / "config.yaml"])
+        saved.check_only_topology()
         companions = record_files(arguments.run)
     with progress_bar("packing", weight_bytes(saved)) as progress:
         more = {"weights_only": weights_only, "form": arguments.index, "companions": companions, "progress": progress}

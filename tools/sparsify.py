@@ -84,7 +84,8 @@ def main(arguments: argparse.Namespace) -> None:
     run, output = arguments.run, arguments.output
     config_file = (run or arguments.model) / "config.yaml"
     if run is not None and not arguments.weights_only:
-        saved: SavedState = Checkpoint(find_checkpoint(run, arguments.step)[0])
+        saved = Checkpoint(find_checkpoint(run, arguments.step)[0])
+        saved.check_only_topology()
         changed, config = changed_state(arguments, saved, load_config([config_file]), config_file, saved.facts.step)
         with new_folder(output) as folder, progress_bar("writing", weight_bytes(saved)) as progress:
             save_config(moved(config, output), folder / "config.yaml")

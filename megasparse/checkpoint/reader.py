@@ -150,6 +150,17 @@ class Checkpoint:
                 break
         return found
 
+    def check_only_topology(self) -> None:
+        """Raise CheckpointError where a method besides the topology has saved something: who reads whole parameters and
+        masks alone would lose it, and the run could not go on."""
+        names = (name for file in self.files() for name in self._open(*file).specs)
+        found = {name.split("/")[1] for name in names if name.startswith(f"{METHOD}/")} - {"topology"}
+        if found:
+            raise CheckpointError(
+                f"{self.folder}: holds the state of {', '.join(sorted(found))}, which would be lost; must be weights "
+                "alone (--weights-only), or a checkpoint without"
+            )
+
     def check_slots(self) -> None:
         """Raise CheckpointError where a packed parameter is not made of the active blocks of its layer: what is missing
         would be read as zeros."""

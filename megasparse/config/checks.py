@@ -386,6 +386,8 @@ def _unused_elsewhere(config: RunConfig) -> Iterator[str]:
         yield f"kernels.elementwise {kernel} is not used with train.compile blocks, which joins torch's own operators"
     if data.valid is not None and "data.valid_fraction" in given:
         yield "data.valid replaces data.valid_fraction"
+    if any(source.weight != 1.0 for source in data.valid or ()):
+        yield "data.valid.weight is not used: validation takes samples of each as they are there"
     if data.reset_positions and not data.document_masking:
         yield "data.reset_positions is used with data.document_masking true only"
     if data.reset_positions and config.model.position_embedding == "rope":

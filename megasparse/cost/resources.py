@@ -89,13 +89,14 @@ def _rows_and_columns(model: GPT) -> int:
 
 def _tuned_entries(config: RunConfig, model: GPT) -> dict[str, int]:
     """Of an adapter, on every rank: places of the trained units and their values in the base; and of SpIEL's candidates
-    while their gradients are collected: place, sum and sum of squares. Nothing without an adapter."""
+    while their gradients are collected: place, sum and sum of squares, and the gradient of the step. Nothing without an
+    adapter."""
     if config.adapter_unit is None:
         return {}
     local = sum(parameter.numel() for parameter in model.parameters())
     found = {"tuned_entries": 4 * local + 8 * local // config.adapter_unit**2}
     collects = config.spiel.density is not None and not config.spiel.trains_by_sm3
-    return found | ({"candidates": 12 * local} if collects else {})
+    return found | ({"candidates": 16 * local} if collects else {})
 
 
 def packed_layers(model: GPT) -> list[PackedLinear]:

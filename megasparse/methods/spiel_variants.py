@@ -47,13 +47,13 @@ class AccumulatedGradients(SpIEL):
     def __init__(self, config: RunConfig, model: GPT) -> None:
         super().__init__(config, model)
         self.candidates: dict[str, Candidates] = {}
-        self._of_step: dict[str, tuple[Tensor, Tensor]] = {}
-        """(places, gradients) of the step under way, which may yet be skipped."""
+        self.of_step: dict[str, tuple[Tensor, Tensor]] = {}
+        """By layer (places, gradients) of the step under way, which may yet be skipped."""
 
     def begin_step(self, step: Step) -> None:
         settings = self.config.spiel
         place = step.index % settings.interval
-        self._of_step = {}
+        self.of_step = {}
         if place == 0:
             self.candidates = {}
         collects = self.mesh is not None and place < settings.selection_steps
@@ -65,8 +65,8 @@ class AccumulatedGradients(SpIEL):
         assert self.mesh is not None
         axis = self.mesh.data_parallel
         dense = gradient.to(torch.float32).reshape(-1)
-        if name in self._of_step:
-            places, sums = self._of_step[name]
+        if name in self.of_step:
+            places, sums = self.of_step[name]
         elif name in self.candidates:
             places, sums = self.candidates[name].places, torch.zeros_like(self.candidates[name].sums)
         else:
@@ -75,13 +75,13 @@ class AccumulatedGradients(SpIEL):
             places = top(dense.abs().nan_to_num_(), self.counts[name])
             sums = dense[places]
             places = places.to(torch.int32) if dense.numel() < 2**31 else places
-            self._of_step[name] = places, sums
+            self.of_step[name] = places, sums
             return
         sums += axis.sum_(dense[places]).div_(axis.size)
-        self._of_step[name] = places, sums
+        self.of_step[name] = places, sums
 
     def after_backward(self, step: Step) -> None:
-        for name, (places, sums) in self._of_step.items():
+        for name, (places, sums) in self.of_step.items():
             known = self.candidates.get(name)
             if known is None:
                 self.candidates[name] = Candidates(places, sums, sums.square(), sums.new_ones(()))
@@ -89,7 +89,7 @@ class AccumulatedGradients(SpIEL):
                 known.sums += sums
                 known.squares += sums.square()
                 known.count += 1
-        self._of_step = {}
+        self.of_step = {}
         super().after_backward(step)
 
     def candidates_known(self) -> bool:

@@ -149,6 +149,8 @@ class Switching(TrainingMethod):
         """Raises ValueError for the state of another model."""
         assert self._mesh is not None
         ranks, device = self._mesh.tensor_parallel, self._mesh.device
+        if "phase" not in state:
+            raise ValueError("the checkpoint holds no state of switching: it is of a run without, or lost it")
         self.controller.load(state["phase"])
         for name, mlp in self.mlps.items():
             for kind, tensors in (("labels", self.labels), ("router", self.routers)):

@@ -4,15 +4,18 @@
         records.metrics({"step": 10, "loss": 2.5})
 
 ``metrics.jsonl`` has a line per logged step, ``topology.jsonl`` a line per topology update (training methods may write
-files of their own), and ``topology/<layer>/step-N.png`` shows the mask of a few layers, bright where it is active. On a
-restart, lines of steps that will be done again are removed, and so are damaged ones, with a warning. The numbers of a
-line of metrics go to the trackers as well.
+files of their own, whose names stand in ``records.json``), and ``topology/<layer>/step-N.png`` shows the mask of a few
+layers, bright where it is active. On a restart, lines of steps that will be done again are removed, and so are damaged
+ones, with a warning; files that no run has written stay as they are. The numbers of a line of metrics go to the
+trackers as well.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +27,11 @@ from torch import Tensor
 
 from megasparse.monitoring.tracked_run import TrackedRun, scalars_of
 from megasparse.monitoring.trackers import start_trackers
-from megasparse.utils.files import write_at_once
+from megasparse.utils.files import write_at_once, write_json
 from megasparse.utils.json_lines import JsonLinesWriter, name_lines, read_json_lines
 
+NAMES = "records.json"
+"""In a run folder: which files of lines are the run's own."""
 PICTURE_SIDE = 128
 """Largest side of a topology picture, in pixels."""
 
@@ -53,7 +58,12 @@ class RunRecords:
         self.folder = folder
         self._trackers = start_trackers(trackers, TrackedRun(folder, resume_step, parameters or {}), warn)
         self._lines = {} if lines is None else lines
-        kept = {path.stem: _drop_lines_after(path, resume_step, warn) for path in folder.glob("*.jsonl")}
+        # Other files of lines in the folder are the user's.
+        self._names = {"metrics", "topology", *self._lines, *_recorded_names(folder)}
+        ours = [
+            path for name in sorted(self._names) if (path := folder / f"{name}.jsonl").exists() or path.is_symlink()
+        ]
+        kept = {path.stem: _drop_lines_after(path, resume_step, warn) for path in ours}
         for name, count in self._lines.items():
             if kept.get(name, 0) < count:
                 warn(
@@ -80,6 +90,10 @@ class RunRecords:
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """Add a line to `<name>.jsonl`. values: `step`, finished steps, and what happened in it. Numbers that are not
         finite, which JSON does not know, become null."""
+        if name not in self._names:
+            # Before the file is there, so that a later start knows it as the run's.
+            self._names.add(name)
+            write_json(self.folder / NAMES, sorted(self._names))
         if name not in self._files:
             self._files[name] = JsonLinesWriter(self.folder / f"{name}.jsonl")
         self._files[name].write(_without_nan(values))
@@ -101,6 +115,16 @@ class RunRecords:
             file.close()
         for tracker in self._trackers:
             tracker.close(failed=failed)
+
+
+def _recorded_names(folder: Path) -> list[str]:
+    """Empty where no run has written any but the usual ones, or what it wrote cannot be read."""
+    try:
+        found = json.loads((folder / NAMES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = found if isinstance(found, list) else []
+    return [name for name in names if isinstance(name, str) and re.fullmatch(r"[\w-]+", name)]
 
 
 def _without_nan(values: Any) -> Any:

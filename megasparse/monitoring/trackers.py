@@ -52,8 +52,7 @@ class TensorBoardTracker:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = run.resume_step + 1 if run.resume_step else None
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.resume_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -72,6 +72,9 @@ class Trainer:
         reason = "finished"
         self._begin_run()
         with self.loader() as loader:
+            # A command that has stopped there before, and is given again, trains no further.
+            if train.stop_after is not None and train.stop_after <= self.state.step < train.steps:
+                reason = f"stopped after step {train.stop_after} (train.stop_after)"
             while reason == "finished" and self.state.step < train.steps:
                 self.renew_engine()
                 step = self.train_step(loader)

@@ -86,8 +86,8 @@ def make_folders(folder: Path) -> None:
 
 
 def sync_files(folder: Path, pattern: str) -> None:
-    """Makes what has been written to the files of these names in a folder durable."""
-    for path in folder.glob(pattern):
+    """Makes what has been written to the files of these names in a folder durable. Links that lead nowhere are none."""
+    for path in filter(Path.is_file, folder.glob(pattern)):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

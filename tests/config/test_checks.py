@@ -196,6 +196,7 @@ def test_contradictions_name_field_value_and_possible_values(world_size, overrid
             "used with distillation.hidden_weight above 0 only: distillation.tokens",
         ),
         (["sparsity.capacity_change_cost=2"], "sparsity.capacity_change_cost is used by sparsity.storage packed"),
+        (["data.valid=[{path: a, weight: 9}, {path: b}]"], "data.valid.weight is not used"),
         (["sparsity.fold_low_rank=true"], "sparsity.fold_low_rank is used with sparsity.low_rank above 0 only"),
         (["model.rope_theta=5000"], "model.rope_theta is used by model.position_embedding rope only"),
     ],

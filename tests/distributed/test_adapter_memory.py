@@ -48,6 +48,9 @@ def held_bytes(run: Run) -> dict[str, int]:
             found["optimizer"] += bytes_of([*method.rows.values(), *method.columns.values()])
         if isinstance(method, AccumulatedGradients):
             every = [t for c in method.candidates.values() for t in (c.places, c.sums, c.squares)]
+            places = {t.data_ptr() for t in every}
+            # Those of the step under way may yet be skipped.
+            every += [t for pair in method.of_step.values() for t in pair if t.data_ptr() not in places]
             found["candidates"] = bytes_of(every)
         if isinstance(method, AdapterTuning):
             every = [t for layer in method.layers.values() for t in (layer.numbers, layer.base)]
@@ -56,11 +59,11 @@ def held_bytes(run: Run) -> dict[str, int]:
 
 
 def measure(mesh: Mesh, cases: dict[str, list[str]]) -> dict[str, list[dict[str, int]]]:
-    """In an ordinary step, and for SpIEL in one that collects candidates too."""
+    """In an ordinary step, and for SpIEL in the second one that collects candidates too."""
     found = {}
     for name, words in cases.items():
         run, rows = Run(mesh, Layout(1, 1, 0, 1), words), []
-        for index in (STEPS, STEPS + 1):
+        for index in (STEPS, STEPS + 2):
             run.advance(index - run.index)
             for method in run.methods:
                 method.begin_step(Step(index))
@@ -98,12 +101,12 @@ def test_state_and_gradients_are_below_two_percent_of_full_fine_tuning(found, na
         assert share < (found["smt"][0]["gradients"] + found["smt"][0]["optimizer"]) / (12 * full["weights"])
 
 
-def test_candidates_add_twelve_bytes_an_entry_while_they_are_collected(found) -> None:
-    """Above two percent then, at stage 0 in float32: 14 + 12 bytes an entry against 12."""
+def test_candidates_add_sixteen_bytes_an_entry_while_they_are_collected(found) -> None:
+    """Above two percent then, at stage 0 in float32: 14 + 16 bytes an entry against 12."""
     full, row = found["full"][0], found["accumulated_gradients"][1]
-    assert row["candidates"] == 12 * row["weights"]
+    assert row["candidates"] == 16 * row["weights"]
     share = (row["gradients"] + row["optimizer"] + row["candidates"]) / (12 * full["weights"])
-    assert share == pytest.approx(0.0217, rel=0.02)
+    assert share == pytest.approx(0.025, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "full"])

@@ -145,3 +145,13 @@ def test_a_dense_run_made_sparse_goes_on_in_training(corpus, tmp_path) -> None:
     lines = curve(tmp_path / "sparse")
     assert [line[0] for line in lines] == [5, 6, 7, 8]
     assert all(line[4] == pytest.approx(0.2, abs=0.01) for line in lines)
+
+
+@pytest.mark.parametrize("tool", ["compact_checkpoint", "sparsify"])
+def test_state_of_other_methods_is_not_lost_without_a_word(tool, corpus, tmp_path) -> None:
+    words = ["run.name=run", "sparsity.algorithm=dense", "layer_tying.mode=dynamic", "train.stop_after=2"]
+    run(command(corpus, tmp_path, *words, ranks=1))
+    given = ("pack",) if tool == "compact_checkpoint" else ("--density", "0.5", "--block-size", "16")
+    status, output = call(tool, *given, "--run", tmp_path / "run", "--output", tmp_path / "small")
+    assert status == 2 and "holds the state of layer_tying, which would be lost" in output.replace("\n", " "), output
+    assert not (tmp_path / "small").exists()

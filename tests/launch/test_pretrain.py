@@ -77,6 +77,9 @@ def assert_resumes(corpus: Path, straight: Path, tmp_path: Path, stop_after: int
     name = "run.name=straight"
     first = run(command(corpus, tmp_path, name, f"train.stop_after={stop_after}", *overrides))
     assert "stop_after" in first.stdout
+    if not overrides and stop_after == 7:
+        again = run(command(corpus, tmp_path, name, f"train.stop_after={stop_after}", "train.resume=auto"))
+        assert "stop_after" in again.stdout and curve(tmp_path / "straight")[-1][0] == 7, "it has stopped there already"
     second = run(command(corpus, tmp_path, name, "train.resume=auto", *overrides))
     assert f"going on from step {stop_after}" in second.stdout
     assert curve(tmp_path / "straight") == curve(straight)

@@ -16,7 +16,7 @@ from PIL import Image
 from megasparse.monitoring.records import RunRecords
 from megasparse.monitoring.tracked_run import TrackedRun
 from megasparse.reporting.run_data import read_run
-from megasparse.utils.files import describe_failure
+from megasparse.utils.files import describe_failure, sync_files
 
 
 def lines(path: Path) -> list[dict]:
@@ -39,6 +39,23 @@ def test_a_restart_removes_lines_of_steps_that_are_done_again(tmp_path: Path) ->
         (3, 3.0),
         (4, 40.0),
     ]
+
+
+def test_files_of_the_user_are_left_alone_and_those_of_methods_are_not(tmp_path: Path) -> None:
+    foreign = tmp_path / "answers.jsonl"
+    foreign.write_text('{"prompt": "a"}\n{"step": 9, "score": 1}\nno line\n')
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    before = foreign.read_bytes()
+    warnings: list[str] = []
+    for start in (0, 2, 0):
+        with RunRecords(tmp_path, resume_step=start, warn=warnings.append) as records:
+            for step in range(start + 1, 5):
+                records.metrics({"step": step, "loss": 1.0})
+                records.record("spiel", {"step": step, "grown": start})
+        sync_files(tmp_path, "*.jsonl")
+        found = [(line["step"], line["grown"]) for line in lines(tmp_path / "spiel.jsonl")]
+        assert found == [(step, 0) for step in range(1, start + 1)] + [(step, start) for step in range(start + 1, 5)]
+    assert foreign.read_bytes() == before and not warnings
 
 
 def test_lines_that_should_be_there_are_told(tmp_path: Path) -> None:
@@ -74,6 +91,7 @@ def test_a_damaged_line_is_named_and_neither_stops_a_restart_nor_stays(
     good = [f'{{"step": {step}, "loss": {step}.0}}'.encode() for step in (1, 3, 9)]
     path = tmp_path / f"{name}.jsonl"
     path.write_bytes(b"\n".join([good[0], damage, good[1], good[2]]) + b"\n")
+    (tmp_path / "records.json").write_text('["metrics", "of_a_method", "topology"]')
     warnings: list[str] = []
     RunRecords(tmp_path, resume_step=5, warn=warnings.append).close()
     assert path.read_bytes() == b"\n".join(good[:2]) + b"\n"

@@ -67,6 +67,11 @@ def test_tensorboard_shows_a_step_once_after_a_restart(folder) -> None:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == curve((range(1, 4), 1), (range(4, 7), -1))
+    # From the beginning, too: a run without a checkpoint.
+    assert run(folder, ["tensorboard"], range(1, 3), sign=2.0) == []
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == curve((range(1, 3), 2))
     assert sorted(events.Tags()["scalars"]) == ["loss", "lr"]
 
 
