@@ -22,10 +22,12 @@ QUOTED = re.compile(r"(<!-- Results of (benchmarks/results/\S+\.json) -->\n).*?(
 
 
 def study_table(results: Mapping[str, Any]) -> str:
-    """What each arm has reached, with its paired difference to each baseline, in Markdown."""
-    minus = {(row["arm"], row["minus"]): row for row in difference_rows(results)}
+    """What each arm has reached, with its paired difference to each baseline, in Markdown: of the accuracy where there
+    is a task, else of the loss."""
+    of = "accuracy_differences" if results["accuracy_differences"] else "differences"
+    minus = {(row["arm"], row["minus"]): row for row in difference_rows(results, of)}
     baselines = list(dict.fromkeys(baseline for _, baseline in minus))
-    shown = ("arm", "shape", "tokens", "lr", "validation loss")
+    shown = ("arm", "shape", "tokens", "lr", "validation loss", *(["task accuracy"] if of != "differences" else []))
     rows = list[list[str]]()
     for arm, row in zip(results["arms"], arm_rows(results), strict=True):
         if arm["n"]:

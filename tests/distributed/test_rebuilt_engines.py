@@ -59,4 +59,6 @@ def test_memory_is_flat_over_many_rebuilds(zero, pytestconfig) -> None:
     for of_rank in run_distributed(rebuild, 2, zero, rebuilds, timeout=1200):
         assert of_rank["rungs"] > 2 and len(of_rank["found"]) > 1
         assert of_rank["alive"] == 0, "models of closed engines are in memory"
-        assert len(set(of_rank["found"])) == 1, of_rank["found"]
+        # What an earlier use of the process has left may still go.
+        first, *others = of_rank["found"]
+        assert all(count <= first[0] and size <= first[1] for count, size in others), of_rank["found"]

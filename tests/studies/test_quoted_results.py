@@ -11,7 +11,7 @@ from quote_results import PAGES, QUOTED, with_tables
 from test_architecture import ROOT
 
 QUOTES = [(path, found[2]) for path in PAGES for found in QUOTED.finditer(path.read_text(encoding="utf-8"))]
-CRITICAL_T = {2: 12.706204736, 3: 4.302652730}
+CRITICAL_T = {2: 12.706204736, 3: 4.302652730, 4: 3.182446305, 5: 2.776445105}
 """Student's t at 97.5 %, by the number of pairs."""
 
 
@@ -37,9 +37,16 @@ def test_means_and_intervals_follow_from_the_runs(file: str) -> None:
             assert abs(arm["flops"] / results["budget_flops"] - 1) < 0.01 or arm["solve"] == "none"
     assert results["differences"]
     for one in results["differences"]:
-        theirs = losses[one["baseline"]]
-        pairs = [loss - theirs[seed] for seed, loss in losses[one["arm"]].items() if seed in theirs]
-        assert (one["n"], one["mean"]) == (len(pairs), pytest.approx(mean(pairs)))
-        if len(pairs) in CRITICAL_T:
-            width = CRITICAL_T[len(pairs)] * stdev(pairs) / math.sqrt(len(pairs))
-            assert one["half_width"] == pytest.approx(width, rel=1e-6)
+        check_difference(one, losses)
+    accuracies = {arm["arm"]: {run["seed"]: run.get("task_accuracy") for run in arm["runs"]} for arm in results["arms"]}
+    for one in results["accuracy_differences"]:
+        check_difference(one, accuracies)
+
+
+def check_difference(one: dict, values: dict[str, dict[int, float]]) -> None:
+    theirs = values[one["baseline"]]
+    pairs = [value - theirs[seed] for seed, value in values[one["arm"]].items() if seed in theirs]
+    assert (one["n"], one["mean"]) == (len(pairs), pytest.approx(mean(pairs)))
+    if len(pairs) in CRITICAL_T:
+        width = CRITICAL_T[len(pairs)] * stdev(pairs) / math.sqrt(len(pairs))
+        assert one["half_width"] == pytest.approx(width, rel=1e-6)
