@@ -59,6 +59,6 @@ def test_memory_is_flat_over_many_rebuilds(zero, pytestconfig) -> None:
     for of_rank in run_distributed(rebuild, 2, zero, rebuilds, timeout=1200):
         assert of_rank["rungs"] > 2 and len(of_rank["found"]) > 1
         assert of_rank["alive"] == 0, "models of closed engines are in memory"
-        # What an earlier use of the process has left may still go.
-        first, *others = of_rank["found"]
-        assert all(count <= first[0] and size <= first[1] for count, size in others), of_rank["found"]
+        # A number may just be in the hands of another thread. What is lost in a rebuild would be lost in each of them.
+        counts, sizes = zip(*of_rank["found"], strict=True)
+        assert max(counts) - min(counts) <= 1 and max(sizes) - min(sizes) <= 8, of_rank["found"]
