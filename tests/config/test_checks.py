@@ -231,3 +231,24 @@ def test_a_saved_configuration_names_nothing_in_vain(tmp_path) -> None:
     config = load_config([], ["sparsity.algorithm=set", "train.steps=50"])
     save_config(config, tmp_path / "config.yaml")
     assert unused_settings(load_config([tmp_path / "config.yaml"])) == unused_settings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model.activation=relu2", "activation_sparsity.pattern=2:4"],
+            "sparsity.low_rank: 4 does not go with activation_sparsity.pattern 2:4; must be 0",
+        ),
+        (
+            ["sparsity.fold_low_rank=true", "sparsity.head=true", "model.tie_embeddings=true"],
+            "sparsity.fold_low_rank: true does not go with a sparse head that is tied",
+        ),
+    ],
+)
+def test_low_rank_branches_are_refused_where_they_would_change_what_is_computed(words, message) -> None:
+    given = ["model.vocab_size=64", "sparsity.low_rank=4"]
+    with pytest.raises(ConfigError, match=message):
+        check_run(load_config([], [*given, *words]), 1)
+    for without in ("sparsity.low_rank=0", "sparsity.algorithm=dense"):
+        check_run(load_config([], [*given, *words, without]), 1)
