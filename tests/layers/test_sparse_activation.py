@@ -12,6 +12,7 @@ from megasparse.config.loader import ConfigError, load_config
 from megasparse.config.schema import RunConfig
 from megasparse.kernels import activation_sparsity as kernels
 from megasparse.kernels.activation_sparsity import semi_structured
+from megasparse.layers.residual import scaled_branch
 from megasparse.layers.sparse_activation import SparseActivation
 from megasparse.methods.activation_sparsity import ActivationSparsity
 from megasparse.methods.callback import Step
@@ -153,6 +154,18 @@ def test_tensor_cores_are_refused_where_there_are_none() -> None:
     assert "the device is cpu" in (semi_structured.why_not(torch.device("cpu"), torch.bfloat16) or "")
     with pytest.raises(ValueError, match="must be multiples of 64"):
         kernels.product(torch.zeros(64, 32), torch.zeros(32, 64), "semi_structured")
+
+
+def test_a_dropped_branch_does_without_tensor_cores() -> None:
+    """It is visited with one token of each sample, which is no multiple of what they multiply."""
+    mlp = build_model(config_with(), 64).layers[0].mlp
+    mlp.in_training = SparseActivation("semi_structured")
+    x = torch.randn(4, 12, 16, requires_grad=True)
+    y = scaled_branch(mlp, 0.0, x)
+    y.sum().backward()
+    assert y.shape == x.shape and not y.any() and not x.grad.any()
+    with pytest.raises(ValueError, match="multiples of 64"):
+        scaled_branch(mlp, 1.0, x)
 
 
 def test_the_split_of_the_weight_gradient_is_that_of_the_masks(monkeypatch) -> None:
