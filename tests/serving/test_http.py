@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra serve")
 
 from served_models import CONTEXT, Gate, events, running, text_of, until, write_folder  # noqa: E402
+from starlette.datastructures import URL  # noqa: E402
+from starlette.requests import Request  # noqa: E402
 
 from megasparse.inference.sampling import sample_text  # noqa: E402
 from megasparse.serving import server as server_module  # noqa: E402
@@ -184,7 +186,7 @@ def test_paths_methods_and_kinds_of_bodies(server) -> None:
     assert server.get("/health", Host="localhost")[0] == server.get("/health", Host="[::1]:8000")[0] == 200
 
 
-def test_a_key_is_asked_for(served) -> None:
+def test_a_key_is_asked_for(served, monkeypatch) -> None:
     with running(served, LIMITS, api_key="secret") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             status, answer = server.post(COMPLETIONS, {}, **headers)
@@ -192,10 +194,11 @@ def test_a_key_is_asked_for(served) -> None:
             assert "secret" not in json.dumps(answer)
         assert server.get("/v1/models")[0] == 401 and server.get("/health")[0] == server.get("/")[0] == 200
         assert server.post(COMPLETIONS, {"prompt": "a"}, Authorization="Bearer secret")[0] == 200
-    # Paths are those of the routes, whatever a client calls the host.
+    # Paths are those of the routes, whatever a client calls the host: older Starlette builds `url` from its words.
+    monkeypatch.setattr(Request, "url", property(lambda request: URL("http://x/y?/v1/completions")))
     with running(served, LIMITS, api_key="secret", hosts=None) as server:
         for host in ("x/y?", "x/#", "somewhere"):
-            assert server.post(COMPLETIONS, {"prompt": "a"}, Host=host)[0] in (400, 401)
+            assert server.post(COMPLETIONS, {"prompt": "a"}, Host=host)[0] == 401
 
 
 def test_a_long_conversation_is_refused_before_it_is_rendered(served) -> None:
