@@ -1,7 +1,8 @@
 """A training step of the ultra-sparse phase against the dense one, whole and by part, with the Amdahl ceiling.
 
     python benchmarks/train_step.py [--model gpt2-small-width] [--precision fp32] [--density 0.1] [--block 64]
-        [--kernel auto] [--sparse-head] [--attention-pattern sparse] [--layers 4] [--tokens 2048] [--device cpu]
+        [--kernel auto] [--sparse-head] [--storage packed] [--attention-pattern sparse] [--layers 4] [--tokens 2048]
+        [--device cpu]
 
 Trainers stand side by side in one process, dense and sparse at constant density without topology updates (those are
 `topology_step.py`'s), and take turns: each round times some steps of one, then of the other, and takes one more step of
@@ -81,6 +82,7 @@ def make_config(arguments: argparse.Namespace, kind: str) -> RunConfig:
         f"sparsity.density={arguments.density}",
         f"sparsity.block_size={arguments.block}",
         f"sparsity.head={str(arguments.sparse_head).lower()}",
+        f"sparsity.storage={arguments.storage}",
         "sparsity.update_interval=1000000",
         f"attention.windows=[{{start: 0.0, end: 1.0, pattern: {arguments.attention_pattern}}}]",
     ]
@@ -150,6 +152,7 @@ def report(
         "block": arguments.block,
         "kernel": arguments.kernel,
         "sparse_head": arguments.sparse_head,
+        "storage": arguments.storage,
         "attention_pattern": arguments.attention_pattern,
         "steps_per_round": arguments.steps,
         "rounds": arguments.rounds,
@@ -171,6 +174,7 @@ def report(
         "torch_seconds_by_part": parts.get("torch", parts["dense"]),
     }
     suffix = f"{arguments.model}-{arguments.precision}-{arguments.kernel}" + ("-head" if arguments.sparse_head else "")
+    suffix += "-packed" if arguments.storage == "packed" else ""
     path = write_result("train_step", {"results": [numbers]}, suffix=suffix, folder=arguments.results)
     print_parts(parts)
     print(f"dense products: {products_of}")
@@ -204,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.1, help="density of the sparse layers (default: 0.1)")
     parser.add_argument("--block", type=int, default=64, help="side of the blocks (default: 64)")
     parser.add_argument("--kernel", choices=kernels, default="auto", help="kernels.block_sparse (default: auto)")
+    parser.add_argument("--storage", choices=("dense", "packed"), default="dense", help="sparsity.storage")
     parser.add_argument("--sparse-head", action="store_true", help="the head is sparse too, as in the paper")
     parser.add_argument(
         "--attention-pattern", choices=get_args(Pattern), default="full", help="of the sparse run (default: full)"

@@ -94,11 +94,12 @@ if __name__ == "__main__":
     parser.add_argument("--study", required=True, type=Path, metavar="FILE", help="YAML file of the study")
     parser.add_argument(
         "--known",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         type=Path,
         metavar="FILE",
-        help="results.json of another study, whose runs of the same settings and data are not run again",
+        help="results.json of other studies, whose runs of the same settings and data are not run again",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what every arm costs and the time; run nothing")
     options = parser.parse_args()

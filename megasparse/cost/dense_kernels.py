@@ -35,7 +35,7 @@ def dense_kernels(config: RunConfig, model: GPT, device: str) -> list[dict[str, 
             continue
         outer, inner = layer.partition.local_shape
         # The head sees a chunk of the tokens at a time.
-        seen = model.head_in_chunks.chunk_rows(tokens) if layer is model.head else tokens
+        seen = model.head_in_chunks.chunk_rows(tokens, dtype) if layer is model.head else tokens
         # The head is in no block: torch.compile does not trace it.
         is_traced = config.train.compile == "blocks" and layer is not model.head
         wanted = "torch" if is_traced else asked

@@ -49,7 +49,7 @@ class LayerKernels:
         self.device, self.dtype, self.planned = device, DTYPES[config.train.precision], planned
         tokens = config.train.micro_batch_size * config.model.seq_length
         # The head sees a chunk of the tokens at a time.
-        rows = {model.head.name: model.head_in_chunks.chunk_rows(tokens)}
+        rows = {model.head.name: model.head_in_chunks.chunk_rows(tokens, self.dtype)}
         self.shapes = {
             name: LayerShape(
                 layer.block_size, rows.get(name, tokens), cast(tuple[int, int], layer.partition.local_shape[::-1])

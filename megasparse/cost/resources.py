@@ -12,6 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from megasparse.config.schema import RunConfig
+from megasparse.cost.layer_kernels import DTYPES
 from megasparse.layers import DeltaLinear, PackedLinear, TensorTrainLinear
 from megasparse.models.gpt import GPT
 from megasparse.sparsity.controller import Controller
@@ -124,9 +125,11 @@ def logits_bytes(config: RunConfig, model: GPT) -> int:
     size, loss, hidden = BYTES[config.train.precision], model.head_in_chunks, config.model.hidden_size
     tokens = config.train.micro_batch_size * config.model.seq_length
     # The scores are float32: the logits themselves, or a copy, which only kernels.loss cpu does without.
-    chunk = loss.chunk_rows(tokens) * loss.vocabulary.share * (size if size == 4 else size + 4)
-    # The gradient of the weight is summed in float32, beside that of the present chunk.
-    return chunk + tokens * hidden * size + loss.vocabulary.share * hidden * (size + 4)
+    rows = loss.chunk_rows(tokens, DTYPES[config.train.precision])
+    chunk = rows * loss.vocabulary.share * (size if size == 4 else size + 4)
+    # With several chunks the gradient of the weight is summed in float32, beside that of the present one.
+    weight = loss.vocabulary.share * hidden * (size if rows == tokens else size + 4)
+    return chunk + tokens * hidden * size + weight
 
 
 def communication_per_rank(config: RunConfig, model: GPT, controller: Controller, world_size: int) -> dict[str, float]:

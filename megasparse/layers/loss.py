@@ -25,9 +25,12 @@ from megasparse.kernels.cross_entropy import cross_entropy_
 from megasparse.layers.linear import Linear
 from megasparse.parallel import TensorParallel
 
-CHUNK_ELEMENTS = 2**26
-"""Logits of a chunk on a rank, at most: 256 MiB in float32. Each chunk adds the gradient of the whole weight to a sum;
-at 1,000 tokens and more that hardly shows beside the products."""
+CHUNK_BYTES = 2**28
+"""Of the logits of a chunk on a rank, at most. Each chunk but a lone one adds the gradient of the whole weight to a sum
+in float32: with 50,304 entries of width 768 in bfloat16, two chunks of 1,024 tokens moved 1 GB for that."""
+
+PIECE = 2**20
+"""Elements that are scaled at once on a CPU: 4 MiB in float32, which stay in the cache."""
 
 
 ChunkLoss = Callable[[torch.Tensor, slice, bool], torch.Tensor]
@@ -122,7 +125,8 @@ class HeadInChunks(nn.Module):
     Under ZeRO stage 3 DeepSpeed must be told of `head_parameters`, which this module uses and does not own.
     """
 
-    def __init__(self, head: Linear, vocabulary: Vocabulary, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+    def __init__(self, head: Linear, vocabulary: Vocabulary, chunk_elements: int | None = None) -> None:
+        """chunk_elements: logits of a chunk on a rank, at most; None: as many as are `CHUNK_BYTES`."""
         super().__init__()
         assert head.division == "column", f"{head.name} divides its inputs"
         # In a tuple the head does not become a submodule, so its parameters keep their one place and name.
@@ -151,9 +155,10 @@ class HeadInChunks(nn.Module):
         logits_NW = head.product(x_NC, head.bias)
         return logits_NW if side_NR is None else logits_NW + F.linear(side_NR, head.side_out)
 
-    def chunk_rows(self, num_tokens: int) -> int:
-        """Tokens of a chunk, the same on every rank: as few chunks as the size allows, all alike."""
-        chunks = -(-num_tokens * self.vocabulary.share // self.chunk_elements)
+    def chunk_rows(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """Tokens of a chunk, the same on every rank: as few chunks as the size allows, all alike. dtype: of logits."""
+        most = self.chunk_elements or CHUNK_BYTES // dtype.itemsize
+        chunks = -(-num_tokens * self.vocabulary.share // most)
         return -(-num_tokens // chunks)
 
 
@@ -162,7 +167,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     Gradients are kept without the factor dloss / N until the backward pass brings it: with float16 that factor holds
     the loss scale, without which small gradients would be lost. Those of the parameters are summed over the chunks in
-    float32 (float64 for float64): one rounding per chunk and one at the end, as far from exact as a single product.
+    float32 (float64 for float64), where there are several: one rounding per chunk and one at the end, as far from exact
+    as a single product.
     """
 
     @staticmethod
@@ -176,7 +182,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
         num_tokens = len(inputs[0])
-        rows = head.chunk_rows(num_tokens)
+        rows = head.chunk_rows(num_tokens, inputs[0].dtype)
         losses, input_gradients = [], []
         totals: list[torch.Tensor] = []
         for first in range(0, num_tokens, rows):
@@ -222,17 +228,23 @@ def _losses_and_gradients(
     losses_N = chunk_loss(gradient_NW, tokens, True)
     gradients = torch.autograd.grad(logits_NW, [*inputs, *parameters], gradient_NW)
     of_parameters = gradients[len(inputs) :]
-    if totals:
-        for total, gradient in zip(totals, of_parameters, strict=True):
-            total.add_(gradient)
+    if not totals:
+        totals.extend(of_parameters)
     else:
-        totals.extend(gradient.to(_wide(gradient)) for gradient in of_parameters)
+        for i, gradient in enumerate(of_parameters):
+            totals[i] = totals[i].to(_wide(gradient)).add_(gradient)
     return losses_N, *gradients[: len(inputs)]
 
 
 def _scaled(gradient: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
-    """gradient * scale, in place where the dtype allows it."""
-    return gradient.to(_wide(gradient)).mul_(scale).to(dtype)
+    """gradient * scale, computed in float32 or wider and rounded once; in place where the dtype is right already."""
+    wide = _wide(gradient)
+    if dtype == wide or gradient.device.type != "cpu" or not gradient.is_contiguous():
+        return gradient.to(wide).mul_(scale).to(dtype)
+    result = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    for source, target in zip(gradient.view(-1).split(PIECE), result.view(-1).split(PIECE), strict=True):
+        target.copy_(source.to(wide) * scale)
+    return result
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

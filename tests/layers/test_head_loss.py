@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import megasparse.layers.loss as loss_module
 from megasparse.layers import HeadInChunks, Linear, SparseLinear, Vocabulary
+from megasparse.layers.loss import CHUNK_BYTES, PIECE
 from megasparse.parallel import CommunicationGroup, TensorParallel
 
 V, ROWS, C, TOKENS = 43, 48, 16, (3, 7)
@@ -168,7 +170,33 @@ def test_no_target_is_skipped_silently(target, rank) -> None:
 
 def test_chunks_are_few_and_alike() -> None:
     module = HeadInChunks(make_head("plain"), Vocabulary(V, ROWS, TensorParallel()), chunk_elements=10 * ROWS)
-    assert [module.chunk_rows(tokens) for tokens in (1, 10, 11, 40, 41)] == [1, 10, 6, 10, 9]
+    assert [module.chunk_rows(tokens, torch.float32) for tokens in (1, 10, 11, 40, 41)] == [1, 10, 6, 10, 9]
+
+
+def test_chunks_hold_as_many_bytes_in_every_dtype() -> None:
+    module = HeadInChunks(make_head("plain"), Vocabulary(V, ROWS, TensorParallel()))
+    most = CHUNK_BYTES // ROWS
+    assert (
+        module.chunk_rows(most // 4, torch.float32) == module.chunk_rows(most // 4 + 1, torch.bfloat16) - 1 == most // 4
+    )
+    assert module.chunk_rows(most // 2, torch.bfloat16) == most // 2 > module.chunk_rows(most // 2 + 1, torch.bfloat16)
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 1000])
+def test_the_factor_from_outside_is_taken_in_float32(chunk_rows, monkeypatch) -> None:
+    """A gradient of bfloat16 is rounded once more for it, whether it goes through in one piece or in many."""
+    head, (x, targets) = make_head("plain", torch.bfloat16), inputs(torch.bfloat16)
+    found = []
+    for piece, factor in ((PIECE, 1.0), (PIECE, 0.3), (7, 0.3)):
+        monkeypatch.setattr(loss_module, "PIECE", piece)
+        loss = head_loss(head, chunk_rows)(x, targets)
+        found.append(torch.autograd.grad(loss * factor * targets.numel(), [x, head.weight]))
+    for whole, scaled, in_pieces in zip(*found, strict=True):
+        assert torch.equal(scaled, in_pieces)
+        if chunk_rows > targets.numel():
+            # Before the factor, 1 here, gradients were rounded to bfloat16 already.
+            factor = torch.tensor(float(targets.numel())) * 0.3 / targets.numel()
+            assert torch.equal(scaled, (whole.float() * factor).bfloat16())
 
 
 def test_a_loss_of_ones_own_sees_every_chunk() -> None:
