@@ -36,6 +36,15 @@ def test_data_that_was_replaced_is_no_continuation(tmp_path: Path) -> None:
     assert "data: cannot be told, as " in run([*again, "train.stop_after=5"]).stdout
 
 
+def test_another_split_of_the_data_is_no_continuation(tmp_path: Path) -> None:
+    words = command(write_corpus(tmp_path), tmp_path, "run.name=x", "train.stop_after=2", ranks=1)
+    again = [*words, "train.resume=auto", "train.stop_after=3", "data.valid_fraction=0.3"]
+    run(words)
+    assert "data.valid_fraction: 0.3, but the run to go on with has 0.1; must be 0.1" in run(again, expect=2).stdout
+    told = run([*again, "data.allow_changed=true"]).stdout
+    assert "warning: changed since the run was last started: the order of the samples, by data.valid_fraction: " in told
+
+
 def test_a_tokenizer_that_was_replaced_is_no_continuation(tmp_path: Path) -> None:
     """By one of as many entries with the same end of a document."""
     for kind in ("bpe", "unigram"):
