@@ -3,21 +3,26 @@
 check_resume(load_config([folder / "config.yaml"]), config)         # ConfigError names field, old and new value
 
 What is saved belongs to the fields of `FIXED`: with other values the saved state would not fit, or would mean something
-else. All other fields are in `FREE`: a change takes effect from the next step on, and is announced.
+else, as a position in the data does where the samples stand in another order. All other fields are in `FREE`: a change
+takes effect from the next step on, and is announced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import fsum, inf, isclose
 from typing import Any
 
 from megasparse.config.adapters import SmtConfig
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, changed_settings
 from megasparse.config.schema import ModelConfig, RunConfig, SparsityConfig
 
 Rule = Callable[[RunConfig, RunConfig], bool]
 """(configuration that the run was last started with, that of now) -> whether the change must be refused."""
+
+
+OTHER_ORDER = "some samples come again and others are left out"
+"""What follows where the position in the data, a number of samples, is counted on in samples of another order."""
 
 
 def _always(before: RunConfig, after: RunConfig) -> bool:
@@ -55,8 +60,34 @@ def _becomes_auto(before: RunConfig, after: RunConfig) -> bool:
     return after.sparsity.lr_density_power == "auto"
 
 
+def _changes_blend(before: RunConfig, after: RunConfig) -> bool:
+    """Whether the sources have other shares of the samples; what lies in them is compared by their fingerprints."""
+    old, new = (_shares(run) for run in (before, after))
+    return len(old) != len(new) or not all(isclose(a, b, rel_tol=1e-12) for a, b in zip(old, new, strict=True))
+
+
+def _shares(run: RunConfig) -> list[float]:
+    weights = [source.weight for source in run.data.train or ()]
+    return [weight / fsum(weights) for weight in weights]
+
+
+def _changes_split(before: RunConfig, after: RunConfig) -> bool:
+    """Where sets for validation come in place of the fraction, or go, their fingerprints tell."""
+    old, new = before.data, after.data
+    return old.valid is None and new.valid is None and old.valid_fraction != new.valid_fraction
+
+
+def _unless_allowed(rule: Rule) -> Rule:
+    return lambda before, after: not after.data.allow_changed and rule(before, after)
+
+
+ORDERING: dict[str, Rule] = {"data.train": _changes_blend, "data.valid_fraction": _changes_split}
+"""Fields that decide which sample stands at a position, and when they do so otherwise than before."""
+
+
 FIXED: dict[str, Rule] = {
     "run.seed": _always,
+    **{field: _unless_allowed(rule) for field, rule in ORDERING.items()},
     **{f"model.{name}": _always for name in ModelConfig.model_fields},
     "train.init_from": _starts_elsewhere,
     "stacking.num_layers": _always,
@@ -87,7 +118,7 @@ FIXED: dict[str, Rule] = {
 FREE: dict[str, str] = {
     "run": "name folder",
     "attention": "stride stride_offsets phases windows overrides dense_fallback",
-    "data": "train valid valid_fraction document_masking reset_positions tokenizer tokenizer_path allow_changed",
+    "data": "valid document_masking reset_positions tokenizer tokenizer_path allow_changed",
     "optimizer": "lr min_lr_ratio warmup_steps schedule decay_fraction decay_start beta1 beta2 epsilon "
     "weight_decay gradient_clipping",
     "train": "steps global_batch_size micro_batch_size micro_batch_size_by_phase precision "
@@ -122,7 +153,9 @@ def check_resume(before: RunConfig, after: RunConfig) -> None:
     for field, refuses in FIXED.items():
         old, new = (_value(run, field) for run in (before, after))
         if old != new and refuses(before, after):
-            found.append(f"{field}: {new}, but the run to go on with has {old}; must be {old}, or another run.name")
+            allowed = f", or data.allow_changed=true, with which {OTHER_ORDER}" if field in ORDERING else ""
+            told = f"{field}: {new}, but the run to go on with has {old}; must be {old}, or another run.name"
+            found.append(told + allowed)
     if after.sparsity.lr_density_power == "auto" and before.lr_density_rule != after.lr_density_rule:
         power, cap = before.lr_density_rule
         found.append(
@@ -133,7 +166,17 @@ def check_resume(before: RunConfig, after: RunConfig) -> None:
         raise ConfigError("\n".join(found))
 
 
+def announced_changes(before: RunConfig, after: RunConfig) -> list[str]:
+    """What is told of a run that goes on with other settings, a line each."""
+    fields = [field for field, changes in ORDERING.items() if changes(before, after)]
+    told = [f"the order of the samples, by {' and '.join(fields)}: {OTHER_ORDER}"] if fields else []
+    return [*changed_settings(before, after), *told]
+
+
 def _value(config: RunConfig, field: str) -> Any:
     section, name = field.split(".")
     value = getattr(getattr(config, section), name)
+    if field == "data.train" and value is not None:
+        # Paths may change: data that was moved is the same data.
+        return f"sources of weights {[source.weight for source in value]}"
     return [group.model_dump(exclude_defaults=True) for group in value] if field == "sparsity.groups" else value

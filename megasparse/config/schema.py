@@ -289,7 +289,7 @@ class DataConfig(Section):
     tokenizer_path: str | None = None
     """File of the tokenizer."""
     allow_changed: bool = False
-    """Go on with other data or another tokenizer than when the run was last started; what changed is told."""
+    """Go on with other data, weights or tokenizer than when the run was last started; what changed is told."""
 
 
 class OptimizerConfig(Section):

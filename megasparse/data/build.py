@@ -13,7 +13,7 @@ from typing import Any
 from megasparse.config.loader import ConfigError
 from megasparse.config.schema import RunConfig
 from megasparse.data.dataset import ConcatenatedDataset, PackedDataset, split_documents
-from megasparse.data.facts import EndOfDocument, recorded_end_of_document
+from megasparse.data.facts import DataFacts, EndOfDocument, recorded_end_of_document, recorded_tokenizer
 from megasparse.data.index_format import DatasetError
 from megasparse.data.indexed import IndexedDataset
 from megasparse.data.sampler import BlendedDataset, ShuffledDataset, derive_seed
@@ -99,7 +99,8 @@ def _packed(
 
 
 def open_tokenizer(config: RunConfig, recorded: EndOfDocument | None = None) -> Tokenizer | None:
-    """The run's tokenizer, where one is named, ending documents as the run's data does. ValueError for no tokenizer.
+    """The run's tokenizer, where one is named, ending documents as the run's data does. ValueError for no tokenizer,
+    and for one that the data was not made with, as far as the data tells.
 
     recorded: what a run or a model folder says of itself, as `end_of_document` gave it; it needs no data.
     """
@@ -114,6 +115,8 @@ def open_tokenizer(config: RunConfig, recorded: EndOfDocument | None = None) -> 
             f"data.tokenizer: {named} ends documents with id {tokenizer.end_of_document_id}, the data with {chosen}; "
             "must be the tokenizer that the data was made with"
         )
+    if recorded is None:
+        _check_made_with(config, DataFacts.of(tokenizer))
     return tokenizer
 
 
@@ -129,8 +132,24 @@ def end_of_document(config: RunConfig, recorded: EndOfDocument | None = None) ->
 
 
 def _beside_the_data(config: RunConfig) -> EndOfDocument | None:
-    sources = [*(config.data.train or ()), *(config.data.valid or ())]
-    return recorded_end_of_document(source.path for source in sources)
+    """DatasetError also where parts of the data were made with different tokenizers."""
+    end = recorded_end_of_document(_prefixes(config))
+    recorded_tokenizer(_prefixes(config))
+    return end
+
+
+def _prefixes(config: RunConfig) -> list[str]:
+    return [source.path for source in (*(config.data.train or ()), *(config.data.valid or ()))]
+
+
+def _check_made_with(config: RunConfig, own: DataFacts) -> None:
+    """Raise ConfigError where the data says that another tokenizer has made it: its ids would mean other texts."""
+    found = recorded_tokenizer(_prefixes(config))
+    if found is not None and found[1].identity != own.identity:
+        raise ConfigError(
+            f"data.tokenizer: {own.described} is not the tokenizer of {found[0]}, which was made with "
+            f"{found[1].described}; must be that one, or null beside model.vocab_size"
+        )
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

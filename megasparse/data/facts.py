@@ -19,6 +19,7 @@ from typing import Any
 
 from megasparse.data.index_format import DatasetError, dataset_paths
 from megasparse.data.vocabulary import Tokenizer
+from megasparse.utils.differences import shown
 from megasparse.utils.files import write_json
 
 FORMAT = "megasparse token data 1"
@@ -65,6 +66,17 @@ class DataFacts:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> DataFacts:
         return cls(tokenizer.name, tokenizer.file_sha256, tokenizer.vocab_size, EndOfDocument.of(tokenizer))
+
+    @property
+    def identity(self) -> str | None:
+        """What tells the tokenizer from others: the hash of its file, or `bytes`; None where that is not recorded."""
+        return self.tokenizer_sha256 or (self.tokenizer if self.tokenizer == "bytes" else None)
+
+    @property
+    def described(self) -> str:
+        """The tokenizer, for messages."""
+        digest = self.tokenizer_sha256
+        return self.tokenizer if digest is None else f"{self.tokenizer} (SHA-256 {shown(digest)})"
 
 
 def facts_path(prefix: str | PathLike[str]) -> Path:
@@ -140,3 +152,23 @@ def recorded_end_of_document(prefixes: Iterable[str]) -> EndOfDocument | None:
                 "in all data of a run (--end-of-document of tools/preprocess_data.py)"
             )
     return None if first is None else first[1]
+
+
+def recorded_tokenizer(prefixes: Iterable[str]) -> tuple[str, DataFacts] | None:
+    """The first of these data sets that tells which tokenizer made it, and what it says; None where none of them does.
+
+    DatasetError naming two that were made with different ones.
+    """
+    first: tuple[str, DataFacts] | None = None
+    for prefix in prefixes:
+        facts = read_facts(prefix)
+        if facts is None or facts.identity is None:
+            continue
+        if first is None:
+            first = (prefix, facts)
+        elif facts.identity != first[1].identity:
+            raise DatasetError(
+                f"{first[0]} was made with {first[1].described}, {prefix} with {facts.described}; must be one "
+                "tokenizer in all data of a run"
+            )
+    return first

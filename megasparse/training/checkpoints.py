@@ -42,8 +42,8 @@ from megasparse.training.build_engine import RunStorage, capacities_of
 from megasparse.training.state import TrainState
 from megasparse.utils.files import describe_failure, sync_files
 
-LOSS = "window/loss"
-"""Name of a rank's own sum of losses in its file."""
+WINDOW = "window"
+"""Beginning of the names of a rank's own sums of losses in its file: `window/loss`, `window/<part>`."""
 MESSAGE_BYTES = 1000
 """Of a message that ranks tell each other, at most."""
 
@@ -132,17 +132,20 @@ class Checkpointer:
         others |= self._copy.slots()
         others = others if self._mesh.is_first else {}
         others[f"{RANDOM}/cpu"] = torch.get_rng_state()
-        # The sum of losses since the last line of metrics is each rank's own; all else in the state is common.
-        others[LOSS] = torch.tensor([state.window.loss], dtype=torch.float64)
+        # The sums of losses since the last line of metrics are each rank's own; all else in the state is common.
+        sums = {name: torch.tensor([total], dtype=torch.float64) for name, total in state.window.losses.items()}
+        others |= {f"{WINDOW}/{name}": total for name, total in sums.items()}
         failure: Exception | None = None
         if self._mesh.is_first:
             try:
                 self.store.begin(state.step)
             except OSError as error:
                 failure = error
-        mean = float(self._mesh.control.sum_(others[LOSS].clone())) / self._mesh.world_size
+        means = self._mesh.control.sum_(torch.cat(list(sums.values()))) / self._mesh.world_size
         # A copy: it must hold still while training goes on.
-        index = self._index(TrainState.from_dict(state.to_dict()), [mean])
+        common = TrainState.from_dict(state.to_dict())
+        common.window.set_losses(dict(zip(sums, means.tolist(), strict=True)))
+        index = self._index(common)
         copy = self._copy.begin({name: tensor.clone() for name, tensor in others.items()})
         if self._mesh.agree_any(failure is not None):
             self._fail(failure or CheckpointError("rank 0 could not begin a checkpoint"))
@@ -290,20 +293,23 @@ class Checkpointer:
         if self._grows_from(index):
             # What was usual for the small model says nothing of the whole one.
             state.norms.recent.clear()
-        losses, own = index.window_losses, None
-        if self._is_same_layout(index):
-            own = checkpoint.own_tensor(self._mesh.rank, LOSS)
-            random = checkpoint.random_state(self._mesh.rank)
-            if random is not None:
-                torch.set_rng_state(random)
-        if own is not None:
-            state.window.loss = float(own)
-        elif len(losses) == self._mesh.world_size and self._is_same_layout(index):
-            state.window.loss = losses[self._mesh.rank]
-        elif losses:
-            # They are averaged over the ranks when they are logged: each rank takes the mean of those that were.
-            state.window.loss = sum(losses) / len(losses)
+        state.window.set_losses(self._window_losses(checkpoint, state))
+        if self._is_same_layout(index) and (random := checkpoint.random_state(self._mesh.rank)) is not None:
+            torch.set_rng_state(random)
         return state
+
+    def _window_losses(self, checkpoint: Checkpoint, state: TrainState) -> dict[str, float]:
+        """The sums of losses that this rank goes on from: its own in the same layout. In another one the means of those
+        that were, as they are averaged over the ranks when they are logged; `state` has those of the parts."""
+        losses, found = checkpoint.index.window_losses, {}
+        if losses:
+            found["loss"] = sum(losses) / len(losses)
+        if self._is_same_layout(checkpoint.index):
+            if len(losses) == self._mesh.world_size:
+                found["loss"] = losses[self._mesh.rank]
+            own = {name: checkpoint.own_tensor(self._mesh.rank, f"{WINDOW}/{name}") for name in state.window.losses}
+            found |= {name: float(total) for name, total in own.items() if total is not None}
+        return found
 
     def _is_of_this_stage(self, folder: Path) -> bool | None:
         """Whether the run goes on from a checkpoint with the model that the engine has; None: it is damaged."""
@@ -330,13 +336,14 @@ class Checkpointer:
             "zero_stage": self._config.deepspeed.zero_stage,
         }
 
-    def _index(self, state: TrainState, losses: list[float]) -> Index:
+    def _index(self, state: TrainState) -> Index:
+        """state: with the means of the losses in the window."""
         return Index(
             step=state.step,
             model=self._config.model.model_dump(mode="json"),
             optimizer_step=optimizer_step(self._engine),
             train_state=state.to_dict(),
-            window_losses=losses,
+            window_losses=[state.window.loss],
             loss_scaler=loss_scaler_state(self._engine),
             layout=self._layout(),
             parameters=self._copy.parameters(),

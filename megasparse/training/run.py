@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointStore
 from megasparse.config.checks import check_run
-from megasparse.config.loader import ConfigError, changed_settings, load_config, save_config
-from megasparse.config.resuming import check_resume
+from megasparse.config.loader import ConfigError, load_config, save_config
+from megasparse.config.resuming import announced_changes, check_resume
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import growth_step, is_small, small_stage
 from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
@@ -477,7 +477,7 @@ def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:
     if not saved.is_file():
         return []
     try:
-        changes = changed_settings(load_config([saved]), config)
+        changes = announced_changes(load_config([saved]), config)
     except ConfigError as error:
         return [f"the saved configuration is not readable: {error}"]
     passing = ("train.resume:", "train.stop_after:", "data.allow_changed:")

@@ -58,16 +58,26 @@ class Window:
 
     loss: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
-    """Named parts of the loss. After a restart every rank goes on from those of rank 0."""
+    """Named parts of the loss."""
     steps: int = 0
     """Whose losses are in the sums: all but those with one that is not finite."""
     tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The sums that are each rank's own: `loss` and its parts, alike on the ranks of a tensor-parallel group."""
+        return {"loss": self.loss, **self.parts}
+
+    def set_losses(self, sums: Mapping[str, float]) -> None:
+        """Those of `losses` that are named."""
+        self.loss = sums.get("loss", self.loss)
+        self.parts |= {name: total for name, total in sums.items() if name != "loss"}
+
 
 @dataclass
 class TrainState:
-    """Saved with every checkpoint; all ranks hold the same but for the loss in the window and the seconds."""
+    """Saved with every checkpoint; all ranks hold the same but for the losses in the window and the seconds."""
 
     step: int = 0
     """Finished optimizer steps."""

@@ -7,11 +7,13 @@ import re
 import pytest
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config
-from megasparse.config.resuming import FIXED, FREE, check_resume
+from megasparse.config.resuming import FIXED, FREE, announced_changes, check_resume
 
 FIELDS = [name for name, *_ in describe_fields()]
 OTHER = {
     "run.seed": "1",
+    "data.train": "[{path: x}]",
+    "data.valid_fraction": "0.1",
     "model.num_layers": "3",
     "model.hidden_size": "96",
     "model.num_attention_heads": "6",
@@ -121,3 +123,35 @@ def test_the_origin_of_the_masks_is_not_forgotten(before: list[str], after: list
     with pytest.raises(ConfigError, match=rf"sparsity.lr_density_power: auto, .* must be {rule}"):
         check_resume(load_config([], before), load_config([], [*before, *after]))
     check_resume(load_config([], before), load_config([], [*before, "sparsity.update_interval=7"]))
+
+
+BLEND = ["data.train=[{path: web, weight: 3}, {path: code}]", "data.valid_fraction=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (["data.train=[{path: a}, {path: b}]"], r"data.train: sources of weights \[1.0, 1.0\], but .* \[3.0, 1.0\];"),
+        (["data.train=[{path: web}]"], r"data.train: sources of weights \[1.0\], but .* \[3.0, 1.0\];"),
+        (["data.valid_fraction=0"], "data.valid_fraction: 0.0, but the run to go on with has 0.1;"),
+    ],
+)
+def test_another_order_of_the_samples_is_no_continuation(after: list[str], told: str) -> None:
+    before, now = load_config([], BLEND), load_config([], [*BLEND, *after])
+    with pytest.raises(ConfigError, match=f"^{told} must be .*, or data.allow_changed=true, with which some samples"):
+        check_resume(before, now)
+    allowed = load_config([], [*BLEND, *after, "data.allow_changed=true"])
+    check_resume(before, allowed)
+    assert announced_changes(before, allowed)[-1].startswith(f"the order of the samples, by {told.split(':')[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (BLEND, ["data.train=[{path: moved/web, weight: 0.75}, {path: moved/code, weight: 0.25}]"]),
+        (["data.train=[{path: web}]"], ["data.train=[{path: web, weight: 2}]"]),
+        ([*BLEND, "data.valid=[{path: test}]"], ["data.valid_fraction=0.3"]),
+    ],
+)
+def test_what_leaves_the_order_of_the_samples_may_change(before: list[str], after: list[str]) -> None:
+    check_resume(load_config([], before), load_config([], [*before, *after]))

@@ -98,6 +98,52 @@ def test_a_tokenizer_that_the_data_was_not_made_with(tmp_path, tokenizer_file):
         open_tokenizer(config(None, [prefix], kind="bytes"))
 
 
+def test_a_tokenizer_of_another_file_with_the_same_end(tmp_path, tokenizer_file):
+    first, other = (tokenizer_file("<|endoftext|>", *more, name=f"{len(more)}.json") for more in ((), ("<pad>",)))
+    made = write_data(tmp_path, "made", load_tokenizer("huggingface", first))
+    assert open_tokenizer(config(first, [made])) and open_tokenizer(config(None, [made], kind=None)) is None
+    told = r"data\.tokenizer: .*1\.json .*made, which was made with huggingface:0\.json .*; must be that one"
+    for run in (config(other, [made]), config(other, [], valid=[made])):
+        with pytest.raises(ConfigError, match=told):
+            open_tokenizer(run)
+        # What a run or a model folder has recorded needs no data.
+        assert open_tokenizer(run, EndOfDocument(0, "<|endoftext|>"))
+
+
+def test_sources_of_different_tokenizers(tmp_path, tokenizer_file):
+    first, other = (tokenizer_file("<|endoftext|>", *more, name=f"{len(more)}.json") for more in ((), ("<pad>",)))
+    prefixes = [write_data(tmp_path, path.stem, load_tokenizer("huggingface", path)) for path in (first, other)]
+    told = r"0 was made with huggingface:0\.json .*, .*1 with huggingface:1\.json .*; must be one tokenizer"
+    for run in (config(first, prefixes), config(first, prefixes[:1], valid=prefixes[1:])):
+        with pytest.raises(DatasetError, match=told):
+            open_tokenizer(run)
+    with pytest.raises(DatasetError, match=told):
+        end_of_document(config(None, prefixes, kind=None))
+
+
+def test_bytes_have_no_file_and_are_known_all_the_same(tmp_path, tokenizer_file):
+    """A tokenizer of 256 letters and the end in the place of that of bytes."""
+    path = tokenizer_file(*(f"<{number}>" for number in range(256)), "<|endoftext|>")
+    own = load_tokenizer("huggingface", path)
+    assert own.end_of_document_id == 256
+    of_bytes, of_file = write_data(tmp_path, "bytes", load_tokenizer("bytes")), write_data(tmp_path, "file", own)
+    assert open_tokenizer(config(None, [of_bytes], kind="bytes"))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: bytes .*file, which was made with huggingface:"):
+        open_tokenizer(config(None, [of_file], kind="bytes"))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*bytes, which was made with bytes; must be that one"):
+        open_tokenizer(config(path, [of_bytes]))
+
+
+def test_data_that_does_not_know_the_file_of_its_tokenizer(tmp_path, tokenizer_file):
+    path, other = (tokenizer_file("<|endoftext|>", *more, name=f"{len(more)}.json") for more in ((), ("<pad>",)))
+    prefixes = [write_data(tmp_path, name, load_tokenizer("huggingface", path)) for name in ("old", "new")]
+    facts = tmp_path / "old.meta.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"tokenizer_sha256": None}), encoding="utf-8")
+    assert open_tokenizer(config(other, prefixes[:1])) and open_tokenizer(config(path, prefixes))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*new, which"):
+        open_tokenizer(config(other, prefixes))
+
+
 def test_without_a_tokenizer_the_data_tells(tmp_path):
     prefix = write_data(tmp_path, "data", load_tokenizer("bytes"))
     run = config(None, [prefix], kind=None)

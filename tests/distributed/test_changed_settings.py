@@ -25,7 +25,7 @@ OTHER = {
     "attention.windows": "[{start: 0, end: 1, pattern: local}]",
     "attention.overrides": "[{layers: [1], pattern: local}]",
     "attention.dense_fallback": "true",
-    "data.valid_fraction": "0.2",
+    "data.valid_fraction": "0.2 data.allow_changed=true",
     "data.document_masking": "true",
     "optimizer.lr": "1e-3",
     "optimizer.min_lr_ratio": "0.5",
@@ -74,9 +74,16 @@ OTHER = {
     "deepspeed.zero_stage": "3",
 }
 """Another value of what the state of a run might not fit."""
-IN_PART = {"sparsity.algorithm", "sparsity.groups", "sparsity.lr_density_power"}
-"""Fields that may change to some values only."""
-ALWAYS = ("train.precision", "sparsity.algorithm", "sparsity.groups", "sparsity.row_floor", "train.global_batch_size")
+IN_PART = {"data.valid_fraction", "sparsity.algorithm", "sparsity.groups", "sparsity.lr_density_power"}
+"""Fields that may change to some values only, or with another setting."""
+ALWAYS = (
+    "data.valid_fraction",
+    "train.precision",
+    "sparsity.algorithm",
+    "sparsity.groups",
+    "sparsity.row_floor",
+    "train.global_batch_size",
+)
 
 
 def go_on(words: Sequence[str], folder: Path, changes: Sequence[Sequence[str]]) -> list[str]:
@@ -103,7 +110,7 @@ def test_the_values_here_are_of_fields_that_may_change() -> None:
 @pytest.mark.parametrize("fields", [ALWAYS, pytest.param(tuple(OTHER), marks=pytest.mark.exhaustive)])
 def test_a_run_goes_on_with_every_setting_that_may_change(tmp_path: Path, fields: tuple[str, ...]) -> None:
     # Where a value needs another setting, that stands after it.
-    changes = [re.split(r" (?=sparsity)", f"{field}={OTHER[field]}") for field in fields]
+    changes = [re.split(r" (?=sparsity|data)", f"{field}={OTHER[field]}") for field in fields]
     found = run_distributed(go_on, 1, [*WORDS, *write_corpus(tmp_path)], tmp_path, changes, with_mesh=False)[0]
     expected = ["stopped after step 10 (train.stop_after)" if f == "train.stop_after" else "finished" for f in fields]
     assert dict(zip(fields, found, strict=True)) == dict(zip(fields, expected, strict=True))

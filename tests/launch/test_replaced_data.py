@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from runs import REPOSITORY, command, metrics, run, write_corpus
 
-from megasparse.data import CorpusOptions, CorpusReader, IndexedDataset, IndexedDatasetWriter
+from megasparse.data import CorpusOptions, CorpusReader, IndexedDataset, IndexedDatasetWriter, load_tokenizer
+from megasparse.data.preprocess import preprocess
 from megasparse.data.tokenizer_training import train_sentencepiece
 
 
@@ -36,11 +37,18 @@ def test_data_that_was_replaced_is_no_continuation(tmp_path: Path) -> None:
     assert "data: cannot be told, as " in run([*again, "train.stop_after=5"]).stdout
 
 
+def test_another_split_of_the_data_is_no_continuation(tmp_path: Path) -> None:
+    words = command(write_corpus(tmp_path), tmp_path, "run.name=x", "train.stop_after=2", ranks=1)
+    again = [*words, "train.resume=auto", "train.stop_after=3", "data.valid_fraction=0.3"]
+    run(words)
+    assert "data.valid_fraction: 0.3, but the run to go on with has 0.1; must be 0.1" in run(again, expect=2).stdout
+    told = run([*again, "data.allow_changed=true"]).stdout
+    assert "warning: changed since the run was last started: the order of the samples, by data.valid_fraction: " in told
+
+
 def test_a_tokenizer_that_was_replaced_is_no_continuation(tmp_path: Path) -> None:
     """By one of as many entries with the same end of a document."""
-    for kind in ("bpe", "unigram"):
-        sources = CorpusReader([REPOSITORY / "megasparse" / "utils"], CorpusOptions(glob="*.py"))
-        train_sentencepiece(sources, tmp_path / f"{kind}.model", vocab_size=400, model_type=kind)
+    train_tokenizers(tmp_path)
     shutil.copy(tmp_path / "bpe.model", tmp_path / "t.model")
     settings = ["run.name=x", "data.tokenizer=sentencepiece", f"data.tokenizer_path={tmp_path / 't.model'}"]
     corpus = write_corpus(tmp_path)
@@ -48,6 +56,27 @@ def test_a_tokenizer_that_was_replaced_is_no_continuation(tmp_path: Path) -> Non
     run([*words, "train.stop_after=3"])
     shutil.copy(tmp_path / "unigram.model", tmp_path / "t.model")
     assert "data.tokenizer_sha256: " in run(words, expect=2).stdout
+
+
+def test_a_run_with_another_tokenizer_than_that_of_its_data_does_not_start(tmp_path: Path) -> None:
+    train_tokenizers(tmp_path)
+    made_with, prefix = load_tokenizer("sentencepiece", tmp_path / "bpe.model"), tmp_path / "data"
+    preprocess(python_sources(), made_with, prefix)
+    settings = ["run.name=x", "data.tokenizer=sentencepiece", f"data.tokenizer_path={tmp_path / 'unigram.model'}"]
+    told = run(command(prefix, tmp_path, *settings), expect=2).stdout
+    assert "error: data.tokenizer: sentencepiece:unigram.model " in told and "Traceback" not in told
+    assert f" is not the tokenizer of {prefix}, which was made with sentencepiece:bpe.model " in told
+    assert not (tmp_path / "x").exists()
+
+
+def python_sources() -> CorpusReader:
+    return CorpusReader([REPOSITORY / "megasparse" / "utils"], CorpusOptions(glob="*.py"))
+
+
+def train_tokenizers(folder: Path) -> None:
+    """Two of as many entries and with the same end of a document."""
+    for kind in ("bpe", "unigram"):
+        train_sentencepiece(python_sources(), folder / f"{kind}.model", vocab_size=400, model_type=kind)
 
 
 def exchange_documents(corpus: Path) -> None:
