@@ -27,25 +27,25 @@ RECIPE = Path(__file__).resolve().parents[1] / "configs" / "finetune" / "default
 def main() -> None:
     use_utf8()
     arguments, others = parse_arguments()
+    # Words of the user that are no options stand behind ours, and win.
+    options = [word for word in others if word.startswith("-") or "=" not in word]
+    overrides = [word for word in others if word not in options]
     rank = 0
     try:
         rank = LaunchEnvironment.from_variables(os.environ).rank
         leave_warnings_to_rank_0(rank)
-        words = settings(arguments)
+        words = settings(arguments, overrides)
     except EXPECTED as error:
         explain_and_exit(error, rank)
     files = [word for path in (RECIPE, *arguments.config) for word in ("--config", str(path))]
-    # Words of the user that are no options stand behind ours, and win.
-    options = [word for word in others if word.startswith("-") or "=" not in word]
-    overrides = [word for word in others if word not in options]
     pretrain = Path(__file__).with_name("pretrain.py")
     sys.argv = [str(pretrain), *files, *options, *words, *overrides]
     runpy.run_path(str(pretrain), run_name="__main__")
 
 
-def settings(arguments: argparse.Namespace) -> list[str]:
-    """Overrides that follow from the options."""
-    from megasparse.training.finetuning import finetune_words
+def settings(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """Overrides that follow from the options, and from the user's own."""
+    from megasparse.training.finetuning import finetune_words, warmup_words
 
     words = finetune_words(arguments.model, dense=arguments.dense)
     for field, paths in (("train", arguments.data), ("valid", arguments.valid)):
@@ -53,7 +53,7 @@ def settings(arguments: argparse.Namespace) -> list[str]:
             words.append(f"data.{field}={json.dumps([{'path': path} for path in paths])}")
     if arguments.teacher is not None:
         words.append(f"distillation.teacher={json.dumps(str(arguments.teacher))}")
-    return words
+    return words + warmup_words(RECIPE, arguments.config, [*words, *overrides])
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

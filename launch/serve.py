@@ -41,6 +41,7 @@ def main() -> int:
             queue=arguments.max_queue,
             tokens=arguments.max_tokens,
             seconds=arguments.max_seconds,
+            stalled_seconds=arguments.stalled_seconds,
             body_bytes=arguments.max_body_bytes,
             cache_bytes=arguments.cache_mb << 20,
         )
@@ -80,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
             f"--{name}", type=positive, default=default, metavar="N", help=f"{text}; default: {default}"
         )
     parser.add_argument("--max-seconds", type=float, default=300, metavar="S", help="of a request; default: 300")
+    stalled = "in which a client reads nothing of its answer, then its connection is closed; default: 60"
+    parser.add_argument("--stalled-seconds", type=float, default=60, metavar="S", help=stalled)
     grace = "that running texts have when the server is to stop; default: 10"
     parser.add_argument("--grace-seconds", type=_seconds, default=10, metavar="S", help=grace)
     kernels = "of pruned layers on a CPU; auto: sparse where faster; default: auto"

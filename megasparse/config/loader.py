@@ -57,6 +57,14 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         raise ConfigError(TOO_DEEP) from None
 
 
+def given_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> set[str]:
+    """Dotted names of the settings that files and overrides name, and those that have a default left out."""
+    files = [_read_with_bases(Path(path), seen=()) for path in paths]
+    plain = OmegaConf.to_container(_merge(*files, *map(_parse_override, overrides)), resolve=False)
+    assert isinstance(plain, dict)
+    return {name for name, _ in dotted_values(plain)}
+
+
 def check_config(values: dict[str, Any]) -> RunConfig:
     """A ``RunConfig`` from nested plain values, as found in YAML. Raises ConfigError."""
     return check_values(RunConfig, values)

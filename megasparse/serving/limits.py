@@ -14,6 +14,7 @@ class Limits:
         queue: texts that wait for a place; a request beyond them is refused with status 503.
         tokens: `max_tokens` of a request at most.
         seconds: from the arrival of a request to its last token.
+        stalled_seconds: in which a client reads nothing of what waits for it; its connection is closed then.
         body_bytes: body of a request.
         cache_bytes: keys and values of all texts that are written at once.
         prefill_tokens: prompt tokens evaluated between two tokens of the running texts, one prompt at least.
@@ -23,6 +24,7 @@ class Limits:
     queue: int = 64
     tokens: int = 4096
     seconds: float = 300.0
+    stalled_seconds: float = 60.0
     body_bytes: int = 1 << 20
     cache_bytes: int = 1 << 30
     prefill_tokens: int = 512

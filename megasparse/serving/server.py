@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ from megasparse.serving.served import Served
 KEY_VARIABLE = "MEGASPARSE_API_KEY"
 HEADER_SECONDS = 30
 """For the head of a request; of a silent connection, for its first one."""
+SEND_BUFFER_BYTES = 32 << 10
+"""What the system may hold of an answer for a client. Left to itself it takes several MB, more than most answers have:
+a client that does not read would pass for one that does."""
 MOST_CONNECTIONS_PER_STREAM = 4
 """Connections beyond are answered with status 503: each may hold a body, or be slow."""
 
 
 class Server(uvicorn.Server):
     """Says where it is once signals end it in order; ends running texts once they had their time; closes connections
-    that ask for nothing, as they count among those that are allowed."""
+    that ask for nothing, or do not read what they have asked for, as they count among those that are allowed."""
 
     def __init__(self, config: uvicorn.Config, greeting: str, grace_seconds: float) -> None:
         super().__init__(config)
@@ -42,7 +45,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._closing = asyncio.create_task(self._close_silent())
+        self._closing = asyncio.create_task(self._close_idle())
         print(self._greeting, file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -52,24 +55,50 @@ class Server(uvicorn.Server):
         ending.cancel()
         self._closing.cancel()
 
-    async def _close_silent(self) -> None:
-        """uvicorn closes what is idle after a request, unless it sends half of another one."""
-        waiting: dict[Any, tuple[Any, float]] = {}
+    async def _close_idle(self) -> None:
+        """uvicorn closes what is idle after a request, unless it sends half of another one; and it waits for ever until
+        an answer is read."""
+        stalled_seconds = self.config.app.state.api.limits.stalled_seconds  # type: ignore[union-attr]
+        silent, unread = Unchanged(), Unchanged()
         while True:
-            await asyncio.sleep(min(HEADER_SECONDS / 10, 1))
-            now, before, waiting = time.monotonic(), waiting, {}
-            for connection in list(self.server_state.connections):
-                request: Any = getattr(connection, "cycle", None)
-                if request is not None and not request.response_complete:
-                    continue
-                known, since = before.get(connection, (request, now))
-                waiting[connection] = request, since if known is request else now
-                if now - waiting[connection][1] > HEADER_SECONDS:
-                    connection.transport.close()
+            await asyncio.sleep(min(HEADER_SECONDS / 10, stalled_seconds / 10, 1))
+            connections = list(self.server_state.connections)
+            for connection in silent.longer_than(HEADER_SECONDS, dict(_without_request(connections))):
+                connection.transport.close()
+            # As much to send as before: nothing was read of it, and nothing is added while it is too much.
+            sizes = {connection: connection.transport.get_write_buffer_size() for connection in connections}
+            left = {connection: size for connection, size in sizes.items() if size}
+            for connection in unread.longer_than(stalled_seconds, left):
+                # `close` would wait until the rest is read. The request learns that its client has gone.
+                connection.transport.abort()
 
     async def _end_streams(self, worker) -> None:
         await asyncio.sleep(self._grace_seconds)
         await asyncio.to_thread(worker.stop)
+
+
+class Unchanged:
+    """Since when the states of connections are what they are."""
+
+    def __init__(self) -> None:
+        self._since: dict[Any, tuple[Any, float]] = {}
+
+    def longer_than(self, seconds: float, states: Mapping[Any, Any]) -> list[Any]:
+        """Connections whose state, of those that have one, was the same at each call for so long."""
+        now, before = time.monotonic(), self._since
+        self._since = {connection: (state, now) for connection, state in states.items()}
+        for connection, (state, since) in before.items():
+            if connection in states and states[connection] == state:
+                self._since[connection] = state, since
+        return [connection for connection, (_, since) in self._since.items() if now - since > seconds]
+
+
+def _without_request(connections: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Those that are not being answered, with their last request."""
+    for connection in connections:
+        request: Any = getattr(connection, "cycle", None)
+        if request is None or request.response_complete:
+            yield connection, request
 
 
 def serve(served: Served, limits: Limits, *, host: str, port: int, api_key: str | None, grace_seconds: float) -> None:
@@ -113,6 +142,8 @@ def listen(host: str, port: int) -> socket.socket:
         # Python's own text of it repeats the address; errors of the look-up have negative numbers.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
         raise OSError(f"--host {host} --port {port}: {reason}; must be free here") from None
+    # Connections have it from here.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     listening.setblocking(False)
     return listening
 

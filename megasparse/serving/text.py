@@ -10,6 +10,7 @@ The parts together are the same however they are cut, so that a streamed answer 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 
 from megasparse.data.tokenizer import Tokenizer
 
@@ -26,9 +27,8 @@ class GrowingText:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._window = list(prompt_ids[-CONTEXT:])
-        self._known = len(self._decoded().rstrip(UNFINISHED))
-        self._first_new = len(self._window)
+        ends = (prompt_ids[-count:] for count in range(CONTEXT, 2 * CONTEXT))
+        self._begin_behind(next(filter(self._is_context, ends), prompt_ids[-CONTEXT:]))
         self._held = ""
         self.stopped = False
 
@@ -36,29 +36,46 @@ class GrowingText:
         """The text that is certain with one more token, often none."""
         assert not self.stopped, "the text has stopped"
         self._window.append(token)
-        decoded = self._decoded()
-        if decoded.endswith(UNFINISHED):
+        new = self._new_text()
+        # After a token without text, the context of the next one is that of this one.
+        if not new or new.endswith(UNFINISHED):
             return ""
-        if len(decoded) <= self._known:
-            # A token without text: the context of the next one is that of this one.
-            return ""
-        self._held += decoded[self._known :]
-        # The tokens just shown stay as the context of the next ones.
-        self._window = self._window[self._first_new :]
-        self._first_new, self._known = len(self._window), len(self._decoded())
+        self._held += new
+        shown_last = self._window[self._first_new :]
+        self._begin_behind(shown_last if self._is_context(shown_last) else self._window)
         return self._release()
 
     def finish(self) -> str:
         """What was held back, an unfinished character included; after a stop string nothing."""
         if self.stopped:
             return ""
-        self._held += self._decoded()[self._known :]
+        self._held += self._new_text()
         shown = self._release()
         shown, self._held = shown + self._held, ""
         return shown
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self._window)
+    def _is_context(self, tokens: Sequence[int]) -> bool:
+        """Whether tokens behind these read as they do in the whole text: not from within a character, and not behind
+        spaces alone, which may be dropped."""
+        text = self._tokenizer.decode(tokens)
+        return bool(text.strip()) and not text.startswith(UNFINISHED)
+
+    def _begin_behind(self, context: Sequence[int]) -> None:
+        self._window, self._first_new = list(context), len(context)
+        self._context = self._tokenizer.decode(self._window)
+
+    def _new_text(self) -> str:
+        """The text behind the context; of a character that begins in the context, the whole of it."""
+        whole = self._tokenizer.decode(self._window)
+        known = len(commonprefix((self._context, whole)))
+        new = whole[known:]
+        is_rewritten = known < len(self._context.rstrip(UNFINISHED))
+        if not is_rewritten and not new.startswith(UNFINISHED):
+            return new
+        # Some decoders write all bytes of a row of them as U+FFFD where one is wrong, those of the context too. Others
+        # write one for several bytes, of which the context has the first.
+        alone = self._tokenizer.decode(self._window[self._first_new :])
+        return alone if is_rewritten else min(alone, new, key=len)
 
     def _release(self) -> str:
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]

@@ -10,14 +10,15 @@ second half of SPDF (Thangarasa et al. 2023, arXiv 2303.10464). The optimizer is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megasparse.checkpoint.model_folder import ModelFolder, is_model_folder
-from megasparse.config.loader import ConfigError
+from megasparse.config.loader import ConfigError, given_settings, load_config
 from megasparse.config.schema import AttentionConfig, RunConfig, SparsityConfig, SparsityGroup
 from megasparse.methods.mixed_sparsity import topology_density
 from megasparse.models.build import build_model
@@ -35,6 +36,20 @@ def finetune_words(path: Path, *, dense: bool = False) -> list[str]:
     settings |= dict(_attention(folder))
     settings |= {"sparsity.algorithm": "dense"} if dense or not folder.has_topology else dict(_masks(folder))
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def warmup_words(recipe: Path, files: Sequence[Path], overrides: Sequence[str]) -> list[str]:
+    """A warm-up over half of the steps, with a warning, where the recipe's is longer and nothing else names one.
+
+    files, overrides: what wins over the recipe. Raises ConfigError.
+    """
+    config = load_config([recipe, *files], overrides)
+    own, steps = config.optimizer.warmup_steps, config.train.steps
+    if own <= steps // 2 or "optimizer.warmup_steps" in given_settings(files, overrides):
+        return []
+    told = f"{steps // 2}, half of train.steps {steps}, in place of the {own} of {recipe.name}"
+    warnings.warn(f"optimizer.warmup_steps: {told}", stacklevel=2)
+    return [f"optimizer.warmup_steps={steps // 2}"]
 
 
 def _model(config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -168,6 +168,22 @@ def test_settings_can_be_seen_and_overridden(made, tmp_path) -> None:
     assert config.model.hidden_size == 64 and config.sparsity.algorithm == "static" and config.data.document_masking
 
 
+def test_a_short_run_warms_up_over_half_of_its_steps(made, tmp_path) -> None:
+    """Unless the user says otherwise, by word or by file; what cannot be is refused then."""
+    words = ("--model", made / "dense-model", "--data", made / "sums", "data.valid_fraction=0.2")
+    start = [sys.executable, ENTRY, *map(str, words)]
+    (tmp_path / "mine.yaml").write_text("optimizer: {warmup_steps: 20}\n")
+    for steps, given, expected in ((12, [], 6), (12, ["optimizer.warmup_steps=3"], 3), (30, [], 15), (40, [], 20),
+                                   (30, ["--config", str(tmp_path / "mine.yaml")], 20)):  # fmt: skip
+        output = run([*start, f"train.steps={steps}", *given, "--print-config"]).stdout
+        assert f"  warmup_steps: {expected}\n" in output
+        told = f"optimizer.warmup_steps: {expected}, half of train.steps {steps}, in place of the 20 of default.yaml"
+        assert (told in output) == (not given and steps < 40)
+    assert "Traceback" not in run([*start, "train.steps=12", "--dry-run"]).stdout
+    refused = run([*start, "train.steps=12", "optimizer.warmup_steps=20", "--dry-run"], expect=2)
+    assert "optimizer.warmup_steps: 20 exceeds train.steps 12" in refused.stdout
+
+
 def test_data_without_a_mask_can_be_fine_tuned_on_too(made, tmp_path) -> None:
     with IndexedDatasetWriter(tmp_path / "plain", "uint16") as writer:
         writer.add_document([*range(32, 120)] * 20)

@@ -59,6 +59,9 @@ def test_a_completion_is_the_text_of_sampling(server, served) -> None:
     drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": 5}
     _, answer = server.post(COMPLETIONS, {**body, **drawn})
     assert answer["choices"][0]["text"] == expected(served, "The cat", 12, **drawn)
+    # U+FFFD, which also stands for bytes that are no character, is not said again.
+    _, answer = server.post(COMPLETIONS, {**body, "prompt": "cat \ufffd"})
+    assert answer["choices"][0]["text"] == expected(served, "cat \ufffd", 12, temperature=0)
 
 
 def test_prompts_and_choices_are_numbered_as_samples_are(server, served) -> None:

@@ -70,6 +70,8 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys) -> None:
     assert status == 2 and f"cache_bytes: {1 << 20}; must be at least {4096 * 512}" in errors
     status, errors = called(monkeypatch, capsys, "--model", folder, "--max-seconds", "nan")
     assert status == 2 and "seconds: nan; must be" in errors
+    status, errors = called(monkeypatch, capsys, "--model", folder, "--stalled-seconds", 0)
+    assert status == 2 and "stalled_seconds: 0.0; must be at least 0.001" in errors
     status, errors = called(monkeypatch, capsys, "--model", folder, "--kernels", "sparse")
     assert status == 2 and "kernels: sparse; no linear layer of the model has zeros; must be auto or dense" in errors
     (tmp_path / "key").write_text(" \n")
