@@ -8,16 +8,13 @@
 //
 // Every output is summed by one thread in a fixed order: results do not depend on the number of threads.
 
-#include "tile_registers.h"
+#include "element_types.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #else
@@ -26,102 +23,9 @@ static int omp_get_thread_num() { return 0; }
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kMaxRows = 12;  // 24 of 32 registers hold sums
-#else
-constexpr int kLanes = 8, kMaxRows = 6;  // 12 of 16 registers hold sums
-#endif
 constexpr int64_t kPadding = 16;           // cells between packed rows, so that they do not fall on one cache set
 constexpr int64_t kTileCells = 48 * 1024;  // packed inputs of a tile of tokens: most of a second-level cache
 constexpr int64_t kMaxBlock = 128;
-
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Cells __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-
-float to_float(uint32_t cell) {
-  float value;
-  std::memcpy(&value, &cell, 4);
-  return value;
-}
-
-// The element types: how a vector of sums is loaded and stored, how elements become cells, and the step of the sum.
-struct Float32 {
-  using Element = float;
-  static constexpr int kPerCell = 1;
-  static constexpr bool kInTiles = false;
-  static constexpr int64_t kSide = kLanes;          // outputs of a vector
-  static constexpr int64_t kStep = 1;               // the summed cells are padded to a multiple of it
-  static constexpr int64_t kRows = kMaxRows;        // tokens that are multiplied at a time
-  static constexpr int64_t kGradientTokens = 128;   // that the weight gradient packs at once: panel and strip fit in L1
-  static Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-  static void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-  static uint32_t cell(const float* from, int64_t) {
-    uint32_t bits;
-    std::memcpy(&bits, from, 4);
-    return bits;
-  }
-  using Right = Vector;
-  static Right right(const uint32_t* b) { return *reinterpret_cast<const Vector*>(b); }
-  static float left(uint32_t cell) { return to_float(cell); }
-  static Vector multiply_add(Vector sum, float left, Right right) { return sum + left * right; }
-};
-
-struct BFloat16 : Float32 {
-  using Element = uint16_t;
-  static Vector load(const uint16_t* from) {
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Cells) << 16);
-  }
-  static void store(uint16_t* to, Vector value) {
-    const Cells bits = (Cells)value;
-    const Cells rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const Cells quiet_nan = (bits >> 16) | 0x40u;
-    const Cells stored = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
-    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(stored, Halves);
-  }
-  static uint32_t cell(const uint16_t* from, int64_t) { return uint32_t(*from) << 16; }
-};
-
-#if defined(__AVX512BF16__)
-struct BFloat16Pairs : BFloat16 {
-  static constexpr int kPerCell = 2;
-  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
-  using Right = __m512bh;
-  static Right right(const uint32_t* b) { return (__m512bh)_mm512_loadu_si512(b); }
-  static __m512bh left(uint32_t cell) { return (__m512bh)_mm512_set1_epi32(int(cell)); }
-  static Vector multiply_add(Vector sum, __m512bh left, Right right) {
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, left, right);
-  }
-};
-#elif defined(MEGASPARSE_PAIRS)
-// The layout of pairs without the instruction, for tests.
-struct BFloat16Pairs : BFloat16 {
-  static constexpr int kPerCell = 2;
-  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
-  using Right = Cells;
-  static Right right(const uint32_t* b) { return *reinterpret_cast<const Cells*>(b); }
-  static uint32_t left(uint32_t cell) { return cell; }
-  static Vector multiply_add(Vector sum, uint32_t left, Right right) {
-    sum += to_float(left << 16) * (Vector)(right << 16);
-    return sum + to_float(left & 0xffff0000u) * (Vector)(right & 0xffff0000u);
-  }
-};
-#else
-using BFloat16Pairs = BFloat16;
-#endif
-
-#if defined(MEGASPARSE_AMX) || defined(MEGASPARSE_TILES)
-// Multiplied in tile registers, at most 2 x 2 tiles of sums at a time.
-struct BFloat16Tiles : BFloat16 {
-  static constexpr int kPerCell = 2;
-  static constexpr bool kInTiles = true;
-  static constexpr int64_t kSide = kTileSide, kStep = kTileSide, kRows = 2 * kTileSide;
-  static constexpr int64_t kGradientTokens = 256;  // loading and storing the sums then takes a third of the time
-  static uint32_t cell(const uint16_t* from, int64_t next) { return from[0] | uint32_t(from[next]) << 16; }
-};
-#else
-using BFloat16Tiles = BFloat16Pairs;
-#endif
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -244,7 +148,29 @@ struct Product {
     }
   }
 
+  // Rows of A as they lie are tiles where a block is as wide as a step of them, or wider.
+  void run_in_place(int64_t group, int64_t token, int64_t count) const {
+    if constexpr (Type::kInTiles) {
+      alignas(64) float sums[Type::kRows * kWidth];
+      for (int64_t top = 0; top < count; top += Type::kRows)
+        for (int64_t strip = 0; strip < groups.block; strip += kWidth) {
+          const uint32_t* b = weights_of(group) + strip * steps(group);
+          TileSums<2, Vectors> tiles;
+          for (int64_t j = groups.offsets[group]; j < groups.offsets[group + 1]; ++j, b += cells() * kWidth)
+            tiles.add(a + (token + top) * lda + groups.indices[j] * groups.block, lda * sizeof(Element), b, kWidth, cells());
+          tiles.store(sums, kWidth);
+          round_tiles(sums, token + top, Type::kRows, group * groups.block + strip);
+        }
+    }
+  }
+
   void run_tile(int64_t group, int64_t token, int64_t count) const {
+    if (Type::kInTiles && cells() >= kStep) {
+      const int64_t whole = count / Type::kRows * Type::kRows;
+      run_in_place(group, token, whole);
+      token += whole, count -= whole;
+      if (!count) return;
+    }
     const int64_t steps = this->steps(group), ld_tile = steps + kPadding;
     uint32_t* tile = tiles + omp_get_thread_num() * tile_cells(groups);
     pack_tile(group, token, count, ld_tile, tile);
@@ -273,9 +199,22 @@ struct Product {
     if constexpr (Type::kInTiles) {
       alignas(64) float sums[Type::kRows * kWidth];
       if (count > kTileSide)
-        multiply_tiles<2, Vectors>(rows, ld, b, kWidth, steps, sums, kWidth, false);
+        multiply<2>(rows, ld, b, steps, sums);
       else
-        multiply_tiles<1, Vectors>(rows, ld, b, kWidth, steps, sums, kWidth, false);
+        multiply<1>(rows, ld, b, steps, sums);
+      round_tiles(sums, token, count, output);
+    }
+  }
+
+  template <int Tall>
+  static void multiply(const uint32_t* rows, int64_t ld, const uint32_t* b, int64_t steps, float* sums) {
+    TileSums<Tall, Vectors> tiles;
+    tiles.add(rows, ld * 4, b, kWidth, steps);
+    tiles.store(sums, kWidth);
+  }
+
+  void round_tiles(const float* sums, int64_t token, int64_t count, int64_t output) const {
+    if constexpr (Type::kInTiles) {
       for (int64_t row = 0; row < count; ++row)
         for (int64_t i = 0; i < kWidth; i += kLanes) {
           const Vector sum = Float32::load(sums + row * kWidth + i);
@@ -323,9 +262,8 @@ struct WeightGradient {
   static int64_t cells_of(int64_t count) { return round_up((count + kPerCell - 1) / kPerCell, kStep); }
 
   // Tokens of a block row of dY: [cell][padded block]; for tiles [output][padded cells].
-  void pack_dy(int64_t row, int64_t token, int64_t count) const {
+  void pack_dy(int64_t row, int64_t token, int64_t count, uint32_t* out) const {
     const Element* from = dy + token * ld_dy + row * rows.block;
-    uint32_t* out = packed_dy + row * packed_cells();
     if (Type::kInTiles && rows.size(row)) pack_transposed(from, count, out);
     for (int64_t t = 0; t < count && rows.size(row) && !Type::kInTiles; t += kPerCell, out += ld_packed()) {
       pack_row(from + t * ld_dy, ld_dy, t + kPerCell > count, rows.block, out);
@@ -352,8 +290,7 @@ struct WeightGradient {
           else
             std::fill_n(square[k], kTileSide, 0u);
         }
-        for (int64_t j = 0; j < kTileSide; ++j)
-          for (int64_t k = 0; k < kTileSide; ++k) out[(i + j) * kTileLd + cell + k] = square[k][j];
+        transpose(square, out + i * kTileLd + cell, kTileLd);
       }
   }
 
@@ -382,7 +319,7 @@ struct WeightGradient {
   }
 
   // Adds a tile of tokens to active block j, which lies in block row `row`.
-  void add_block(int64_t j, int64_t row, int64_t count, bool first, bool last) const {
+  void add_block(int64_t j, int64_t row, const uint32_t* dy_strip, int64_t count, bool first, bool last) const {
     const int64_t block = rows.block, column = rows.indices[j], num_cells = cells_of(count);
     const int64_t num_panels = (block + kMaxRows - 1) / kMaxRows;
     Element* target = dweight + places.at(row, j);
@@ -390,7 +327,7 @@ struct WeightGradient {
     const int64_t ld = kInPlace ? places.ld : block;
     for (int64_t strip = 0; strip < block; strip += kWidth) {
       const uint32_t* b = packed_x + column * packed_cells() + strip * num_cells;
-      if (Type::kInTiles) add_in_tiles(packed_dy + row * packed_cells(), b, num_cells, kept + strip, first);
+      if (Type::kInTiles) add_in_tiles(dy_strip, b, num_cells, kept + strip, first);
       for (int64_t panel = 0; panel < num_panels && !Type::kInTiles; ++panel) {
         // Panels of nearly equal height: 64 rows = 9 * 6 + 2 * 5.
         const int64_t top = panel * block / num_panels, bottom = (panel + 1) * block / num_panels;
@@ -400,8 +337,7 @@ struct WeightGradient {
           if (!first)
             for (int r = 0; r < kHeight; ++r)
               for (int v = 0; v < Vectors; ++v) part[r][v] = Float32::load(kept + (top + r) * ld + strip + v * kLanes);
-          accumulate<Type, kHeight, Vectors>(part, packed_dy + row * packed_cells() + top, 1, ld_packed(), b,
-                                             num_cells);
+          accumulate<Type, kHeight, Vectors>(part, dy_strip + top, 1, ld_packed(), b, num_cells);
           for (int r = 0; r < kHeight; ++r)
             for (int v = 0; v < Vectors; ++v) {
               const int64_t at = strip + v * kLanes;
@@ -419,9 +355,18 @@ struct WeightGradient {
   void add_in_tiles(const uint32_t* a, const uint32_t* b, int64_t num_cells, float* kept, bool first) const {
     if constexpr (Type::kInTiles) {
       constexpr int kTall = Vectors;  // blocks of 16 have one tile either way
-      for (int64_t top = 0; top < rows.block; top += kTall * kTileSide)
-        multiply_tiles<kTall, Vectors>(a + top * kTileLd, kTileLd, b, kWidth, num_cells, kept + top * rows.block,
-                                       rows.block, !first);
+      for (int64_t top = 0; top < rows.block; top += kTall * kTileSide) {
+        float* part = kept + top * rows.block;
+        if (first) {
+          TileSums<kTall, Vectors> tiles;
+          tiles.add(a + top * kTileLd, kTileLd * 4, b, kWidth, num_cells);
+          tiles.store(part, rows.block);
+        } else {
+          TileSums<kTall, Vectors> tiles(part, rows.block);
+          tiles.add(a + top * kTileLd, kTileLd * 4, b, kWidth, num_cells);
+          tiles.store(part, rows.block);
+        }
+      }
     }
   }
 
@@ -435,24 +380,37 @@ struct WeightGradient {
   }
 
   void run(const int32_t* block_rows, const int32_t* column_offsets, int threads) const {
+    // With many block rows each is packed where it is needed, in the thread's own cache; with few, blocks are shared out.
+    const bool by_rows = rows.count >= 4 * threads;
 #pragma omp parallel num_threads(threads)
     {
-    [[maybe_unused]] const std::conditional_t<Type::kInTiles, TileRegisters, int> registers{};
-    for (int64_t token = 0; token < tokens; token += kGradientTokens) {
-      const int64_t count = std::min(kGradientTokens, tokens - token);
+      [[maybe_unused]] const std::conditional_t<Type::kInTiles, TileRegisters, int> registers{};
+      for (int64_t token = 0; token < tokens; token += kGradientTokens) {
+        const int64_t count = std::min(kGradientTokens, tokens - token);
+        const bool first = token == 0, last = token + count == tokens;
+        const auto add = [&](int64_t j, int64_t row, const uint32_t* dy_strip) {
+          add_block(j, row, dy_strip, count, first, last);
+          if (Type::kInTiles && last) round_block(j, row);
+        };
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < rows.count + num_columns; ++task) {
-        if (task < rows.count)
-          pack_dy(task, token, count);
-        else if (column_offsets[task - rows.count + 1] > column_offsets[task - rows.count])
-          pack_x(task - rows.count, token, count);
-      }
+        for (int64_t task = by_rows ? rows.count : 0; task < rows.count + num_columns; ++task) {
+          if (task < rows.count)
+            pack_dy(task, token, count, packed_dy + task * packed_cells());
+          else if (column_offsets[task - rows.count + 1] > column_offsets[task - rows.count])
+            pack_x(task - rows.count, token, count);
+        }
+        if (by_rows) {
+          uint32_t* own = packed_dy + omp_get_thread_num() * packed_cells();
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t j = 0; j < rows.total(); ++j) {
-        add_block(j, block_rows[j], count, token == 0, token + count == tokens);
-        if (Type::kInTiles && token + count == tokens) round_block(j, block_rows[j]);
+          for (int64_t row = 0; row < rows.count; ++row) {
+            pack_dy(row, token, count, own);
+            for (int64_t j = rows.offsets[row]; j < rows.offsets[row + 1]; ++j) add(j, row, own);
+          }
+        } else {
+#pragma omp for schedule(dynamic, 1)
+          for (int64_t j = 0; j < rows.total(); ++j) add(j, block_rows[j], packed_dy + block_rows[j] * packed_cells());
+        }
       }
-    }
     }
     if (dbias)
       for (int64_t i = 0; i < rows.count * rows.block; i += kLanes) Type::store(dbias + i, Float32::load(bias_sums + i));

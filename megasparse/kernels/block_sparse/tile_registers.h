@@ -1,15 +1,17 @@
 // Products of tiles of bfloat16 in the tile registers of AMX: 16 x 16 sums, in each step of 16 cells (pairs of bfloat16).
 //
 // A: rows of cells along the summed dimension. B: [cell of the summed dimension][16 outputs]. This is how block_products
-// packs its operands for the vector instructions too. With MEGASPARSE_TILES the same in plain C++, for tests.
+// packs its operands for the vector instructions too; rows of bfloat16 as they lie are rows of cells. With MEGASPARSE_TILES the same in plain C++, for tests.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AMX_BF16__) && defined(__linux__) && !defined(MEGASPARSE_TILES)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__) && !defined(MEGASPARSE_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define MEGASPARSE_AMX
@@ -41,41 +43,55 @@ struct TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
 };
 
-// c (add: itself +) = A B for Tall x Wide tiles of sums. Steps between rows in cells; `steps` is a multiple of 16.
+// Tall x Wide tiles of sums, which are 0 at first. The compiler knows nothing of their registers: one object at a time.
 template <int Tall, int Wide>
-inline void multiply_tiles(const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, int64_t steps, float* c,
-                           int64_t c_row, bool add) {
-  const auto at = [&](int row, int column) { return c + row * kTileSide * c_row + column * kTileSide; };
-  if (add) {
-    _tile_loadd(0, at(0, 0), c_row * 4);
-    if constexpr (Wide == 2) _tile_loadd(1, at(0, 1), c_row * 4);
-    if constexpr (Tall == 2) _tile_loadd(2, at(1, 0), c_row * 4);
-    if constexpr (Tall == 2 && Wide == 2) _tile_loadd(3, at(1, 1), c_row * 4);
-  } else {
+struct TileSums {
+  TileSums() {
     _tile_zero(0);
     if constexpr (Wide == 2) _tile_zero(1);
     if constexpr (Tall == 2) _tile_zero(2);
     if constexpr (Tall == 2 && Wide == 2) _tile_zero(3);
   }
-  for (int64_t k = 0; k < steps; k += kTileSide) {
-    _tile_loadd(4, a + k, a_row * 4);
-    _tile_loadd(6, b + k * b_row, b_row * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (Wide == 2) {
-      _tile_loadd(7, b + k * b_row + kTileSide, b_row * 4);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (Tall == 2) {
-      _tile_loadd(5, a + kTileSide * a_row + k, a_row * 4);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Wide == 2) _tile_dpbf16ps(3, 5, 7);
+  TileSums(const float* from, int64_t row) {
+    _tile_loadd(0, at(from, row, 0, 0), row * 4);
+    if constexpr (Wide == 2) _tile_loadd(1, at(from, row, 0, 1), row * 4);
+    if constexpr (Tall == 2) _tile_loadd(2, at(from, row, 1, 0), row * 4);
+    if constexpr (Tall == 2 && Wide == 2) _tile_loadd(3, at(from, row, 1, 1), row * 4);
+  }
+  TileSums(const TileSums&) = delete;
+
+  // += A B over `steps` cells, a multiple of 16. Steps between rows: of A in bytes, of B in cells.
+  void add(const void* a, int64_t a_bytes, const uint32_t* b, int64_t b_row, int64_t steps) {
+    const char* left = static_cast<const char*>(a);
+    for (int64_t k = 0; k < steps; k += kTileSide, left += 4 * kTileSide, b += kTileSide * b_row) {
+      _tile_loadd(4, left, a_bytes);
+      _tile_loadd(6, b, b_row * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (Wide == 2) {
+        _tile_loadd(7, b + kTileSide, b_row * 4);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (Tall == 2) {
+        _tile_loadd(5, left + kTileSide * a_bytes, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (Wide == 2) _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
-  _tile_stored(0, at(0, 0), c_row * 4);
-  if constexpr (Wide == 2) _tile_stored(1, at(0, 1), c_row * 4);
-  if constexpr (Tall == 2) _tile_stored(2, at(1, 0), c_row * 4);
-  if constexpr (Tall == 2 && Wide == 2) _tile_stored(3, at(1, 1), c_row * 4);
-}
+
+  void store(float* to, int64_t row) const {
+    _tile_stored(0, at(to, row, 0, 0), row * 4);
+    if constexpr (Wide == 2) _tile_stored(1, at(to, row, 0, 1), row * 4);
+    if constexpr (Tall == 2) _tile_stored(2, at(to, row, 1, 0), row * 4);
+    if constexpr (Tall == 2 && Wide == 2) _tile_stored(3, at(to, row, 1, 1), row * 4);
+  }
+
+ private:
+  template <class Float>
+  static Float* at(Float* c, int64_t row, int tall, int wide) {
+    return c + tall * kTileSide * row + wide * kTileSide;
+  }
+};
 
 #elif defined(MEGASPARSE_TILES)
 
@@ -86,24 +102,40 @@ struct TileRegisters {
 };
 
 template <int Tall, int Wide>
-inline void multiply_tiles(const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, int64_t steps, float* c,
-                           int64_t c_row, bool add) {
-  const auto half = [](uint32_t bits) {
+struct TileSums {
+  TileSums() : sums{} {}
+  TileSums(const float* from, int64_t row) {
+    for (int64_t i = 0; i < kTall; ++i) std::memcpy(sums[i], from + i * row, sizeof sums[i]);
+  }
+  TileSums(const TileSums&) = delete;
+
+  void add(const void* a, int64_t a_bytes, const uint32_t* b, int64_t b_row, int64_t steps) {
+    for (int64_t i = 0; i < kTall; ++i)
+      for (int64_t k = 0; k < steps; ++k) {
+        uint32_t left;
+        std::memcpy(&left, static_cast<const char*>(a) + i * a_bytes + 4 * k, 4);
+        for (int64_t j = 0; j < kWide; ++j) {
+          const uint32_t right = b[k * b_row + j];
+          sums[i][j] += half(left << 16) * half(right << 16);
+          sums[i][j] += half(left & 0xffff0000u) * half(right & 0xffff0000u);
+        }
+      }
+  }
+
+  void store(float* to, int64_t row) const {
+    for (int64_t i = 0; i < kTall; ++i) std::memcpy(to + i * row, sums[i], sizeof sums[i]);
+  }
+
+ private:
+  static constexpr int64_t kTall = Tall * kTileSide, kWide = Wide * kTileSide;
+  float sums[kTall][kWide];
+
+  static float half(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
-  };
-  for (int64_t row = 0; row < Tall * kTileSide; ++row)
-    for (int64_t column = 0; column < Wide * kTileSide; ++column) {
-      float sum = add ? c[row * c_row + column] : 0.0f;
-      for (int64_t k = 0; k < steps; ++k) {
-        const uint32_t left = a[row * a_row + k], right = b[k * b_row + column];
-        sum += half(left << 16) * half(right << 16);
-        sum += half(left & 0xffff0000u) * half(right & 0xffff0000u);
-      }
-      c[row * c_row + column] = sum;
-    }
-}
+  }
+};
 
 #else
 
@@ -112,7 +144,55 @@ inline bool ask_for_tiles() { return false; }
 struct TileRegisters {};
 
 template <int Tall, int Wide>
-void multiply_tiles(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
+struct TileSums {
+  TileSums();
+  TileSums(const float*, int64_t);
+  void add(const void*, int64_t, const uint32_t*, int64_t, int64_t);
+  void store(float*, int64_t) const;
+};
+
+#endif
+
+#if defined(__AVX512F__)
+
+// Rows that are Apart apart exchange the halves, quarters, ... of themselves that lie across the diagonal.
+template <int Apart>
+inline __attribute__((always_inline)) void exchange(__m512i (&rows)[kTileSide]) {
+  alignas(64) uint32_t upper_half[kTileSide], lower_half[kTileSide];
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < kTileSide; ++i) {
+    upper_half[i] = i & Apart ? i - Apart + kTileSide : i;
+    lower_half[i] = i & Apart ? i + kTileSide : i + Apart;
+  }
+  const __m512i upper_places = _mm512_load_si512(upper_half), lower_places = _mm512_load_si512(lower_half);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileSide; ++i)
+    if (!(i & Apart)) {
+      const __m512i upper = rows[i], lower = rows[i + Apart];
+      rows[i] = _mm512_permutex2var_epi32(upper, upper_places, lower);
+      rows[i + Apart] = _mm512_permutex2var_epi32(upper, lower_places, lower);
+    }
+}
+
+// Writes the columns of a square as rows, `step` cells apart.
+inline void transpose(const uint32_t (&square)[kTileSide][kTileSide], uint32_t* out, int64_t step) {
+  __m512i rows[kTileSide];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileSide; ++i) rows[i] = _mm512_loadu_si512(square[i]);
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileSide; ++i) _mm512_storeu_si512(out + i * step, rows[i]);
+}
+
+#else
+
+inline void transpose(const uint32_t (&square)[kTileSide][kTileSide], uint32_t* out, int64_t step) {
+  for (int64_t i = 0; i < kTileSide; ++i)
+    for (int64_t k = 0; k < kTileSide; ++k) out[i * step + k] = square[k][i];
+}
 
 #endif
 
