@@ -1,4 +1,4 @@
-"""The tables that READMEs quote, of studies, decoding and pruning, made from the committed results.
+"""The tables that READMEs quote, of studies, decoding, pruning and models, made from the committed results.
 
     python tests/quote_results.py        # writes the tables anew, after results have changed
 
@@ -60,6 +60,15 @@ def pruning_table(results: Mapping[str, Any]) -> str:
     return markdown(["pruned by", *(f"{share:.0%}" for share in gone)], rows)
 
 
+def models_table(results: Mapping[str, Any]) -> str:
+    """What benchmarks/accuracy_and_speed.py has measured of each model."""
+    rows = []
+    for model in results["models"]:
+        found = f"{model['results']['accuracy']:.3f}", f"{model['tokens_per_second']:.0f}", f"{model['speedup']:.2f}"
+        rows.append([model["name"], f"{model['megabytes']:.1f}", *found])
+    return markdown(["model", "MB", "accuracy", "tokens a second", "over dense"], rows)
+
+
 def paired(row: Mapping[str, str] | None) -> str:
     """A mean difference and its interval, which there is from two pairs on."""
     if row is None:
@@ -73,7 +82,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"sparse": decoding_table, "one": pruning_table}
+TABLES = {"sparse": decoding_table, "one": pruning_table, "accuracy": models_table}
 """By the first word of the file's name; others are of studies."""
 
 
