@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,15 @@ def prepare_quickstart() -> None:
     """The script writes below the root of the repository, and the paths of the configuration are relative."""
     if Path.cwd() != ROOT:
         raise ConfigError(f"prepare: quickstart makes its data in {ROOT}; must be started there")
-    done = subprocess.run(["sh", "launch/quickstart_data.sh"], check=False)
+    done = subprocess.run(["sh", "launch/quickstart_data.sh"], env=with_own_python(os.environ), check=False)
     if done.returncode:
         raise ConfigError(f"prepare: launch/quickstart_data.sh ended with status {done.returncode}")
+
+
+def with_own_python(variables: Mapping[str, str]) -> dict[str, str]:
+    """The script calls `python`, which shall be this one, also where its environment was not activated."""
+    folders = str(Path(sys.executable).parent), variables.get("PATH", os.defpath)
+    return {**variables, "PATH": os.pathsep.join(folders)}
 
 
 if __name__ == "__main__":

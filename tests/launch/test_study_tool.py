@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import processes
 import pytest
@@ -81,3 +84,14 @@ def test_a_real_study_is_stopped_and_goes_on(tmp_path) -> None:
         assert [line["step"] for line in runs.metrics(folder)] == list(range(1, arm["steps"] + 1))
     assert mst["flops"] == pytest.approx(0.5 * dense["flops"], rel=0.01)
     assert (place / "study.html").is_file() and "Paired differences" in output
+
+
+def test_data_of_the_quickstart_is_made_with_the_python_of_the_tool(tmp_path) -> None:
+    """Also where its environment was not activated, and another `python` comes first, or none at all."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    with_own_python = runpy.run_path(str(runs.REPOSITORY / "tools" / "study.py"))["with_own_python"]
+    for path in (str(tmp_path), ""):
+        variables = with_own_python({"PATH": path, "LANG": "C"})
+        found = shutil.which("python", path=variables["PATH"])
+        assert found is not None and Path(found).parent == Path(sys.executable).parent and variables["LANG"] == "C"
