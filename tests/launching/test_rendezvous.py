@@ -21,7 +21,9 @@ def start(variables: dict[str, str], missing: int | None = None) -> dict:
     if environment.rank == missing:
         return {}
     try:
-        with open_mesh(environment, 1800, start_seconds=4):
+        with open_mesh(environment, 1800, start_seconds=4) as mesh:
+            # A rank that leaves at once is a lost peer to one that is still connecting.
+            mesh.barrier()
             return {}
     except Exception as error:
         words = "; ".join([str(error), *getattr(error, "__notes__", [])])
