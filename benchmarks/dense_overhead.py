@@ -24,7 +24,7 @@ from result_file import write_result
 from megasparse.config.schema import RunConfig
 from megasparse.data import Batch
 from megasparse.engine.training_engine import DTYPES
-from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 from megasparse.models.build import build_model
 from megasparse.objectives.objective import NextTokenCrossEntropy
 from megasparse.training.plan import make_plan
@@ -34,7 +34,7 @@ from megasparse.tuning.first_start import fit_tables
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    use_huge_pages(os.environ)
+    keep_host_memory(os.environ)
     stage = 0 if arguments.precision == "fp32" else 1
     config = benchmark_config(
         arguments.model,

@@ -21,12 +21,14 @@ from bench_setup import MODELS, SIZES, benchmark_config, open_trainer, seconds_p
 from result_file import RESULTS, write_result
 
 from megasparse.config.schema import RunConfig
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 
 
 def main() -> None:
     arguments = parse_arguments()
     os.environ["DS_ACCELERATOR"] = arguments.device
+    if arguments.device == "cpu":
+        keep_host_memory(os.environ)
     configs = {
         "all": make_config(arguments),
         "dropping": make_config(arguments, f"layer_dropping.theta={arguments.theta}"),

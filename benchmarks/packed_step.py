@@ -40,7 +40,7 @@ from megasparse.config.schema import Pattern, RunConfig
 from megasparse.cost.resources import communication_per_rank
 from megasparse.data import BatchLoader
 from megasparse.engine.training_engine import TrainingEngine
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 from megasparse.methods.callback import TrainingMethod
 from megasparse.models.build import build_model
 from megasparse.parallel import CommunicationGroup, Mesh
@@ -59,6 +59,8 @@ def main() -> None:
         return
     arguments = parse_arguments(words)
     os.environ["DS_ACCELERATOR"] = arguments.device
+    if arguments.device == "cpu":
+        keep_host_memory(os.environ)
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
         head = "-head" if arguments.sparse_head else ""
         suffix = f"{arguments.model}-{arguments.precision}{head}-ranks{mesh.world_size}"

@@ -25,7 +25,7 @@ from bench_setup import MODELS, benchmark_config, open_trainer
 from result_file import RESULTS, write_result
 
 from megasparse.config.schema import RunConfig
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 from megasparse.planning.assumptions import parse_assumptions
 from megasparse.planning.cluster import make_cluster
 from megasparse.planning.forecast import forecast
@@ -49,6 +49,7 @@ LIMIT_SECONDS = 200
 def main() -> None:
     arguments = parse_arguments()
     os.environ["DS_ACCELERATOR"] = "cpu"
+    keep_host_memory(os.environ)
     if arguments.output is not None:
         run(arguments)
         return

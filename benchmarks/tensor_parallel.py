@@ -18,7 +18,7 @@ import torch
 from result_file import write_result
 
 from megasparse.config.schema import AttentionConfig, ModelConfig
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 from megasparse.layers import LayerFactory, SparseSpec
 from megasparse.models.gpt import Block
 from megasparse.parallel import CommunicationGroup, Mesh, TensorParallel
@@ -42,6 +42,7 @@ class SilentAxis(CommunicationGroup):
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_host_memory(os.environ)
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600, 2) as mesh:
         result = measure(arguments, mesh)
         if mesh.is_first:

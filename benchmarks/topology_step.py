@@ -17,7 +17,7 @@ import time
 from bench_setup import MODELS, benchmark_config, open_trainer
 from result_file import write_result
 
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 
 UPDATE_INTERVAL = 3
 
@@ -25,6 +25,7 @@ UPDATE_INTERVAL = 3
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_host_memory(os.environ)
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600) as mesh:
         results = [measure(arguments, block_size, mesh) for block_size in arguments.block_sizes]
     path = write_result("topology_step", {"results": results}, suffix=f"{arguments.model}-{arguments.precision}")

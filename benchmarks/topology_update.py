@@ -20,7 +20,7 @@ from bench_setup import benchmark_config, open_trainer
 from result_file import write_result
 
 from megasparse.cost.resources import topology_bytes
-from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
 from megasparse.parallel import CommunicationGroup
 
 UPDATE_INTERVAL = 3
@@ -48,6 +48,7 @@ class CountingAxis(CommunicationGroup):
 def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_host_memory(os.environ)
     with open_mesh(LaunchEnvironment.from_variables(os.environ), 600, arguments.tensor_parallel_size) as mesh:
         results = [
             measure(arguments, block_size, *size, mesh) for block_size in arguments.block_sizes for size in SIZES

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,8 @@ from result_file import RESULTS, write_result
 from megasparse.config.execution import KernelsConfig
 from megasparse.config.schema import Pattern, RunConfig
 from megasparse.data import BatchLoader
-from megasparse.launching import LaunchEnvironment, open_mesh, use_huge_pages
+from megasparse.launching import LaunchEnvironment, keep_host_memory, open_mesh
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.training.loop import Trainer
 from megasparse.training.plan import make_plan
 from megasparse.tuning.first_start import fit_tables
@@ -46,7 +48,7 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ["DS_ACCELERATOR"] = arguments.device
     if arguments.device == "cpu":
-        use_huge_pages(os.environ)
+        (use_huge_pages if arguments.give_back_memory else keep_host_memory)(os.environ)
     configs = {kind: make_config(arguments, kind) for kind in KINDS}
     products = measured_products(configs["dense"])
     measured_products(configs["sparse"])
@@ -154,6 +156,8 @@ def report(
         "sparse_head": arguments.sparse_head,
         "storage": arguments.storage,
         "attention_pattern": arguments.attention_pattern,
+        "gives_back_memory": arguments.give_back_memory,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "steps_per_round": arguments.steps,
         "rounds": arguments.rounds,
         "dense_products": products_of,
@@ -175,6 +179,7 @@ def report(
     }
     suffix = f"{arguments.model}-{arguments.precision}-{arguments.kernel}" + ("-head" if arguments.sparse_head else "")
     suffix += "-packed" if arguments.storage == "packed" else ""
+    suffix += "-given-back" if arguments.give_back_memory else ""
     path = write_result("train_step", {"results": [numbers]}, suffix=suffix, folder=arguments.results)
     print_parts(parts)
     print(f"dense products: {products_of}")
@@ -212,6 +217,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparse-head", action="store_true", help="the head is sparse too, as in the paper")
     parser.add_argument(
         "--attention-pattern", choices=get_args(Pattern), default="full", help="of the sparse run (default: full)"
+    )
+    parser.add_argument(
+        "--give-back-memory", action="store_true", help="freed memory goes back to the system, on a CPU"
     )
     parser.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step (default: 2048)")

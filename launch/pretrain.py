@@ -17,7 +17,7 @@ import sys
 
 from megasparse.config.loader import ConfigError, describe_fields, load_config, to_yaml
 from megasparse.data.arguments import positive
-from megasparse.launching import LaunchEnvironment, choose_accelerator, leave_warnings_to_rank_0, use_huge_pages
+from megasparse.launching import LaunchEnvironment, choose_accelerator, keep_host_memory, leave_warnings_to_rank_0
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import GO_ON, exit_after_lost_peer, exit_now
 from megasparse.utils.streams import use_utf8
@@ -40,7 +40,7 @@ def main() -> int:
         if arguments.json or arguments.world_size or arguments.device:
             raise ConfigError("--json, --world-size, --device: only used with --dry-run")
         if choose_accelerator(os.environ) == "cpu":
-            use_huge_pages(os.environ)
+            keep_host_memory(os.environ)
         from megasparse.training.run import pretrain
 
         # What is imported stays: collections, one at each rebuilt engine, pass over it (half a second each otherwise).

@@ -66,6 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from megasparse.launching import keep_host_memory
     from megasparse.planning.assumptions import parse_assumptions
     from megasparse.planning.chips import HERE
     from megasparse.planning.cluster import KEYS, make_cluster, read_cluster
@@ -83,6 +84,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         return forecast(config, make_cluster(**words), assumptions, top=arguments.top)
     if words.keys() & {"gpus_per_node", "network"}:
         raise ConfigError("--gpus-per-node, --network: not used with --chip here, which is one machine")
+    keep_host_memory(os.environ)
     found = measure(config, words["count"])
     cluster = make_cluster(here_chip(found), words["count"])
     return forecast(config, cluster, assumptions, top=arguments.top, make_rates=found.rates, measured=found.facts())

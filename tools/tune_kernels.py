@@ -10,6 +10,7 @@ the deepspeed launcher sets OMP_NUM_THREADS=1 unless the environment says otherw
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megasparse.kernels.block_sparse.measure import LAYERS, parse_shape
 from megasparse.kernels.common.tables import Measurement
 from megasparse.kernels.hybrid_attention.break_even import TABLE as ATTENTION_TABLE
 from megasparse.kernels.hybrid_attention.measure import LENGTHS
+from megasparse.launching import keep_host_memory
 from megasparse.monitoring.console import make_console
 from megasparse.tuning import kernel_tuning as tuning
 
@@ -59,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     device = arguments.device or target_device()
+    if device == "cpu":
+        keep_host_memory(os.environ)
     if arguments.attention:
         measurement, table = tune_attention(arguments, device), ATTENTION_TABLE
         tuning.print_attention_rows(measurement.rows, make_console())

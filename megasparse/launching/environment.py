@@ -94,17 +94,6 @@ def choose_accelerator(variables: MutableMapping[str, str]) -> str:
     return variables.setdefault("DS_ACCELERATOR", found)
 
 
-def use_huge_pages(variables: MutableMapping[str, str]) -> None:
-    """Let torch ask the system for pages of 2 MiB for large tensors in host memory, unless the user has decided.
-
-    The system fills a page with zeros when it is first touched, and large tensors have fresh ones every time: writing
-    200 MiB took 76 ms of CPU time in pages of 4 KiB, 12 in those of 2 MiB, and 7 in memory that was there (AMD EPYC,
-    Zen 5). torch looks when it first allocates memory for a tensor, not when it is imported. Where the system has no
-    such pages, nothing changes.
-    """
-    variables.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def leave_warnings_to_rank_0(rank: int) -> None:
     """Silence the warnings of other ranks, which read the same files and settings and would tell the same.
 

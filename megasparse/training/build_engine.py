@@ -10,7 +10,6 @@ Apart from ``methods``, which plans use without importing DeepSpeed.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.engine.memory_state import MemoryState
 from megasparse.engine.restore import apply_state, read_state
 from megasparse.engine.training_engine import DTYPES, TrainingEngine, draws_pieces, model_construction
+from megasparse.launching.host_memory import return_memory
 from megasparse.methods.callback import MethodFactory, TrainingMethod
 from megasparse.methods.mixed_sparsity import MixedSparsityTraining
 from megasparse.methods.registry import build_methods
@@ -113,9 +113,7 @@ class Renewal:
 
     def build(self, kept: KeptState, capacities: Mapping[str, int]) -> tuple[list[TrainingMethod], TrainingEngine]:
         """The engine with other capacities, and methods, standing where the closed ones stood; every rank calls it."""
-        gc.collect()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return_memory(self.mesh.device)
         random = torch.get_rng_state()
         arguments = (self.config, self.vocab_size, self.mesh, self.objective, self.methods)
         methods, engine = build_engine(*arguments, capacities=capacities, drawn=False)

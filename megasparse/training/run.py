@@ -7,7 +7,6 @@ It is prepared, which finds what the user must mend before any process starts to
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from megasparse.evaluation.supervised_tasks import SupervisedTask, open_task
 from megasparse.inference.sampling import sample_text
 from megasparse.kernels.common import tables
 from megasparse.launching import LaunchEnvironment, open_mesh
+from megasparse.launching.host_memory import return_memory
 from megasparse.launching.identity import agree, check_steps, run_identity
 from megasparse.launching.run_lock import hold_folder, owner_of
 from megasparse.launching.watchdog import Watchdog
@@ -338,7 +338,7 @@ def enter_stage(
         passed_over = found.passed_over
         engine.close()
         del methods, engine, checkpointer
-        gc.collect()
+        return_memory(mesh.device)
     raise AssertionError("the small model has no stage after it")
 
 
@@ -371,9 +371,7 @@ def grow(prepared: Prepared, built: Built) -> None:
     built.trainer.engine.close()
     # Engines hold themselves in cycles: the small one must go before the whole one comes.
     del built.trainer
-    gc.collect()
-    if built.mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    return_memory(built.mesh.device)
     stage = enter_stage(built.config, prepared, built.mesh, built.extensions, built.closing, going_on=True)
     # The records, which go on, count them.
     stage.state.lines = lines

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from megasparse.launching import (
     choose_accelerator,
     leave_warnings_to_rank_0,
     process_group,
-    use_huge_pages,
 )
 from megasparse.launching.environment import expand_hosts
 from megasparse.launching.rendezvous import open_store
@@ -201,36 +198,6 @@ def test_a_warning_is_told_once(monkeypatch, rank: int, asked_for: list[str], he
         leave_warnings_to_rank_0(rank)
         warnings.warn("data.train: other tokens", stacklevel=1)
     assert len(told) == heard
-
-
-def test_huge_pages_are_asked_for_unless_the_user_has_decided() -> None:
-    for decided, wanted in (({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
-        variables = dict(decided)
-        use_huge_pages(variables)
-        assert variables == {"THP_MEM_ALLOC_ENABLE": wanted}
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-FILLED = """
-import os
-import torch
-from megasparse.launching import use_huge_pages
-
-use_huge_pages(os.environ)
-x = torch.ones(2**24)
-print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
-"""
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no huge pages to give"
-)
-def test_torch_asks_for_huge_pages_also_after_its_import() -> None:
-    variables = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run([sys.executable, "-c", FILLED], env=variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    # KiB; a system that is short of memory in one piece may have given fewer than the 32 that were asked for.
-    assert int(done.stdout) >= 2048
 
 
 @pytest.mark.parametrize(
