@@ -55,11 +55,13 @@ def deepspeed_dict(config: RunConfig, data_parallel_size: int, device: str = "cp
         derived["zero_optimization"]["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
         # Our optimizer steps on the CPU too; DeepSpeed's own knows nothing of densities.
         derived["zero_force_ds_cpu_optimizer"] = False
-    elif device == "cuda" and data_parallel_size > 1 and config.deepspeed.zero_stage in (1, 2):
+    elif data_parallel_size > 1 and config.deepspeed.zero_stage in (1, 2):
         # A bucket of gradients is reduced while the backward pass fills the next one. DeepSpeed's own size, 500 million
-        # elements, holds all of most models, so that nothing would overlap; this one is Megatron-LM's.
-        bucket = max(40_000_000, 1_000_000 * data_parallel_size)
-        derived["zero_optimization"] |= {"overlap_comm": True, "reduce_bucket_size": bucket}
+        # elements, holds all of most models, so that nothing would overlap; this one is Megatron-LM's. On CPUs nothing
+        # overlaps, but a whole bucket is taken from memory in every step, and other tensors lie in what was one.
+        derived["zero_optimization"]["reduce_bucket_size"] = max(40_000_000, 1_000_000 * data_parallel_size)
+        if device == "cuda":
+            derived["zero_optimization"]["overlap_comm"] = True
     if config.deepspeed.gradient_accumulation_dtype == "fp32":
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.precision == "bf16":

@@ -39,6 +39,7 @@ from megasparse.engine.fragments import (
     wait_for_reductions,
 )
 from megasparse.engine.gradient_norm import global_gradient_norm
+from megasparse.engine.gradients_in_place import leave_gradients_in_place
 from megasparse.engine.optimizer import GroupRule, MaskedAdamW, parameter_groups, set_learning_rates
 from megasparse.engine.steps_in_place import steps_in_place
 from megasparse.kernels import optimizer as optimizer_kernels
@@ -132,9 +133,8 @@ class TrainingEngine:
         if config.deepspeed.zero_stage == 3:
             for parameter in self.model.head_in_chunks.head_parameters:
                 deepspeed.zero.register_external_parameter(self.model.head_in_chunks, parameter)
-        if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32" and mesh.data_parallel.size == 1:
-            # Otherwise all gradients are copied into a buffer, which is reduced over one rank and copied back.
-            self._engine.enable_backward_allreduce = False
+        if mesh.data_parallel.size == 1:
+            leave_gradients_in_place(self._engine)
         self._state = self._access({name: layer.weight for name, layer in self.model.sparse_layers().items()})
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.packed_layers: dict[str, PackedLinear] = {
