@@ -14,8 +14,9 @@ class KernelsConfig(Section):
     break_even: Fraction | None = None
     """Density above which auto takes dense products; unset: as measured (tune, tools/tune_kernels.py)."""
     dense: Literal["auto", "torch", "onednn"] = "auto"
-    """Dense products of linear layers and head on CPUs in fp32: torch's own, which are MKL's, or oneDNN's, which torch
-    carries too; auto takes the latter in layers where they were measured to be faster (tune)."""
+    """Dense products of linear layers and head on CPUs: torch's own, or oneDNN's, which torch carries too: in fp32 in
+    place of MKL's, in bf16 with operands that it multiplies faster; auto takes the latter in layers where they were
+    measured to be faster (tune)."""
     hybrid_attention: Literal["auto", "reference", "tiled", "cpu", "triton"] = "auto"
     """Kernel of the attention patterns; auto takes the fastest one that this machine supports."""
     elementwise: Literal["auto", "torch", "cpu", "triton"] = "auto"

@@ -17,13 +17,15 @@ from megasparse.kernels import dense_products
 from megasparse.kernels.block_sparse import build_index, sparse_linear
 from megasparse.kernels.common import tables
 from megasparse.kernels.common.tables import Measurement, this_machine
-from megasparse.kernels.dense_products import dense_linear, onednn, table
+from megasparse.kernels.dense_products import dense_linear, onednn, pieces, table, transposition
 from megasparse.layers import HeadInChunks, Linear, SparseLinear, Vocabulary
 from megasparse.models.build import build_model
 from megasparse.parallel import TensorParallel
 
 REASON = onednn.why_not("cpu", torch.float32)
 needs_onednn = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+HALF_REASON = onednn.why_not("cpu", torch.bfloat16)
+needs_half = pytest.mark.skipif(HALF_REASON is not None, reason=str(HALF_REASON))
 # (tokens, in, out): odd numbers, one token, one output, and what a tile divides.
 SHAPES = [(1, 1, 1), (1, 64, 192), (7, 33, 5), (64, 64, 64), (37, 129, 257), (301, 96, 1)]
 
@@ -56,6 +58,58 @@ def test_products_and_gradients(shape, has_bias) -> None:
     found, wanted = torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, exact, dy.double())
     for one, other, terms in zip(found, wanted, (outer, tokens, tokens), strict=False):
         close(one, other, terms)
+
+
+@needs_half
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (61, 24, 2 * pieces.OUTPUTS + 70), (40, 200, 16), (40, 16, 200)], ids=str)
+def test_products_and_gradients_in_bfloat16(shape, has_bias) -> None:
+    tokens, inner, outer = shape
+    inputs = [torch.randn(tokens, inner), torch.randn(outer, inner), *([torch.randn(outer)] if has_bias else [])]
+    ours = [x.bfloat16().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    y, expected = dense_linear(*ours, *([] if has_bias else [None]), kernel="onednn"), F.linear(*exact)
+    dy = torch.randn_like(y)
+    found, wanted = torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, exact, dy.double())
+    for one, other, terms in zip((y, *found), (expected, *wanted), (inner + 1, outer, tokens, tokens), strict=False):
+        # Sums in float32, as above, and one rounding to 8 bits; torch adds up the gradient of a bias likewise.
+        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=2**-24 * (16 + 4 * terms))
+
+
+@needs_half
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "no tokens"])
+def test_layouts_in_bfloat16(layout) -> None:
+    x = {
+        "transposed": lambda: torch.randn(24, 10).bfloat16().t(),
+        "strided": lambda: torch.randn(10, 48).bfloat16()[:, ::2],
+        "expanded": lambda: torch.randn(1, 24).bfloat16().expand(10, 24),
+        "no tokens": lambda: torch.randn(0, 24).bfloat16(),
+    }[layout]()
+    weight = torch.randn(40, 24).bfloat16().requires_grad_()
+    y = dense_linear(x, weight, None, kernel="onednn")
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), rtol=2**-8, atol=2**-24 * 112)
+    for dy in (torch.ones(1, 1).bfloat16().expand(*y.shape), torch.randn(40, len(x)).bfloat16().t()):
+        (found,) = torch.autograd.grad(y, weight, dy, retain_graph=True)
+        torch.testing.assert_close(found.double(), dy.double().t() @ x.double(), rtol=2**-8, atol=2**-24 * 56)
+
+
+@pytest.mark.parametrize("can_build", [True, False])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (8, 8), (7, 40), (33, 64), (1, 50), (50, 1), (100, 65), (0, 5), (5, 0)], ids=str
+)
+def test_transposed_copies(size, can_build, monkeypatch) -> None:
+    if not can_build:
+        monkeypatch.setattr(transposition, "build_failure", lambda source: "no compiler")
+    rows, columns = size
+    wide = torch.randn(rows, columns + 3).bfloat16()
+    matrix, target = wide[:, 2 : columns + 2], torch.full((columns + 2, rows + 5), 7.0).bfloat16()
+    transposition.transpose_into(target[1 : columns + 1, 3 : rows + 3], matrix)
+    expected = torch.full((columns + 2, rows + 5), 7.0).bfloat16()
+    expected[1 : columns + 1, 3 : rows + 3] = matrix.t()
+    assert torch.equal(target, expected)
+    found = transposition.transposed(matrix)
+    assert torch.equal(found, matrix.t()) and found.is_contiguous()
+    assert torch.equal(transposition.transposed(matrix.t()), matrix)
 
 
 @needs_onednn
@@ -157,7 +211,7 @@ def test_layers_and_head_take_it(kind, monkeypatch) -> None:
 
 
 def test_what_it_cannot_do_is_torchs(monkeypatch) -> None:
-    for dtype in (torch.bfloat16, torch.float64):
+    for dtype in (torch.float16, torch.float64):
         assert "dtype" in onednn.why_not("cpu", dtype)
         assert dense_products.choose("onednn", "cpu", dtype, 10, (8, 8)) == "torch"
         x, weight = torch.randn(3, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
@@ -180,11 +234,11 @@ def test_an_operator_that_is_not_there_or_is_another_one_is_not_used(monkeypatch
 
 
 def test_a_forced_kernel_that_cannot_run_is_refused() -> None:
-    words = ["kernels.dense=onednn", "train.precision=bf16", "sparsity.algorithm=dense", "model.num_layers=1"]
+    words = ["kernels.dense=onednn", "train.precision=fp16", "sparsity.algorithm=dense", "model.num_layers=1"]
     config = load_config([], [*words, "model.hidden_size=32", "model.num_attention_heads=2"])
     with torch.device("meta"):
         model = build_model(config, 64)
-    with pytest.raises(ConfigError, match="kernels.dense: onednn cannot be used here: dtype torch.bfloat16.*auto or"):
+    with pytest.raises(ConfigError, match="kernels.dense: onednn cannot be used here: dtype torch.float16.*auto or"):
         dense_kernels(config, model, "cpu")
 
 

@@ -3,8 +3,9 @@
     y = dense_linear(x, weight, bias, kernel=choose("auto", "cpu", x.dtype, tokens, (in_features, out_features)))
 
 On CPUs torch hands float32 products to MKL, which takes AVX2 on processors that are not Intel's, also where they have
-AVX-512; oneDNN, which torch carries too and hands bfloat16 products to, looks at what there is. `auto` takes it where
-that was measured to be faster on this machine (``table``); a traced program (``torch.compile``) always has torch's.
+AVX-512; oneDNN, which torch carries too, looks at what there is. Products of bfloat16 are oneDNN's anyway; those named
+so give it operands that it multiplies faster (``pieces``). `auto` takes them where that was measured to be faster on
+this machine (``table``); a traced program (``torch.compile``) always has torch's.
 """
 
 from __future__ import annotations

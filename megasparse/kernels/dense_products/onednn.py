@@ -1,8 +1,10 @@
-"""Linear layers in float32 on CPUs by oneDNN, which torch carries: ``linear(x_NI, weight, bias)``.
+"""Linear layers on CPUs by oneDNN, which torch carries: ``linear(x_NI, weight, bias)``.
 
-``why_not`` says where it cannot run. The operator is one that torch's own compiler uses and promises to nobody, so it
-is tried on a small product first. In all shapes that were tried a row has the same bits at any number of threads and
-whichever rows stand beside it (tests/kernels/test_dense_products.py).
+``why_not`` says where it cannot run. In float32, which torch gives to MKL, the operator is one that torch's own
+compiler uses and promises to nobody, so it is tried on a small product first; in all shapes that were tried a row has
+the same bits at any number of threads and whichever rows stand beside it (tests/kernels/test_dense_products.py). In
+bfloat16 torch's products are oneDNN's, whose bits depend on the threads; here they get their operands as they are
+multiplied fastest (``pieces``).
 
 Names: N tokens, I input width, O output width.
 """
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megasparse.kernels.dense_products import pieces
+
 LARGE = 2**20
 """Weights of a matrix from which on its gradient is worth a copy of the input."""
 
@@ -24,23 +28,26 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
     """Why oneDNN's products cannot take the place of torch's on a type of device; None where they can."""
     if device != "cpu":
         return f"they run on cpu, not on {device}"
-    if dtype != torch.float32:
-        return f"dtype {dtype}; supported: torch.float32 (torch's own products of bfloat16 are oneDNN's)"
-    return _failure()
+    if dtype == torch.bfloat16:
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return None if supported else "oneDNN multiplies no bfloat16 on this processor"
+    return _failure() if dtype == torch.float32 else f"dtype {dtype}; supported: torch.float32, torch.bfloat16"
 
 
 def linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, [N, O], with gradients; all float32 on a CPU."""
+    """x W^T + b, [N, O], with gradients; all float32 or all bfloat16 on a CPU."""
     return _Linear.apply(x_NI, weight, bias)
 
 
 def weight_gradient(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
     """dy^T x, [O, I].
 
-    For a large one x is copied first, so that the tokens of an input lie one after the other: on one core of an EPYC
-    (Zen 5, under load) that made 191 of 137 GFLOP/s in a head of 768 to 50,304, 192 of 174 from 768 to 3,072, but 172
-    of 190 from 768 to 768.
+    For a large one in float32 x is copied first, so that the tokens of an input lie one after the other: on one core of
+    an EPYC (Zen 5, under load) that made 191 of 137 GFLOP/s in a head of 768 to 50,304, 192 of 174 from 768 to 3,072,
+    but 172 of 190 from 768 to 768.
     """
+    if x_NI.dtype == torch.bfloat16:
+        return pieces.weight_gradient(_readable(dy_NO), _readable(x_NI))
     x_IN = x_NI.t()
     return product(dy_NO.t(), x_IN.contiguous() if dy_NO.shape[1] * x_NI.shape[1] >= LARGE else x_IN)
 
@@ -64,9 +71,11 @@ class _Linear(torch.autograd.Function):
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left right^T + bias, of left [A, K] and right [B, K]: float32, rows or columns without gaps."""
+    """left right^T + bias, of left [A, K] and right [B, K], all of one dtype."""
     if left.numel() == 0 or right.numel() == 0:
         return torch.nn.functional.linear(left, right, bias)
+    if left.dtype == torch.bfloat16:
+        return pieces.product(left, right, bias)
     return torch.ops.mkldnn._linear_pointwise(_readable(left), _readable(right), bias, "none", [], "")
 
 
