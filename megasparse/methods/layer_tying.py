@@ -39,8 +39,6 @@ class LayerTying(TrainingMethod):
         """For each layer the one whose weights it has."""
         self.controller: TyingController | None = None
         self._next_action, self._has_acted = settings.interval, False
-        self._sizes = [sum(prod(shard_spec_of(p).shape) for p in block.parameters()) for block in model.layers]
-        self._total = model.num_parameters()
         self._engine: Engine | None = None
         self._mesh: Mesh | None = None
         model.tie_layers(self.sources)
@@ -50,13 +48,9 @@ class LayerTying(TrainingMethod):
         if self.config.layer_tying.mode == "dynamic":
             self.controller = TyingController(self.config.layer_tying, len(self.sources), self.config.run.seed)
 
-    def num_parameters(self) -> int:
-        """Of the model, over all ranks, those that layers share counted once."""
-        return self._total - sum(size for layer, size in enumerate(self._sizes) if layer not in self.sources)
-
     def begin_step(self, step: Step) -> None:
         step.metrics["tied_layers"] = len(self.sources) - len(set(self.sources))
-        step.metrics["distinct_parameters"] = self.num_parameters()
+        step.metrics["distinct_parameters"] = self.model.num_parameters()
 
     def after_backward(self, step: Step) -> None:
         """A step that is skipped leaves the action to the next one."""
@@ -121,14 +115,15 @@ class LayerTying(TrainingMethod):
         settings = self.config.layer_tying
         if settings.mode == "fixed":
             distinct = len(set(self.sources))
-            return [f"{len(self.sources)} layers have the weights of {distinct}: {self.num_parameters():,} parameters"]
+            parameters = self.model.num_parameters()
+            return [f"{len(self.sources)} layers have the weights of {distinct}: {parameters:,} parameters"]
         return [
             f"a controller ties or unties a layer every {settings.interval} steps; memory, traffic and FLOPs are those "
             "of untied layers"
         ]
 
     def summary(self) -> dict[str, Any]:
-        return {"layer_sources": list(self.sources), "distinct_parameters": self.num_parameters()}
+        return {"layer_sources": list(self.sources), "distinct_parameters": self.model.num_parameters()}
 
     def state(self) -> dict[str, Tensor]:
         place = {

@@ -197,8 +197,10 @@ class GPT(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, SparseLinear)}
 
     def num_parameters(self) -> int:
-        """Parameters over all ranks, inactive ones included; shared and replicated ones count once."""
-        return sum(prod(shard_spec_of(parameter).shape) for parameter in self.parameters())
+        """Parameters over all ranks, inactive ones included; shared and replicated ones count once, and those of blocks
+        that compute no layer do not."""
+        unused = {parameter for number in self.idle for parameter in self.layers[number].parameters()}
+        return sum(prod(shard_spec_of(parameter).shape) for parameter in self.parameters() if parameter not in unused)
 
     def _run(
         self, block: nn.Module, x_BTC: torch.Tensor, documents_BT: torch.Tensor | None, cache: AnyLayerCache | None

@@ -136,6 +136,9 @@ class Shards:
             with torch.device("meta"):
                 ranks = CommunicationGroup(0, config.parallel.tensor_parallel_size)
                 self._models[key] = build_model(config, self.vocab_size, ranks)
+            if config.layer_tying.sources is not None:
+                # Costs are those of untied layers; parameters that layers share count once.
+                self._models[key].tie_layers(config.layer_tying.sources)
         return self._models[key]
 
     def controller(self, config: RunConfig) -> Controller:

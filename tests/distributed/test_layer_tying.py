@@ -21,7 +21,11 @@ from megasparse.methods.callback import Step
 from megasparse.methods.tying_controller import TyingController, first_action, reward_of
 from megasparse.models.build import build_model
 from megasparse.parallel import Mesh
+from megasparse.planning.assumptions import parse_assumptions
+from megasparse.planning.cluster import make_cluster
+from megasparse.planning.forecast import forecast
 from megasparse.training.build_engine import build_engine
+from megasparse.training.plan import make_plan
 
 WORDS = [
     "model.hidden_size=32", "model.num_layers=4", "sparsity.algorithm=dense", "train.steps=12",
@@ -133,6 +137,28 @@ def test_training_is_that_of_shared_modules_in_every_layout() -> None:
         assert found["losses"] == pytest.approx(losses, rel=2e-5)
         assert found["counts"] == counts
         plain.check(found)
+
+
+FIXED = [*WORDS, "layer_tying.mode=fixed", "layer_tying.sources=[0,0,2,0]"]
+
+
+def plain_count(sources: list[int]) -> int:
+    """Parameters of the model with one object for each group of tied layers."""
+    model = build_model(run_config(FREE), 64)
+    model.layers = nn.ModuleList(model.layers[source] for source in sources)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_told_before_a_run_counts_shared_parameters_once() -> None:
+    shared, apart = plain_count([0, 0, 2, 0]), plain_count([0, 1, 2, 3])
+    assert shared < apart
+    for words, wanted in ((FIXED, shared), (WORDS, apart), (FREE, apart)):
+        plan = make_plan(run_config(words), 1, "cpu")
+        counts = plan["parameters"]
+        assert counts["total"] == counts["active_at_min_density"] == counts["mean_active"] == wanted
+        assert [stage["parameters"] for stage in plan["stages"]] == [wanted]
+        found = forecast(run_config(words), make_cluster("h100", 1), parse_assumptions([]))
+        assert found["model"]["parameters"] == wanted
 
 
 def test_the_gradient_is_the_sum_over_the_places() -> None:

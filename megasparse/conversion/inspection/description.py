@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasparse.checkpoint.reader import Checkpoint
 from megasparse.checkpoint.saved_state import (
     LIVE,
     WEIGHT,
@@ -22,6 +23,7 @@ from megasparse.checkpoint.saved_state import (
     sparse_parameters,
 )
 from megasparse.checkpoint.store import CheckpointError
+from megasparse.checkpoint.weights import computing_name, layer_sources
 from megasparse.conversion.inspection.opening import Opened
 
 
@@ -59,6 +61,7 @@ class Description:
     tokens: int | None
     algorithm: str | None
     parameters: int
+    """Those that layers share count once."""
     active_parameters: int
     density: float
     """Of the sparse matrices together; 1 where there are none."""
@@ -83,7 +86,9 @@ def describe(opened: Opened, *, read_values: bool = False) -> Description:
             fields = {"layer": found.layer, "block_size": found.block_size, "active": active}
             fields["density"] = active / found.num_units
         tensors.append(TensorDescription(name, list(shape), saved.kinds(name), values=values, **fields))
-    sizes = [(prod(row.shape), row.density) for row in tensors]
+    sources = layer_sources(saved) if isinstance(saved, Checkpoint) else None
+    used = [row for row in tensors if computing_name(row.name, sources) == row.name]
+    sizes = [(prod(row.shape), row.density) for row in used]
     total, all_sparse = sum(size for size, _ in sizes), sum(size for size, density in sizes if density is not None)
     inactive = sum(round(size * (1 - density)) for size, density in sizes if density is not None)
     return Description(
