@@ -30,6 +30,7 @@ from megasparse.evaluation.run import place, sharing_ranks
 from megasparse.evaluation.scoring import DTYPES, Scorer
 from megasparse.evaluation.windows import Window, continuation_window, rolling_windows
 from megasparse.inference.generation import generate
+from megasparse.inference.growing_text import GrowingText
 from megasparse.inference.trained import open_trained
 from megasparse.launching import LaunchEnvironment
 from megasparse.parallel import CommunicationGroup
@@ -150,10 +151,11 @@ class MegaSparseLM(TemplateLM):
         # Of a long context the end is kept, with room for what is to come: half the window at most.
         kept = max(1, self.max_length - length, self.max_length // 2)
         prompt = self.tok_encode(context)[-kept:] or [self.prefix_token_id]
-        tokens, text = list(prompt), ""
+        # Behind the prompt: alone, some tokenizers drop the space that a text begins with.
+        tokens, text, shown = list(prompt), GrowingText(self._tokens, prompt, until), ""
         generator = torch.Generator().manual_seed(0)
-        while len(tokens) - len(prompt) < length:
-            wanted = min(TOKENS_BETWEEN_LOOKS, length - (len(tokens) - len(prompt)))
+        while (written := len(tokens) - len(prompt)) < length:
+            wanted = min(TOKENS_BETWEEN_LOOKS, length - written)
             tokens = generate(
                 self._model,
                 torch.tensor([tokens], device=self._device),
@@ -166,13 +168,13 @@ class MegaSparseLM(TemplateLM):
                 num_ids=self._tokens.vocab_size,
             )[0].tolist()
             ended = tokens[-1] in self._ends
-            text = self._tokens.decode(tokens[len(prompt) : len(tokens) - ended])
-            found = [position for position in (text.find(end) for end in until) if position >= 0]
-            if found:
-                return text[: min(found)]
+            for token in tokens[len(prompt) + written : len(tokens) - ended]:
+                shown += text.add(token)
+                if text.stopped:
+                    return shown
             if ended:
                 break
-        return text
+        return shown + text.finish()
 
 
 def share_texts(own: Mapping[int, str], count: int, ranks: CommunicationGroup) -> list[str]:

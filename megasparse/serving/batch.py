@@ -22,12 +22,12 @@ import torch
 
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.inference.generation import choose
+from megasparse.inference.growing_text import GrowingText
 from megasparse.layers import JoinedCaches, KeyValueCache
 from megasparse.models.gpt import GPT
 from megasparse.serving.errors import OVERLOADED, SERVER, RequestError
 from megasparse.serving.limits import Limits
 from megasparse.serving.stream import Part, Stream
-from megasparse.serving.text import GrowingText
 
 
 class Running:

@@ -18,7 +18,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not install
 import megasparse.evaluation.harness as adapter  # noqa: E402
 from megasparse.config.loader import check_config  # noqa: E402
 from megasparse.conversion.huggingface.importing import import_huggingface  # noqa: E402
-from megasparse.data.tokenizer import load_tokenizer  # noqa: E402
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from megasparse.evaluation.continuations import last_word_task, multiple_choice_task  # noqa: E402
 from megasparse.evaluation.inputs import read_jsonl  # noqa: E402
 from megasparse.evaluation.scoring import Scorer  # noqa: E402
@@ -153,6 +153,41 @@ def test_texts_end_where_they_are_told(ours) -> None:
     assert ours.generate_until(requests(("The river", sampled)) * 2) == 2 * [
         ours.generate_until(requests(("The river", sampled)))[0]
     ]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """With the dummy prefix of Llama's, which drops the space before the first word of a text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "text").write_text("the cat sat on the mat and the dog ran to the cat\n" * 20, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "t"), vocab_size=300, byte_fallback=True,
+        model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return load_tokenizer("sentencepiece", folder / "t.model")
+
+
+def test_the_space_behind_a_prompt_is_kept_and_characters_are_whole(ours, pieces, monkeypatch) -> None:
+    """What is written is given here: only how it is read is of interest."""
+    row = " sat on the mat and the dog ran to the cat"
+    for tokenizer, prompt, written, until, wanted in (
+        (pieces, "the cat", " sat on", None, " sat on"),
+        (pieces, "the cat", 3 * row, [" cat"], row.removesuffix(" cat")),
+        (pieces, "", " the cat", None, "the cat"),
+        (ours._tokens, "kalt f", "ür", None, "ür"),
+    ):
+        ours._tokens = tokenizer
+        start = tokenizer.encode(prompt)
+        answer = iter(tokenizer.encode(prompt + written)[len(start) :])
+
+        def given(model, prompt, wanted, answer=answer, **options):
+            new = [token for _, token in zip(range(wanted), answer, strict=False)]
+            return torch.cat((prompt, torch.tensor([new], dtype=torch.int64)), dim=1)
+
+        monkeypatch.setattr(adapter, "generate", given)
+        options = {"max_gen_toks": len(tokenizer.encode(prompt + written)) - len(start), "until": until}
+        assert ours.generate_until(requests((prompt, options))) == [wanted], written
 
 
 def test_a_task_of_the_harness_gives_the_numbers_of_our_evaluator(ours, tmp_path: Path) -> None:

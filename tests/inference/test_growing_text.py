@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megasparse.data.tokenizer import load_tokenizer
-from megasparse.serving.text import GrowingText
+from megasparse.inference.growing_text import GrowingText
 
 BYTES = load_tokenizer("bytes")
 
