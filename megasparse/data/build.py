@@ -22,6 +22,9 @@ from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 
 Source = tuple[str, float]
 
+ANOTHER_FORMAT = "both are one tokenizer in two formats, which nothing here can tell"
+"""Equal ids for some texts do not show it: converted files differ in how they treat rare characters and spaces."""
+
 
 def build_datasets(
     *,
@@ -145,11 +148,17 @@ def _prefixes(config: RunConfig) -> list[str]:
 def _check_made_with(config: RunConfig, own: DataFacts) -> None:
     """Raise ConfigError where the data says that another tokenizer has made it: its ids would mean other texts."""
     found = recorded_tokenizer(_prefixes(config))
-    if found is not None and found[1].identity != own.identity:
-        raise ConfigError(
-            f"data.tokenizer: {own.described} is not the tokenizer of {found[0]}, which was made with "
-            f"{found[1].described}; must be that one, or null beside model.vocab_size"
-        )
+    if found is None or found[1].identity == own.identity:
+        return
+    prefix, made = found
+    kind, _, file = made.tokenizer.partition(":")
+    words = f"data.tokenizer={kind}" + (f" data.tokenizer_path=<that {file}>" if file else "")
+    other_format = own.vocab_size == made.vocab_size and own.tokenizer.partition(":")[0] != kind
+    raise ConfigError(
+        f"data.tokenizer: {own.described} is not the tokenizer of {prefix}, which was made with {made.described}; must "
+        f"be that one{f', also where {ANOTHER_FORMAT}' if other_format else ''} ({words}), or null "
+        f"(data.tokenizer=null model.vocab_size={made.vocab_size})"
+    )
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

@@ -110,6 +110,23 @@ def test_a_tokenizer_of_another_file_with_the_same_end(tmp_path, tokenizer_file)
         assert open_tokenizer(run, EndOfDocument(0, "<|endoftext|>"))
 
 
+def test_one_tokenizer_in_two_formats_is_refused_with_both_files_and_the_way_out(tmp_path, tokenizer_file):
+    path = tokenizer_file("<|endoftext|>")
+    own = load_tokenizer("huggingface", path)
+    made = write_data(tmp_path, "made", own)
+    facts = tmp_path / "made.meta.json"
+    of_model = {"tokenizer": "sentencepiece:tokenizer.model", "tokenizer_sha256": "0" * 64}
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | of_model), encoding="utf-8")
+    told = (
+        r"huggingface:tokenizer\.json \(SHA-256 \w+\) is not .*, which was made with sentencepiece:tokenizer\.model "
+        r"\(SHA-256 0+\); must be that one, also where both are one tokenizer in two formats.*"
+        r"\(data\.tokenizer=sentencepiece data\.tokenizer_path=<that tokenizer\.model>\), or null "
+        rf"\(data\.tokenizer=null model\.vocab_size={own.vocab_size}\)$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        open_tokenizer(config(path, [made]))
+
+
 def test_sources_of_different_tokenizers(tmp_path, tokenizer_file):
     first, other = (tokenizer_file("<|endoftext|>", *more, name=f"{len(more)}.json") for more in ((), ("<pad>",)))
     prefixes = [write_data(tmp_path, path.stem, load_tokenizer("huggingface", path)) for path in (first, other)]
