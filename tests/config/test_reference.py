@@ -9,6 +9,7 @@ from pathlib import Path
 import processes
 import pytest
 
+from megasparse.config import schema
 from megasparse.config.loader import describe_fields, load_config
 from megasparse.config.reference import BEGIN, END, render_reference, replace_reference
 
@@ -60,3 +61,9 @@ def test_the_worked_example_is_true(tmp_path: Path) -> None:
     assert len(rows) == 7
     for section, field, result in rows:
         assert str(getattr(getattr(config, section), field)) == result
+
+
+def test_every_section_can_be_imported_from_the_schema() -> None:
+    names = schema.RunConfig.model_json_schema()["$defs"].keys()
+    assert "SparsityGroup" in names and not sorted(names - set(schema.__all__))
+    assert not [name for name in schema.__all__ if not hasattr(schema, name)]
