@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A table of measurements that another run writes meanwhile would change kernels, and with them the last bits.
 os.environ.setdefault("MEGASPARSE_CACHE", str(ROOT / ".pytest_cache" / "megasparse"))
 
+import processes  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -32,11 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="also what repeats other tests in further layouts")
 
 
+def pytest_configure() -> None:
+    processes.heed_interrupts()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Workers take modules in this order: those that wait for whole runs begin while others keep the cores busy.
     def place(item: pytest.Item) -> int:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        return WITH_RUNS.index(folder) if folder in WITH_RUNS else len(WITH_RUNS)
+        folders = [ROOT / "tests" / folder for folder in WITH_RUNS]
+        return next((n for n, folder in enumerate(folders) if folder in item.path.parents), len(folders))
 
     items.sort(key=place)
     if not config.getoption("exhaustive"):

@@ -19,7 +19,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -63,8 +63,7 @@ def run_distributed(
     is left behind, nor one that a rank has started, whatever ends this, Ctrl-C too.
     """
     context = multiprocessing.get_context("forkserver")
-    _start_server()
-    with tempfile.TemporaryDirectory() as name, reserve_port() as reserved:
+    with _server(), tempfile.TemporaryDirectory() as name, reserve_port() as reserved:
         folder = Path(name)
         common = (world_size, port_of(reserved), folder, timeout, with_mesh, function, args)
         processes = [
@@ -91,6 +90,22 @@ def _start_server() -> None:
     folders = [str(TESTS), str(TESTS.parent), *([path] if path else [])]
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
         forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[None]:
+    """It ends with this process by itself, but not while it imports: Ctrl-C is lost where an import passes over all
+    exceptions, and whoever reads the output of the tests would wait for it. So Ctrl-C ends it here, after its ranks."""
+    try:
+        _start_server()
+        yield
+    except KeyboardInterrupt:
+        _start_server.cache_clear()
+        server = forkserver._forkserver
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+            server._stop()
+        raise
 
 
 def _rank_main(

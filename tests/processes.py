@@ -39,7 +39,7 @@ class Process(subprocess.Popen):
         words = [str(word) for word in arguments]
         try:
             super().__init__(
-                words, env=environment, text=True, start_new_session=True, preexec_fn=_heed_interrupts, **options
+                words, env=environment, text=True, start_new_session=True, preexec_fn=_default_interrupts, **options
             )
         except BaseException:
             # Ctrl-C between its start and our knowing of it.
@@ -78,8 +78,14 @@ class Process(subprocess.Popen):
             psutil.wait_procs(left, timeout=1)
 
 
-def _heed_interrupts() -> None:
+def heed_interrupts() -> None:
     """Shells start what runs in the background with Ctrl-C ignored, which a program inherits and would never end by."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _default_interrupts() -> None:
+    """For a program about to be executed, which inherits no handler of Python's."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
