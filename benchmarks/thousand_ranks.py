@@ -137,7 +137,8 @@ def run(ledger: Any, world_size: int, rank: int, overrides: list[str]) -> dict[s
     from megasparse.launching import LaunchEnvironment, process_group, rendezvous
     from megasparse.launching.identity import agree, run_identity
     from megasparse.training import checkpoints
-    from megasparse.training.run import Extensions, build, prepare, take_folder
+    from megasparse.training.preparation import prepare, take_folder
+    from megasparse.training.run import Extensions, build
     from megasparse.training.signals import StopSignal
 
     environment = LaunchEnvironment(rank, rank % 8, world_size, "127.0.0.1", 29500)

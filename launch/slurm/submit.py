@@ -27,7 +27,7 @@ def main() -> int:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from megasparse.config.loader import load_config
     from megasparse.launching.submission import SlurmJob, submit, submit_command, write_job
-    from megasparse.training.run import check_start
+    from megasparse.training.preparation import check_start
     from megasparse.utils.streams import use_utf8
 
     use_utf8()

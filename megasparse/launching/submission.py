@@ -1,7 +1,7 @@
 """Puts a run into the queue of a SLURM cluster: frozen code, frozen configuration, a batch script.
 
     job = SlurmJob(nodes=2, tasks_per_node=8, time="04:00:00", layout="task-per-rank")
-    check_start(config, job.world_size, job.device)         # megasparse.training.run
+    check_start(config, job.world_size, job.device)         # megasparse.training.preparation
     folder = write_job(config, job, code=repository)        # <run.folder>/<run.name>/job-<n>
     print(submit(folder, variables=os.environ))             # what sbatch answers
 

@@ -9,34 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megasparse.checkpoint.store import CHECKPOINTS, CheckpointStore
-from megasparse.config.checks import check_run
 from megasparse.config.loader import ConfigError, load_config, save_config
-from megasparse.config.resuming import announced_changes, check_resume
+from megasparse.config.resuming import announced_changes
 from megasparse.config.schema import RunConfig
 from megasparse.config.stages import growth_step, is_small, small_stage
-from megasparse.cost.attention_kernels import agree_on_dense_fallback, prepare_attention, resolve_dense_fallback
-from megasparse.cost.cpu_kernels import prepare_cpu_kernels
-from megasparse.cost.layer_kernels import prepare_kernels, running_kernels, target_device
-from megasparse.cost.storage_choice import StorageChoice, agree_on_storage
-from megasparse.data.build import build_data, open_tokenizer, vocabulary_size
-from megasparse.data.record import RECORD, changes_since, make_record
-from megasparse.data.tokenizer import Tokenizer
-from megasparse.engine.training_engine import TrainingEngine, check_precision
-from megasparse.evaluation.supervised_tasks import SupervisedTask, open_task
+from megasparse.cost.attention_kernels import agree_on_dense_fallback
+from megasparse.cost.layer_kernels import running_kernels
+from megasparse.cost.storage_choice import agree_on_storage
+from megasparse.data.record import RECORD
+from megasparse.engine.training_engine import TrainingEngine
 from megasparse.inference.sampling import sample_text
 from megasparse.kernels.common import tables
 from megasparse.launching import LaunchEnvironment, open_mesh
 from megasparse.launching.host_memory import return_memory
 from megasparse.launching.identity import agree, check_steps, run_identity
-from megasparse.launching.run_lock import hold_folder, owner_of
 from megasparse.launching.watchdog import Watchdog
 from megasparse.methods.callback import Callback, MethodFactory, TrainingMethod
 from megasparse.models.gpt import GPT
@@ -50,8 +43,6 @@ from megasparse.monitoring.console import (
     quiet,
 )
 from megasparse.monitoring.records import RunRecords
-from megasparse.monitoring.trackers import check_trackers
-from megasparse.objectives.checks import check_response_tokens
 from megasparse.objectives.objective import Objective
 from megasparse.parallel import Mesh
 from megasparse.sparsity.schedule import build_density_schedule
@@ -60,12 +51,11 @@ from megasparse.training.checkpoints import Checkpointer, Checkpointing, Restore
 from megasparse.training.initial_weights import load_initial_weights
 from megasparse.training.loop import GROWTH, Trainer
 from megasparse.training.metrics import Metrics
-from megasparse.training.plan import check_sample_prompt, plan_run, resolve_storage
+from megasparse.training.preparation import Prepared, build_kernels, fit_to_machine, prepare, take_folder
 from megasparse.training.profile import Profile
 from megasparse.training.signals import StopSignal
 from megasparse.training.state import TrainState
 from megasparse.training.validation import TaskMeasurement, Validation
-from megasparse.tuning.first_start import fit_tables
 from megasparse.utils.files import describe_failure, make_folders, write_at_once, write_json
 from megasparse.utils.hardware import describe_hardware, package_versions
 
@@ -81,27 +71,6 @@ class Extensions:
     """What is trained for; None: what the configuration asks for."""
     methods: Sequence[MethodFactory] = ()
     callbacks: Sequence[Callback] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run of which everything is known that can be known before it starts."""
-
-    config: RunConfig
-    folder: Path
-    plan: dict[str, Any]
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    train_data: Any
-    valid_data: Any
-    record: dict[str, Any]
-    """What the run keeps of its data, see ``data.record``."""
-    changed_data: list[str]
-    """What differs in it from the run that is gone on with, where that is allowed."""
-    task: SupervisedTask | None = None
-    """Measured at each validation."""
-    choice: StorageChoice | None = None
-    """How `sparsity.storage` auto was resolved."""
 
 
 @dataclass(frozen=True)
@@ -176,89 +145,6 @@ def pretrain(
             print_summary(summary)
             built.progress.message(message)
     return summary
-
-
-def take_folder(prepared: Prepared, held: ExitStack, note: Callable[[str], None]) -> str | None:
-    """Keep other runs out of the run folder until `held` is closed; why that cannot be, for all ranks to raise."""
-    try:
-        held.enter_context(hold_folder(prepared.folder, note))
-        # Again: another run may have been here since.
-        check_folder(prepared.folder, prepared.config)
-    except ConfigError as error:
-        return str(error)
-    except OSError as error:
-        return f"run.folder: {describe_failure(error)}; must be a folder that can be written"
-    return None
-
-
-def prepare(
-    config: RunConfig, world_size: int, device: str | None = None, methods: Sequence[MethodFactory] = ()
-) -> Prepared:
-    """Check all that can be checked, and open the data; nothing is built or written.
-
-    device: that trains; None: that of this machine. Raises ValueError for what the user must mend.
-    """
-    check_run(config, world_size)
-    folder = Path(config.run.folder) / config.run.name
-    if device is None:
-        check_precision(config, torch.device(target_device()))
-    device = device or target_device()
-    tokenizer = open_tokenizer(config)
-    check_sample_prompt(config, tokenizer)
-    vocab_size = vocabulary_size(config, tokenizer)
-    config, choice = _resolved(config, folder, vocab_size, world_size, device)
-    plan = plan_run(config, vocab_size, world_size, device, methods, choice=choice)
-    train_data, valid_data = build_data(config, vocab_size)
-    check_response_tokens(config, supervised=train_data.target_share(0) is not None)
-    check_trackers(config.train.trackers)
-    check_folder(folder, config)
-    record = make_record(config, tokenizer)
-    going_on = config.train.resume == "auto" and CheckpointStore(folder / CHECKPOINTS, 1).folders()
-    changed = changes_since(folder, record, allowed=config.data.allow_changed) if going_on else []
-    task = None if config.task.path is None else open_task(config.task, tokenizer, config.model.seq_length)
-    return Prepared(config, folder, plan, tokenizer, vocab_size, train_data, valid_data, record, changed, task, choice)
-
-
-def fit_to_machine(
-    prepared: Prepared, given: RunConfig, environment: LaunchEnvironment, methods: Sequence[MethodFactory] = ()
-) -> Prepared:
-    """The run as it is once the tables that choose kernels know this machine, which may take some seconds of measuring.
-
-    The first rank of each node measures, before it comes to where all ranks meet; the others read the tables anew after
-    that. given: the configuration before anything in it was resolved for a machine.
-    """
-    if given.kernels.tune == "never" or environment.local_rank != 0:
-        return prepared
-    console, device = make_console(), prepared.plan["kernels"]["device"]
-
-    def tell(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    told = tell if environment.rank == 0 else None
-    if not fit_tables(given, prepared.plan, tell=told, warn=lambda text: print_warnings([text], console)):
-        return prepared
-    vocab_size, world_size = prepared.vocab_size, environment.world_size
-    config, choice = _resolved(given, prepared.folder, vocab_size, world_size, device)
-    plan = plan_run(config, vocab_size, world_size, device, methods, choice=choice)
-    return replace(prepared, config=config, plan=plan, choice=choice)
-
-
-def build_kernels(prepared: Prepared, world_size: int, methods: Sequence[MethodFactory] = ()) -> Prepared:
-    """Compile the kernels that the plan wants to use, and plan without those that cannot be, nor with packed storage
-    that was chosen for them.
-
-    Raises ConfigError where one cannot that was asked for by name.
-    """
-    config, plan, device = prepared.config, prepared.plan, prepared.plan["kernels"]["device"]
-    by_device = (prepare_attention, prepare_cpu_kernels)
-    if all([prepare_kernels(config, plan), *(is_ready(config, device) for is_ready in by_device)]):
-        return prepared
-    choice = prepared.choice
-    if choice is not None and choice.storage == "packed" and not choice.is_kept:
-        choice = StorageChoice("dense", "a kernel that it needs cannot be built")
-        config = choice.applied_to(config)
-    plan = plan_run(config, prepared.vocab_size, world_size, device, methods, planned_kernels=False, choice=choice)
-    return replace(prepared, config=config, plan=plan, choice=choice)
 
 
 def build(
@@ -401,29 +287,6 @@ def train(prepared: Prepared, built: Built) -> dict[str, Any]:
     return summary
 
 
-def check_start(config: RunConfig, world_size: int, device: str | None = None) -> None:
-    """Raise ValueError for all that ``pretrain`` would refuse before it starts; nothing is built or written."""
-    prepare(config, world_size, device or target_device())
-
-
-def check_folder(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the run would overwrite another one, or is another one than it is to go on with."""
-    traces = [folder / "metrics.jsonl", folder / "checkpoints"]
-    if config.train.resume == "never" and any(trace.exists() for trace in traces):
-        owner = owner_of(folder)
-        raise ConfigError(
-            f"run.name: {folder.absolute()} holds a run already{f' ({owner})' if owner else ''}; must be another "
-            "run.name, or train.resume=auto to go on"
-        )
-    saved = folder / "config.yaml"
-    if config.train.resume == "auto" and saved.is_file() and CheckpointStore(folder / CHECKPOINTS, 1).folders():
-        try:
-            before = load_config([saved])
-        except ConfigError:
-            return  # said when it goes on, if the checkpoint fits
-        check_resume(before, config)
-
-
 def summarise(plan: dict[str, Any], trainer: Trainer, reason: str) -> dict[str, Any]:
     """The final numbers of a run, as written to ``summary.json``."""
     state, config = trainer.state, trainer.config
@@ -458,15 +321,6 @@ def _task_results(config: RunConfig, state: TrainState) -> dict[str, float | Non
     if config.task.path is None:
         return {}
     return {"task_accuracy": state.last_task_accuracy, "best_task_accuracy": state.best_task_accuracy}
-
-
-def _resolved(
-    config: RunConfig, folder: Path, vocab_size: int, world_size: int, device: str
-) -> tuple[RunConfig, StorageChoice | None]:
-    """With a list of patterns in place of attention.dense_fallback: true, and dense or packed in place of
-    sparsity.storage: auto; a run that goes on keeps both."""
-    before = folder / "config.yaml" if config.train.resume == "auto" else None
-    return resolve_storage(resolve_dense_fallback(config, device, before), vocab_size, world_size, device, before)
 
 
 def _changes_since_start(folder: Path, config: RunConfig) -> list[str]:

@@ -47,7 +47,7 @@ OF_A_SAVE: Moments = {
 OF_A_START: Moments = {
     "megasparse.config.loader:load_config": 1,
     f"{RUN}:prepare": 1,
-    f"{RUN}:build_data": 1,
+    "megasparse.training.preparation:build_data": 1,
     f"{RUN}:open_mesh": 1,
     f"{RUN}:build_engine": 1,
     f"{CHECKPOINTS}:Checkpointer.restore": 1,

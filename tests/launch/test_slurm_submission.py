@@ -27,7 +27,7 @@ from megasparse.launching.submission import (
     time_limit_seconds,
     write_job,
 )
-from megasparse.training.run import check_start
+from megasparse.training.preparation import check_start
 
 
 def check_and_write(config, job):
