@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from megasparse.inference.generation import generate
 from megasparse.inference.trained import TrainedModel, open_trained
 from megasparse.kernels.common.medians import medians
 from megasparse.launching import LaunchEnvironment
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.layers.quantized import quantized_layers
 
 
 def main() -> None:
     arguments = parse_arguments()
+    use_huge_pages(os.environ)
     folders = dict(model.split("=", 1) for model in arguments.models)
     torch.set_num_threads(arguments.threads)
     rows, turns = [], []

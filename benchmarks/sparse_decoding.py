@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from megasparse.config.schema import AttentionConfig, ModelConfig
 from megasparse.inference.compression import compress_model
 from megasparse.inference.generation import generate
 from megasparse.kernels.common.medians import medians
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.layers import LayerFactory, Linear
 from megasparse.models.gpt import GPT
 
@@ -45,6 +47,7 @@ class Contender:
 
 def main() -> None:
     arguments = parse_arguments()
+    use_huge_pages(os.environ)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     contenders = make_contenders(arguments)

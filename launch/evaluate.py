@@ -25,6 +25,7 @@ import torch
 from megasparse.launching import LaunchEnvironment, leave_warnings_to_rank_0
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.utils.streams import use_utf8
 
 
@@ -33,6 +34,7 @@ def main() -> int:
     arguments = vars(parse_arguments())
     # Also for DeepSpeed, which reads the checkpoints and would search for an accelerator.
     os.environ["DS_ACCELERATOR"] = arguments["device"]
+    use_huge_pages(os.environ)
     from megasparse.evaluation.run import EvaluationSettings, evaluate
 
     rank = 0

@@ -15,6 +15,7 @@ import sys
 from megasparse.launching import LaunchEnvironment
 from megasparse.launching.exit import EXPECTED, explain_and_exit
 from megasparse.launching.failures import exit_after_lost_peer, exit_now
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.utils.streams import use_utf8
 
 
@@ -27,6 +28,7 @@ def main() -> int:
         rank = LaunchEnvironment.from_variables(os.environ).rank
         # DeepSpeed is here only for reading its files; the model says later which device it takes.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        use_huge_pages(os.environ)
         try:
             import megasparse.evaluation.harness  # noqa: F401  (registers the model)
         except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megasparse.data.arguments import positive
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.utils.streams import use_utf8
 
 
@@ -25,6 +26,7 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files; its search for an accelerator would print on standard output.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_huge_pages(os.environ)
     from megasparse.inference.compression import compress_model
     from megasparse.inference.generation import check_sampling
     from megasparse.inference.sampling import sample_text

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from megasparse.data.arguments import positive
+from megasparse.launching.host_memory import use_huge_pages
 from megasparse.utils.streams import use_utf8
 
 
@@ -27,6 +28,7 @@ def main() -> int:
     arguments = parse_arguments()
     # DeepSpeed is here only for reading its files, as in generate.py.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_huge_pages(os.environ)
     try:
         from megasparse.inference.compression import compress_model
         from megasparse.serving.limits import Limits

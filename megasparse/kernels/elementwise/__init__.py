@@ -87,10 +87,11 @@ def takes_cpu(kernel: str, *tensors: Tensor) -> bool:
     """Whether the C++ kernels compute these tensors. Raises RuntimeError where `cpu` is asked for and cannot."""
     if kernel in ("torch", "triton") or torch.compiler.is_compiling():
         return False
-    first = tensors[0]
-    reason = _mixed(tensors) if first.dtype in cpu.TYPES else f"dtypes {_names(tensors)}"
-    if reason is None:
-        reason = cpu.why_not(first.device.type)
+    dtype, device = tensors[0].dtype, tensors[0].device.type
+    if dtype not in cpu.TYPES or any(x.dtype != dtype for x in tensors):
+        reason: str | None = f"dtypes {', '.join(str(x.dtype) for x in tensors)}"
+    else:
+        reason = cpu.why_not(device)
     if kernel == "cpu" and reason is not None:
         raise RuntimeError(f"kernels.elementwise: cpu cannot be used: {reason}")
     return reason is None
@@ -110,12 +111,3 @@ def takes_triton(kernel: str, *tensors: Tensor) -> bool:
     if kernel == "triton" and reason is not None:
         raise RuntimeError(f"kernels.elementwise: triton cannot be used: {reason}")
     return reason is None
-
-
-def _mixed(tensors: tuple[Tensor, ...]) -> str | None:
-    """What is wrong with dtypes that differ."""
-    return None if len({x.dtype for x in tensors}) == 1 else f"dtypes {_names(tensors)}"
-
-
-def _names(tensors: tuple[Tensor, ...]) -> str:
-    return ", ".join(str(x.dtype) for x in tensors)

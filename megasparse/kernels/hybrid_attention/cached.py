@@ -7,6 +7,7 @@ dimension; K keys that a query sees, R query heads that share them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,7 @@ def attend_cached(
     """
     H, N, G = q_BHND.shape[1], q_BHND.shape[2], k_BGLD.shape[1]
     assert len(patterns) == H and first + N <= k_BGLD.shape[2]
-    # Offsets that play no part must not keep heads apart.
-    kinds = [
-        (name, offset if PATTERNS[name].has_offset else 0)
-        for name, offset in zip(patterns, offsets or (0,) * H, strict=True)
-    ]
+    kinds = _kinds(tuple(patterns), tuple(offsets or (0,) * H))
     different = dict.fromkeys(kinds)
     if len(different) == 1:
         return _attend_alike(q_BHND, k_BGLD, v_BGLD, kinds[0], stride, first)
@@ -52,6 +49,13 @@ def attend_cached(
         own = heads // (H // G)
         out_BHND[:, heads] = _attend_alike(q_BHND[:, heads], k_BGLD, v_BGLD, kind, stride, first, own)
     return out_BHND
+
+
+@lru_cache(maxsize=256)
+def _kinds(patterns: tuple[str, ...], offsets: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    """Pattern and offset of each head. Offsets that play no part must not keep heads apart."""
+    pairs = zip(patterns, offsets, strict=True)
+    return tuple((name, offset if PATTERNS[name].has_offset else 0) for name, offset in pairs)
 
 
 def _attend_alike(
