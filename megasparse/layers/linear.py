@@ -252,7 +252,7 @@ class SparseLinear(Linear):
         return y + self._side(x) if self.low_rank else y
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        kernel = self._backend_for(x)
+        kernel = self.backend_for(x)
         place = self.index, self.collect_dense_gradient, kernel
         return sparse_linear(x, self.weight, bias, *place, dense=self._dense_for(x, kernel))
 
@@ -260,7 +260,8 @@ class SparseLinear(Linear):
         """What computes dense products, where there are any."""
         return self._dense_product(x) if kernel == "dense" or self.collect_dense_gradient else "torch"
 
-    def _backend_for(self, x: torch.Tensor) -> str:
+    def backend_for(self, x: torch.Tensor) -> str:
+        """Name of the kernel that computes the layer for an input of as many tokens as x, of its device and dtype."""
         seen = x.numel() // x.shape[-1], x.device.type, x.dtype
         if seen != self._input:
             self._input = seen

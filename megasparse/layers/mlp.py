@@ -6,6 +6,7 @@ Tensor names: B samples, T tokens, C hidden size, F width inside.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from megasparse.config.schema import ModelConfig
 from megasparse.kernels.elementwise import activation
 from megasparse.layers.factory import LayerFactory
+from megasparse.layers.fused_pair import fused_pair
 from megasparse.utils.activations import ACTIVATIONS
 
 
@@ -28,6 +30,7 @@ class MLP(nn.Module):
         kind = ACTIVATIONS[config.activation]
         self.gated = kind.gated
         self.activation = activation(config.activation, kind.function, gated=kind.gated, kernel=factory.elementwise)
+        self._fused = partial(fused_pair, activation=config.activation, kernel=factory.elementwise)
         if self.gated:
             self.gate_up = factory.column(f"{name}.gate_up", C, (width, width), bias, std)
         else:
@@ -39,4 +42,7 @@ class MLP(nn.Module):
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         if self.training and self.in_training is not None:
             return self.in_training(self, x_BTC)
-        return self.down(self.activation(self.gate_up(x_BTC) if self.gated else self.up(x_BTC)))
+        if self.gated:
+            return self.down(self.activation(self.gate_up(x_BTC)))
+        y_BTC = self._fused(self.up, self.down, x_BTC)
+        return self.down(self.activation(self.up(x_BTC))) if y_BTC is None else y_BTC

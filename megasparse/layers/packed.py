@@ -79,7 +79,7 @@ class PackedLinear(SparseLinear):
         return pack(drawn, self.slot_blocks.to(drawn.device), self.block_size)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        kernel = self._backend_for(x)
+        kernel = self.backend_for(x)
         place = self._active(), kernel, self._wanted_probe()
         return packed_linear(x, self.weight, bias, *place, self._dense_for(x, kernel))
 

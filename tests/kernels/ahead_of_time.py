@@ -53,8 +53,10 @@ def compile_kernel(
     tile: Tile | None = None,
     precision: str = "ieee",
     is_packed: bool = False,
+    activation: str | None = None,
 ) -> Compiled:
-    """Compile one of KERNELS as a launch on aligned tensors of odd token count would."""
+    """Compile one of KERNELS as a launch on aligned tensors of odd token count would. activation: behind the forward
+    product or before the input gradient."""
     name = WEIGHT_GRADIENT if kernel == SPLIT else kernel
     tile = tile or default_tile(name, block_size, dtype, TARGETS[chip].backend == "hip")
     constants = {
@@ -71,6 +73,9 @@ def compile_kernel(
     else:
         function = triton_kernels.product_kernel
         constants |= {"GROUP": tile.group, "SWAPPED": tile.swapped, "HAS_BIAS": kernel == FORWARD}
+        constants |= {"ACTIVATION": activation, "BACKWARDS": kernel == INPUT_GRADIENT}
+        if activation is None:
+            constants["z_pointer"] = None
         # The weight is contiguous along its input width: the forward product sums over it, the input gradient not.
         constants["stride_inner" if kernel == FORWARD else "stride_outer"] = 1
     return _compile(function, constants, dtype, tile, chip)
@@ -87,7 +92,7 @@ def _compile(function, constants: dict[str, object], dtype: torch.dtype, tile: T
             signature[argument] = "*i32" if lists else "*fp32" if partial else f"*{NAMES[dtype]}"
         else:
             signature[argument] = "i32"
-        if argument.endswith("_pointer") or argument.startswith("stride") and argument not in constants:
+        if argument not in constants and (argument.endswith("_pointer") or argument.startswith("stride")):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return compile_source(
         ASTSource(function, signature, constants, attributes), chip, num_warps=tile.warps, num_stages=tile.stages

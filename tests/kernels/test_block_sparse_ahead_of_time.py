@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import ahead_of_time as aot  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, triton_kernels, waves  # noqa: E402
+from megasparse.kernels.block_sparse import (  # noqa: E402
+    activated,
+    assign_slots,
+    build_index,
+    gpu,
+    pack,
+    triton_kernels,
+    waves,
+)
 from megasparse.kernels.block_sparse.tiles import (  # noqa: E402
     FORWARD,
     INPUT_GRADIENT,
@@ -73,6 +83,29 @@ def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
         assert "wgmma.mma_async" in made.assembly
     else:
         assert "mma.sync.aligned.m16n8k16" in made.assembly
+
+
+@pytest.mark.parametrize("activation", activated.NAMES)
+@pytest.mark.parametrize("kernel", [FORWARD, INPUT_GRADIENT])
+@pytest.mark.parametrize(
+    ("chip", "is_packed", "block_size"),
+    [
+        pytest.param(
+            *place, marks=() if place in (("sm_80", False, 64), ("sm_90", True, 64)) else pytest.mark.exhaustive
+        )
+        for place in product(("sm_80", "sm_90"), (False, True), (16, 32, 64, 128))
+    ],
+)
+def test_activations_in_bfloat16(chip, is_packed, block_size, kernel, activation) -> None:
+    """As the product alone: nothing spills, and the loads and stores of z are wide too."""
+    made = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed, activation=activation)
+    alone = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed)
+    check_limits(made, chip)
+    assert made.shared == alone.shared and made.registers <= alone.registers + 10
+    wide = r"ld\.global\S*\.v4" if kernel == INPUT_GRADIENT else r"st\.global\S*\.v4"
+    more = len(re.findall(wide, made.assembly)) - len(re.findall(wide, alone.assembly))
+    tile = default_tile(kernel, block_size, BF16)
+    assert more == tile.rows * tile.columns // (tile.warps * 32 * 8)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +197,12 @@ def test_launches_compile_once_for_all_steps(launches, is_packed) -> None:
         launches.clear()
         gpu.forward(x, weight, torch.zeros(8 * block_size).bfloat16(), index)
         gpu.backward(dy, x, weight, index, (True, True, True))
+        gpu.activated_forward(x, weight, None, index, "gelu")
+        gpu.activated_input_gradient(dy, weight, index, "gelu", x)
         gpu.weight_gradient(dy, x, index, splits=2)
-        assert len(launches) == 5
+        assert len(launches) == 7
         sets.append([made.hash for made in launches])
-        for made in launches[:4]:
+        for made in launches[:6]:
             assert ", 0x10, " in made.asm["ptx"] and "wgmma.mma_async" in made.asm["ptx"]
     assert sets[0] == sets[1] == sets[2]
 

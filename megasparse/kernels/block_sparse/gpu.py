@@ -46,6 +46,14 @@ def forward(x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex
     return _product(x_NI, weight, True, bias, index, tile)
 
 
+def activated_forward(
+    x_NI: Tensor, weight: Tensor, bias: Tensor | None, index: BlockIndex, activation: str, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """z_NO = x W^T + b and f(z), for an activation f of ``activated.NAMES``."""
+    z_NO = x_NI.new_empty(x_NI.shape[0], index.mask.shape[0] * index.block_size)
+    return z_NO, _product(x_NI, weight, True, bias, index, tile, activation, z_NO)
+
+
 def backward(
     dy_NO: Tensor, x_NI: Tensor, weight: Tensor, index: BlockIndex, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -58,6 +66,13 @@ def backward(
 def input_gradient(dy_NO: Tensor, weight: Tensor, index: BlockIndex, tile: Tile | None = None) -> Tensor:
     """dx_NI = dy W. `tile`: instead of the tuned one."""
     return _product(dy_NO, weight, False, None, index, tile)
+
+
+def activated_input_gradient(
+    dy_NO: Tensor, weight: Tensor, index: BlockIndex, activation: str, z_NI: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """f'(z) (dy W): the gradient of z where the input of the layer is f(z). z_NI: contiguous."""
+    return _product(dy_NO, weight, False, None, index, tile, activation, z_NI)
 
 
 def weight_gradient(
@@ -134,8 +149,11 @@ def _product(
     bias: Tensor | None,
     index: BlockIndex,
     tile: Tile | None,
+    activation: str | None = None,
+    z: Tensor | None = None,
 ) -> Tensor:
-    """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]."""
+    """a W^T (transposed) or a W over the blocks of each output group: [N, outputs]. With an activation f, f(a W^T),
+    where z is written, or f'(z) (a W)."""
     a, weight = _unit_stride(a), weight.contiguous() if index.is_packed else _unit_stride(weight)
     if transposed:
         held, lists = places_by_rows(weight, index), (index.row_offsets, index.columns, index.row_order)
@@ -155,13 +173,15 @@ def _product(
         indices = places = offsets
     with triton_device.current(a.device):
         _kernels().product_kernel[(-(-tokens // tile.rows) * (outer // tile.columns),)](
-            *(a, weight, a if bias is None else bias, c, offsets, indices, places, order),
+            *(a, weight, a if bias is None else bias, c, z, offsets, indices, places, order),
             *(tokens, order.numel(), a.stride(0), inner_stride, outer_stride, held.group_step, held.place_step),
             c.stride(0),
             PACKED=index.is_packed,
             GROUP=tile.group,
             SWAPPED=tile.swapped,
             HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            BACKWARDS=not transposed,
             **_constants(tile, block_size, a.dtype),
         )
     return c

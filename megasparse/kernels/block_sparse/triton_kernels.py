@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.block_sparse.triton_activations import store_activated
+
 
 # Numbers that change from step to step are kept out of Triton's specialization for multiples of 16, which would compile
 # the kernel anew in the middle of a run.
@@ -20,6 +22,7 @@ def product_kernel(
     weight_pointer,  # only active blocks are read
     bias_pointer,  # [outer width]; anything where HAS_BIAS is False
     c_pointer,  # [num_tokens, outer width]
+    z_pointer,  # as c: the input of the activation; None where there is no activation
     offsets_pointer,  # [num_groups + 1], into `indices`
     indices_pointer,  # inner block of each active block, by outer group
     places_pointer,  # the same where the storage is dense, the slot of each active block where it is PACKED
@@ -40,9 +43,14 @@ def product_kernel(
     GROUP: tl.constexpr,
     SWAPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # its name, where there is one
+    BACKWARDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """c = a B^T + bias, where B is the weight (y = x W^T + b) or its transpose (dx = dy W).
+
+    With an activation f the sums become z, which is written, and c = f(z); or where BACKWARDS z is read, and c is the
+    sums times f'(z).
 
     A program computes ROWS tokens x COLUMNS features of one group of UNIT features; where SWAPPED as c^T = B a^T, so
     that its tokens are the long side of the tensor cores.
@@ -97,8 +105,14 @@ def product_kernel(
         sums = tl.trans(sums)
     if HAS_BIAS:
         sums += tl.load(bias_pointer + outer).to(tl.float32)[None, :]
-    c_tile = c_pointer + tokens.to(tl.int64)[:, None] * stride_c + outer[None, :]
-    tl.store(c_tile, sums.to(c_pointer.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
+    if z_pointer is None:
+        c_tile = c_pointer + tokens.to(tl.int64)[:, None] * stride_c + outer[None, :]
+        tl.store(c_tile, sums.to(c_pointer.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
+    else:
+        rows, column = tokens.to(tl.int64)[:, None] * stride_c, group * UNIT + (slot % PARTS) * COLUMNS
+        store_activated(
+            sums, c_pointer, z_pointer, rows + column, (tokens < num_tokens)[:, None], ACTIVATION, BACKWARDS
+        )
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "num_rows", "num_active"])
