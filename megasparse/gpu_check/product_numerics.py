@@ -18,12 +18,15 @@ from torch import Tensor
 from megasparse.kernels.block_sparse import assign_slots, build_index, gpu, pack, sparse_linear, unpack
 from megasparse.kernels.block_sparse.index import BlockIndex
 from megasparse.kernels.block_sparse.tiles import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, swapped_tile
+from megasparse.utils.activations import ACTIVATIONS
 from megasparse.utils.dtypes import dtype_name
 
 AUTOGRAD = "autograd"
 PACKED = {f"packed {name}": name for name in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)}
 SWAPPED = {f"swapped {name}": name for name in (FORWARD, INPUT_GRADIENT)}
-PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD, *PACKED, *SWAPPED)
+ACTIVATED = {f"activated {name}": name for name in (FORWARD, INPUT_GRADIENT)}
+PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, AUTOGRAD, *PACKED, *SWAPPED, *ACTIVATED)
+ACTIVATION = "gelu"
 # (tokens, topology, inputs): one token, odd counts, whole tiles, several splits of the tokens; rows without and with
 # all blocks; matrices that are cut out of wider ones, or transposed.
 SITUATIONS = (
@@ -102,6 +105,7 @@ class _Layer:
             AUTOGRAD: self._by_autograd,
             **self._packed_products(),
             **self._swapped_products(poisoned),
+            **self._activated_products(poisoned),
         }
 
     def _swapped_products(self, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -111,6 +115,15 @@ class _Layer:
             lambda: gpu.input_gradient(self.dy, weight, self.index, tile),
         )
         return dict(zip(SWAPPED, results, strict=True))
+
+    def _activated_products(self, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Behind the product, and before its input, which is then the activation of x."""
+        z = self.x.contiguous()
+        results = (
+            lambda: gpu.activated_forward(self.x, weight, self.bias, self.index, ACTIVATION)[1],
+            lambda: gpu.activated_input_gradient(self.dy, weight, self.index, ACTIVATION, z),
+        )
+        return dict(zip(ACTIVATED, results, strict=True))
 
     def _packed_products(self) -> dict[str, Callable[[], Tensor]]:
         index = build_index(self.index.mask, self.case.block, slot_blocks=self.slots)
@@ -132,6 +145,9 @@ class _Layer:
 
     def expected(self, product_name: str) -> tuple[Tensor, Tensor]:
         """The product in float64, and the bound of each entry."""
+        if product_name in ACTIVATED:
+            product_name = ACTIVATED[product_name]
+            return activated(*self.expected(product_name), None if product_name == FORWARD else self.x, self.case.dtype)
         product_name = (PACKED | SWAPPED).get(product_name, product_name)
         x, dy, weight = self.x.double(), self.dy.double(), self.weight.double()
         if product_name == FORWARD:
@@ -172,6 +188,19 @@ def bounded(a: Tensor, b: Tensor, dtype: torch.dtype, plus: Tensor | None = None
     if dtype != torch.float32:
         bound += limits.eps / 2 * (expected.abs() + bound) + limits.smallest_normal * limits.eps
     return expected, bound
+
+
+def activated(expected: Tensor, bound: Tensor, z: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """f of a product in float64, or f'(z) times it, and the bound of each entry; those of the product are given."""
+    with torch.enable_grad():
+        leaf = (expected if z is None else z.double()).detach().requires_grad_()
+        value = ACTIVATIONS[ACTIVATION].function(leaf)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    result = value.detach() if z is None else expected * slope
+    # No slope of GELU exceeds 1.13. Its own arithmetic is some roundings of float32.
+    limits = torch.finfo(dtype)
+    bound = 1.13 * bound + 2**-20 * expected.abs()
+    return result, bound + limits.eps / 2 * (result.abs() + bound) + limits.smallest_normal * limits.eps
 
 
 def excess(got: Tensor, expected: Tensor, bound: Tensor) -> dict[str, float]:

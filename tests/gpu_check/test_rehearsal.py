@@ -46,7 +46,8 @@ def test_every_kernel_was_compared(kernels) -> None:
     products = {row["case"]["product"] for row in compared if row["name"] == "product"}
     three = {"forward", "input gradient", "weight gradient"}
     swapped = {"swapped forward", "swapped input gradient"}
-    assert products == {*three, "autograd", *(f"packed {name}" for name in three), *swapped}
+    activated = {"activated forward", "activated input gradient"}
+    assert products == {*three, "autograd", *(f"packed {name}" for name in three), *swapped, *activated}
     operators = {row["case"]["operator"] for row in compared if row["name"] == "elementwise"}
     assert operators == {"gate", "rotation", "sum and norm"}
     assert {row["name"] for row in compared} == {"product", "attention", "elementwise", "large"}

@@ -91,7 +91,7 @@ def test_defaults_in_bfloat16(chip, is_packed, block_size, kernel) -> None:
     ("chip", "is_packed", "block_size"),
     [
         pytest.param(
-            *place, marks=() if place in (("sm_80", False, 64), ("sm_90", True, 64)) else pytest.mark.exhaustive
+            *place, marks=() if place in (("sm_80", False, 64), ("sm_90", True, 128)) else pytest.mark.exhaustive
         )
         for place in product(("sm_80", "sm_90"), (False, True), (16, 32, 64, 128))
     ],
@@ -101,7 +101,7 @@ def test_activations_in_bfloat16(chip, is_packed, block_size, kernel, activation
     made = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed, activation=activation)
     alone = aot.compile_kernel(kernel, block_size, BF16, chip, is_packed=is_packed)
     check_limits(made, chip)
-    assert made.shared == alone.shared and made.registers <= alone.registers + 10
+    assert made.shared == alone.shared and made.registers <= alone.registers + 14
     wide = r"ld\.global\S*\.v4" if kernel == INPUT_GRADIENT else r"st\.global\S*\.v4"
     more = len(re.findall(wide, made.assembly)) - len(re.findall(wide, alone.assembly))
     tile = default_tile(kernel, block_size, BF16)
