@@ -290,7 +290,7 @@ struct WeightGradient {
           else
             std::fill_n(square[k], kTileSide, 0u);
         }
-        transpose(square, out + i * kTileLd + cell, kTileLd);
+        transpose(square[0], kTileSide, out + i * kTileLd + cell, kTileLd);
       }
   }
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "tile_registers.h"
+#include "../common/tile_registers.h"
 
 #include <cstdint>
 #include <cstring>
@@ -94,7 +94,7 @@ struct BFloat16Pairs : BFloat16 {
 using BFloat16Pairs = BFloat16;
 #endif
 
-#if defined(MEGASPARSE_AMX) || defined(MEGASPARSE_TILES)
+#if defined(MEGASPARSE_HAS_TILES)
 // Multiplied in tile registers, at most 2 x 2 tiles of sums at a time.
 struct BFloat16Tiles : BFloat16 {
   static constexpr int kPerCell = 2;

@@ -1,17 +1,18 @@
 // Hybrid sparse attention for CPUs, forward and backward. cpu.py calls it; the patterns are defined in patterns.py.
 //
-// A pattern is one or two parts. In each part the queries and the keys of a class (all tokens, those of equal position
-// modulo the stride, or the last tokens of the blocks) are gathered, and every query sees an interval of its keys. So a
-// tile of queries against its keys is a small dense product of which only the register tiles with an active pair are
-// computed. Parts are joined by their maxima and sums; documents shorten the intervals.
+// Patterns come in parts (parts.h). A tile of queries against its keys is a small dense product of which only the
+// register tiles with an active pair are computed. The forward pass walks tiles of queries, the backward pass tiles of
+// keys, which see an interval of queries each: there the gradients of a tile's keys are summed in place and only that of
+// the queries is added up in memory.
 //
-// The forward pass walks tiles of queries, the backward pass tiles of keys, which see an interval of queries each: there
-// the gradients of a tile's keys are summed in place and only that of the queries is added up in memory.
+// bfloat16 is multiplied in the tile registers of AMX where there are any (bfloat16_tiles.h), and is widened as it is
+// packed elsewhere, as float16 is.
 //
 // Scores are logarithms to the base 2: queries are multiplied by log2(e) together with the scale. Sums are float32.
 // A head is computed by one thread in a fixed order: results do not depend on the number of threads.
 
-#include "tile_products.h"
+#include "bfloat16_tiles.h"
+#include "parts.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #else
@@ -23,113 +24,6 @@ namespace {
 constexpr int64_t kTile = 24;        // queries of a forward tile, keys of a backward one: a multiple of kMaxRows
 constexpr int64_t kColumns = 192;    // scores of a tile's row that are in work at a time: a multiple of kWidth
 constexpr int64_t kColumnStride = kColumns + 16;
-constexpr int64_t kAhead = 8;        // rows that are asked for before they are read
-constexpr float kLog2E = 1.44269504f;
-
-enum Pattern { kFull, kLocal, kStrided, kSparse, kFixed };  // the order of patterns.PATTERNS
-
-// Tokens start, start + step, ...
-struct Sequence {
-  int64_t start, step, count;
-
-  int64_t token(int64_t index) const { return start + index * step; }
-  // Number of its tokens before this one.
-  int64_t before(int64_t token) const {
-    return token <= start ? 0 : std::min(count, (token - start + step - 1) / step);
-  }
-};
-
-struct Interval {
-  int64_t first, last;  // without last
-
-  bool empty() const { return first >= last; }
-  Interval within(int64_t from, int64_t to) const { return {std::max(first, from), std::min(last, to)}; }
-};
-
-// Which tokens meet, and which of them see each other.
-struct Part {
-  enum Kind { kWindow, kResidues, kFarResidues, kBlocks, kSummaries, kSelf } kind;
-  int64_t stride, offset, length;
-
-  bool by_residue() const { return kind == kResidues || kind == kFarResidues; }
-  int64_t num_classes() const { return by_residue() ? std::min(stride, length) : 1; }
-  Sequence every(int64_t start, int64_t step) const {
-    return {start, step, start < length ? (length - start + step - 1) / step : 0};
-  }
-  Sequence queries(int64_t number) const { return by_residue() ? every(number, stride) : every(0, 1); }
-  Sequence keys(int64_t number) const {
-    if (by_residue()) return every((number + stride - offset) % stride, stride);
-    return kind == kSummaries ? every(stride - 1 - offset, stride) : every(0, 1);
-  }
-
-  int64_t block_start(int64_t token) const { return (token + offset) / stride * stride - offset; }
-  // The tokens that a query sees, as far as they are keys of its class.
-  Interval keys_of(int64_t query) const {
-    switch (kind) {
-      case kWindow: return {query - stride + 1, query + 1};
-      case kResidues: return {0, query + 1};
-      case kFarResidues: return {0, query - stride + 1};
-      case kBlocks: return {block_start(query), query + 1};
-      case kSummaries: return {0, block_start(query)};
-      default: return {query, query + 1};
-    }
-  }
-  // The tokens that see a key, as far as they are queries of its class.
-  Interval queries_of(int64_t key) const {
-    switch (kind) {
-      case kWindow: return {key, key + stride};
-      case kResidues: return {key, length};
-      case kFarResidues: return {key + stride, length};
-      case kBlocks: return {key, block_start(key) + stride};
-      case kSummaries: return {key + 1, length};
-      default: return {key, key + 1};
-    }
-  }
-};
-
-// The parts of a pattern. In the last one, which finishes the rows, every token sees itself.
-struct Parts {
-  Part list[2];
-  int count;
-
-  Parts(int64_t pattern, int64_t stride, int64_t offset, int64_t length) : count(0) {
-    const auto add = [&](Part::Kind kind, int64_t step) { list[count++] = Part{kind, step, offset, length}; };
-    if (pattern == kFull) {
-      offset = 0;
-      add(Part::kResidues, 1);
-    }
-    if (pattern == kStrided) add(Part::kResidues, stride);
-    if (pattern == kStrided && offset) add(Part::kSelf, stride);
-    if (pattern == kSparse && stride < length) add(Part::kFarResidues, stride);
-    if (pattern == kSparse || pattern == kLocal) add(Part::kWindow, stride);
-    if (pattern == kFixed) {
-      add(Part::kSummaries, stride);
-      add(Part::kBlocks, stride);
-    }
-  }
-};
-
-// [samples, heads, tokens, width]; the strides of the first three, in elements.
-struct Operand {
-  void* data;
-  int64_t sample, head, token;
-};
-
-// The arguments of a call; cpu.py has the same structure.
-struct Call {
-  int64_t type, samples, heads, key_heads, length, width, stride;
-  const int64_t *patterns, *offsets;                   // of the query heads
-  const int32_t *document_starts, *document_ends;      // [samples, tokens], or null
-  Operand q, k, v, out, dout, dq, dk, dv;
-  float* lse;                                          // [samples, heads, tokens], base 2
-  float* scratch;
-  int64_t threads;
-  float scale;
-
-  int64_t padded_width() const { return round_up(width, kWidth); }
-  int64_t row() const { return round_up(padded_width(), 32) + 16; }  // an odd number of cache lines
-  int64_t padded_length() const { return round_up(length, kWidth); }
-};
 
 // Rows that are computed together, and the columns that any of them sees.
 struct Group {
@@ -186,88 +80,20 @@ inline void add_weighted_rows(const Groups& groups, int64_t from, int64_t to, co
     }
 }
 
-// Sets the vectors of a row of scores that hold active columns to -inf outside of those; returns them as an interval.
-inline Interval mask_row(Interval active, float* scores) {
-  const Interval vectors{round_down(active.first, kLanes), round_up(active.last, kLanes)};
-  const Vector inactive = broadcast(-kInfinity);
-  float *head = scores + vectors.first, *tail = scores + vectors.last - kLanes;
-  store(head, lane_numbers() < int32_t(active.first - vectors.first) ? inactive : load(head));
-  store(tail, lane_numbers() < int32_t(active.last - vectors.last + kLanes) ? load(tail) : inactive);
-  return vectors;
-}
-
-// Hands out pieces of a thread's memory.
-struct Memory {
-  float* next;
-  float* take(int64_t size) {
-    float* piece = next;
-    next += round_up(size, 16);
-    return piece;
-  }
-};
-
-template <class Type>
-struct Pass {
-  using Element = typename Type::Element;
-  const Call& call;
-  const int64_t width, row;  // of packed rows: columns, and the distance between rows
-
-  explicit Pass(const Call& call) : call(call), width(call.padded_width()), row(call.row()) {}
-
-  static Element* at(const Operand& x, int64_t sample, int64_t head, int64_t token) {
-    return static_cast<Element*>(x.data) + sample * x.sample + head * x.head + token * x.token;
-  }
-
-  template <int Write = 0>
-  void expect(const Operand& x, int64_t sample, int64_t head, int64_t token) const {
-    prefetch<Write>(at(x, sample, head, token), call.width * sizeof(Element));
-  }
-
-  // Rows `first` to `first + count` of a sequence, and zeros up to `padded` rows.
-  void gather(const Operand& x, int64_t sample, int64_t head, const Sequence& tokens, int64_t first, int64_t count,
-              int64_t padded, float factor, float* to) const {
-    const int64_t step = tokens.step * x.token, size = call.width, columns = width, ld = row;
-    const int64_t bytes = size * sizeof(Element), left = tokens.count - first;  // then comes the next class
-    const Element* from = at(x, sample, head, tokens.token(first));
-    for (int64_t i = 0; i < count; ++i) {
-      prefetch(from + (i + kAhead < left ? (i + kAhead) * step : x.token + (i + kAhead - tokens.count) * step), bytes);
-      widen_row<Type>(from + i * step, size, factor, columns, to + i * ld);
-    }
-    for (int64_t i = count; i < padded; ++i) clear(to + i * ld, 0, columns);
-  }
-
-  // What each of `count` queries (or keys) sees of the sequence on the other side.
-  template <class Rule>
-  void intervals(const Sequence& own, int64_t first, int64_t count, const Sequence& other, int64_t sample, Rule&& rule,
-                 Interval* active) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = own.token(first + i);
-      Interval seen = rule(token);
-      if (call.document_starts)
-        seen = seen.within(call.document_starts[sample * call.length + token],
-                           call.document_ends[sample * call.length + token]);
-      active[i] = {other.before(seen.first), other.before(seen.last)};
-    }
-  }
-};
-
 // ---- forward ----
 
 template <class Type>
-struct Forward : Pass<Type> {
-  using Base = Pass<Type>;
-  using Base::at, Base::call, Base::row, Base::width;
-  float *panels, *values;              // keys transposed and values of the class
-  float *state, *tops, *sums;          // what earlier parts gave each token: weighted values, maximum, sum of weights
-  float *queries, *scores, *alone;     // of the tile; its weighted values where no other part joins
+struct Forward : ForwardPass<Type> {
+  using Base = ForwardPass<Type>;
+  using Base::at, Base::call, Base::row, Base::width, Base::state, Base::tops, Base::sums;
+  static constexpr int64_t kTile = ::kTile;
+  float *panels, *values;           // keys transposed and values of the class
+  float *queries, *scores, *alone;  // of the tile; its weighted values where no other part joins
 
-  Forward(const Call& call, Memory memory) : Base(call) {
+  Forward(const Call& call, Memory memory) : Base(call, memory) {
     const int64_t length = call.padded_length();
     panels = memory.take(length * width);
     values = memory.take(length * row);
-    state = memory.take(call.length * row);
-    tops = memory.take(call.length);
-    sums = memory.take(call.length);
     queries = memory.take(kTile * row);
     scores = memory.take(kTile * kColumnStride);
     alone = memory.take(kTile * row);
@@ -275,25 +101,10 @@ struct Forward : Pass<Type> {
 
   static int64_t size(const Call& call) {
     const int64_t row = call.row(), length = call.padded_length();
-    return length * (call.padded_width() + 2 * row + 2) + kTile * (2 * row + kColumnStride) + 8 * 16;
+    return Base::size(call) + length * (call.padded_width() + row) + kTile * (2 * row + kColumnStride) + 5 * 16;
   }
 
-  void head(int64_t sample, int64_t head) const {
-    const int64_t key_head = head / (call.heads / call.key_heads);
-    const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
-    if (parts.count > 1) {
-      clear(state, 0, call.length * row);
-      std::fill(tops, tops + call.length, -kInfinity);
-      std::fill(sums, sums + call.length, 0.0f);
-    }
-    for (int p = 0; p < parts.count; ++p)
-      for (int64_t number = 0; number < parts.list[p].num_classes(); ++number) {
-        const Sequence own = parts.list[p].queries(number), keys = parts.list[p].keys(number);
-        pack_keys(sample, key_head, keys);
-        for (int64_t first = 0; first < own.count; first += kTile)
-          tile(sample, head, parts.list[p], own, keys, first, parts.count > 1, p + 1 == parts.count);
-      }
-  }
+  void head(int64_t sample, int64_t head) const { compute_head(*this, sample, head); }
 
   void pack_keys(int64_t sample, int64_t head, const Sequence& keys) const {
     for (int64_t first = 0; first < keys.count; first += kWidth) {
@@ -331,9 +142,7 @@ struct Forward : Pass<Type> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
-        this->template expect<1>(call.out, sample, head, own.token(first + i + kAhead));
-        narrow_row<Type>(out + i * out_row, call.width, 1.0f / sum[i], at(call.out, sample, head, token));
-        call.lse[(sample * call.heads + head) * call.length + token] = top[i] + std::log2(sum[i]);
+        this->write_out(sample, head, token, own.token(first + i + kAhead), out + i * out_row, top[i], sum[i]);
       } else {
         tops[token] = top[i];
         sums[token] = sum[i];
@@ -384,72 +193,33 @@ struct Forward : Pass<Type> {
 // ---- backward ----
 
 template <class Type>
-struct Backward : Pass<Type> {
-  using Base = Pass<Type>;
-  using Base::at, Base::call, Base::row, Base::width;
-  float *queries, *douts;              // of the class, rows
-  float *query_panels, *dout_panels;   // the same transposed; queries scaled
-  float *lse, *deltas;                 // of the class
-  float *delta;                        // of the head: dout . out of each query
-  float *dq, *dk, *dv;                 // sums of the head and, of the keys, of the heads that share them
+struct Backward : BackwardPass<Type> {
+  using Base = BackwardPass<Type>;
+  using Base::at, Base::call, Base::row, Base::width, Base::delta, Base::dq, Base::dk, Base::dv;
+  static constexpr int64_t kTile = ::kTile;
+  float *queries, *douts;                    // of the class, rows
+  float *query_panels, *dout_panels;         // the same transposed; queries scaled
+  float *lse, *deltas;                       // of the class
   float *keys, *values, *weights, *dscores;  // of the tile
-  float *dkeys_alone, *dvalues_alone;           // of the tile, where no other part or head joins
+  float *dkeys_alone, *dvalues_alone;        // of the tile, where no other part or head joins
 
-  Backward(const Call& call, Memory memory) : Base(call) {
+  Backward(const Call& call, Memory memory) : Base(call, memory) {
     const int64_t length = call.padded_length();
-    for (float** rows : {&queries, &douts, &dq, &dk, &dv}) *rows = memory.take(length * row);
+    for (float** rows : {&queries, &douts}) *rows = memory.take(length * row);
     for (float** rows : {&query_panels, &dout_panels}) *rows = memory.take(length * width);
-    for (float** column : {&lse, &deltas, &delta}) *column = memory.take(length);
+    for (float** column : {&lse, &deltas}) *column = memory.take(length);
     for (float** rows : {&keys, &values, &dkeys_alone, &dvalues_alone}) *rows = memory.take(kTile * row);
     for (float** rows : {&weights, &dscores}) *rows = memory.take(kTile * kColumnStride);
   }
 
   static int64_t size(const Call& call) {
     const int64_t row = call.row(), length = call.padded_length();
-    return length * (5 * row + 2 * call.padded_width() + 3) + kTile * (4 * row + 2 * kColumnStride) + 16 * 16;
+    return Base::size(call) + length * (2 * row + 2 * call.padded_width() + 2) +
+           kTile * (4 * row + 2 * kColumnStride) + 12 * 16;
   }
 
-  // The gradients of a key-value head, and of the queries that use it.
-  void key_head(int64_t sample, int64_t key_head) const {
-    const int64_t share = call.heads / call.key_heads;
-    bool joined = false;
-    for (int64_t head = key_head * share; head < (key_head + 1) * share; ++head) {
-      const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
-      clear(dq, 0, call.length * row);
-      if (!joined && (parts.count > 1 || share > 1)) {
-        clear(dk, 0, call.length * row);
-        clear(dv, 0, call.length * row);
-        joined = true;
-      }
-      prepare(sample, head);
-      for (int p = 0; p < parts.count; ++p) {
-        const bool finishes = p + 1 == parts.count && head + 1 == (key_head + 1) * share;
-        for (int64_t number = 0; number < parts.list[p].num_classes(); ++number) {
-          const Sequence own = parts.list[p].keys(number), other = parts.list[p].queries(number);
-          if (!own.count) continue;
-          pack_queries(sample, head, other);
-          for (int64_t first = 0; first < own.count; first += kTile)
-            tile(sample, key_head, parts.list[p], own, other, first, joined, finishes);
-        }
-      }
-      for (int64_t token = 0; token < call.length; ++token) {
-        this->template expect<1>(call.dq, sample, head, token + kAhead);
-        narrow_row<Type>(dq + token * row, call.width, call.scale, at(call.dq, sample, head, token));
-      }
-    }
-  }
-
-  void prepare(int64_t sample, int64_t head) const {
-    const int64_t columns = width;
-    for (int64_t token = 0; token < call.length; ++token) {
-      for (const Operand& x : {call.out, call.dout}) this->expect(x, sample, head, token + kAhead);
-      widen_row<Type>(at(call.out, sample, head, token), call.width, 1.0f, columns, keys);
-      widen_row<Type>(at(call.dout, sample, head, token), call.width, 1.0f, columns, values);
-      Vector total = {};
-      for (int64_t column = 0; column < columns; column += kLanes) total += load(keys + column) * load(values + column);
-      delta[token] = sum_of(total);
-    }
-  }
+  void head(int64_t sample, int64_t key_head) const { compute_gradients(*this, sample, key_head); }
+  void finish_queries(const Sequence&) const {}  // their gradients are in place
 
   void pack_queries(int64_t sample, int64_t head, const Sequence& tokens) const {
     const float* given = call.lse + (sample * call.heads + head) * call.length;
@@ -492,10 +262,8 @@ struct Backward : Pass<Type> {
     }
     for (int64_t i = 0; finishes && i < count; ++i) {
       const int64_t token = own.token(first + i);
-      for (const Operand& x : {call.dk, call.dv})
-        this->template expect<1>(x, sample, key_head, own.token(first + i + kAhead));
-      narrow_row<Type>(dkeys + i * sum_row, call.width, call.scale, at(call.dk, sample, key_head, token));
-      narrow_row<Type>(dvalues + i * sum_row, call.width, 1.0f, at(call.dv, sample, key_head, token));
+      this->write_key_gradients(sample, key_head, token, own.token(first + i + kAhead), dkeys + i * sum_row,
+                                dvalues + i * sum_row);
     }
   }
 
@@ -536,11 +304,58 @@ struct Backward : Pass<Type> {
   }
 };
 
-template <class Function>
-auto with_type(const Call& call, Function&& function) {
-  if (call.type == 1) return function(BFloat16{});
-  if (call.type == 2) return function(Float16{});
-  return function(Float32{});
+// A pass in tiles for the heads that it can compute, and another for the rest.
+template <class Tiles, class Vectors>
+struct Either {
+  TileRegisters registers;
+  Tiles tiles;
+  Vectors vectors;
+
+  Either(const Call& call, Memory memory) : tiles(call, memory), vectors(call, memory) {}
+  static int64_t size(const Call& call) { return std::max(Tiles::size(call), Vectors::size(call)); }
+
+  void head(int64_t sample, int64_t head) const {
+    if (tiles.can(sample, head))
+      tiles.head(sample, head);
+    else
+      vectors.head(sample, head);
+  }
+};
+
+template <class Kernel>
+struct Chosen {
+  using type = Kernel;
+};
+
+// Calls function(Chosen<a pass for this type of elements>).
+template <template <class> class Vectors, class Tiles, class Function>
+auto with_kernel(const Call& call, Function&& function) {
+#if defined(MEGASPARSE_HAS_TILES)
+  static const bool has_tiles = ask_for_tiles();
+  if (call.type == 1 && has_tiles) return function(Chosen<Either<Tiles, Vectors<BFloat16>>>{});
+#endif
+  if (call.type == 1) return function(Chosen<Vectors<BFloat16>>{});
+  if (call.type == 2) return function(Chosen<Vectors<Float16>>{});
+  return function(Chosen<Vectors<Float32>>{});
+}
+
+template <template <class> class Vectors, class Tiles>
+int64_t scratch(const Call& call) {
+  return with_kernel<Vectors, Tiles>(call, [&](auto chosen) { return decltype(chosen)::type::size(call); });
+}
+
+// Heads (backward: key-value heads) are shared out among the threads.
+template <template <class> class Vectors, class Tiles>
+void compute(const Call& call, int64_t heads) {
+  with_kernel<Vectors, Tiles>(call, [&](auto chosen) {
+    using Kernel = typename decltype(chosen)::type;
+#pragma omp parallel num_threads(call.threads)
+    {
+      const Kernel kernel(call, Memory{call.scratch + omp_get_thread_num() * Kernel::size(call)});
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < call.samples * heads; ++i) kernel.head(i / heads, i % heads);
+    }
+  });
 }
 
 }  // namespace
@@ -549,31 +364,9 @@ extern "C" {
 
 // Floats of scratch memory that a thread needs.
 int64_t megasparse_attention_scratch(const Call* call, int backward) {
-  return backward ? Backward<Float32>::size(*call) : Forward<Float32>::size(*call);
+  return backward ? scratch<Backward, TileBackward>(*call) : scratch<Forward, TileForward>(*call);
 }
 
-void megasparse_attention_forward(const Call* call) {
-  with_type(*call, [&](auto type) {
-    using Kernel = Forward<decltype(type)>;
-#pragma omp parallel num_threads(call->threads)
-    {
-      const Kernel kernel(*call, Memory{call->scratch + omp_get_thread_num() * Kernel::size(*call)});
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < call->samples * call->heads; ++i) kernel.head(i / call->heads, i % call->heads);
-    }
-  });
-}
-
-void megasparse_attention_backward(const Call* call) {
-  with_type(*call, [&](auto type) {
-    using Kernel = Backward<decltype(type)>;
-#pragma omp parallel num_threads(call->threads)
-    {
-      const Kernel kernel(*call, Memory{call->scratch + omp_get_thread_num() * Kernel::size(*call)});
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < call->samples * call->key_heads; ++i)
-        kernel.key_head(i / call->key_heads, i % call->key_heads);
-    }
-  });
-}
+void megasparse_attention_forward(const Call* call) { compute<Forward, TileForward>(*call, call->heads); }
+void megasparse_attention_backward(const Call* call) { compute<Backward, TileBackward>(*call, call->key_heads); }
 }

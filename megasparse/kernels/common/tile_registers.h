@@ -1,7 +1,8 @@
 // Products of tiles of bfloat16 in the tile registers of AMX: 16 x 16 sums, in each step of 16 cells (pairs of bfloat16).
 //
-// A: rows of cells along the summed dimension. B: [cell of the summed dimension][16 outputs]. This is how block_products
-// packs its operands for the vector instructions too; rows of bfloat16 as they lie are rows of cells. With MEGASPARSE_TILES the same in plain C++, for tests.
+// A: rows of cells along the summed dimension; rows of bfloat16 as they lie are rows of cells. B: [cell of the summed
+// dimension][16 outputs]. The instruction takes numbers below 2^-126 for 0. With MEGASPARSE_TILES the same sums in plain
+// C++, for tests.
 
 #pragma once
 
@@ -15,6 +16,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define MEGASPARSE_AMX
+#endif
+#if defined(MEGASPARSE_AMX) || defined(MEGASPARSE_TILES)
+#define MEGASPARSE_HAS_TILES
 #endif
 
 namespace {
@@ -174,11 +178,11 @@ inline __attribute__((always_inline)) void exchange(__m512i (&rows)[kTileSide]) 
     }
 }
 
-// Writes the columns of a square as rows, `step` cells apart.
-inline void transpose(const uint32_t (&square)[kTileSide][kTileSide], uint32_t* out, int64_t step) {
+// Writes the columns of a square as rows, `step` cells apart; its own rows are `row` cells apart.
+inline void transpose(const uint32_t* square, int64_t row, uint32_t* out, int64_t step) {
   __m512i rows[kTileSide];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileSide; ++i) rows[i] = _mm512_loadu_si512(square[i]);
+  for (int i = 0; i < kTileSide; ++i) rows[i] = _mm512_loadu_si512(square + i * row);
   exchange<8>(rows);
   exchange<4>(rows);
   exchange<2>(rows);
@@ -189,9 +193,9 @@ inline void transpose(const uint32_t (&square)[kTileSide][kTileSide], uint32_t* 
 
 #else
 
-inline void transpose(const uint32_t (&square)[kTileSide][kTileSide], uint32_t* out, int64_t step) {
+inline void transpose(const uint32_t* square, int64_t row, uint32_t* out, int64_t step) {
   for (int64_t i = 0; i < kTileSide; ++i)
-    for (int64_t k = 0; k < kTileSide; ++k) out[i * step + k] = square[k][i];
+    for (int64_t k = 0; k < kTileSide; ++k) out[i * step + k] = square[k * row + i];
 }
 
 #endif
