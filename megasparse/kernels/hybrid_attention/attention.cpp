@@ -315,10 +315,7 @@ struct Either {
   static int64_t size(const Call& call) { return std::max(Tiles::size(call), Vectors::size(call)); }
 
   void head(int64_t sample, int64_t head) const {
-    if (tiles.can(sample, head))
-      tiles.head(sample, head);
-    else
-      vectors.head(sample, head);
+    if (!tiles.head(sample, head)) vectors.head(sample, head);
   }
 };
 

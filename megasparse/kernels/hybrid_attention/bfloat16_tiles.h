@@ -102,9 +102,12 @@ struct SquareRows {
 template <class Rows>
 struct TilePass : Rows {
   using Rows::at, Rows::call, Rows::row, Rows::width;
-  uint16_t* gathered;  // 32 rows
+  uint16_t* gathered;           // 32 rows
+  mutable Halves special = {};  // not 0 once an infinity or NaN was gathered
 
-  TilePass(const Call& call, Memory& memory) : Rows(call, memory, kSquare), gathered(take<uint16_t>(memory, kSquare * width)) {}
+  TilePass(const Call& call, Memory& memory) : Rows(call, memory, kSquare) {
+    gathered = take<uint16_t>(memory, kSquare * width);
+  }
 
   static int64_t padded_width(const Call& call) { return round_up(call.width, kSquare); }
   static int64_t padded_length(const Call& call) { return round_up(call.length, kSquare); }
@@ -114,18 +117,10 @@ struct TilePass : Rows {
     return reinterpret_cast<Value*>(memory.take((count * sizeof(Value) + 3) / 4));
   }
 
-  bool is_finite(const Operand& x, int64_t sample, int64_t head) const {
-    Halves found = {};
-    uint16_t rest = 0;
-    for (int64_t token = 0; token < call.length; ++token) {
-      const uint16_t* from = at(x, sample, head, token);
-      int64_t i = 0;
-      for (; i + kLanes <= call.width; i += kLanes)
-        found |= (Halves)((*reinterpret_cast<const Halves*>(from + i) & 0x7f80) == 0x7f80);
-      for (; i < call.width; ++i) rest |= (from[i] & 0x7f80) == 0x7f80;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) rest |= found[lane];
-    return !rest;
+  bool all_finite() const {
+    bool all = true;
+    for (int lane = 0; lane < kLanes; ++lane) all &= !special[lane];
+    return all;
   }
 
   // Rows `first` to `first + count` of a sequence, and zeros up to `padded` rows.
@@ -136,10 +131,23 @@ struct TilePass : Rows {
     const uint16_t* from = at(x, sample, head, tokens.token(first));
     for (int64_t i = 0; i < count; ++i, to += width) {
       prefetch(from + (i + kAhead < left ? (i + kAhead) * step : x.token + (i + kAhead - tokens.count) * step), size * 2);
-      std::memcpy(to, from + i * step, size * 2);
-      clear(to, size, width);
+      copy(from + i * step, to);
     }
     clear(to, 0, (padded - count) * width);
+  }
+
+  void copy(const uint16_t* from, uint16_t* to) const {
+    int64_t i = 0;
+    for (; i + kLanes <= call.width; i += kLanes) {
+      const Halves some = *reinterpret_cast<const Halves*>(from + i);
+      *reinterpret_cast<Halves*>(to + i) = some;
+      special |= (Halves)((some & 0x7f80) == 0x7f80);
+    }
+    for (; i < call.width; ++i) {
+      to[i] = from[i];
+      special[0] |= (from[i] & 0x7f80) == 0x7f80;
+    }
+    clear(to, i, width);
   }
 };
 
@@ -167,11 +175,11 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
            kTile * (kColumns / 2 + kColumnStride + call.row()) + 8 * 16;
   }
 
-  bool can(int64_t sample, int64_t head) const {
-    const int64_t key_head = head / (call.heads / call.key_heads);
-    return is_finite(call.q, sample, head) && is_finite(call.k, sample, key_head) && is_finite(call.v, sample, key_head);
+  bool head(int64_t sample, int64_t head) const {
+    special = Halves{};
+    compute_head(*this, sample, head);
+    return all_finite();
   }
-  void head(int64_t sample, int64_t head) const { compute_head(*this, sample, head); }
 
   void pack_keys(int64_t sample, int64_t head, const Sequence& tokens) const {
     for (int64_t first = 0; first < tokens.count; first += kSquare) {
@@ -293,13 +301,11 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
            2 * kSquare * kColumnStride + kTile * (kColumns + kColumns / 2 + 2 * call.row()) + 32 * 16;
   }
 
-  bool can(int64_t sample, int64_t key_head) const {
-    const int64_t share = call.heads / call.key_heads;
-    for (int64_t head = key_head * share; head < (key_head + 1) * share; ++head)
-      if (!is_finite(call.q, sample, head) || !is_finite(call.dout, sample, head)) return false;
-    return is_finite(call.k, sample, key_head) && is_finite(call.v, sample, key_head);
+  bool head(int64_t sample, int64_t key_head) const {
+    special = Halves{};
+    compute_gradients(*this, sample, key_head);
+    return all_finite();
   }
-  void head(int64_t sample, int64_t key_head) const { compute_gradients(*this, sample, key_head); }
 
   void pack_queries(int64_t sample, int64_t head, const Sequence& tokens) const {
     const float* given = call.lse + (sample * call.heads + head) * call.length;
