@@ -86,7 +86,6 @@ template <class Type>
 struct Forward : ForwardPass<Type> {
   using Base = ForwardPass<Type>;
   using Base::at, Base::call, Base::row, Base::width, Base::state, Base::tops, Base::sums;
-  static constexpr int64_t kTile = ::kTile;
   float *panels, *values;           // keys transposed and values of the class
   float *queries, *scores, *alone;  // of the tile; its weighted values where no other part joins
 
@@ -105,6 +104,15 @@ struct Forward : ForwardPass<Type> {
   }
 
   void head(int64_t sample, int64_t head) const { compute_head(*this, sample, head); }
+
+  void add_part(int64_t sample, int64_t head, int64_t key_head, const Part& part, bool joined, bool finishes) const {
+    for (int64_t number = 0; number < part.num_classes(); ++number) {
+      const Sequence own = part.queries(number), keys = part.keys(number);
+      pack_keys(sample, key_head, keys);
+      for (int64_t first = 0; first < own.count; first += kTile)
+        tile(sample, head, part, own, keys, first, joined, finishes);
+    }
+  }
 
   void pack_keys(int64_t sample, int64_t head, const Sequence& keys) const {
     for (int64_t first = 0; first < keys.count; first += kWidth) {
@@ -196,7 +204,6 @@ template <class Type>
 struct Backward : BackwardPass<Type> {
   using Base = BackwardPass<Type>;
   using Base::at, Base::call, Base::row, Base::width, Base::delta, Base::dq, Base::dk, Base::dv;
-  static constexpr int64_t kTile = ::kTile;
   float *queries, *douts;                    // of the class, rows
   float *query_panels, *dout_panels;         // the same transposed; queries scaled
   float *lse, *deltas;                       // of the class
@@ -219,7 +226,16 @@ struct Backward : BackwardPass<Type> {
   }
 
   void head(int64_t sample, int64_t key_head) const { compute_gradients(*this, sample, key_head); }
-  void finish_queries(const Sequence&) const {}  // their gradients are in place
+
+  void add_part(int64_t sample, int64_t head, int64_t key_head, const Part& part, bool joined, bool finishes) const {
+    for (int64_t number = 0; number < part.num_classes(); ++number) {
+      const Sequence own = part.keys(number), other = part.queries(number);
+      if (!own.count) continue;
+      pack_queries(sample, head, other);
+      for (int64_t first = 0; first < own.count; first += kTile)
+        tile(sample, key_head, part, own, other, first, joined, finishes);
+    }
+  }
 
   void pack_queries(int64_t sample, int64_t head, const Sequence& tokens) const {
     const float* given = call.lse + (sample * call.heads + head) * call.length;

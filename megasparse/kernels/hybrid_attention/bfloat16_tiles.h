@@ -98,15 +98,40 @@ struct SquareRows {
   }
 };
 
+// Tokens in the order in which they are multiplied, and some that come after them.
+struct Order {
+  int32_t* tokens;
+  int64_t count = 0, known = 0;
+
+  int64_t token(int64_t index) const { return tokens[index]; }
+  int64_t ahead(int64_t index) const { return tokens[std::min(index + kAhead, known - 1)]; }
+  void add(const Sequence& sequence, int64_t most) {
+    for (int64_t i = 0; i < std::min(sequence.count, most); ++i) tokens[known++] = int32_t(sequence.token(i));
+  }
+};
+
+// Queries and what they see of the keys, or keys and the queries that see them.
+struct Meeting {
+  Order own, other;
+  const Interval* active;
+};
+
 // What both passes do with the rows of a head.
 template <class Rows>
 struct TilePass : Rows {
   using Rows::at, Rows::call, Rows::row, Rows::width;
+  int32_t *own_tokens, *other_tokens;  // of a part
+  Interval* active;
   uint16_t* gathered;           // 32 rows
   mutable Halves special = {};  // not 0 once an infinity or NaN was gathered
 
   TilePass(const Call& call, Memory& memory) : Rows(call, memory, kSquare) {
+    for (int32_t** tokens : {&own_tokens, &other_tokens}) *tokens = take<int32_t>(memory, call.length + kAhead);
+    active = take<Interval>(memory, call.length);
     gathered = take<uint16_t>(memory, kSquare * width);
+  }
+  static int64_t size(const Call& call) {
+    return Rows::size(call) + 6 * call.length + 2 * kAhead + kSquare / 2 * padded_width(call) + 4 * 16;
   }
 
   static int64_t padded_width(const Call& call) { return round_up(call.width, kSquare); }
@@ -123,31 +148,54 @@ struct TilePass : Rows {
     return all;
   }
 
-  // Rows `first` to `first + count` of a sequence, and zeros up to `padded` rows.
-  void gather(const Operand& x, int64_t sample, int64_t head, const Sequence& tokens, int64_t first, int64_t count,
-              int64_t padded, uint16_t* to) const {
-    const int64_t step = tokens.step * x.token, size = call.width;
-    const int64_t left = tokens.count - first;  // then comes the next class
-    const uint16_t* from = at(x, sample, head, tokens.token(first));
-    for (int64_t i = 0; i < count; ++i, to += width) {
-      prefetch(from + (i + kAhead < left ? (i + kAhead) * step : x.token + (i + kAhead - tokens.count) * step), size * 2);
-      copy(from + i * step, to);
-    }
-    clear(to, 0, (padded - count) * width);
+  // The next classes of a part, together, until they have `enough` tokens: few would leave most of a square empty.
+  template <class Rule>
+  Meeting meet(const Part& part, int64_t sample, int64_t* number, bool keys_first, int64_t enough, Rule&& rule) const {
+    Order own{own_tokens}, other{other_tokens};
+    const auto classes = [&](auto&& function) {
+      const Sequence queries = part.queries(*number), keys = part.keys(*number);
+      keys_first ? function(keys, queries) : function(queries, keys);
+    };
+    for (; *number < part.num_classes() && own.count < enough; ++*number)
+      classes([&](const Sequence& mine, const Sequence& theirs) {
+        this->intervals(mine, 0, mine.count, theirs, sample, rule, active + own.count);
+        for (Interval* seen = active + own.count; seen < active + own.count + mine.count; ++seen)
+          *seen = {seen->first + other.count, seen->last + other.count};
+        own.add(mine, mine.count);
+        other.add(theirs, theirs.count);
+        own.count = own.known, other.count = other.known;
+      });
+    if (*number < part.num_classes())
+      classes([&](const Sequence& mine, const Sequence& theirs) {
+        own.add(mine, kAhead);
+        other.add(theirs, kAhead);
+      });
+    return {own, other, active};
   }
 
-  void copy(const uint16_t* from, uint16_t* to) const {
-    int64_t i = 0;
-    for (; i + kLanes <= call.width; i += kLanes) {
-      const Halves some = *reinterpret_cast<const Halves*>(from + i);
-      *reinterpret_cast<Halves*>(to + i) = some;
-      special |= (Halves)((some & 0x7f80) == 0x7f80);
+  // Rows `first` to `first + count`, and zeros up to `padded` rows.
+  void gather(const Operand& x, int64_t sample, int64_t head, const Order& order, int64_t first, int64_t count,
+              int64_t padded, uint16_t* to) const {
+    const uint16_t* base = at(x, sample, head, 0);
+    const int64_t size = call.width, columns = width, step = x.token;
+    Halves seen = special;
+    for (int64_t row = first; row < first + count; ++row, to += columns) {
+      prefetch(base + order.ahead(row) * step, size * 2);
+      const uint16_t* from = base + order.token(row) * step;
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes) {
+        const Halves some = *reinterpret_cast<const Halves*>(from + i);
+        *reinterpret_cast<Halves*>(to + i) = some;
+        seen |= (Halves)((some & 0x7f80) == 0x7f80);
+      }
+      for (; i < size; ++i) {
+        to[i] = from[i];
+        seen[0] |= (from[i] & 0x7f80) == 0x7f80;
+      }
+      if (i < columns) clear(to, i, columns);
     }
-    for (; i < call.width; ++i) {
-      to[i] = from[i];
-      special[0] |= (from[i] & 0x7f80) == 0x7f80;
-    }
-    clear(to, i, width);
+    special = seen;
+    clear(to, 0, (padded - count) * columns);
   }
 };
 
@@ -158,7 +206,7 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
   static constexpr int64_t kTile = 32;      // queries
   static constexpr int64_t kColumns = 256;  // keys that are in work at a time
   static constexpr int64_t kColumnStride = kColumns + 16;
-  uint32_t *keys, *values;  // of the class: columns, and pairs
+  uint32_t *keys, *values;  // of the part: columns, and pairs
   uint16_t *queries, *weights;  // of the tile
   float *scores, *out;
 
@@ -171,8 +219,8 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
   }
 
   static int64_t size(const Call& call) {
-    return ForwardPass<BFloat16>::size(call) + padded_width(call) * (padded_length(call) + kSquare / 2 + kTile / 2) +
-           kTile * (kColumns / 2 + kColumnStride + call.row()) + 8 * 16;
+    return Base::size(call) + padded_width(call) * (padded_length(call) + kTile / 2) +
+           kTile * (kColumns / 2 + kColumnStride + call.row()) + 6 * 16;
   }
 
   bool head(int64_t sample, int64_t head) const {
@@ -181,21 +229,29 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
     return all_finite();
   }
 
-  void pack_keys(int64_t sample, int64_t head, const Sequence& tokens) const {
-    for (int64_t first = 0; first < tokens.count; first += kSquare) {
-      const int64_t count = std::min(kSquare, tokens.count - first);
-      gather(call.k, sample, head, tokens, first, count, kSquare, gathered);
+  void add_part(int64_t sample, int64_t head, int64_t key_head, const Part& part, bool joined, bool finishes) const {
+    for (int64_t number = 0; number < part.num_classes();) {
+      const auto rule = [&](int64_t query) { return part.keys_of(query); };
+      const Meeting meeting = meet(part, sample, &number, false, kSquare, rule);
+      pack_keys(sample, key_head, meeting.other);
+      for (int64_t first = 0; first < meeting.own.count; first += kTile)
+        tile(sample, head, meeting.own, meeting.active + first, first, joined, finishes);
+    }
+  }
+
+  void pack_keys(int64_t sample, int64_t head, const Order& order) const {
+    for (int64_t first = 0; first < order.count; first += kSquare) {
+      const int64_t count = std::min(kSquare, order.count - first);
+      gather(call.k, sample, head, order, first, count, kSquare, gathered);
       pack_columns(gathered, width, keys + first * width / 2);
-      gather(call.v, sample, head, tokens, first, count, kSquare, gathered);
+      gather(call.v, sample, head, order, first, count, kSquare, gathered);
       pack_pairs(gathered, width, values + first * width / 2);
     }
   }
 
-  void tile(int64_t sample, int64_t head, const Part& part, const Sequence& own, const Sequence& other, int64_t first,
-            bool joined, bool finishes) const {
+  void tile(int64_t sample, int64_t head, const Order& own, const Interval* active, int64_t first, bool joined,
+            bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
-    Interval active[kTile];
-    intervals(own, first, count, other, sample, [&](int64_t query) { return part.keys_of(query); }, active);
     const SquareRows all(active, 0, count);
     if (all.columns.empty() && !finishes) return;
     gather(call.q, sample, head, own, first, count, round_up(count, kTileSide), queries);
@@ -223,7 +279,7 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
-        write_out(sample, head, token, own.token(first + i + kAhead), out + i * row, top[i], sum[i]);
+        write_out(sample, head, token, own.ahead(first + i), out + i * row, top[i], sum[i]);
       } else {
         std::memcpy(state + token * row, out + i * row, width * sizeof(float));
         tops[token] = top[i];
@@ -270,9 +326,9 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
   static constexpr int64_t kTile = 64;      // keys
   static constexpr int64_t kColumns = 128;  // queries that are in work at a time
   static constexpr int64_t kColumnStride = kColumns + 16;
-  uint32_t *query_columns, *query_pairs, *dout_columns, *dout_pairs;  // of the class
-  float *lse, *deltas;                                                // of the class
-  float* dq_columns;                                                  // of the class: [32 queries][width][query]
+  uint32_t *query_columns, *query_pairs, *dout_columns, *dout_pairs;  // of the part
+  float *lse, *deltas;                                                // of the part
+  float* dq_columns;                                                  // of the part: [32 queries][width][query]
   uint16_t *keys, *values;                                            // of the tile
   uint32_t *key_pairs, *key_columns;                                  // of the tile: pairs of 32, and [width][pair]
   float *scores, *score_gradients;                                    // of 32 keys
@@ -297,8 +353,8 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
 
   static int64_t size(const Call& call) {
     const int64_t width = padded_width(call), length = padded_length(call);
-    return BackwardPass<BFloat16>::size(call) + length * (3 * width + 2) + (kSquare + kTile + kTile / 2) * width +
-           2 * kSquare * kColumnStride + kTile * (kColumns + kColumns / 2 + 2 * call.row()) + 32 * 16;
+    return Base::size(call) + length * (3 * width + 2) + (kSquarePairs + kTile + kTile / 2) * width +
+           2 * kSquare * kColumnStride + kTile * (kColumns + kColumns / 2 + 2 * call.row()) + 18 * 16;
   }
 
   bool head(int64_t sample, int64_t key_head) const {
@@ -307,7 +363,18 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     return all_finite();
   }
 
-  void pack_queries(int64_t sample, int64_t head, const Sequence& tokens) const {
+  void add_part(int64_t sample, int64_t head, int64_t key_head, const Part& part, bool joined, bool finishes) const {
+    for (int64_t number = 0; number < part.num_classes();) {
+      const auto rule = [&](int64_t key) { return part.queries_of(key); };
+      const Meeting meeting = meet(part, sample, &number, true, kSquare, rule);
+      pack_queries(sample, head, meeting.other);
+      for (int64_t first = 0; first < meeting.own.count; first += kTile)
+        tile(sample, key_head, meeting.own, meeting.active + first, first, joined, finishes);
+      add_query_gradients(meeting.other);
+    }
+  }
+
+  void pack_queries(int64_t sample, int64_t head, const Order& tokens) const {
     const float* given = call.lse + (sample * call.heads + head) * call.length;
     for (int64_t first = 0; first < tokens.count; first += kSquare) {
       const int64_t count = std::min(kSquare, tokens.count - first), at = first * width / 2;
@@ -325,8 +392,8 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     clear(dq_columns, 0, round_up(tokens.count, kSquare) * width);
   }
 
-  // Adds the gradients of a class of queries to those of the head.
-  void finish_queries(const Sequence& tokens) const {
+  // Adds the gradients of a part to those of the head.
+  void add_query_gradients(const Order& tokens) const {
     alignas(64) uint32_t square[kTileSide * kTileSide];
     const float* sums = reinterpret_cast<const float*>(square);
     for (int64_t first = 0; first < tokens.count; first += kTileSide) {
@@ -341,7 +408,7 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     }
   }
 
-  void pack_tile(int64_t sample, int64_t key_head, const Sequence& own, int64_t first, int64_t count) const {
+  void pack_tile(int64_t sample, int64_t key_head, const Order& own, int64_t first, int64_t count) const {
     const int64_t padded = round_up(count, kSquare);
     gather(call.k, sample, key_head, own, first, count, padded, keys);
     gather(call.v, sample, key_head, own, first, count, padded, values);
@@ -352,11 +419,9 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     }
   }
 
-  void tile(int64_t sample, int64_t key_head, const Part& part, const Sequence& own, const Sequence& other,
-            int64_t first, bool joined, bool finishes) const {
+  void tile(int64_t sample, int64_t key_head, const Order& own, const Interval* active, int64_t first, bool joined,
+            bool finishes) const {
     const int64_t count = std::min(kTile, own.count - first);
-    Interval active[kTile];
-    intervals(own, first, count, other, sample, [&](int64_t key) { return part.queries_of(key); }, active);
     static_assert(kTile == 2 * kSquare);
     const SquareRows halves[] = {{active, 0, count}, {active, std::min(kSquare, count), count}};
     const Interval all{std::min(halves[0].columns.first, halves[1].columns.first),
@@ -380,7 +445,7 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
       if (finishes) {
-        write_key_gradients(sample, key_head, token, own.token(first + i + kAhead), dkeys + i * row, dvalues + i * row);
+        write_key_gradients(sample, key_head, token, own.ahead(first + i), dkeys + i * row, dvalues + i * row);
       } else {
         std::memcpy(dk + token * row, dkeys + i * row, width * sizeof(float));
         std::memcpy(dv + token * row, dvalues + i * row, width * sizeof(float));

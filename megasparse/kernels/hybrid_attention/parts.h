@@ -216,7 +216,7 @@ struct ForwardPass : Pass<Type> {
   }
 };
 
-// A query head: every tile of its queries against the keys of each part.
+// A query head, part by part.
 template <class Kernel>
 void compute_head(const Kernel& kernel, int64_t sample, int64_t head) {
   const Call& call = kernel.call;
@@ -224,12 +224,7 @@ void compute_head(const Kernel& kernel, int64_t sample, int64_t head) {
   const Parts parts(call.patterns[head], call.stride, call.offsets[head], call.length);
   if (parts.count > 1) kernel.clear_state();
   for (int p = 0; p < parts.count; ++p)
-    for (int64_t number = 0; number < parts.list[p].num_classes(); ++number) {
-      const Sequence own = parts.list[p].queries(number), keys = parts.list[p].keys(number);
-      kernel.pack_keys(sample, key_head, keys);
-      for (int64_t first = 0; first < own.count; first += Kernel::kTile)
-        kernel.tile(sample, head, parts.list[p], own, keys, first, parts.count > 1, p + 1 == parts.count);
-    }
+    kernel.add_part(sample, head, key_head, parts.list[p], parts.count > 1, p + 1 == parts.count);
 }
 
 // ---- backward ----
@@ -297,14 +292,7 @@ void compute_gradients(const Kernel& kernel, int64_t sample, int64_t key_head) {
     kernel.prepare(sample, head);
     for (int p = 0; p < parts.count; ++p) {
       const bool finishes = p + 1 == parts.count && head + 1 == (key_head + 1) * share;
-      for (int64_t number = 0; number < parts.list[p].num_classes(); ++number) {
-        const Sequence own = parts.list[p].keys(number), other = parts.list[p].queries(number);
-        if (!own.count) continue;
-        kernel.pack_queries(sample, head, other);
-        for (int64_t first = 0; first < own.count; first += Kernel::kTile)
-          kernel.tile(sample, key_head, parts.list[p], own, other, first, joined, finishes);
-        kernel.finish_queries(other);
-      }
+      kernel.add_part(sample, head, key_head, parts.list[p], joined, finishes);
     }
     kernel.write_query_gradient(sample, head);
   }
