@@ -20,6 +20,9 @@ namespace {
 
 constexpr int64_t kSquare = 2 * kTileSide;
 constexpr int64_t kSquarePairs = kSquare / 2;
+constexpr int64_t kMostColumns = 256;  // scores of a row that are in work at a time
+// Rows of scores in float32 and pairs, and rounded ones, are an odd number of cache lines apart.
+constexpr int64_t kScoreStride = kMostColumns + 16, kRoundedStride = kMostColumns + 32;
 
 // c = (add: itself +) A B for one or two tiles of rows, and two of columns.
 inline void multiply_tiles(int64_t rows, const uint16_t* a, int64_t a_row, const uint32_t* b, int64_t b_row,
@@ -203,9 +206,7 @@ struct TilePass : Rows {
 
 struct TileForward : TilePass<ForwardPass<BFloat16>> {
   using Base = TilePass<ForwardPass<BFloat16>>;
-  static constexpr int64_t kTile = 32;      // queries
-  static constexpr int64_t kColumns = 256;  // keys that are in work at a time
-  static constexpr int64_t kColumnStride = kColumns + 16;
+  static constexpr int64_t kTile = 32;  // queries
   uint32_t *keys, *values;  // of the part: columns, and pairs
   uint16_t *queries, *weights;  // of the tile
   float *scores, *out;
@@ -213,14 +214,14 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
   TileForward(const Call& call, Memory memory) : Base(call, memory) {
     for (uint32_t** rows : {&keys, &values}) *rows = take<uint32_t>(memory, padded_length(call) * width / 2);
     queries = take<uint16_t>(memory, kTile * width);
-    weights = take<uint16_t>(memory, kTile * kColumns);
-    scores = memory.take(kTile * kColumnStride);
+    weights = take<uint16_t>(memory, kTile * kRoundedStride);
+    scores = memory.take(kTile * kScoreStride);
     out = memory.take(kTile * row);
   }
 
   static int64_t size(const Call& call) {
     return Base::size(call) + padded_width(call) * (padded_length(call) + kTile / 2) +
-           kTile * (kColumns / 2 + kColumnStride + call.row()) + 6 * 16;
+           kTile * (kRoundedStride / 2 + kScoreStride + call.row()) + 6 * 16;
   }
 
   bool head(int64_t sample, int64_t head) const {
@@ -265,15 +266,15 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
       else
         clear(out + i * row, 0, width);
     }
-    for (int64_t from = all.columns.first; from < all.columns.last; from += kColumns) {
-      const int64_t columns = std::min(kColumns, all.columns.last - from);
+    for (int64_t from = all.columns.first; from < all.columns.last; from += kMostColumns) {
+      const int64_t columns = std::min(kMostColumns, all.columns.last - from);
       for (int64_t column = 0; column < columns; column += kSquare)
         multiply_tiles(count, queries, width, keys + (from + column) * width / 2, kSquare, width / 2, scores + column,
-                       kColumnStride, false);
+                       kScoreStride, false);
       for (int64_t i = 0; i < count; ++i)
         weigh_row(active[i].within(from, from + columns), from, columns, i, top[i], sum[i]);
       for (int64_t column = 0; column < width; column += kSquare)
-        multiply_tiles(count, weights, kColumns, values + from / 2 * width + column, width, columns / 2, out + column,
+        multiply_tiles(count, weights, kRoundedStride, values + from / 2 * width + column, width, columns / 2, out + column,
                        row, true);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -290,8 +291,8 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
 
   // Row i of the weights 2^(score - maximum), 0 where inactive, and scales what is summed already.
   void weigh_row(Interval seen, int64_t from, int64_t columns, int64_t i, float& top, float& sum) const {
-    float* x = scores + i * kColumnStride - from;
-    uint16_t* rounded = weights + i * kColumns - from;
+    float* x = scores + i * kScoreStride - from;
+    uint16_t* rounded = weights + i * kRoundedStride - from;
     if (seen.empty()) return clear(rounded, from, from + columns);
     const Interval vectors = mask_row(seen, x);
     Vector most = load(x + vectors.first);
@@ -323,9 +324,7 @@ struct TileForward : TilePass<ForwardPass<BFloat16>> {
 
 struct TileBackward : TilePass<BackwardPass<BFloat16>> {
   using Base = TilePass<BackwardPass<BFloat16>>;
-  static constexpr int64_t kTile = 64;      // keys
-  static constexpr int64_t kColumns = 128;  // queries that are in work at a time
-  static constexpr int64_t kColumnStride = kColumns + 16;
+  static constexpr int64_t kTile = 64;  // keys
   uint32_t *query_columns, *query_pairs, *dout_columns, *dout_pairs;  // of the part
   float *lse, *deltas;                                                // of the part
   float* dq_columns;                                                  // of the part: [32 queries][width][query]
@@ -345,16 +344,16 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     for (uint16_t** rows : {&keys, &values}) *rows = take<uint16_t>(memory, kTile * width);
     key_pairs = take<uint32_t>(memory, kSquarePairs * width);
     key_columns = take<uint32_t>(memory, kTile / 2 * width);
-    for (float** rows : {&scores, &score_gradients}) *rows = memory.take(kSquare * kColumnStride);
-    for (uint16_t** rows : {&weights, &dscores}) *rows = take<uint16_t>(memory, kTile * kColumns);
-    dscore_pairs = take<uint32_t>(memory, kTile / 2 * kColumns);
+    for (float** rows : {&scores, &score_gradients}) *rows = memory.take(kSquare * kScoreStride);
+    for (uint16_t** rows : {&weights, &dscores}) *rows = take<uint16_t>(memory, kTile * kRoundedStride);
+    dscore_pairs = take<uint32_t>(memory, kTile / 2 * kScoreStride);
     for (float** rows : {&dkeys, &dvalues}) *rows = memory.take(kTile * row);
   }
 
   static int64_t size(const Call& call) {
     const int64_t width = padded_width(call), length = padded_length(call);
     return Base::size(call) + length * (3 * width + 2) + (kSquarePairs + kTile + kTile / 2) * width +
-           2 * kSquare * kColumnStride + kTile * (kColumns + kColumns / 2 + 2 * call.row()) + 18 * 16;
+           2 * kSquare * kScoreStride + kTile * (kRoundedStride + kScoreStride / 2 + 2 * call.row()) + 18 * 16;
   }
 
   bool head(int64_t sample, int64_t key_head) const {
@@ -435,12 +434,12 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
         else
           clear(sums + i * row, 0, width);
       }
-    for (int64_t from = all.first; from < all.last; from += kColumns) {
+    for (int64_t from = all.first; from < all.last; from += kMostColumns) {
       for (const SquareRows& half : halves) {
-        const Interval columns = half.columns.within(from, from + kColumns);
+        const Interval columns = half.columns.within(from, from + kMostColumns);
         if (!columns.empty()) add_to_keys(half, columns, active, from);
       }
-      add_to_queries(halves, all.within(from, from + kColumns), from);
+      add_to_queries(halves, all.within(from, from + kMostColumns), from);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = own.token(first + i);
@@ -458,29 +457,29 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
     const int64_t top = half.top, rows = half.rows, count = columns.last - columns.first;
     for (int64_t column = columns.first; column < columns.last; column += kSquare) {
       multiply_tiles(rows, keys + top * width, width, query_columns + column * width / 2, kSquare, width / 2,
-                     scores + column - from, kColumnStride, false);
+                     scores + column - from, kScoreStride, false);
       multiply_tiles(rows, values + top * width, width, dout_columns + column * width / 2, kSquare, width / 2,
-                     score_gradients + column - from, kColumnStride, false);
+                     score_gradients + column - from, kScoreStride, false);
     }
     for (int64_t i = 0; i < kSquare; ++i)
       weigh_row(i < rows ? active[top + i].within(columns.first, columns.last) : Interval{0, 0}, columns, from, i, top);
     for (int64_t i = top / 2; i < (top + kSquare) / 2; ++i)
       for (int64_t j = columns.first - from; j < columns.last - from; j += kLanes)
-        *reinterpret_cast<Cells*>(dscore_pairs + i * kColumns + j) =
-            pair_up(dscores + 2 * i * kColumns + j, dscores + (2 * i + 1) * kColumns + j);
-    const int64_t at = top * kColumns + columns.first - from, pairs = columns.first / 2 * width;
+        *reinterpret_cast<Cells*>(dscore_pairs + i * kScoreStride + j) =
+            pair_up(dscores + 2 * i * kRoundedStride + j, dscores + (2 * i + 1) * kRoundedStride + j);
+    const int64_t at = top * kRoundedStride + columns.first - from, pairs = columns.first / 2 * width;
     for (int64_t part = 0; part < width; part += kSquare) {
-      multiply_tiles(rows, weights + at, kColumns, dout_pairs + pairs + part, width, count / 2,
+      multiply_tiles(rows, weights + at, kRoundedStride, dout_pairs + pairs + part, width, count / 2,
                      dvalues + top * row + part, row, true);
-      multiply_tiles(rows, dscores + at, kColumns, query_pairs + pairs + part, width, count / 2,
+      multiply_tiles(rows, dscores + at, kRoundedStride, query_pairs + pairs + part, width, count / 2,
                      dkeys + top * row + part, row, true);
     }
   }
 
   void weigh_row(Interval seen, Interval columns, int64_t from, int64_t i, int64_t top) const {
-    float *x = scores + i * kColumnStride - from, *dx = score_gradients + i * kColumnStride - from;
-    uint16_t* weight_row = weights + (top + i) * kColumns - from;
-    uint16_t* gradient_row = dscores + (top + i) * kColumns - from;
+    float *x = scores + i * kScoreStride - from, *dx = score_gradients + i * kScoreStride - from;
+    uint16_t* weight_row = weights + (top + i) * kRoundedStride - from;
+    uint16_t* gradient_row = dscores + (top + i) * kRoundedStride - from;
     const Interval vectors = seen.empty() ? Interval{columns.first, columns.first} : mask_row(seen, x);
     const Vector factor = broadcast(call.scale * kLog2E);
     const float *shift = lse, *mean = deltas;
@@ -503,7 +502,7 @@ struct TileBackward : TilePass<BackwardPass<BFloat16>> {
       if (first >= last) continue;
       for (int64_t part = 0; part < width; part += kSquare)
         multiply_tiles(kSquare, reinterpret_cast<const uint16_t*>(key_columns + part * kTile / 2 + first), kTile,
-                       dscore_pairs + first * kColumns + column - from, kColumns, last - first,
+                       dscore_pairs + first * kScoreStride + column - from, kScoreStride, last - first,
                        dq_columns + column * width + part * kSquare, kSquare, true);
     }
   }
