@@ -5,13 +5,14 @@
 // keys, which see an interval of queries each: there the gradients of a tile's keys are summed in place and only that of
 // the queries is added up in memory.
 //
-// bfloat16 is multiplied in the tile registers of AMX where there are any (bfloat16_tiles.h), and is widened as it is
-// packed elsewhere, as float16 is.
+// bfloat16 is multiplied in the tile registers of AMX where there are any (bfloat16_tiles.h); elsewhere it is widened as it
+// is packed, as float16 is.
 //
 // Scores are logarithms to the base 2: queries are multiplied by log2(e) together with the scale. Sums are float32.
 // A head is computed by one thread in a fixed order: results do not depend on the number of threads.
 
-#include "bfloat16_tiles.h"
+#include "bfloat16_backward.h"
+#include "bfloat16_forward.h"
 #include "parts.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -320,7 +321,7 @@ struct Backward : BackwardPass<Type> {
   }
 };
 
-// A pass in tiles for the heads that it can compute, and another for the rest.
+// A pass in tiles, and the one for the heads that turn out not to suit it.
 template <class Tiles, class Vectors>
 struct Either {
   TileRegisters registers;
@@ -345,7 +346,8 @@ template <template <class> class Vectors, class Tiles, class Function>
 auto with_kernel(const Call& call, Function&& function) {
 #if defined(MEGASPARSE_HAS_TILES)
   static const bool has_tiles = ask_for_tiles();
-  if (call.type == 1 && has_tiles) return function(Chosen<Either<Tiles, Vectors<BFloat16>>>{});
+  if (call.type == 1 && has_tiles && call.length >= kShortestInTiles && call.width >= kNarrowestInTiles)
+    return function(Chosen<Either<Tiles, Vectors<BFloat16>>>{});
 #endif
   if (call.type == 1) return function(Chosen<Vectors<BFloat16>>{});
   if (call.type == 2) return function(Chosen<Vectors<Float16>>{});

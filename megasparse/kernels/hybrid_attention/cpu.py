@@ -1,7 +1,8 @@
 """Hybrid sparse attention on CPUs in C++ (attention.cpp): float32, bfloat16 and float16, all patterns.
 
 Heads of all patterns and offsets run in one call. The library is built on first use (``common.build``); ``why_not``
-says where it cannot run. Memory is linear in T: each thread packs one head at a time, in float32.
+says where it cannot run. Memory is linear in T: each thread packs one head at a time, in float32, or in bfloat16 where
+the processor multiplies that in tile registers.
 
 Tensor names: B samples, H query heads, G key-value heads (H is a multiple of G), T tokens, D head dimension.
 """
@@ -27,7 +28,8 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::type`
 
-# Tiles of attention.cpp: rows of a tile, and the side lengths of what is computed at once (without AVX-512).
+# Tiles of attention.cpp: rows of a tile, and the side lengths of what is computed at once (without AVX-512 and AMX, whose
+# registers are larger: those compute the same tiles and some beside them).
 TILE, ROWS, COLUMNS = 24, 6, 16
 
 
