@@ -68,7 +68,8 @@ def check(seq_length, head_dim, heads, groups, patterns, stride, offsets, docume
     dy = torch.randn(2, heads, seq_length, head_dim).bfloat16()
     got = attend_and_gradients(tensors, dy, patterns, stride, documents_BT=documents, offsets=offsets)
     names = [patterns] * heads if isinstance(patterns, str) else patterns
-    mask = torch.stack([offset_mask(*each, stride, shift) for *each, shift in zip(names, [seq_length] * heads, offsets)])
+    each = zip(names, offsets, strict=True)
+    mask = torch.stack([offset_mask(name, seq_length, stride, offset) for name, offset in each])
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     expected = softmax_and_bounds(*tensors, dy, mask)

@@ -1,10 +1,10 @@
-// Attention of bfloat16 in tile registers (../common/tile_registers.h), forward and backward: the passes of attention.cpp
-// where the processor multiplies tiles. Queries, keys, values and dout are multiplied as they are; the weights and the
-// gradients of the scores are rounded to bfloat16 for their products; all else is float32.
+// Attention of bfloat16 in tile registers (../common/tile_registers.h): what the passes bfloat16_forward.h and
+// bfloat16_backward.h share. Queries, keys, values and dout are multiplied as they are; the weights and the gradients of
+// the scores are rounded to bfloat16 for their products; all else is float32.
 //
-// Everything is padded to squares of 32 x 32, which are 2 x 2 registers. Of a block of 32 tokens, the second factor of a
-// product is packed as columns, [cell of the head dimension][32 tokens], where it is summed over the head dimension, and
-// as pairs, [pair of tokens][head dimension], where it is summed over the tokens.
+// Everything is padded to squares of 32 x 32, which are 2 x 2 registers. Of 32 tokens, the second factor of a product is
+// packed as columns, [cell of the head dimension][32 tokens], where the sum runs over the head dimension, and as pairs,
+// [pair of tokens][head dimension], where it runs over the tokens.
 //
 // Where a query does not see a key, their weight of 0 is multiplied all the same, and 0 times infinity is NaN. So a head
 // with an infinity or NaN is computed anew without tiles, where such a number reaches a few rows and no more.
@@ -129,6 +129,7 @@ struct Meeting {
 // What both passes do with the rows of a head.
 template <class Rows>
 struct TilePass : Rows {
+  using typename Rows::Element;
   using Rows::at, Rows::call, Rows::row, Rows::width;
   int32_t *own_tokens, *other_tokens;  // of the classes that are in work
   Interval* active;                    // what the first see of the others
@@ -191,7 +192,7 @@ struct TilePass : Rows {
     const int64_t size = call.width, columns = width, step = x.token;
     Halves seen = special;
     for (int64_t row = first; row < first + count; ++row, to += columns) {
-      prefetch(base + order.ahead(row) * step, size * 2);
+      prefetch(base + order.ahead(row) * step, size * sizeof(Element));
       const uint16_t* from = base + order.token(row) * step;
       int64_t i = 0;
       for (; i + kLanes <= size; i += kLanes) {
