@@ -28,8 +28,8 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 PATTERNS = ("full", "local", "strided", "sparse", "fixed")  # the order of attention.cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of `Call::type`
 
-# Tiles of attention.cpp: rows of a tile, and the side lengths of what is computed at once, without AVX-512 and AMX, whose
-# registers are larger, so that they compute some scores more.
+# Tiles of attention.cpp: rows of a tile, and the sides of what is computed at once, without AVX-512 and AMX. With
+# their larger registers some scores more are computed.
 TILE, ROWS, COLUMNS = 24, 6, 16
 
 
