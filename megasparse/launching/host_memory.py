@@ -41,9 +41,9 @@ def keep_freed_memory(variables: Mapping[str, str]) -> bool:
     is another one.
 
     Otherwise freed tensors above 32 MiB, and whatever lies last in memory, go back to the system, which fills the pages
-    with zeros when the next step wants them. Without that a step of GPT-2-small width in bf16 took 0.78 of its time
-    dense and 0.87 with packed blocks (Xeon with AMX, two threads), for up to a fifth more memory: what is kept is in
-    pieces, as in every allocator that keeps.
+    with zeros when the next step wants them. Without that a step of GPT-2-small width in bf16 took 0.75 of its time
+    dense and 0.81 sparse (Xeon with AMX, two threads; benchmarks/results), with 8 % more memory at the peak: what is
+    kept is in pieces, as in every allocator that keeps.
     """
     if any(name in variables for name in MALLOC_VARIABLES) or "glibc.malloc" in variables.get("GLIBC_TUNABLES", ""):
         return False
