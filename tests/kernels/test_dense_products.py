@@ -233,6 +233,16 @@ def test_an_operator_that_is_not_there_or_is_another_one_is_not_used(monkeypatch
     onednn._failure.cache_clear()
 
 
+def test_a_build_that_does_not_tell_of_bfloat16_has_torchs_products(monkeypatch) -> None:
+    onednn._multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert "no bfloat16" in onednn.why_not("cpu", torch.bfloat16)
+    assert dense_products.choose("onednn", "cpu", torch.bfloat16, 10, (8, 8)) == "torch"
+    monkeypatch.undo()
+    onednn._multiplies_bfloat16.cache_clear()
+
+
 def test_a_forced_kernel_that_cannot_run_is_refused() -> None:
     words = ["kernels.dense=onednn", "train.precision=fp16", "sparsity.algorithm=dense", "model.num_layers=1"]
     config = load_config([], [*words, "model.hidden_size=32", "model.num_attention_heads=2"])

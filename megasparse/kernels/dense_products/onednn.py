@@ -29,8 +29,7 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype == torch.bfloat16:
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return None if supported else "oneDNN multiplies no bfloat16 on this processor"
+        return None if _multiplies_bfloat16() else "oneDNN multiplies no bfloat16 on this processor"
     return _failure() if dtype == torch.float32 else f"dtype {dtype}; supported: torch.float32, torch.bfloat16"
 
 
@@ -85,6 +84,15 @@ def _readable(matrix: Tensor) -> Tensor:
     is_plain = matrix.stride(1) == 1 and matrix.stride(0) >= columns
     is_transposed = matrix.stride(0) == 1 and matrix.stride(1) >= rows
     return matrix if is_plain or is_transposed else matrix.contiguous()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """False too where a build of torch does not say."""
+    try:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 @cache
