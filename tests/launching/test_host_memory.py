@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ def test_huge_pages_are_asked_for_unless_the_user_has_decided() -> None:
         assert variables == {"THP_MEM_ALLOC_ENABLE": wanted}
 
 
+ROOT = Path(__file__).resolve().parents[2]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FILLED = """
 import os
@@ -94,3 +97,18 @@ def test_another_c_library_is_left_alone(monkeypatch) -> None:
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
     assert not host_memory.keep_freed_memory({})
     host_memory.return_memory(torch.device("cpu"))
+
+
+def test_pretraining_on_a_cpu_asks_for_it_before_it_begins(monkeypatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("megasparse.launching.keep_host_memory", lambda variables: calls.append("memory"))
+    monkeypatch.setattr("megasparse.training.run.pretrain", lambda *_: calls.append("training"))
+    monkeypatch.setattr("megasparse.launching.failures.exit_now", lambda status: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(ROOT / "configs" / "quickstart.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / "pretrain.py"), run_name="__main__")
+    assert ended.value.code == 0 and calls == ["memory", "training"]
